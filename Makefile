@@ -1,0 +1,56 @@
+# Two commands on a fresh machine: `make train` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+WORKDIR ?= runs/emoji
+
+.DEFAULT_GOAL := help
+.PHONY: help train test test-slow parity lint format bench clean
+
+help: ## show the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# The locked environment; made again when the lock or the package's metadata changes.
+$(VENV)/.installed: requirements.txt setup.cfg pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+data/emoji/classnames.txt: | $(VENV)/.installed
+	$(BIN)/python -m clip_jax.data.emoji --out data/emoji --held-out Appl
+
+data/emoji/tokenizer.model: data/emoji/classnames.txt | $(VENV)/.installed
+	$(BIN)/python -m clip_jax.tokenizers.train --captions $< --out $@ --model-type bpe --vocab-size 2000
+
+train: data/emoji/tokenizer.model ## install, then train on the emoji set and evaluate (WORKDIR=runs/emoji)
+	$(BIN)/python -m clip_jax.main --config experiments/emoji.py --workdir $(WORKDIR)
+
+test: $(VENV)/.installed ## install, then run the tests
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/.installed ## the tests that take longer
+	$(BIN)/python -m pytest -m slow
+
+# PyTorch's CPU build where the index has one; torchvision without its own dependencies.
+parity: $(VENV)/.installed ## install the reference libraries and compare with them
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 scikit-learn
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-parity.txt
+	$(BIN)/python -m pytest tests/parity
+
+lint: $(VENV)/.installed ## formatting, checks and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed ## format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.installed ## measure the loss, dense against tiled
+	$(BIN)/python -m benchmarks.loss
+
+clean: ## delete the environment, the data and the runs
+	rm -rf $(VENV) data runs build dist *.egg-info
