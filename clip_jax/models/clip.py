@@ -1,0 +1,97 @@
+"""CLIP: two towers that meet only in a shared unit sphere (Radford et al. 2021, section 2)."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from clip_jax.models.convnet import ConvNet, ConvNetConfig
+from clip_jax.models.resnet import ModifiedResNet, ResNetConfig
+from clip_jax.models.text import TextConfig, TextTransformer
+from clip_jax.models.vit import VisionTransformer, ViTConfig
+
+INITIAL_LOGIT_SCALE = float(np.log(1 / 0.07))  # section 2.5
+UNIT_EPS = 1e-12  # the norm's floor, as torch.nn.functional.normalize has it
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPConfig:
+    """A whole model: one row of the zoo.
+
+    Attributes:
+      embed_dim: features of the shared space.
+      vision, text: the towers.
+      activation: of both towers' MLPs, a name in `layers.ACTIVATIONS`.
+      init_logit_scale: the logarithm of the scale at the start.
+      init_logit_bias: added to the logits by the sigmoid loss; None makes no such parameter.
+    """
+
+    embed_dim: int
+    vision: ViTConfig | ResNetConfig | ConvNetConfig
+    text: TextConfig
+    activation: str = "quick_gelu"
+    init_logit_scale: float = INITIAL_LOGIT_SCALE
+    init_logit_bias: float | None = None
+
+
+def unit_length(z_BD: Float[Array, "B D"]) -> Float[Array, "B D"]:
+    """Rows scaled to unit length, in float32."""
+    z_BD = z_BD.astype(jnp.float32)
+    # The square root's derivative at zero is infinite: keep a zero row away from it.
+    square_B1 = jnp.sum(z_BD * z_BD, axis=-1, keepdims=True)
+    return z_BD / jnp.sqrt(jnp.maximum(square_B1, UNIT_EPS**2))
+
+
+class CLIP(nn.Module):
+    """Both towers and the temperature.
+
+    Attributes:
+      config: the sizes.
+      read_early: compute each tower's last block at the one position that is read (exact).
+      dtype: of activations and matrix products; parameters stay float32.
+    """
+
+    config: CLIPConfig
+    read_early: bool = True
+    dtype: DTypeLike = jnp.float32
+
+    def setup(self) -> None:
+        c = self.config
+        self.visual = self._image_tower()
+        self.text = TextTransformer(c.text, c.embed_dim, c.activation, self.read_early, self.dtype)
+        constant = nn.initializers.constant
+        self.logit_scale = self.param("logit_scale", constant(c.init_logit_scale), ())
+        if c.init_logit_bias is not None:
+            self.logit_bias = self.param("logit_bias", constant(c.init_logit_bias), ())
+
+    def _image_tower(self) -> nn.Module:
+        c = self.config
+        if isinstance(c.vision, ResNetConfig):
+            return ModifiedResNet(c.vision, c.embed_dim, self.dtype)
+        if isinstance(c.vision, ConvNetConfig):
+            return ConvNet(c.vision, c.embed_dim, self.dtype)
+        return VisionTransformer(c.vision, c.embed_dim, c.activation, self.read_early, self.dtype)
+
+    def encode_image(
+        self, images_BHWC: Float[Array, "B H W 3"], train: bool = False
+    ) -> Float[Array, "B D"]:
+        """Image features, not of unit length."""
+        return self.visual(images_BHWC, train)
+
+    def encode_text(self, tokens_BL: Int[Array, "B L"]) -> Float[Array, "B D"]:
+        """Text features, not of unit length."""
+        return self.text(tokens_BL)
+
+    def __call__(
+        self,
+        images_BHWC: Float[Array, "B H W 3"],
+        tokens_BL: Int[Array, "B L"],
+        train: bool = False,
+    ) -> tuple[Float[Array, "B D"], Float[Array, "B D"]]:
+        """Image and text features of unit length, float32."""
+        image_features = unit_length(self.encode_image(images_BHWC, train))
+        text_features = unit_length(self.encode_text(tokens_BL))
+        return image_features, text_features

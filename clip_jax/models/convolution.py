@@ -1,0 +1,42 @@
+"""Convolution and batch norm with PyTorch's padding, initialisation and momentum."""
+
+import flax.linen as nn
+from jax.typing import DTypeLike
+
+from clip_jax.models.layers import torch_uniform
+
+
+def conv(
+    features: int, size: int, fan_in: int, *, stride: int = 1, dtype: DTypeLike, name: str
+) -> nn.Conv:
+    """A convolution without bias, padded as PyTorch does (flax's SAME pads 0, 1 at stride 2)."""
+    pad = size // 2
+    return nn.Conv(
+        features,
+        (size, size),
+        strides=(stride, stride),
+        padding=((pad, pad), (pad, pad)),
+        use_bias=False,
+        kernel_init=torch_uniform(fan_in * size * size),
+        dtype=dtype,
+        name=name,
+    )
+
+
+def batch_norm(
+    train: bool, *, zero_scale: bool = False, dtype: DTypeLike, name: str
+) -> nn.BatchNorm:
+    """PyTorch's epsilon and momentum (0.1 there is 0.9 here).
+
+    Under one jitted step over a mesh the statistics are those of the global batch. The running
+    variance is the biased one, where PyTorch keeps the unbiased: n / (n - 1) apart.
+    """
+    init = nn.initializers.zeros if zero_scale else nn.initializers.ones
+    return nn.BatchNorm(
+        use_running_average=not train,
+        momentum=0.9,
+        epsilon=1e-5,
+        dtype=dtype,
+        scale_init=init,
+        name=name,
+    )

@@ -1,0 +1,80 @@
+"""Floating-point operations of a model's forward pass, counted by hand.
+
+Matrix products and convolutions only, two operations a multiply-add, as papers and hardware
+peaks count them. A training step costs three times its forward pass.
+"""
+
+import itertools
+
+from clip_jax.models.clip import CLIPConfig
+from clip_jax.models.convnet import ConvNetConfig
+from clip_jax.models.resnet import EXPANSION, ResNetConfig
+from clip_jax.models.text import TextConfig
+from clip_jax.models.vit import ViTConfig
+
+
+def _blocks(length: int, width: int, mlp_width: int, layers: int) -> int:
+    """Residual blocks over `length` positions, the last one read at a single position."""
+    matrices = 4 * width * width + 2 * width * mlp_width
+    whole = 2 * length * matrices + 4 * length * length * width
+    # Keys and values everywhere; query, out-projection and MLP once; one row of attention.
+    last = 2 * (length * 2 * width**2 + matrices - 2 * width**2) + 4 * length * width
+    return (layers - 1) * whole + last
+
+
+def _vit(c: ViTConfig, embed_dim: int) -> int:
+    patches = c.grid_size**2
+    embed = 2 * patches * 3 * c.patch_size**2 * c.width
+    return embed + _blocks(patches + 1, c.width, c.mlp_width, c.layers) + 2 * c.width * embed_dim
+
+
+def _convnet(c: ConvNetConfig, embed_dim: int) -> int:
+    side = c.image_size // c.patch_size
+    total = 2 * side**2 * 3 * c.patch_size**2 * c.features[0]
+    for fan_in, out in itertools.pairwise(c.features):
+        side //= 2
+        total += 2 * side**2 * 9 * fan_in * out
+    return total + 2 * c.grid_size**2 * c.features[-1] * embed_dim
+
+
+def _resnet(c: ResNetConfig, embed_dim: int) -> int:
+    side = c.image_size // 2
+    half = c.width // 2
+    total = 2 * side**2 * 9 * (3 * half + half * half + half * c.width)
+    side //= 2
+    fan_in = c.width
+    for stage, blocks in enumerate(c.layers):
+        width = c.width * 2**stage
+        out = width * EXPANSION
+        for block in range(blocks):
+            before = side**2
+            if stage > 0 and block == 0:
+                side //= 2
+            # The stride is a pool behind the 3x3: the first two run at the larger size.
+            total += 2 * before * (fan_in * width + 9 * width * width) + 2 * side**2 * width * out
+            if block == 0:
+                total += 2 * side**2 * fan_in * out
+            fan_in = out
+    positions = side**2 + 1
+    total += 2 * (2 * positions + 1) * fan_in**2 + 4 * positions * fan_in
+    return total + 2 * fan_in * embed_dim
+
+
+def image_flops(config: CLIPConfig) -> int:
+    """Operations to embed one image."""
+    if isinstance(config.vision, ResNetConfig):
+        return _resnet(config.vision, config.embed_dim)
+    if isinstance(config.vision, ConvNetConfig):
+        return _convnet(config.vision, config.embed_dim)
+    return _vit(config.vision, config.embed_dim)
+
+
+def text_flops(config: CLIPConfig, length: int) -> int:
+    """Operations to embed one caption of `length` tokens (after trimming)."""
+    c: TextConfig = config.text
+    return _blocks(length, c.width, c.mlp_width, c.layers) + 2 * c.width * config.embed_dim
+
+
+def train_flops_per_pair(config: CLIPConfig, length: int) -> int:
+    """Operations of a pair's training step; the backward pass is twice the forward."""
+    return 3 * (image_flops(config) + text_flops(config, length))

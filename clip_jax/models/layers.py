@@ -1,0 +1,235 @@
+"""The pieces both transformers share: activations, initialisers, attention, one residual block."""
+
+import dataclasses
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+Initializer = Callable[..., jax.Array]
+
+LAYER_NORM_EPS = 1e-5  # PyTorch's default, which CLIP was trained with; flax's is 1e-6
+
+
+def quick_gelu(x: Array) -> Array:
+    """x * sigmoid(1.702 x), the activation of OpenAI's models (`clip/model.py`)."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+def gelu(x: Array) -> Array:
+    """The exact, erf form; `jax.nn.gelu` alone would be the tanh approximation."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
+
+
+def uniform(bound: float) -> Initializer:
+    """Uniform on [-bound, bound]."""
+
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def normal(std: float) -> Initializer:
+    """Normal with this standard deviation, not truncated."""
+    return nn.initializers.normal(std)
+
+
+def torch_uniform(fan_in: int) -> Initializer:
+    """PyTorch's default for Linear and Conv, weight and bias: U(-fan_in^-1/2, fan_in^-1/2)."""
+    return uniform(fan_in**-0.5)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockInit:
+    """Initialisers of a residual block's four matrices."""
+
+    attention_in: Initializer
+    attention_out: Initializer
+    c_fc: Initializer
+    c_proj: Initializer
+
+
+def vision_block_init(width: int, mlp_width: int) -> BlockInit:
+    """PyTorch's defaults, which OpenAI leaves in place in the image tower.
+
+    The in-projection is Xavier-uniform over the fused [3 * width, width] matrix.
+    """
+    return BlockInit(
+        attention_in=uniform((6 / (4 * width)) ** 0.5),
+        attention_out=torch_uniform(width),
+        c_fc=torch_uniform(width),
+        c_proj=torch_uniform(mlp_width),
+    )
+
+
+def text_block_init(width: int, layers: int) -> BlockInit:
+    """`CLIP.initialize_parameters` of OpenAI's `clip/model.py`: the text tower only."""
+    residual = width**-0.5 * (2 * layers) ** -0.5
+    return BlockInit(
+        attention_in=normal(width**-0.5),
+        attention_out=normal(residual),
+        c_fc=normal((2 * width) ** -0.5),
+        c_proj=normal(residual),
+    )
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation computed in float32, returned in the input's dtype."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        norm = nn.LayerNorm(epsilon=LAYER_NORM_EPS, dtype=jnp.float32, name="norm")
+        # share_scope keeps `scale` and `bias` directly under this module's own name.
+        nn.share_scope(self, norm)
+        return norm(x.astype(jnp.float32)).astype(x.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of a few query rows over all rows."""
+
+    heads: int
+    block_init: BlockInit
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(
+        self,
+        query_BLD: Array,
+        x_BLD: Array,
+        *,
+        is_causal: bool = False,
+        visible_B: Int[Array, " B"] | None = None,
+    ) -> Array:
+        """`visible_B`: how many leading rows of `x_BLD` the queries may see; None is all."""
+        width = x_BLD.shape[-1]
+
+        def project(name: str) -> nn.DenseGeneral:
+            return nn.DenseGeneral(
+                (self.heads, width // self.heads),
+                kernel_init=self.block_init.attention_in,
+                dtype=self.dtype,
+                name=name,
+            )
+
+        q_BLNK = project("q_proj")(query_BLD)
+        k_BLNK = project("k_proj")(x_BLD)
+        v_BLNK = project("v_proj")(x_BLD)
+        y_BLNK = jax.nn.dot_product_attention(
+            q_BLNK, k_BLNK, v_BLNK, is_causal=is_causal, key_value_seq_lengths=visible_B
+        )
+        return nn.DenseGeneral(
+            width,
+            axis=(-2, -1),
+            kernel_init=self.block_init.attention_out,
+            dtype=self.dtype,
+            name="out_proj",
+        )(y_BLNK)
+
+
+class MLP(nn.Module):
+    """Two linear layers with an activation between them."""
+
+    mlp_width: int
+    activation: str
+    block_init: BlockInit
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        width = x.shape[-1]
+        h = nn.Dense(
+            self.mlp_width,
+            kernel_init=self.block_init.c_fc,
+            bias_init=torch_uniform(width),
+            dtype=self.dtype,
+            name="c_fc",
+        )(x)
+        return nn.Dense(
+            width,
+            kernel_init=self.block_init.c_proj,
+            bias_init=torch_uniform(self.mlp_width),
+            dtype=self.dtype,
+            name="c_proj",
+        )(ACTIVATIONS[self.activation](h))
+
+
+def read_rows(x_BLD: Float[Array, "B L D"], at_B: Int[Array, " B"]) -> Float[Array, "B 1 D"]:
+    """Row `at_B[i]` of sequence i."""
+    return jnp.take_along_axis(x_BLD, at_B[:, None, None], axis=1)
+
+
+class ResidualBlock(nn.Module):
+    """Pre-LN attention and MLP, each with a residual connection."""
+
+    heads: int
+    mlp_width: int
+    activation: str
+    block_init: BlockInit
+    is_causal: bool
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x_BLD: Array, read_at_B: Int[Array, " B"] | None = None) -> Array:
+        """With `read_at_B`, only that row of every sequence: [B, 1, D].
+
+        Equal to the full block read there, because a row of the output depends on the other
+        rows through keys and values alone: its query, out-projection and MLP are its own.
+        """
+        attention = Attention(self.heads, self.block_init, self.dtype, name="attn")
+        h_BLD = LayerNorm(name="ln_1")(x_BLD)
+        if read_at_B is None:
+            x_BLD = x_BLD + attention(h_BLD, h_BLD, is_causal=self.is_causal)
+        else:
+            visible_B = read_at_B + 1 if self.is_causal else None
+            query_B1D = read_rows(h_BLD, read_at_B)
+            x_BLD = read_rows(x_BLD, read_at_B) + attention(query_B1D, h_BLD, visible_B=visible_B)
+        mlp = MLP(self.mlp_width, self.activation, self.block_init, self.dtype, name="mlp")
+        return x_BLD + mlp(LayerNorm(name="ln_2")(x_BLD))
+
+
+class Transformer(nn.Module):
+    """A stack of residual blocks, read at one position a sequence.
+
+    Attributes:
+      layers, heads, mlp_width: the sizes; the width is the input's.
+      read_early: compute the last block only at the position that is read. False is the plain
+        form the tests compare with.
+    """
+
+    layers: int
+    heads: int
+    mlp_width: int
+    activation: str
+    block_init: BlockInit
+    is_causal: bool
+    read_early: bool
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(
+        self, x_BLD: Float[Array, "B L D"], read_at_B: Int[Array, " B"]
+    ) -> Float[Array, "B D"]:
+        for i in range(self.layers):
+            block = ResidualBlock(
+                self.heads,
+                self.mlp_width,
+                self.activation,
+                self.block_init,
+                self.is_causal,
+                self.dtype,
+                name=f"resblocks_{i}",
+            )
+            if self.read_early and i == self.layers - 1:
+                x_BLD = block(x_BLD, read_at_B)
+            else:
+                x_BLD = block(x_BLD)
+        if not self.read_early:
+            x_BLD = read_rows(x_BLD, read_at_B)
+        return x_BLD[:, 0]

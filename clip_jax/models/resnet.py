@@ -1,0 +1,152 @@
+"""The modified ResNet of CLIP (paper section 2.4; OpenAI `clip/model.py` ModifiedResNet).
+
+Three things set it apart from a plain ResNet-50: a stem of three convolutions and an average
+pool, every stride an average pool (in the shortcut too), and attention pooling at the end.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from clip_jax.models.convolution import batch_norm, conv
+from clip_jax.models.layers import normal, torch_uniform
+
+EXPANSION = 4  # a bottleneck's output features over its inner ones
+HEAD_SIZE = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class ResNetConfig:
+    """Sizes of a modified ResNet.
+
+    Attributes:
+      image_size: side of the square input, pixels; a multiple of 32.
+      layers: bottlenecks in each of the four stages.
+      width: features of the first stage's bottlenecks.
+    """
+
+    image_size: int
+    layers: tuple[int, int, int, int]
+    width: int
+
+    @property
+    def features(self) -> int:
+        """Features of the last stage."""
+        return self.width * 8 * EXPANSION
+
+    @property
+    def heads(self) -> int:
+        """Heads of the attention pool."""
+        return self.features // HEAD_SIZE
+
+    @property
+    def grid_size(self) -> int:
+        """Positions along a side of the last feature map."""
+        return self.image_size // 32
+
+
+def average_pool(x_BHWC: Array, size: int) -> Array:
+    return x_BHWC if size == 1 else nn.avg_pool(x_BHWC, (size, size), (size, size))
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3, pool, 1x1, with the shortcut pooled before its own 1x1."""
+
+    width: int
+    stride: int
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x_BHWC: Array, train: bool) -> Array:
+        fan_in, out = x_BHWC.shape[-1], self.width * EXPANSION
+
+        def norm(name: str, *, zero_scale: bool = False) -> nn.BatchNorm:
+            return batch_norm(train, zero_scale=zero_scale, dtype=self.dtype, name=name)
+
+        y = conv(self.width, 1, fan_in, dtype=self.dtype, name="conv1")(x_BHWC)
+        y = nn.relu(norm("bn1")(y))
+        y = conv(self.width, 3, self.width, dtype=self.dtype, name="conv2")(y)
+        y = nn.relu(norm("bn2")(y))
+        y = average_pool(y, self.stride)
+        y = conv(out, 1, self.width, dtype=self.dtype, name="conv3")(y)
+        # A zero scale makes every block start as the identity.
+        y = norm("bn3", zero_scale=True)(y)
+
+        if self.stride > 1 or fan_in != out:
+            x_BHWC = average_pool(x_BHWC, self.stride)
+            x_BHWC = conv(out, 1, fan_in, dtype=self.dtype, name="downsample_0")(x_BHWC)
+            x_BHWC = norm("downsample_1")(x_BHWC)
+        return nn.relu(y + x_BHWC)
+
+
+class AttentionPool(nn.Module):
+    """One query, the mean of all positions, attends to them and to itself."""
+
+    heads: int
+    embed_dim: int
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x_BHWD: Array) -> Float[Array, "B D"]:
+        batch, height, width, features = x_BHWD.shape
+        x_BLD = x_BHWD.reshape(batch, height * width, features)
+        x_BLD = jnp.concatenate([x_BLD.mean(axis=1, keepdims=True), x_BLD], axis=1)
+        std = features**-0.5
+        position_LD = self.param("positional_embedding", normal(std), x_BLD.shape[1:])
+        x_BLD = x_BLD + position_LD.astype(x_BLD.dtype)
+
+        def project(name: str) -> nn.DenseGeneral:
+            return nn.DenseGeneral(
+                (self.heads, features // self.heads),
+                kernel_init=normal(std),
+                bias_init=torch_uniform(features),
+                dtype=self.dtype,
+                name=name,
+            )
+
+        q_B1NK = project("q_proj")(x_BLD[:, :1])
+        k_BLNK, v_BLNK = project("k_proj")(x_BLD), project("v_proj")(x_BLD)
+        y_B1NK = jax.nn.dot_product_attention(q_B1NK, k_BLNK, v_BLNK)
+        return nn.DenseGeneral(
+            self.embed_dim,
+            axis=(-2, -1),
+            kernel_init=normal(std),
+            bias_init=torch_uniform(features),
+            dtype=self.dtype,
+            name="c_proj",
+        )(y_B1NK)[:, 0]
+
+
+class ModifiedResNet(nn.Module):
+    """Images to features. Keeps running statistics in the collection `batch_stats`."""
+
+    config: ResNetConfig
+    embed_dim: int
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, images_BHWC: Float[Array, "B H W 3"], train: bool = False
+    ) -> Float[Array, "B D"]:
+        """Features of normalised images, not of unit length.
+
+        With `train` the batch's own statistics are used, and the running ones updated where the
+        caller makes `batch_stats` mutable.
+        """
+        c = self.config
+        x = images_BHWC.astype(self.dtype)
+        half = c.width // 2
+        for i, (features, stride) in enumerate([(half, 2), (half, 1), (c.width, 1)], start=1):
+            x = conv(features, 3, x.shape[-1], stride=stride, dtype=self.dtype, name=f"conv{i}")(x)
+            x = nn.relu(batch_norm(train, dtype=self.dtype, name=f"bn{i}")(x))
+        x = average_pool(x, 2)
+        for stage, blocks in enumerate(c.layers):
+            for i in range(blocks):
+                stride = 2 if stage > 0 and i == 0 else 1
+                name = f"layer{stage + 1}_{i}"
+                x = Bottleneck(c.width * 2**stage, stride, self.dtype, name=name)(x, train)
+        return AttentionPool(c.heads, self.embed_dim, self.dtype, name="attnpool")(x)
