@@ -1,0 +1,90 @@
+"""Contrastive losses by name: `make_loss(...) -> LossFn`."""
+
+from typing import Protocol, runtime_checkable
+
+from jax.sharding import Mesh
+from jaxtyping import Array, UInt
+
+from clip_jax.errors import UserError
+from clip_jax.losses.dense import LossOutput, sigmoid_loss, softmax_loss
+from clip_jax.losses.tiled import SIGMOID, SOFTMAX, make_tiled_loss
+from clip_jax.typing import Features, Rows, Scalar
+
+__all__ = ["FORMS", "LOSSES", "LossFn", "LossOutput", "make_loss"]
+
+# name: (the definition, what the tiled walk needs)
+LOSSES = {"softmax": (softmax_loss, SOFTMAX), "sigmoid": (sigmoid_loss, SIGMOID)}
+FORMS = ("tiled", "dense")
+
+
+@runtime_checkable
+class LossFn(Protocol):
+    """A loss over the global batch; call it under `jax.jit`, and take gradients outside."""
+
+    def __call__(
+        self,
+        z_image_BD: Features,
+        z_text_BD: Features,
+        scale: Scalar,
+        bias: Scalar,
+        ok_B: Rows,
+        caption_id_B: UInt[Array, " B"],
+    ) -> LossOutput:
+        """The loss of unit-length features and its in-batch accuracies.
+
+        Args:
+          z_image_BD, z_text_BD: unit length, float32 or bfloat16; row i of one belongs to row i
+            of the other.
+          scale: exp(logit_scale), the multiplier of the cosines.
+          bias: added to the logits by the sigmoid loss; the softmax loss ignores it (pass 0).
+          ok_B: False leaves a row out on both sides and out of the mean.
+          caption_id_B: uint32, equal for equal captions; unused unless equal captions are masked.
+        """
+        ...
+
+
+def make_loss(
+    name: str,
+    *,
+    mesh: Mesh,
+    batch_axes: tuple[str, ...] = ("data", "fsdp"),
+    tile_size: int = 1024,
+    mask_equal_captions: bool,
+    form: str = "tiled",
+) -> LossFn:
+    """A loss function by its name.
+
+    Args:
+      name: "softmax" (InfoNCE, CLIP) or "sigmoid" (SigLIP).
+      mesh: the devices; rows are sharded over `batch_axes`, further axes hold copies.
+      batch_axes: mesh axes whose product shards the batch, in the order of its PartitionSpec.
+      tile_size: most columns of logits at a time. The batch is split into as few tiles as this
+        allows, all equally wide: a device's largest temporary is [rows / devices, tile], float32.
+      mask_equal_captions: two pairs with one caption are no negatives of each other.
+      form: "tiled", or "dense" for the definition, which builds the whole matrix.
+
+    Raises:
+      UserError: an unknown name, form or axis, or a tile size below 1.
+    """
+    for value, known, what in ((name, LOSSES, "loss"), (form, FORMS, "form of the loss")):
+        if value not in known:
+            raise UserError(f"no {what} is called {value!r}; known are: {', '.join(known)}")
+    missing = [axis for axis in batch_axes if axis not in mesh.axis_names]
+    if missing:
+        raise UserError(
+            f"the loss's batch axes {missing} are not in the mesh {dict(mesh.shape)}: "
+            "name axes of the mesh"
+        )
+    if tile_size < 1:
+        raise UserError(f"the loss's tile_size is {tile_size}: take 1 or more")
+
+    dense, tile_loss = LOSSES[name]
+    tiled = make_tiled_loss(tile_loss, mesh=mesh, batch_axes=batch_axes, tile_size=tile_size)
+
+    def loss_fn(z_image_BD, z_text_BD, scale, bias, ok_B, caption_id_B) -> LossOutput:
+        ids = caption_id_B if mask_equal_captions else None
+        if form == "dense":
+            return dense(z_image_BD, z_text_BD, scale, bias, ok_B=ok_B, caption_id_B=ids)
+        return tiled(z_image_BD, z_text_BD, scale, bias, ok_B, ids)
+
+    return loss_fn
