@@ -1,0 +1,190 @@
+"""Bytes to pictures, and pictures to the uint8 squares that CLIP sees.
+
+The transforms are torchvision's on PIL images, as OpenAI's CLIP uses them: resize (bicubic,
+antialiased) *before* the conversion to RGB, no turning by EXIF. For palette pictures and
+pictures with transparency the order matters (up to 189 of 255 apart), so it is OpenAI's.
+"""
+
+import io
+import math
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+# Per-channel mean and standard deviation of OpenAI's training pictures, for values in [0, 1].
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+
+# Pillow warns from this size on and lets twice as much through; here it is the limit.
+MAX_PIXELS = 89_478_485
+
+_BICUBIC = Image.Resampling.BICUBIC
+
+
+class ImageError(Exception):
+    """A picture that cannot be used.
+
+    Attributes:
+      cause: `not_an_image`, `too_large`, `truncated`, `broken` or `empty`.
+    """
+
+    def __init__(self, cause: str, detail: str = ""):
+        super().__init__(f"{cause}: {detail}" if detail else cause)
+        self.cause = cause
+
+
+def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """A loaded picture from JPEG, PNG or WebP bytes, in the mode of the file.
+
+    Of an animation it is the first frame. The size is checked before any pixel is decoded.
+
+    Raises:
+      ImageError: whatever is wrong with the bytes; never another exception.
+    """
+    if not data:
+        raise ImageError("empty")
+    try:
+        image = _open(data, max_pixels)
+        width, height = image.size
+        if width * height > max_pixels:
+            raise ImageError("too_large", f"{width} x {height}")
+        image.load()
+    except ImageError:
+        raise
+    except Image.DecompressionBombError as e:
+        raise ImageError("too_large", str(e)) from e
+    except Exception as e:
+        # Pillow's readers raise a dozen types on damaged files (SyntaxError and struct.error
+        # among them), so the type says nothing; only the text tells a cut file.
+        cause = "truncated" if "truncated" in str(e).lower() else "broken"
+        raise ImageError(cause, f"{type(e).__name__}: {e}") from e
+    # It never reaches RGB, but Pillow warns about it when converting.
+    image.info.pop("transparency", None)
+    return image
+
+
+def _open(data: bytes, max_pixels: int) -> Image.Image:
+    """The reader that the first bytes ask for.
+
+    `Image.open` would add its own size check, which warns through the process-wide warning
+    filters; those must not be touched from threads.
+    """
+    file = io.BytesIO(data)
+    if data.startswith(b"\xff\xd8\xff"):
+        return JpegImageFile(file)
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        # Pillow reads the pixels without asking for the end of the file.
+        if data.rfind(b"IEND") < 0:
+            raise ImageError("truncated", "no IEND chunk")
+        return PngImageFile(file)
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        if len(data) < 8 + int.from_bytes(data[4:8], "little"):
+            raise ImageError("truncated", f"{len(data)} bytes")
+        # Opening allocates the canvas, so its size must be known before.
+        width, height = _webp_size(data)
+        if width * height > max_pixels:
+            raise ImageError("too_large", f"{width} x {height}")
+        return WebPImageFile(file)
+    raise ImageError("not_an_image", data[:8].hex())
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    """Width and height from the first chunk (RFC 9649, sections 2.5 to 2.7)."""
+    if len(data) < 30:
+        raise ImageError("truncated", f"{len(data)} bytes")
+    chunk = data[12:16]
+    if chunk == b"VP8X":
+        width, height = (int.from_bytes(data[i : i + 3], "little") for i in (24, 27))
+        return 1 + width, 1 + height
+    if chunk == b"VP8L":
+        bits = int.from_bytes(data[21:25], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    if chunk == b"VP8 ":
+        width, height = (int.from_bytes(data[i : i + 2], "little") for i in (26, 28))
+        return width & 0x3FFF, height & 0x3FFF
+    raise ImageError("broken", f"WebP chunk {chunk!r}")
+
+
+def eval_transform(
+    image: Image.Image, image_size: int, *, max_pixels: int = MAX_PIXELS
+) -> UInt8[np.ndarray, "H W 3"]:
+    """Resize the short side to `image_size`, crop the centre, convert to RGB.
+
+    Equal to torchvision's `Resize(n, BICUBIC)`, `CenterCrop(n)`, `convert("RGB")` in every
+    value. A picture is never smaller than the crop: the long side, n*long/short, is at least n.
+
+    Raises:
+      ImageError: `too_large`, when a thread-thin picture would grow beyond `max_pixels`.
+    """
+    n = image_size
+    width, height = image.size
+    short, long = sorted((width, height))
+    new_long = int(n * long / short)  # torchvision truncates; rounding would move the crop
+    if n * new_long > max_pixels:
+        raise ImageError("too_large", f"{width} x {height} becomes {n} x {new_long}")
+    size = (n, new_long) if width <= height else (new_long, n)
+    if size != image.size:
+        image = image.resize(size, _BICUBIC)
+    left, top = (round((side - n) / 2.0) for side in size)  # halves go to the even side
+    return _to_rgb(image.crop((left, top, left + n, top + n)))
+
+
+def random_resized_crop(
+    image: Image.Image,
+    image_size: int,
+    rng: np.random.Generator,
+    scale: tuple[float, float] = (0.9, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> UInt8[np.ndarray, "H W 3"]:
+    """A random part of the picture, resized to a square: torchvision's `RandomResizedCrop`.
+
+    Args:
+      image: any mode.
+      image_size: side of the square.
+      rng: the only source of chance; the draws use `rng.random()` alone.
+      scale: bounds of the part's area, as a share of the picture's.
+      ratio: bounds of the part's width over height.
+    """
+    box = crop_box(image.width, image.height, rng, scale, ratio)
+    # Crop first: `resize(box=...)` would let the filter look beyond the crop's edge.
+    return _to_rgb(image.crop(box).resize((image_size, image_size), _BICUBIC))
+
+
+def crop_box(
+    width: int,
+    height: int,
+    rng: np.random.Generator,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) of a random crop, by torchvision's sampling rule.
+
+    Ten tries: area uniform in `scale`, log aspect uniform in log `ratio`, place uniform; if none
+    fits into the picture, the largest centred crop whose aspect lies within `ratio`.
+    """
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    for _ in range(10):
+        area = width * height * (scale[0] + (scale[1] - scale[0]) * rng.random())
+        aspect = math.exp(low + (high - low) * rng.random())
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            top = int(rng.random() * (height - h + 1))
+            left = int(rng.random() * (width - w + 1))
+            return left, top, left + w, top + h
+    w, h = width, height
+    if width / height < ratio[0]:
+        h = round(width / ratio[0])
+    elif width / height > ratio[1]:
+        w = round(height * ratio[1])
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def _to_rgb(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
+    if image.mode != "RGB":
+        image = image.convert("RGB")
+    return np.asarray(image)

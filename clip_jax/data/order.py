@@ -1,0 +1,179 @@
+"""The order of the samples: a pure function of the seed and a position.
+
+All samples of all shards lie in one line, shard after shard. Stream s of S owns the range
+[s*n//S, (s+1)*n//S) of it, so streams are equal to within one sample whatever the shards' sizes,
+and there may be fewer shards than streams. A stream's range is cut at shard boundaries into
+pieces; every epoch puts the pieces into a new order and then shuffles the samples inside
+consecutive windows of `window` pieces, so that a host reads a few shards at a time.
+
+A global batch takes batch_size/S samples of every stream, and its rows are stream-major. Host h
+of n owns the streams [h*S/n, (h+1)*S/n) and with them a contiguous run of the rows. Nothing here
+depends on the number of hosts or on what was read before, so any step can be computed first.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+from jaxtyping import Int64
+
+from clip_jax.errors import UserError
+
+# Each use of the seed has its own key, so no two draws share a stream of random numbers.
+_PIECES, _WINDOW = 1, 2
+
+
+def permutation(seed: int, *where: int, n: int) -> Int64[np.ndarray, " n"]:
+    """A permutation of range(n), the same on every platform and every numpy.
+
+    Philox's raw words are fixed by its definition, and the rank of distinct words is a uniformly
+    random permutation; `Generator.permutation` may change its algorithm between releases.
+
+    Args:
+      seed: key of the generator.
+      where: the use, then up to three places, all integers in [0, 2**64).
+      n: length.
+    """
+    return np.argsort(philox(seed, *where).random_raw(n), kind="stable")
+
+
+def philox(seed: int, *where: int) -> np.random.Philox:
+    """Philox placed by (seed, where); the counter's low word is left to count the draws."""
+    use, *place = where
+    counter = np.zeros(4, np.uint64)
+    counter[1 : 1 + len(place)] = place
+    return np.random.Philox(key=np.array([seed, use], np.uint64), counter=counter)
+
+
+class Order:
+    """Which sample stands at which position of which stream.
+
+    Methods are pure functions of their arguments; the caches only spare repeating a draw, hold
+    one epoch's pieces and a few windows per stream, and may be used from several threads.
+
+    Args:
+      shard_sizes: samples in each shard.
+      seed: in [0, 2**64).
+      num_streams: S.
+      window: pieces whose samples are shuffled together.
+
+    Raises:
+      UserError: fewer samples than streams, or a number out of range.
+    """
+
+    def __init__(self, shard_sizes: Sequence[int], *, seed: int, num_streams: int, window: int = 8):
+        sizes = np.asarray(shard_sizes, np.int64)
+        self.num_samples = n = int(sizes.sum())
+        if num_streams < 1 or window < 1 or not 0 <= seed < 2**64:
+            raise UserError(
+                f"num_streams={num_streams} and window={window} must be at least 1,"
+                f" and seed={seed} in [0, 2**64)"
+            )
+        if n < num_streams:
+            raise UserError(
+                f"{n} samples in {len(sizes)} shards cannot feed {num_streams} streams:"
+                f" set num_streams to at most {n}, or check the data pattern"
+            )
+        self.seed, self.num_streams, self.window = seed, num_streams, window
+        self._shard_starts = np.concatenate([[0], np.cumsum(sizes)])
+        self._pieces_of_epoch = lru_cache(maxsize=2 * num_streams)(self._draw_pieces)
+        self._samples_of_window = lru_cache(maxsize=2 * num_streams)(self._draw_window)
+
+    def stream_range(self, stream: int) -> tuple[int, int]:
+        """The samples [first, last) that a stream owns."""
+        n, streams = self.num_samples, self.num_streams
+        return stream * n // streams, (stream + 1) * n // streams
+
+    def sample_at(self, stream: int, position: int) -> tuple[int, int]:
+        """(sample id, epoch) at one position of one stream; a sample id is a place in the line."""
+        ids, epochs = self.samples_at(stream, position, 1)
+        return int(ids[0]), int(epochs[0])
+
+    def samples_at(
+        self, stream: int, position: int, count: int
+    ) -> tuple[Int64[np.ndarray, " count"], Int64[np.ndarray, " count"]]:
+        """(sample ids, epochs) at `count` positions of one stream from `position` on."""
+        first, last = self.stream_range(stream)
+        ids = np.empty(count, np.int64)
+        epochs = np.empty(count, np.int64)
+        done = 0
+        while done < count:
+            epoch, offset = divmod(position + done, last - first)
+            _, window_starts = self._pieces_of_epoch(stream, epoch)
+            # Windows are never empty, so the last start not beyond the offset is the window's.
+            w = int(np.searchsorted(window_starts, offset, side="right")) - 1
+            inside = offset - int(window_starts[w])
+            run = self._samples_of_window(stream, epoch, w)[inside : inside + count - done]
+            ids[done : done + len(run)] = run
+            epochs[done : done + len(run)] = epoch
+            done += len(run)
+        return ids, epochs
+
+    def _pieces(self, stream: int) -> Int64[np.ndarray, "pieces 2"]:
+        """The stream's range cut at shard boundaries: [first, last) of each piece."""
+        first, last = self.stream_range(stream)
+        starts = self._shard_starts
+        inner = starts[np.searchsorted(starts, first, "right") : np.searchsorted(starts, last)]
+        cuts = np.unique(np.concatenate([[first], inner, [last]]))  # empty shards repeat a start
+        return np.stack([cuts[:-1], cuts[1:]], axis=1)
+
+    def _draw_pieces(self, stream: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The epoch's pieces in their order [pieces, 2], and where each window starts."""
+        pieces = self._pieces(stream)
+        order = permutation(self.seed, _PIECES, stream, epoch, n=len(pieces))
+        pieces = pieces[order]
+        ends = np.cumsum(pieces[:, 1] - pieces[:, 0])
+        return pieces, np.concatenate([[0], ends])[: len(pieces) : self.window]
+
+    def _draw_window(self, stream: int, epoch: int, w: int) -> np.ndarray:
+        """The sample ids of one window, shuffled."""
+        pieces, _ = self._pieces_of_epoch(stream, epoch)
+        pieces = pieces[w * self.window : (w + 1) * self.window]
+        ids = np.concatenate([np.arange(first, last) for first, last in pieces])
+        return ids[permutation(self.seed, _WINDOW, stream, epoch, w, n=len(ids))]
+
+
+class BatchOrder:
+    """The rows of one host in each global batch.
+
+    Args:
+      order: the streams.
+      batch_size: rows of the global batch, a multiple of the streams.
+      process_index, process_count: this host's place, and the hosts, a divisor of the streams.
+
+    Raises:
+      UserError: a number that does not divide another.
+    """
+
+    def __init__(
+        self, order: Order, *, batch_size: int, process_index: int = 0, process_count: int = 1
+    ):
+        streams = order.num_streams
+        if batch_size < 1 or batch_size % streams:
+            raise UserError(
+                f"batch_size={batch_size} is not a multiple of num_streams={streams}: use a"
+                f" batch_size of {max(1, batch_size // streams) * streams}, or other num_streams"
+            )
+        if streams % process_count:
+            raise UserError(
+                f"num_streams={streams} is not a multiple of the {process_count} hosts:"
+                f" use num_streams={-(-streams // process_count) * process_count}"
+            )
+        self._order = order
+        self._each = batch_size // streams
+        self._first_stream = process_index * streams // process_count
+        self.rows = batch_size // process_count
+
+    def rows_at(
+        self, step: int, first: int, last: int
+    ) -> tuple[Int64[np.ndarray, " rows"], Int64[np.ndarray, " rows"]]:
+        """(sample ids, epochs) of this host's rows [first, last) of the batch at `step`."""
+        each = self._each
+        parts = []
+        while first < last:
+            stream, offset = divmod(first, each)
+            count = min(each - offset, last - first)
+            position = step * each + offset
+            parts.append(self._order.samples_at(self._first_stream + stream, position, count))
+            first += count
+        return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])

@@ -1,0 +1,140 @@
+"""The tokenizer of CLIP: lower-cased byte-pair encoding, 49,408 ids.
+
+Gives the ids of OpenAI's `clip.tokenize` (openai/CLIP `clip/simple_tokenizer.py`) for every Unicode
+text. Text is cleaned and split into words in Python, because the Rust library's regular expressions
+follow another Unicode version than the `regex` package (17,145 code points split differently);
+each new word is merged in Rust and then remembered.
+"""
+
+import gzip
+import html
+from collections.abc import Sequence
+from pathlib import Path
+
+import ftfy
+import numpy as np
+import regex
+from tokenizers.models import BPE
+
+from clip_jax.tokenizers.rows import fill_rows
+
+MERGES_PATH = Path(__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
+# The file holds more merges than the vocabulary has room for: the first 48,894 belong to CLIP.
+NUM_MERGES = 49_408 - 2 * 256 - 2
+START, END = "<|startoftext|>", "<|endoftext|>"
+END_OF_WORD = "</w>"
+
+WORD = regex.compile(
+    rf"{regex.escape(START)}|{regex.escape(END)}"
+    r"|'(?:s|t|re|ve|m|ll|d)"
+    r"|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+",
+    regex.IGNORECASE,
+)
+WHITESPACE = regex.compile(r"\s+")
+
+# Bounds on the memory of words already merged; English captions stay far below.
+MAX_REMEMBERED_WORDS = 1 << 18
+MAX_REMEMBERED_LENGTH = 64
+
+
+def byte_units() -> list[str]:
+    """The printable character that stands for each of the 256 bytes in the merges file.
+
+    Printable Latin-1 bytes stand for themselves, the others for the characters from U+0100 on.
+    """
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("ÿ") + 1)} - {0xAD}
+    others = [byte for byte in range(256) if byte not in printable]
+    return [chr(b) if b in printable else chr(256 + others.index(b)) for b in range(256)]
+
+
+def unescape(text: str) -> str:
+    """`html.unescape`, which raises on a numeric entity of more digits than `int` reads."""
+    try:
+        return html.unescape(text)
+    except ValueError:
+        return text
+
+
+def clean(text: str) -> str:
+    """Mojibake and HTML entities undone, white space collapsed, lower case."""
+    # ftfy has nothing to mend here, and is nine tenths of the time otherwise.
+    if not (text.isascii() and text.isprintable() and "&" not in text):
+        # Web pages escape twice: "&amp;amp;".
+        text = unescape(unescape(ftfy.fix_text(text)))
+    return WHITESPACE.sub(" ", text.strip()).strip().lower()
+
+
+class ClipTokenizer:
+    """The `Tokenizer` of CLIP; rows are start token, words, end token, zeros.
+
+    Thread-safe; pickles as a call to `make_clip_tokenizer`, so that loader processes can have one.
+    """
+
+    def __init__(self, merges_path: Path = MERGES_PATH):
+        lines = gzip.decompress(merges_path.read_bytes()).decode("utf-8").split("\n")
+        merges = []
+        for line in lines[1 : NUM_MERGES + 1]:
+            first, second = line.split()
+            merges.append((first, second))
+        self._units = byte_units()
+        # Ids 0-255 follow the order of the characters, not of the bytes they stand for.
+        singles = sorted(self._units)
+        pieces = singles + [unit + END_OF_WORD for unit in singles]
+        pieces += [first + second for first, second in merges]
+        self._bpe = BPE(
+            vocab={piece: i for i, piece in enumerate(pieces)},
+            merges=merges,
+            end_of_word_suffix=END_OF_WORD,
+        )
+        self.vocab_size = len(pieces) + 2
+        self.sot_id = len(pieces)
+        self.eot_id = len(pieces) + 1
+        self.pad_id = 0
+        byte_of = {unit: byte for byte, unit in enumerate(self._units)}
+        self._piece_bytes = [
+            bytes(byte_of[unit] for unit in piece.removesuffix(END_OF_WORD))
+            + b" " * piece.endswith(END_OF_WORD)
+            for piece in pieces
+        ]
+        # A caption may spell a special token out; OpenAI's tokenizer then gives its id.
+        self._special = {START: [self.sot_id], END: [self.eot_id]}
+        self._remembered: dict[str, list[int]] = {}
+
+    def __call__(self, texts: Sequence[str], context_length: int = 77) -> np.ndarray:
+        """Token ids, int32 [batch, context_length]; a text too long keeps its end token."""
+        texts = [texts] if isinstance(texts, str) else texts
+        rows = [[self.sot_id, *self.encode(text)] for text in texts]
+        return fill_rows(rows, context_length, eot_id=self.eot_id, pad_id=self.pad_id)
+
+    def __reduce__(self):
+        return make_clip_tokenizer, ()
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the words alone: no start token, no end token, no length limit."""
+        ids: list[int] = []
+        for word in WORD.findall(clean(text)):
+            ids += self._remembered.get(word) or self._encode_word(word)
+        return ids
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of one row of ids, up to its end token: lower case, a space after each word."""
+        ids = [int(i) for i in ids]
+        ids = ids[: ids.index(self.eot_id)] if self.eot_id in ids else ids
+        pieces = [self._piece_bytes[i] for i in ids if i != self.sot_id]
+        return b"".join(pieces).decode("utf-8", errors="replace").strip()
+
+    def _encode_word(self, word: str) -> list[int]:
+        if word in self._special:
+            return self._special[word]
+        units = "".join(self._units[byte] for byte in word.encode("utf-8"))
+        ids = [token.id for token in self._bpe.tokenize(units)]
+        if len(word) <= MAX_REMEMBERED_LENGTH:
+            if len(self._remembered) >= MAX_REMEMBERED_WORDS:
+                self._remembered = {}
+            self._remembered[word] = ids
+        return ids
+
+
+def make_clip_tokenizer() -> ClipTokenizer:
+    """The tokenizer of every OpenAI and open_clip CLIP model (vocabulary 49,408)."""
+    return ClipTokenizer()
