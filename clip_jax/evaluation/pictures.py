@@ -1,0 +1,204 @@
+"""Pictures of a model: its guesses under example images, and the curves of its training."""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageDraw, ImageFont
+
+from clip_jax.errors import UserError
+
+# Lengths in pixels.
+IMAGE_SIDE = 192
+CELL_WIDTH = 236
+PAD = 14
+LINE = 21
+FONT_SIZE = 14
+# Colours, red green blue.
+INK, GREY, GREEN = (32, 36, 42), (96, 103, 112), (11, 122, 61)
+BAR, GREEN_BAR, FRAME = (226, 231, 238), (196, 232, 207), (214, 218, 224)
+
+Guesses = Sequence[tuple[str, float]]
+
+CURVES = ("loss", "image_accuracy", "text_accuracy", "learning_rate", "logit_scale", "scale")
+
+
+def prediction_grid(
+    images: Sequence[UInt8[np.ndarray, "_ _ 3"]],
+    truths: Sequence[str],
+    guesses: Sequence[Guesses],
+    path: str | Path,
+    *,
+    columns: int = 6,
+) -> Path:
+    """Writes a PNG of images with their true name and first five guesses, right ones green.
+
+    Args:
+      images: of any sizes, uint8.
+      truths: the right name of each.
+      guesses: for each, (name, probability) pairs, likeliest first.
+
+    Raises UserError when there is no image.
+    """
+    if not len(images):
+        raise UserError("there are no images for a grid of predictions")
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    lines = max(len(of_one[:5]) for of_one in guesses)
+    cell_height = IMAGE_SIDE + (lines + 1) * LINE + 2 * PAD
+    page = Image.new("RGB", (columns * CELL_WIDTH + PAD, rows * cell_height + PAD), "white")
+    draw = ImageDraw.Draw(page)
+    font = ImageFont.load_default(FONT_SIZE)
+    for i, (image_HWC, truth, of_one) in enumerate(zip(images, truths, guesses, strict=True)):
+        x = PAD + i % columns * CELL_WIDTH
+        y = PAD + i // columns * cell_height
+        _draw_image(page, draw, image_HWC, x, y)
+        y += IMAGE_SIDE + PAD // 2
+        width = CELL_WIDTH - PAD
+        # Twice, half a pixel apart: the built-in font has no bold.
+        for shift in (0, 0.5):
+            draw.text((x + shift, y), _fit(draw, truth, font, width), INK, font)
+        for name, probability in of_one[:5]:
+            y += LINE
+            _draw_guess(draw, font, name, probability, name == truth, x, y, width)
+    return _save(page, Path(path))
+
+
+def _draw_image(
+    page: Image.Image, draw: ImageDraw.ImageDraw, image_HWC: np.ndarray, x: int, y: int
+) -> None:
+    image = Image.fromarray(image_HWC)
+    scale = IMAGE_SIDE / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    image = image.resize(size, Image.Resampling.BICUBIC)
+    x += (CELL_WIDTH - PAD - image.width) // 2
+    y += (IMAGE_SIDE - image.height) // 2
+    page.paste(image, (x, y))
+    draw.rectangle((x - 1, y - 1, x + image.width, y + image.height), outline=FRAME)
+
+
+def _draw_guess(
+    draw: ImageDraw.ImageDraw,
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+    name: str,
+    probability: float,
+    right: bool,
+    x: int,
+    y: int,
+    width: int,
+) -> None:
+    ink, bar = (GREEN, GREEN_BAR) if right else (GREY, BAR)
+    draw.rectangle((x, y, x + max(2, round(width * probability)), y + LINE - 3), fill=bar)
+    share = f"{probability:.1%}"
+    share_width = round(draw.textlength(share, font))
+    draw.text((x + 4, y + 1), _fit(draw, name, font, width - share_width - 16), ink, font)
+    draw.text((x + width - share_width - 4, y + 1), share, ink, font)
+
+
+def _fit(
+    draw: ImageDraw.ImageDraw,
+    text: str,
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+    width: int,
+) -> str:
+    """The text on one line, cut with an ellipsis where it would pass `width` pixels.
+
+    Characters outside the built-in font (it is Latin) show as empty boxes.
+    """
+    # Pillow raises on lone surrogates and measures no text of several lines.
+    text = " ".join(text.encode("utf-8", "replace").decode("utf-8").split())
+    shown = text
+    while shown and draw.textlength(shown, font) > width:
+        text = text[:-1]
+        shown = text.rstrip() + "…"
+    return shown
+
+
+def _save(page: Image.Image, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    page.save(partial, format="PNG")
+    os.replace(partial, path)
+    return path
+
+
+def loss_curve(metrics_jsonl_path: str | Path, png_path: str | Path) -> Path:
+    """Writes a PNG of a run's loss, both accuracies, learning rate and logit scale by step.
+
+    Reads JSON lines with `step` and any of `loss`, `image_accuracy`, `text_accuracy`,
+    `learning_rate`, and `logit_scale` (a logarithm) or `scale`. A panel without numbers is left
+    out. Values that are not finite leave a gap; a last line cut off in writing is passed over.
+
+    Raises UserError when the file cannot be read or has no step of training.
+    """
+    # A second to import, and a window system looked for: only where curves are drawn.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    curves = _read_curves(Path(metrics_jsonl_path))
+    if "logit_scale" in curves:
+        steps, logs = curves["logit_scale"]
+        # Bounded: a run that diverges may log a logarithm beyond what `exp` can hold.
+        curves["scale"] = steps, [math.exp(v) if v < 100 else math.nan for v in logs]
+    panels = [
+        ("loss", {"loss": "contrastive loss"}),
+        (
+            "accuracy in the batch",
+            {"image_accuracy": "image to text", "text_accuracy": "text to image"},
+        ),
+        ("learning rate", {"learning_rate": "learning rate"}),
+        ("logit scale (1 / temperature)", {"scale": "logit scale"}),
+    ]
+    panels = [(label, names) for label, names in panels if any(n in curves for n in names)]
+    figure = Figure(figsize=(10, 3.1 * -(-len(panels) // 2)), layout="constrained", dpi=130)
+    FigureCanvasAgg(figure)
+    for i, (label, names) in enumerate(panels):
+        axes = figure.add_subplot(-(-len(panels) // 2), min(2, len(panels)), i + 1)
+        for name, legend in names.items():
+            if name in curves:
+                axes.plot(*curves[name], label=legend, linewidth=1.3)
+        axes.set_xlabel("step")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        if len(names) > 1:
+            axes.legend(frameon=False)
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        if label == "learning rate":
+            axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    path = Path(png_path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    figure.savefig(partial, format="png")
+    os.replace(partial, path)
+    return path
+
+
+def _read_curves(path: Path) -> dict[str, tuple[list[int], list[float]]]:
+    """For each number in a metrics file, its steps and values."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"cannot read the metrics {path}: {error.strerror}") from error
+    curves: dict[str, tuple[list[int], list[float]]] = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            values = json.loads(line)
+            step = int(values.pop("step"))
+            # `float` reads the strings "NaN" and "Infinity" that stand for such numbers.
+            numbers = {k: float(v) for k, v in values.items() if k in CURVES and v is not None}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if number == len(lines):
+                break
+            raise UserError(f"{path} line {number} is not a line of metrics: {error}") from error
+        for name, value in numbers.items():
+            steps, points = curves.setdefault(name, ([], []))
+            steps.append(step)
+            points.append(value if math.isfinite(value) else math.nan)
+    if not curves:
+        raise UserError(f"{path} has no training step yet: there is no curve to draw")
+    return curves

@@ -1,0 +1,101 @@
+"""Zero-shot classification (CLIP paper, section 3.1): images against the embeddings of names."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Float32, Int
+
+from clip_jax.errors import UserError
+from clip_jax.evaluation.features import EncodeText, encode_padded, unit_rows
+from clip_jax.evaluation.prompts import check_templates
+from clip_jax.typing import Tokenizer
+
+# Features on the host at a time: 80 templates of 3,600 names would be a gigabyte.
+MAX_PROMPTS = 8192
+
+
+def class_embeddings(
+    encode_text: EncodeText,
+    tokenizer: Tokenizer,
+    class_names: Sequence[str],
+    templates: Sequence[str],
+    *,
+    batch_size: int,
+    context_length: int = 77,
+) -> Float32[np.ndarray, "M D"]:
+    """One unit vector a class: the mean of its prompts' unit features, made unit again.
+
+    The vectors of open_clip's `build_zero_shot_classifier`, transposed.
+
+    Args:
+      encode_text: int32 [batch_size, context_length] -> [batch_size, D].
+      class_names: M names, in label order.
+      templates: T prompts with "{}" for the name.
+      batch_size: prompts an `encode_text` call; with fewer prompts in all, their number.
+
+    Raises UserError when there is no class or a template lacks its "{}".
+    """
+    if not class_names:
+        raise UserError("there are no class names: zero-shot classification needs at least one")
+    templates = check_templates(templates)
+    classes_at_once = max(1, MAX_PROMPTS // len(templates))
+    batch_size = min(
+        batch_size, classes_at_once * len(templates), len(class_names) * len(templates)
+    )
+    parts = []
+    for start in range(0, len(class_names), classes_at_once):
+        names = class_names[start : start + classes_at_once]
+        tokens_BL = tokenizer(
+            [t.replace("{}", n) for n in names for t in templates], context_length
+        )
+        z_BD = encode_padded(encode_text, tokens_BL, batch_size)
+        parts.append(unit_rows(z_BD.reshape(len(names), len(templates), -1).mean(axis=1)))
+    return np.concatenate(parts)
+
+
+@functools.partial(jax.jit, static_argnames=("k",))
+def top_classes(
+    z_image_BD: Float[jax.Array | np.ndarray, "B D"],
+    class_MD: Float[jax.Array | np.ndarray, "M D"],
+    logit_scale: Float[jax.Array, ""] | float,
+    *,
+    k: int,
+) -> tuple[Int[jax.Array, "B k"], Float[jax.Array, "B k"]]:
+    """The k likeliest classes of each image, likeliest first, and their probabilities.
+
+    Both inputs have rows of unit length. Of equal classes the lower number comes first, as in
+    argmax. Probabilities are of a softmax over all M classes at this scale (not its logarithm).
+    """
+    # Matrix units round float32 inputs at the default precision, enough to swap close classes.
+    cosine_BM = jnp.matmul(z_image_BD, class_MD.T, precision=jax.lax.Precision.HIGHEST)
+    cosine_Bk, top_Bk = jax.lax.top_k(cosine_BM, k)
+    total_B1 = jax.nn.logsumexp(logit_scale * cosine_BM, axis=1, keepdims=True)
+    return top_Bk, jnp.exp(logit_scale * cosine_Bk - total_B1)
+
+
+def zero_shot_metrics(
+    top_Bk: Int[np.ndarray, "B k"], labels_B: Int[np.ndarray, " B"], *, num_classes: int
+) -> dict[str, float]:
+    """Accuracy as CLIP_benchmark's `zeroshot_classification` defines it.
+
+    Args:
+      top_Bk: each image's classes, likeliest first; k is at least min(5, num_classes).
+      labels_B: the right class of each image.
+
+    Returns:
+      acc1, acc5: share of images whose class is the first, or one of the first five; acc5 is NaN
+        under five classes.
+      mean_per_class_recall: acc1 of each class that has images, averaged over these classes.
+    """
+    right_B = top_Bk[:, 0] == labels_B
+    images_M = np.bincount(labels_B, minlength=num_classes)
+    recall_M = np.bincount(labels_B[right_B], minlength=num_classes) / np.maximum(images_M, 1)
+    in_five_B = (top_Bk[:, :5] == labels_B[:, None]).any(axis=1)
+    return {
+        "acc1": float(right_B.mean()),
+        "acc5": float(in_five_B.mean()) if num_classes >= 5 else float("nan"),
+        "mean_per_class_recall": float(recall_M[images_M > 0].mean()),
+    }
