@@ -1,0 +1,241 @@
+"""Save, verify and restore a run, over Orbax.
+
+Orbax keeps no checksum of array data: a flipped bit restores silently. So a digest of every
+array, computed on the device, travels in the checkpoint's `meta` item and is compared after
+reading; a checkpoint that fails is moved to `quarantine/` and the one before it is tried. Orbax
+also casts another dtype silently and knows nothing of the data: `meta` holds a fingerprint too.
+
+A checkpoint has three items: `model` (parameters and batch statistics), `train` (the step and
+the optimiser's state) and `meta` (JSON). The data order is a function of the step alone, so it
+needs no state of its own.
+"""
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from clip_jax.errors import UserError
+from clip_jax.sharding import path_name
+from clip_jax.state import TrainState
+
+FORMAT = 1
+FOLDER = "checkpoints"
+QUARANTINE = "quarantine"
+
+
+@jax.jit
+def _digests(tree: Any) -> list[jax.Array]:
+    return [_digest(x) for x in jax.tree.leaves(tree)]
+
+
+def _digest(x: jax.Array) -> jax.Array:
+    """A uint32 over an array's raw bits, the same however it is sharded.
+
+    The sum of bits weighted by odd numbers, modulo 2^32: a change of any one element changes
+    it, since an odd number has an inverse.
+    """
+    kinds = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
+    bits = jax.lax.bitcast_convert_type(x, kinds[x.dtype.itemsize]).astype(jnp.uint32)
+    weight = jnp.ones((), jnp.uint32)
+    stride = 2
+    for axis in reversed(range(x.ndim)):
+        weight = weight + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(
+            stride % 2**32
+        )
+        stride *= x.shape[axis]
+    return jnp.sum(bits * weight, dtype=jnp.uint32)
+
+
+def tree_digests(tree: Any) -> dict[str, int]:
+    """A digest for every array of a tree, by its path."""
+    names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    return {n: int(d) for n, d in zip(names, jax.device_get(_digests(tree)), strict=True)}
+
+
+class Checkpoints:
+    """The checkpoints of a work folder. Saving is asynchronous; `close` waits for it."""
+
+    def __init__(self, workdir: str | Path, *, keep: int = 1, read_only: bool = False) -> None:
+        self.folder = Path(workdir).absolute() / FOLDER
+        self._read_only = read_only
+        self._keep = keep
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        # Orbax warns through absl about choices that are made here on purpose.
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=checkpoint_managers.LatestN(self._keep),
+            cleanup_tmp_directories=not self._read_only,
+            create=not self._read_only,
+            read_only=self._read_only,
+        )
+        return ocp.CheckpointManager(self.folder, options=options)
+
+    def steps(self) -> list[int]:
+        """Steps with a committed checkpoint, newest first."""
+        self._manager.wait_until_finished()
+        return sorted(self._manager.all_steps(), reverse=True)
+
+    def save(self, state: TrainState, step: int, fingerprint: dict[str, Any]) -> None:
+        """Start saving the state after `step` updates; a step saved already is left alone."""
+        if step in self._manager.all_steps():
+            return
+        model, train = _items(state)
+        meta = {
+            "format": FORMAT,
+            "step": step,
+            "fingerprint": fingerprint,
+            "digests": tree_digests({"model": model, "train": train}),
+        }
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                model=ocp.args.StandardSave(model),
+                train=ocp.args.StandardSave(train),
+                meta=ocp.args.JsonSave(meta),
+            ),
+            force=True,
+        )
+
+    def restore(self, shapes: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """The newest undamaged state, laid out as `shapes`, and its meta; None without any.
+
+        Damaged checkpoints are moved into `quarantine/` and named on the way.
+
+        Raises:
+          UserError: there were checkpoints and none of them is whole, or they hold the arrays of
+            another model or optimiser.
+        """
+        model, train = _items(shapes)
+        found = self._restore({"model": model, "train": train})
+        if found is None:
+            return None
+        items, meta = found
+        state = TrainState(
+            step=items["train"]["step"],
+            params=items["model"]["params"],
+            batch_stats=items["model"]["batch_stats"],
+            opt_state=items["train"]["opt_state"],
+        )
+        return state, meta
+
+    def restore_model(self, shapes: Any) -> tuple[Any, dict[str, Any]] | None:
+        """The newest undamaged `{"params", "batch_stats"}` and its meta."""
+        found = self._restore({"model": shapes})
+        return None if found is None else (found[0]["model"], found[1])
+
+    def latest_meta(self) -> dict[str, Any] | None:
+        """The meta item of the newest checkpoint that has a readable one."""
+        for step in self.steps():
+            meta = self._read_meta(step)
+            if meta is not None:
+                return meta
+        return None
+
+    def _read_meta(self, step: int) -> dict[str, Any] | None:
+        try:
+            meta = json.loads((self.folder / str(step) / "meta" / "metadata").read_text())
+            return meta if meta.get("format") == FORMAT and "digests" in meta else None
+        except (OSError, ValueError, AttributeError):
+            return None
+
+    def _refuse_other_arrays(self, meta: dict[str, Any], shapes: dict[str, Any]) -> None:
+        saved = {name for name in meta["digests"] if name.split("/")[0] in shapes}
+        wanted = {path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)}
+        if saved != wanted:
+            raise UserError(
+                f"the checkpoints in {self.folder} hold other arrays than this model and "
+                f"optimiser have, the first is {min(saved ^ wanted)}; choose another --workdir"
+            )
+
+    def _restore(self, shapes: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        steps = self.steps()
+        for step in steps:
+            fault: str | None
+            meta = self._read_meta(step)
+            if meta is None:
+                fault = "its meta item is missing or unreadable"
+            else:
+                self._refuse_other_arrays(meta, shapes)
+                try:
+                    items = self._read(step, shapes)
+                    fault = _first_difference(items, meta["digests"])
+                except Exception as error:  # Orbax raises many kinds for a damaged file
+                    fault = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            if fault is None:
+                assert meta is not None
+                return items, meta
+            self._set_aside(step, fault)
+        if steps:
+            raise UserError(
+                f"none of the {len(steps)} checkpoints in {self.folder} can be read; "
+                "start again in another --workdir"
+            )
+        return None
+
+    def _read(self, step: int, shapes: dict[str, Any]) -> dict[str, Any]:
+        args = {name: ocp.args.StandardRestore(tree) for name, tree in shapes.items()}
+        restored = self._manager.restore(step, args=ocp.args.Composite(**args))
+        return {name: restored[name] for name in shapes}
+
+    def _set_aside(self, step: int, fault: str) -> None:
+        if self._read_only:
+            print(f"checkpoint {step} is damaged and left out ({fault})", flush=True)
+            return
+        target = self.folder.parent / QUARANTINE / str(step)
+        target.parent.mkdir(exist_ok=True)
+        number = 0
+        while target.exists():
+            number += 1
+            target = target.with_name(f"{step}-{number}")
+        self._manager.close()
+        (self.folder / str(step)).rename(target)
+        self._manager = self._open()
+        print(f"checkpoint {step} is damaged and moved to {target} ({fault})", flush=True)
+
+    def close(self) -> None:
+        """Wait for what is being saved, and let go."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def _items(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
+    model = {"params": state.params, "batch_stats": state.batch_stats}
+    return model, {"step": state.step, "opt_state": state.opt_state}
+
+
+def _first_difference(items: dict[str, Any], digests: dict[str, int]) -> str | None:
+    found = tree_digests(items)
+    expected = {k: v for k, v in digests.items() if k.split("/")[0] in items}
+    for name in sorted(found.keys() | expected.keys()):
+        if found.get(name) != expected.get(name):
+            return f"{name} differs from what was saved"
+    return None
+
+
+def check_fingerprint(saved: dict[str, Any], current: dict[str, Any], workdir: str | Path) -> None:
+    """Refuse to continue a run on other data, another model or another seed.
+
+    Raises:
+      UserError: a field differs; the line names it with both values.
+    """
+    for key in current | saved:
+        old, new = saved.get(key), current.get(key)
+        if old != new:
+            raise UserError(
+                f"the run in {workdir} was made with {key} = {_short(old)} and now it is "
+                f"{_short(new)}; continue with the old value or choose another --workdir"
+            )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value) if not dataclasses.is_dataclass(value) else str(value)
+    return text if len(text) <= 80 else text[:77] + "..."

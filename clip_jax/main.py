@@ -1,0 +1,80 @@
+"""Train: `python -m clip_jax.main --config experiments/X.py --workdir DIR [--config.a.b=value]`."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from clip_jax.config import known_keys, resolve, unknown_key_message
+from clip_jax.errors import UserError, run_command
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "An experiment file; --config.a.b=value overrides a field."
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and results.")
+_DRY_RUN = flags.DEFINE_bool(
+    "dry_run", False, "Print the config, parameters, mesh and bytes per device, and exit."
+)
+
+
+def parse(argv: Sequence[str]) -> ml_collections.ConfigDict:
+    """The experiment's config with its overrides.
+
+    Raises:
+      UserError: a flag, a config key or the experiment file is wrong.
+    """
+    known = known_keys()
+    for arg in argv[1:]:
+        key = arg.lstrip("-").removeprefix("config.").split("=")[0]
+        if arg.lstrip("-").startswith("config.") and key not in known:
+            raise UserError(unknown_key_message(key))
+    try:
+        rest = flags.FLAGS(list(argv))[1:]
+        config = _CONFIG.value
+        if config is not None:
+            config.to_dict()  # a file that could not be read says so only when it is used
+    except Exception as error:
+        raise UserError(_reason(error, argv)) from None
+    if rest:
+        raise UserError(f"unexpected argument {rest[0]!r}; fields are set as --config.a.b=value")
+    if config is None:
+        raise UserError("--config is missing; for example --config experiments/emoji.py")
+    return config
+
+
+def _reason(error: Exception, argv: Sequence[str]) -> str:
+    """One line on why the flags could not be parsed."""
+    text = str(error).strip()
+    in_file = "Traceback" in text or not isinstance(error, flags.Error)
+    if not in_file:
+        return " ".join(text.split())
+    # What the experiment file raises comes through ml_collections, at times as a whole traceback.
+    flat = " ".join(argv[1:]).replace("--config=", "--config ")
+    path = flat.partition("--config ")[2].split(" ")[0].partition(":")[0]
+    if not os.path.isfile(path):
+        return f"--config {path}: no such file (folder: {os.getcwd()})"
+    last = text.splitlines()[-1] if text else ""
+    kind = "" if "Traceback" in text else f"{type(error).__name__}: "
+    return f"experiment file {path}: {kind}{last}"
+
+
+def main() -> int:
+    """Parse the flags, resolve the config and train; the process's exit code."""
+    config = resolve(parse(sys.argv))
+    workdir = _WORKDIR.value
+    if workdir is None and not _DRY_RUN.value:
+        raise UserError("--workdir is missing; for example --workdir runs/emoji")
+    # Only now the heavy imports: a misspelt key answers at once.
+    from clip_jax import train, wiring
+
+    if workdir is None or _DRY_RUN.value:
+        print(wiring.describe(config))
+        return 0
+    return train.run(config, workdir)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,55 @@
+"""The device mesh: its axes, and how a host's batch is placed on it."""
+
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from clip_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+"""The axes that split the rows of a batch between them."""
+
+
+def make_mesh(*, data: int, fsdp: int, tensor: int) -> Mesh:
+    """A mesh over all devices; `data` -1 takes what the other axes leave.
+
+    Raises:
+      UserError: the product is not the number of devices.
+    """
+    devices = jax.device_count()
+    if data == -1:
+        data = max(1, devices // (fsdp * tensor))
+    if data * fsdp * tensor != devices:
+        raise UserError(
+            f"config.mesh asks for {data} x {fsdp} x {tensor} (data x fsdp x tensor) = "
+            f"{data * fsdp * tensor} devices and there are {devices}; "
+            "change config.mesh.fsdp and config.mesh.tensor so that their product divides that"
+        )
+    # Explicit axes, make_mesh's default, break linen's nn.Embed.
+    return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """In how many parts the rows of a batch are split."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def check_batch_size(batch_size: int, mesh: Mesh) -> None:
+    """Raises UserError when the mesh does not divide a global batch evenly."""
+    shards = batch_shards(mesh)
+    if batch_size % shards:
+        raise UserError(
+            f"config.train.batch_size {batch_size} is not a multiple of data x fsdp = "
+            f"{mesh.shape['data']} x {mesh.shape['fsdp']} = {shards} devices; "
+            f"the nearest that is: {max(shards, batch_size // shards * shards)}"
+        )
+
+
+def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Each process's rows of a batch, as global arrays split over the batch axes."""
+    sharding = NamedSharding(mesh, P(BATCH_AXES))
+    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}

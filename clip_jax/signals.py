@@ -1,0 +1,33 @@
+"""Ctrl-C and SIGTERM as a request to stop, so that a run can save first."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class StopRequest:
+    """The signal that asked the run to stop; 0 while none has."""
+
+    signal = 0
+
+
+@contextmanager
+def catch_signals() -> Iterator[StopRequest]:
+    """Turn the first Ctrl-C or SIGTERM into a request; a second one ends the process."""
+    request = StopRequest()
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        request.signal = number
+        print(f"\n{signal.Signals(number).name}: saving after this step, then exiting", flush=True)
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+    for s in before:
+        signal.signal(s, handle)
+    try:
+        yield request
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)

@@ -1,0 +1,82 @@
+"""Everything a step changes, made in place on the mesh."""
+
+import math
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from clip_jax.models.clip import CLIP
+from clip_jax.sharding import tree_shardings
+
+
+@flax.struct.dataclass
+class TrainState:
+    """The state of a run after `step` updates.
+
+    Attributes:
+      step: int32 scalar.
+      params: the model's parameters, float32.
+      batch_stats: a ResNet's running statistics; empty for a ViT.
+      opt_state: the optimiser's.
+    """
+
+    step: jax.Array
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+
+
+def init_variables(model: CLIP, seed: int) -> dict[str, Any]:
+    """Random parameters (and batch statistics) by the paper's initialisation; traceable."""
+    size, length = model.config.vision.image_size, model.config.text.context_length
+    images_BHWC = jnp.zeros((1, size, size, 3))
+    tokens_BL = jnp.zeros((1, length), jnp.int32)
+    return dict(model.init(jax.random.key(seed), images_BHWC, tokens_BL))
+
+
+def state_shapes(model: CLIP, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """A state of ShapeDtypeStructs with their shardings; allocates nothing."""
+    shapes = jax.eval_shape(lambda: _init(model, optimizer, 0))
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes,
+        tree_shardings(shapes, mesh),
+    )
+
+
+def init_state(
+    model: CLIP, optimizer: optax.GradientTransformation, shapes: TrainState, seed: int
+) -> TrainState:
+    """A fresh state laid out as `shapes`, each device making its own part of it."""
+    shardings = jax.tree.map(lambda x: x.sharding, shapes)
+    return jax.jit(lambda: _init(model, optimizer, seed), out_shardings=shardings)()
+
+
+def _init(model: CLIP, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    variables = init_variables(model, seed)
+    params = variables["params"]
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        batch_stats=variables.get("batch_stats", {}),
+        opt_state=optimizer.init(params),
+    )
+
+
+def parameter_counts(params: Any) -> dict[str, int]:
+    """Parameters of each tower, of the rest, and in all."""
+    visual = sum(x.size for x in jax.tree.leaves(params["visual"]))
+    text = sum(x.size for x in jax.tree.leaves(params["text"]))
+    total = sum(x.size for x in jax.tree.leaves(params))
+    return {"image": visual, "text": text, "other": total - visual - text, "total": total}
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes of a tree's arrays (or shapes with shardings) on one device."""
+    return sum(
+        x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree)
+    )

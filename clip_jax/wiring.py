@@ -1,0 +1,155 @@
+"""The parts of a run, made from its config: model, optimiser, mesh, loss, step and loader."""
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from clip_jax.augment import make_color_jitter
+from clip_jax.config import Config
+from clip_jax.data.images import IMAGE_MEAN, IMAGE_STD
+from clip_jax.data.loader import Loader, make_train_loader
+from clip_jax.data.sources import ShardIndex
+from clip_jax.losses import make_loss
+from clip_jax.mesh import batch_shards, check_batch_size, make_mesh
+from clip_jax.models.clip import CLIP, CLIPConfig
+from clip_jax.models.flops import image_flops, text_flops
+from clip_jax.models.zoo import model_config
+from clip_jax.optim import make_optimizer, make_schedule
+from clip_jax.state import TrainState, device_bytes, parameter_counts, state_shapes
+from clip_jax.step import TrainStep, make_train_step
+from clip_jax.tokenizers import make_tokenizer
+from clip_jax.typing import Tokenizer
+from clip_jax.workdir import model_to_json
+
+
+@dataclasses.dataclass(frozen=True)
+class Wiring:
+    """The parts of a run that need no data: model, optimiser, mesh and the state's layout."""
+
+    mesh: Mesh
+    tokenizer: Tokenizer
+    model: CLIP
+    schedule: optax.Schedule
+    optimizer: optax.GradientTransformation
+    shapes: TrainState
+
+
+def sized_model(name: str, tokenizer: Tokenizer) -> CLIPConfig:
+    """A row of the zoo, its text tower sized for a tokenizer."""
+    config = model_config(name)
+    text = dataclasses.replace(
+        config.text, vocab_size=tokenizer.vocab_size, eot_id=tokenizer.eot_id
+    )
+    return dataclasses.replace(config, text=text)
+
+
+def wire(config: Config, steps: int) -> Wiring:
+    """Build what a run of this many steps needs, allocating nothing on devices.
+
+    Raises:
+      UserError: the model, the tokenizer or the mesh does not fit the config.
+    """
+    mesh = make_mesh(**dataclasses.asdict(config.mesh))
+    check_batch_size(config.train.batch_size, mesh)
+    tokenizer = make_tokenizer(config.data.tokenizer)
+    sizes = sized_model(config.model.name, tokenizer)
+    if config.train.loss == "sigmoid":
+        # Where SigLIP begins (arXiv:2303.15343, section 3.2).
+        sizes = dataclasses.replace(sizes, init_logit_scale=math.log(10.0), init_logit_bias=-10.0)
+    model = CLIP(sizes, dtype=jnp.dtype(config.model.dtype))
+    o = dataclasses.asdict(config.optim)
+    schedule = make_schedule(o.pop("learning_rate"), o.pop("warmup_steps"), steps)
+    optimizer = make_optimizer(schedule, **o)
+    shapes = state_shapes(model, optimizer, mesh)
+    return Wiring(mesh, tokenizer, model, schedule, optimizer, shapes)
+
+
+def describe(config: Config) -> str:
+    """What `--dry_run` prints: the config, parameters, mesh, and bytes per device."""
+    w = wire(config, max(1, config.train.steps))  # epochs would need the data; no shape does
+    counts = parameter_counts(w.shapes.params)
+    c = w.model.config
+    rows = config.train.batch_size // batch_shards(w.mesh)
+    size, length = c.vision.image_size, c.text.context_length
+    mesh = " x ".join(f"{axis}={n}" for axis, n in w.mesh.shape.items())
+    mib = 1 / 2**20
+    lines = [
+        json.dumps(dataclasses.asdict(config), indent=2),
+        f"model       {config.model.name}: image tower {counts['image']:,} parameters, "
+        f"text tower {counts['text']:,}, in all {counts['total']:,}",
+        f"forward     {image_flops(c) / 1e9:.2f} GFLOP an image, "
+        f"{text_flops(c, length) / 1e9:.2f} GFLOP a caption of {length} tokens",
+        f"mesh        {mesh} over {jax.device_count()} {jax.devices()[0].device_kind} devices",
+        f"per device  {rows} pairs of the global batch of {config.train.batch_size:,}",
+        f"            parameters {device_bytes(w.shapes.params) * mib:,.1f} MiB, "
+        f"optimiser {device_bytes(w.shapes.opt_state) * mib:,.1f} MiB, "
+        f"images {rows * size * size * 3 * mib:,.1f} MiB (activations come on top)",
+    ]
+    return "\n".join(lines)
+
+
+def run_fingerprint(config: Config, w: Wiring, data: str, pairs: int) -> dict[str, Any]:
+    """What must not change when a run goes on."""
+    return {
+        "config.model.name": config.model.name,
+        "config.seed": config.seed,
+        "config.model.dtype": config.model.dtype,
+        "the model's sizes": model_to_json(w.model.config),
+        "config.train.batch_size": config.train.batch_size,
+        "config.train.loss": config.train.loss,
+        "config.data.streams": config.data.streams,
+        "config.data.window": config.data.window,
+        "config.data.crop_scale": list(config.data.crop_scale),
+        "config.data.crop_ratio": list(config.data.crop_ratio),
+        "config.data.color_jitter": list(config.data.color_jitter),
+        "the number of training pairs": pairs,
+        "the training data's fingerprint": data,
+    }
+
+
+def make_step(config: Config, w: Wiring) -> TrainStep:
+    """The jitted step of a run."""
+    loss_fn = make_loss(
+        config.train.loss,
+        mesh=w.mesh,
+        tile_size=config.train.loss_tile,
+        mask_equal_captions=config.train.mask_equal_captions,
+    )
+    return make_train_step(
+        w.model,
+        loss_fn,
+        w.optimizer,
+        w.schedule,
+        w.shapes,
+        image_mean=IMAGE_MEAN,
+        image_std=IMAGE_STD,
+        color_jitter=make_color_jitter(config.data.color_jitter, seed=config.seed),
+    )
+
+
+def make_loader(config: Config, w: Wiring, indexes: list[ShardIndex], start: int) -> Loader:
+    """This process's batches from step `start` on."""
+    d = config.data
+    return make_train_loader(
+        indexes,
+        w.tokenizer,
+        image_size=w.model.config.vision.image_size,
+        context_length=w.model.config.text.context_length,
+        batch_size=config.train.batch_size,
+        seed=config.seed,
+        start_step=start,
+        num_streams=d.streams,
+        window=d.window,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        threads=d.threads,
+        crop_scale=d.crop_scale,
+        crop_ratio=d.crop_ratio,
+        cache_bytes=d.cache_bytes,
+    )
