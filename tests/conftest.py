@@ -1,0 +1,35 @@
+"""Eight virtual CPU devices for every test, set before JAX starts its backend."""
+
+import os
+import tempfile
+
+from jaxtyping import install_import_hook
+from quick import QUICK
+
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {QUICK}"
+os.environ["JAX_PLATFORMS"] = "cpu"
+# A program that several tests share is compiled once.
+_CACHE = tempfile.TemporaryDirectory(prefix="clip_jax_test_programs_")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+
+
+CHECKED = ("models", "losses", "data", "evaluation", "augment", "step")
+
+
+def check_devices() -> None:
+    import jax
+
+    if jax.device_count() != 8:
+        raise RuntimeError(
+            f"tests need 8 virtual CPU devices and found {jax.device_count()}: "
+            "JAX was started before tests/conftest.py could set XLA_FLAGS"
+        )
+
+
+check_devices()
+# The array types in signatures are checked at every call (at trace time under jit).
+install_import_hook(
+    [f"clip_jax.{room}" for room in CHECKED],
+    "beartype.beartype",
+)

@@ -1,0 +1,156 @@
+"""Zero-shot and retrieval numbers against open_clip and CLIP_benchmark themselves."""
+
+import numpy as np
+import pytest
+
+from clip_jax.evaluation.evaluate import evaluate
+from clip_jax.evaluation.retrieval import retrieval_metrics
+from clip_jax.evaluation.zero_shot import class_embeddings
+from clip_jax.tokenizers import make_clip_tokenizer
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("open_clip")
+pytest.importorskip("clip_benchmark")
+
+
+NAMES = ["tench", "goldfish", "great white shark", "hen", "ostrich", "café chair", "hen"]
+TEMPLATES = ["a photo of a {}.", "itap of the {}.", "{}"]
+D = 24
+
+
+class Encoder(torch.nn.Module):
+    """Two random linear maps under CLIP's method names."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.words = torch.randn(49408, D, generator=generator)
+        self.pixels = torch.randn(4 * 4 * 3, D, generator=generator)
+
+    def encode_text(self, tokens, normalize=False):
+        z = (self.words[tokens.long()] * (tokens > 0)[..., None]).sum(1)
+        return torch.nn.functional.normalize(z, dim=-1) if normalize else z
+
+    def encode_image(self, images, normalize=False):
+        z = (images.float() / 255 - 0.5).flatten(1) @ self.pixels
+        return torch.nn.functional.normalize(z, dim=-1) if normalize else z
+
+
+ENCODER = Encoder()
+
+
+def encode_text(tokens_BL):
+    return ENCODER.encode_text(torch.from_numpy(np.ascontiguousarray(tokens_BL))).numpy()
+
+
+def encode_image(images_BHWC):
+    return ENCODER.encode_image(torch.from_numpy(images_BHWC)).numpy()
+
+
+def torch_tokenizer(texts):
+    return torch.from_numpy(make_clip_tokenizer()(texts))
+
+
+def test_class_embeddings():
+    from open_clip import build_zero_shot_classifier
+
+    theirs = build_zero_shot_classifier(ENCODER, torch_tokenizer, NAMES, TEMPLATES)
+    ours = class_embeddings(encode_text, make_clip_tokenizer(), NAMES, TEMPLATES, batch_size=8)
+    # Unit vectors in float32, summed in another order.
+    np.testing.assert_allclose(ours, theirs.T.numpy(), atol=1e-6)
+
+
+# scikit-learn says that some classes have no image; both leave them out of the mean.
+@pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
+@pytest.mark.parametrize("num_classes", [3, 6])
+def test_zero_shot_metrics(num_classes, monkeypatch):
+    from clip_benchmark.metrics import zeroshot_classification
+
+    # CLIP_benchmark 1.6.2 calls float() on arrays of one element, which numpy 2.4 refuses.
+    def to_float(value):
+        return float(np.asarray(value).item())
+
+    monkeypatch.setattr(zeroshot_classification, "float", to_float, raising=False)
+    rng = np.random.default_rng(num_classes)
+    names = NAMES[:num_classes]
+    images = rng.integers(0, 256, (50, 4, 4, 3), dtype=np.uint8)
+    # The last class has no image at all.
+    labels = rng.integers(0, num_classes - 1, 50).astype(np.int32)
+
+    class Data(torch.utils.data.Dataset):
+        classes = names
+
+        def __len__(self):
+            return len(images)
+
+        def __getitem__(self, i):
+            return images[i], int(labels[i])
+
+    loader = torch.utils.data.DataLoader(Data(), batch_size=16)
+    theirs = zeroshot_classification.evaluate(
+        ENCODER,
+        loader,
+        torch_tokenizer,
+        names,
+        [t.replace("{}", "{c}") for t in TEMPLATES],
+        "cpu",
+        amp=False,
+    )
+    batches = [
+        {
+            "image": images[i : i + 16],
+            "label": labels[i : i + 16],
+            "ok": np.ones(16, bool)[: 50 - i],
+        }
+        for i in range(0, 50, 16)
+    ]
+    report = evaluate(
+        encode_image,
+        encode_text,
+        make_clip_tokenizer(),
+        batches,
+        names,
+        TEMPLATES,
+        dataset="toy",
+        model="toy",
+        progress=False,
+    )
+    (result,) = report["results"]
+    assert set(result["metrics"]) == set(theirs)
+    for name, value in theirs.items():
+        assert result["metrics"][name] == pytest.approx(value, nan_ok=True)
+
+
+def test_retrieval_metrics():
+    from clip_benchmark.metrics import zeroshot_retrieval
+
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (40, 4, 4, 3), dtype=np.uint8)
+    texts = [[f"text {i} {j} {rng.integers(99)}" for j in range(1 + i % 3)] for i in range(40)]
+    batches = [(torch.from_numpy(images[i : i + 16]), texts[i : i + 16]) for i in range(0, 40, 16)]
+    theirs = zeroshot_retrieval.evaluate(
+        ENCODER, batches, torch_tokenizer, "cpu", amp=False, recall_k_list=[1, 5, 10]
+    )
+    flat = [text for own in texts for text in own]
+    image_of_text = np.repeat(np.arange(40), [len(own) for own in texts])
+    unit = torch.nn.functional.normalize
+    with torch.no_grad():
+        z_image = unit(ENCODER.encode_image(torch.from_numpy(images)), dim=-1).numpy()
+        z_text = unit(ENCODER.encode_text(torch_tokenizer(flat)), dim=-1).numpy()
+    ours = retrieval_metrics(z_image, z_text, image_of_text)
+    assert ours == pytest.approx(theirs)
+
+    # Through the whole evaluation, padded batches and all; these captions are all different.
+    padded = [
+        {
+            "image": np.pad(images[i : i + 16], ((0, max(0, i - 24)), (0, 0), (0, 0), (0, 0))),
+            "captions": texts[i : i + 16] + [[]] * max(0, i - 24),
+            "ok": np.arange(i, i + 16) < 40,
+        }
+        for i in range(0, 40, 16)
+    ]
+    report = evaluate(
+        encode_image, encode_text, make_clip_tokenizer(), padded, [], [],
+        dataset="toy", model="toy", progress=False,
+    )  # fmt: skip
+    assert report["results"][0]["metrics"] == pytest.approx(theirs)

@@ -1,0 +1,348 @@
+"""Every loss, in both forms, on every mesh: one definition, in values and in gradients."""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from clip_jax.errors import UserError
+from clip_jax.losses import FORMS, LOSSES, make_loss
+from clip_jax.losses.tiled import tile_columns
+
+ROWS, FEATURES = 24, 16
+SCALE, BIAS = 20.0, -3.0
+
+# ((data, fsdp, tensor), tile size): 24 columns are 3 x 8 at 8, and 5 x 5 with one of padding at 5.
+PLACES = [
+    ((1, 1, 1), 5),
+    ((1, 1, 1), 1000),
+    ((1, 2, 1), 8),
+    ((2, 1, 2), 5),
+    ((2, 2, 1), 1),
+    ((4, 1, 2), 8),
+    ((2, 2, 2), 5),
+    ((2, 4, 1), 8),
+    ((8, 1, 1), 5),
+]
+MASKS = ["none", "bad rows", "equal captions", "both"]
+
+# Both sides are float32 with sums in another order: a few units in the last place (6e-8 each) of
+# numbers that partly cancel, measured against the largest entry.
+FLOAT32 = 5e-6
+
+# Compiling is nearly all these tests' time; so LLVM leaves out what only makes the code faster.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+def make_mesh(shape):
+    devices = np.array(jax.devices()[: math.prod(shape)]).reshape(shape)
+    return Mesh(devices, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+
+
+def unit(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def make_batch(mask, rows=ROWS, features=FEATURES, seed=0):
+    rng = np.random.default_rng(seed)
+    z_image, z_text = (unit(rng.normal(size=(rows, features))) for _ in range(2))
+    ok, caption_id = np.ones(rows, bool), np.arange(rows, dtype=np.uint32) + 2**31
+    if mask in ("bad rows", "both"):
+        ok = rng.random(rows) > 0.3
+    if mask in ("equal captions", "both"):
+        caption_id = caption_id[rng.integers(0, rows // 2, rows)]
+    return np.float32(z_image), np.float32(z_text), ok, caption_id
+
+
+@functools.cache
+def compiled(name, form, shape=(1, 1, 1), tile_size=1024, mask_equal_captions=True):
+    """(z_image, z_text, scale, bias, ok, caption_id) -> (LossOutput, four gradients)."""
+    loss_fn = make_loss(
+        name,
+        mesh=make_mesh(shape),
+        tile_size=tile_size,
+        mask_equal_captions=mask_equal_captions,
+        form=form,
+    )
+
+    def loss(z_image, z_text, scale, bias, ok, caption_id):
+        output = loss_fn(z_image, z_text, scale, bias, ok, caption_id)
+        return output.loss, output
+
+    gradients = jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True)
+    step = jax.jit(gradients, compiler_options=QUICK)
+
+    def call(z_image, z_text, ok, caption_id, scale=SCALE, bias=BIAS):
+        scale, bias = jnp.float32(scale), jnp.float32(bias)
+        (_, output), gradients = step(z_image, z_text, scale, bias, ok, caption_id)
+        return output, gradients
+
+    return call
+
+
+def reference(name, z_image, z_text, scale, bias, ok, caption_id):
+    """The definition in float64, cell by cell: (loss, image accuracy, text accuracy)."""
+    logits = scale * z_image.astype(np.float64) @ z_text.astype(np.float64).T
+    good = np.flatnonzero(ok)
+    others = {i: [j for j in good if j != i and caption_id[i] != caption_id[j]] for i in good}
+    loss = image_hits = text_hits = 0.0
+    for i in good:
+        along_row, along_column = logits[i, others[i]], logits[others[i], i]
+        image_hits += bool(np.all(logits[i, i] > along_row))
+        text_hits += bool(np.all(logits[i, i] > along_column))
+        if name == "softmax":
+            for negatives in (along_row, along_column):
+                loss += np.logaddexp.reduce([logits[i, i], *negatives]) / 2 - logits[i, i] / 2
+        else:
+            loss += np.logaddexp(0, -(logits[i, i] + bias))
+            loss += np.sum(np.logaddexp(0, along_row + bias))
+    return np.array([loss, image_hits, text_hits]) / max(len(good), 1)
+
+
+def assert_close(actual, expected, tolerance=FLOAT32):
+    """Within `tolerance` of each expected array's largest entry."""
+    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * np.max(np.abs(y), initial=1e-3))
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(("shape", "tile_size"), PLACES)
+@pytest.mark.parametrize("name", LOSSES)
+def test_tiled_equals_dense_in_values_and_gradients(name, shape, tile_size, mask):
+    batch = make_batch(mask)
+    assert_close(compiled(name, "tiled", shape, tile_size)(*batch), compiled(name, "dense")(*batch))
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("name", LOSSES)
+def test_dense_is_the_definition(name, mask):
+    z_image, z_text, ok, caption_id = make_batch(mask)
+    output, _ = compiled(name, "dense")(z_image, z_text, ok, caption_id)
+    expected = reference(name, z_image, z_text, SCALE, BIAS, ok, caption_id)
+    np.testing.assert_allclose(np.array(output), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradients_are_slopes(name):
+    z_image, z_text, ok, caption_id = make_batch("both")
+    _, gradients = compiled(name, "tiled", (2, 2, 2), 5)(z_image, z_text, ok, caption_id)
+    rng = np.random.default_rng(1)
+    point = [np.float64(x) for x in (z_image, z_text, SCALE, BIAS)]
+    for k in range(4):
+        direction = rng.normal(size=point[k].shape)
+
+        def along(step, k=k, direction=direction):
+            moved = [x + step * direction if i == k else x for i, x in enumerate(point)]
+            return reference(name, *moved, ok, caption_id)[0]
+
+        # Central differences in float64: the step's own error is about 1e-9.
+        slope = (along(1e-5) - along(-1e-5)) / 2e-5
+        product = np.sum(np.float64(gradients[k]) * direction)
+        np.testing.assert_allclose(product, slope, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", LOSSES)
+def test_equal_captions_count_as_others_unless_masked(name, form):
+    z_image, z_text, ok, caption_id = make_batch("both")
+    plain = compiled(name, form, (2, 2, 2), 5, mask_equal_captions=False)
+    output, _ = plain(z_image, z_text, ok, caption_id)
+    distinct = np.arange(ROWS, dtype=np.uint32)
+    expected = reference(name, z_image, z_text, SCALE, BIAS, ok, distinct)
+    np.testing.assert_allclose(np.array(output), expected, rtol=1e-6)
+
+
+@settings(max_examples=5, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", LOSSES)
+def test_permuting_the_pairs_leaves_the_loss(name, form, seed):
+    batch = make_batch("both")
+    order = np.random.default_rng(seed).permutation(ROWS)
+    call = compiled(name, form, (2, 2, 2), 5)
+    output, gradients = call(*batch)
+    permuted, permuted_gradients = call(*(x[order] for x in batch))
+    assert_close(permuted, output)
+    assert_close(permuted_gradients[0], np.asarray(gradients[0])[order])
+    assert_close(permuted_gradients[1], np.asarray(gradients[1])[order])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", LOSSES)
+def test_what_a_bad_row_holds_cannot_matter(name, form):
+    z_image, z_text, ok, caption_id = make_batch("bad rows")
+    call = compiled(name, form, (2, 2, 2), 5)
+    output, gradients = call(z_image, z_text, ok, caption_id)
+    z_image, z_text = z_image.copy(), z_text.copy()
+    z_image[~ok], z_text[~ok] = np.nan, np.inf
+    spoilt, spoilt_gradients = call(z_image, z_text, ok, caption_id)
+    for x, y in zip(
+        jax.tree.leaves((spoilt, spoilt_gradients)), (*output, *gradients), strict=True
+    ):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+    assert not np.any(np.asarray(gradients[0])[~ok]) and not np.any(np.asarray(gradients[1])[~ok])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_good_row_that_is_not_finite_shows(name, form):
+    z_image, z_text, ok, caption_id = make_batch("none")
+    z_image = z_image.copy()
+    z_image[3, 2] = np.nan
+    output, _ = compiled(name, form, (2, 2, 2), 5)(z_image, z_text, ok, caption_id)
+    assert np.isnan(output.loss)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_good_row_is_no_loss(name, form):
+    z_image, z_text, _, caption_id = make_batch("none")
+    none = np.zeros(ROWS, bool)
+    result = compiled(name, form, (2, 2, 2), 5)(z_image, z_text, none, caption_id)
+    for x in jax.tree.leaves(result):
+        np.testing.assert_array_equal(np.asarray(x), np.zeros(x.shape))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", LOSSES)
+def test_one_good_row_has_no_negatives(name, form):
+    z_image, z_text, _, caption_id = make_batch("none")
+    ok = np.arange(ROWS) == 13
+    output, _ = compiled(name, form, (2, 2, 2), 5)(z_image, z_text, ok, caption_id)
+    expected = reference(name, z_image, z_text, SCALE, BIAS, ok, caption_id)
+    np.testing.assert_allclose(np.array(output), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_collapsed_features_at_scale_100_do_not_overflow(form):
+    z = np.zeros((ROWS, FEATURES), np.float32)
+    z[:, 0] = 1  # every cosine is exactly 1: all tie, and a tie is a miss
+    _, _, ok, caption_id = make_batch("none")
+    output, gradients = compiled("softmax", form, (2, 2, 2), 5)(z, z, ok, caption_id, scale=100.0)
+    # A logit of 100 has a unit in the last place of 8e-6.
+    np.testing.assert_allclose(np.array(output), [math.log(ROWS), 0, 0], atol=1.5e-5)
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(gradients))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_random_start_is_at_ln_n(form):
+    rows, features, scale = 256, 512, 1 / 0.07
+    batch = make_batch("none", rows, features)
+    output, _ = compiled("softmax", form, (8, 1, 1), 100)(*batch, scale=scale)
+    # Cosines of random directions have variance 1/D, hence the mean of exp(logit) adds s^2 / 2D.
+    assert abs(output.loss - (math.log(rows) + scale**2 / (2 * features))) < 0.1
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", LOSSES)
+def test_bfloat16_features_have_float32_sums(name, form):
+    z_image, z_text, ok, caption_id = make_batch("both")
+    z_image, z_text = (jnp.asarray(z, jnp.bfloat16) for z in (z_image, z_text))
+    output, gradients = compiled(name, form, (2, 2, 2), 5)(z_image, z_text, ok, caption_id)
+    exact = (np.asarray(z, np.float32) for z in (z_image, z_text))
+    expected, expected_gradients = compiled(name, "dense")(*exact, ok, caption_id)
+    assert output.loss.dtype == jnp.float32 and gradients[0].dtype == jnp.bfloat16
+    assert_close(output, expected)
+    assert_close(gradients[2:], expected_gradients[2:])
+    # One rounding to bfloat16's 8 bits, half a unit in the last place, and the float32 sums'.
+    for x, y in zip(gradients[:2], expected_gradients[:2], strict=True):
+        np.testing.assert_allclose(np.float32(x), np.float32(y), rtol=2**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("name", LOSSES)
+def test_replicated_parameters_get_the_single_device_gradient(name, shape):
+    """Not the device count times it: the trap of gradients taken inside shard_map."""
+    z_image, z_text, ok, caption_id = make_batch("both")
+    rng = np.random.default_rng(2)
+    params = {
+        "image": np.float32(rng.normal(size=(FEATURES, FEATURES))),
+        "text": np.float32(rng.normal(size=(FEATURES, FEATURES))),
+        "logit_scale": np.float32(2.0),
+        "bias": np.float32(-1.0),
+    }
+
+    def gradients(loss_fn, sharding):
+        @functools.partial(jax.jit, compiler_options=QUICK)
+        @jax.grad
+        def gradient(params, x_image, x_text, ok, caption_id):
+            z_image, z_text = x_image @ params["image"], x_text @ params["text"]
+            z_image, z_text = (
+                z / jnp.linalg.norm(z, axis=1, keepdims=True) for z in (z_image, z_text)
+            )
+            scale = jnp.exp(params["logit_scale"])
+            # Three times the loss: the cotangent that comes in counts too.
+            return 3 * loss_fn(z_image, z_text, scale, params["bias"], ok, caption_id).loss
+
+        batch = (z_image, z_text, ok, caption_id)
+        if sharding is not None:
+            batch = jax.device_put(batch, sharding)
+        return gradient(params, *batch)
+
+    mesh = make_mesh(shape)
+    tiled = make_loss(name, mesh=mesh, tile_size=5, mask_equal_captions=True)
+    dense = make_loss(name, mesh=mesh, mask_equal_captions=True, form="dense")
+    rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    assert_close(gradients(tiled, rows), gradients(dense, None))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_one_gather_one_reduce_scatter_and_no_matrix(name):
+    rows, devices, tile_size = 1024, 8, 64
+    mesh = make_mesh((4, 2, 1))
+    z = jax.ShapeDtypeStruct((rows, FEATURES), jnp.float32)
+    scalar = jax.ShapeDtypeStruct((), jnp.float32)
+    ok = jax.ShapeDtypeStruct((rows,), bool)
+    caption_id = jax.ShapeDtypeStruct((rows,), jnp.uint32)
+    loss_fn = make_loss(name, mesh=mesh, tile_size=tile_size, mask_equal_captions=True)
+
+    def loss(*inputs):
+        return loss_fn(*inputs).loss
+
+    r, a = (
+        NamedSharding(mesh, spec) for spec in (PartitionSpec(("data", "fsdp")), PartitionSpec())
+    )
+    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3)), in_shardings=(r, r, a, a, r, r))
+    executable = step.lower(z, z, scalar, scalar, ok, caption_id).compile()
+    text = executable.as_text()
+    results = re.findall(r"= (\S+) (all-gather|reduce-scatter)(?:-start)?\(", text)
+    gathers = [shape for shape, kind in results if kind == "all-gather" and shape.startswith("f32")]
+    assert [x.split("{")[0] for x in gathers] == [f"f32[{rows},{FEATURES}]"]
+    assert [kind for _, kind in results].count("reduce-scatter") == 1
+    share = rows // devices
+    assert f"[{share},{tile_size}]" in text  # the tiles are there,
+    assert f"[{rows},{rows}]" not in text and f"[{share},{rows}]" not in text  # and no more
+    assert executable.memory_analysis().temp_size_in_bytes < share * rows * 4
+
+
+@settings(max_examples=50, deadline=None)
+@given(rows=st.integers(1, 5000), tile_size=st.integers(1, 6000))
+def test_tiles_hold_every_column_with_little_padding(rows, tile_size):
+    tiles, columns = tile_columns(rows, tile_size)
+    assert columns <= tile_size
+    assert 0 <= tiles * columns - rows < tiles
+    assert tiles == -(-rows // tile_size)
+
+
+def test_mistakes_are_named():
+    mesh = make_mesh((2, 2, 2))
+    with pytest.raises(UserError, match=r"'hinge'; known are: softmax, sigmoid"):
+        make_loss("hinge", mesh=mesh, mask_equal_captions=True)
+    with pytest.raises(UserError, match=r"'ring'; known are: tiled, dense"):
+        make_loss("softmax", mesh=mesh, mask_equal_captions=True, form="ring")
+    with pytest.raises(UserError, match=r"\['batch'\] are not in the mesh"):
+        make_loss("softmax", mesh=mesh, mask_equal_captions=True, batch_axes=("batch",))
+    with pytest.raises(UserError, match="tile_size is 0"):
+        make_loss("softmax", mesh=mesh, mask_equal_captions=True, tile_size=0)
+    loss_fn = make_loss("softmax", mesh=mesh, mask_equal_captions=True)
+    z_image, z_text, ok, caption_id = make_batch("none", rows=6)
+    with pytest.raises(UserError, match=r"6 rows does not split over 4 devices \(data x fsdp\)"):
+        loss_fn(z_image, z_text, 1.0, 0.0, ok, caption_id)
