@@ -29,7 +29,7 @@ train: data/emoji/tokenizer.model ## install, then train on the emoji set and ev
 	$(BIN)/python -m clip_jax.main --config experiments/emoji.py --workdir $(WORKDIR)
 
 test: $(VENV)/.installed ## install, then run the tests
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n logical --maxprocesses 8 --dist worksteal
 
 test-slow: $(VENV)/.installed ## the tests that take longer
 	$(BIN)/python -m pytest -m slow

@@ -61,7 +61,7 @@ def make_train_step(
         images_BHWC = normalize_images(images_BHWC, image_mean, image_std)
         variables = {"params": params, "batch_stats": batch_stats}
         (z_image_BD, z_text_BD), updated = model.apply(
-            variables, images_BHWC, batch["text"], train=True, mutable=["batch_stats"]
+            variables, images_BHWC, batch["text"], True, batch["ok"], mutable=["batch_stats"]
         )
         out = loss_fn(
             z_image_BD,

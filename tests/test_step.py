@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_models import make_tokens
-from tiny import RESNET, TINY, VIT
+from tiny import CONVNET, RESNET, TINY, VIT
 
 from clip_jax.augment import make_color_jitter
 from clip_jax.losses import make_loss
@@ -124,17 +124,19 @@ def test_first_loss_is_the_definitions():
     assert float(metrics["loss"]) == pytest.approx(np.mean(terms), rel=1e-5)
 
 
-def test_bad_rows_do_not_count():
+@pytest.mark.parametrize("config", [VIT, CONVNET], ids=["vit", "convnet"])
+def test_bad_rows_do_not_count(config):
+    """Not in the loss, and not in the batch statistics either."""
     mesh = make_mesh(data=8, fsdp=1, tensor=1)
-    batch = make_batch(VIT)
+    batch = make_batch(config)
     other = {k: v.copy() for k, v in batch.items()}
     other["image"][5] = 255 - other["image"][5]
     other["text"][5] = other["text"][6]
     results = []
     for b in (batch, other):
-        state, step = make_all(VIT, mesh)
+        state, step = make_all(config, mesh)
         state, metrics = step(state, place_batch(b, mesh))
-        results.append((jax.device_get(state.params), float(metrics["loss"])))
+        results.append((jax.device_get(state), float(metrics["loss"])))
     assert results[0][1] == results[1][1]
     jax.tree.map(np.testing.assert_array_equal, results[0][0], results[1][0])
 

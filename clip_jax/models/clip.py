@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from clip_jax.models.convnet import ConvNet, ConvNetConfig
 from clip_jax.models.resnet import ModifiedResNet, ResNetConfig
@@ -76,10 +76,13 @@ class CLIP(nn.Module):
         return VisionTransformer(c.vision, c.embed_dim, c.activation, self.read_early, self.dtype)
 
     def encode_image(
-        self, images_BHWC: Float[Array, "B H W 3"], train: bool = False
+        self,
+        images_BHWC: Float[Array, "B H W 3"],
+        train: bool = False,
+        ok_B: Bool[Array, " B"] | None = None,
     ) -> Float[Array, "B D"]:
-        """Image features, not of unit length."""
-        return self.visual(images_BHWC, train)
+        """Image features, not of unit length; rows not `ok` have no part in batch statistics."""
+        return self.visual(images_BHWC, train, ok_B)
 
     def encode_text(self, tokens_BL: Int[Array, "B L"]) -> Float[Array, "B D"]:
         """Text features, not of unit length."""
@@ -90,8 +93,9 @@ class CLIP(nn.Module):
         images_BHWC: Float[Array, "B H W 3"],
         tokens_BL: Int[Array, "B L"],
         train: bool = False,
+        ok_B: Bool[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B D"], Float[Array, "B D"]]:
         """Image and text features of unit length, float32."""
-        image_features = unit_length(self.encode_image(images_BHWC, train))
+        image_features = unit_length(self.encode_image(images_BHWC, train, ok_B))
         text_features = unit_length(self.encode_text(tokens_BL))
         return image_features, text_features

@@ -11,9 +11,9 @@ import dataclasses
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from clip_jax.models.convolution import batch_norm, conv
+from clip_jax.models.convolution import batch_norm, conv, statistics_mask
 from clip_jax.models.layers import LayerNorm, normal, torch_uniform
 
 
@@ -46,13 +46,17 @@ class ConvNet(nn.Module):
 
     @nn.compact
     def __call__(
-        self, images_BHWC: Float[Array, "B H W 3"], train: bool = False
+        self,
+        images_BHWC: Float[Array, "B H W 3"],
+        train: bool = False,
+        ok_B: Bool[Array, " B"] | None = None,
     ) -> Float[Array, "B D"]:
         """Features of normalised images, not of unit length.
 
-        With `train` the batch's own statistics are used, and the running ones updated where the
-        caller makes `batch_stats` mutable.
+        With `train` the statistics of the batch's good rows are used (all are where `ok_B` is
+        None), and the running ones updated where the caller makes `batch_stats` mutable.
         """
+        mask = statistics_mask(ok_B)
         first, *rest = self.config.features
         size = self.config.patch_size
         x_BHWD = nn.Conv(
@@ -65,11 +69,12 @@ class ConvNet(nn.Module):
             dtype=self.dtype,
             name="conv1",
         )(images_BHWC)
-        x_BHWD = nn.relu(batch_norm(train, dtype=self.dtype, name="bn1")(x_BHWD))
+        x_BHWD = nn.relu(batch_norm(train, dtype=self.dtype, name="bn1")(x_BHWD, mask=mask))
         for i, features in enumerate(rest, start=2):
             fan_in = x_BHWD.shape[-1]
             x_BHWD = conv(features, 3, fan_in, stride=2, dtype=self.dtype, name=f"conv{i}")(x_BHWD)
-            x_BHWD = nn.relu(batch_norm(train, dtype=self.dtype, name=f"bn{i}")(x_BHWD))
+            norm = batch_norm(train, dtype=self.dtype, name=f"bn{i}")
+            x_BHWD = nn.relu(norm(x_BHWD, mask=mask))
         x_BD = LayerNorm(name="ln_post")(x_BHWD.reshape(x_BHWD.shape[0], -1))
         width = x_BD.shape[-1]
         projection_DD = self.param("proj", normal(width**-0.5), (width, self.embed_dim))

@@ -1,7 +1,9 @@
 """Convolution and batch norm with PyTorch's padding, initialisation and momentum."""
 
 import flax.linen as nn
+import jax.numpy as jnp
 from jax.typing import DTypeLike
+from jaxtyping import Array, Bool
 
 from clip_jax.models.layers import torch_uniform
 
@@ -23,13 +25,24 @@ def conv(
     )
 
 
+def statistics_mask(ok_B: Bool[Array, " B"] | None) -> Bool[Array, "B 1 1 1"] | None:
+    """Which pictures a batch norm's statistics are taken of: the good ones.
+
+    Of all where none is good, so that such a batch has a variance at all.
+    """
+    if ok_B is None:
+        return None
+    return (ok_B | ~jnp.any(ok_B))[:, None, None, None]
+
+
 def batch_norm(
     train: bool, *, zero_scale: bool = False, dtype: DTypeLike, name: str
 ) -> nn.BatchNorm:
     """PyTorch's epsilon and momentum (0.1 there is 0.9 here).
 
-    Under one jitted step over a mesh the statistics are those of the global batch. The running
-    variance is the biased one, where PyTorch keeps the unbiased: n / (n - 1) apart.
+    Under one jitted step over a mesh the statistics are those of the global batch; call it with
+    `mask=statistics_mask(ok_B)`, so that a picture that could not be read has no part in them. The
+    running variance is the biased one, where PyTorch keeps the unbiased: n / (n - 1) apart.
     """
     init = nn.initializers.zeros if zero_scale else nn.initializers.ones
     return nn.BatchNorm(

@@ -85,7 +85,10 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        norm = nn.LayerNorm(epsilon=LAYER_NORM_EPS, dtype=jnp.float32, name="norm")
+        # Flax's fast variance, E[x^2] - E[x]^2, cancels where the mean is large.
+        norm = nn.LayerNorm(
+            epsilon=LAYER_NORM_EPS, dtype=jnp.float32, use_fast_variance=False, name="norm"
+        )
         # share_scope keeps `scale` and `bias` directly under this module's own name.
         nn.share_scope(self, norm)
         return norm(x.astype(jnp.float32)).astype(x.dtype)

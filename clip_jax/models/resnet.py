@@ -10,9 +10,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from clip_jax.models.convolution import batch_norm, conv
+from clip_jax.models.convolution import batch_norm, conv, statistics_mask
 from clip_jax.models.layers import normal, torch_uniform
 
 EXPANSION = 4  # a bottleneck's output features over its inner ones
@@ -61,25 +61,25 @@ class Bottleneck(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x_BHWC: Array, train: bool) -> Array:
+    def __call__(self, x_BHWC: Array, train: bool, mask: Array | None) -> Array:
         fan_in, out = x_BHWC.shape[-1], self.width * EXPANSION
 
         def norm(name: str, *, zero_scale: bool = False) -> nn.BatchNorm:
             return batch_norm(train, zero_scale=zero_scale, dtype=self.dtype, name=name)
 
         y = conv(self.width, 1, fan_in, dtype=self.dtype, name="conv1")(x_BHWC)
-        y = nn.relu(norm("bn1")(y))
+        y = nn.relu(norm("bn1")(y, mask=mask))
         y = conv(self.width, 3, self.width, dtype=self.dtype, name="conv2")(y)
-        y = nn.relu(norm("bn2")(y))
+        y = nn.relu(norm("bn2")(y, mask=mask))
         y = average_pool(y, self.stride)
         y = conv(out, 1, self.width, dtype=self.dtype, name="conv3")(y)
         # A zero scale makes every block start as the identity.
-        y = norm("bn3", zero_scale=True)(y)
+        y = norm("bn3", zero_scale=True)(y, mask=mask)
 
         if self.stride > 1 or fan_in != out:
             x_BHWC = average_pool(x_BHWC, self.stride)
             x_BHWC = conv(out, 1, fan_in, dtype=self.dtype, name="downsample_0")(x_BHWC)
-            x_BHWC = norm("downsample_1")(x_BHWC)
+            x_BHWC = norm("downsample_1")(x_BHWC, mask=mask)
         return nn.relu(y + x_BHWC)
 
 
@@ -130,23 +130,27 @@ class ModifiedResNet(nn.Module):
 
     @nn.compact
     def __call__(
-        self, images_BHWC: Float[Array, "B H W 3"], train: bool = False
+        self,
+        images_BHWC: Float[Array, "B H W 3"],
+        train: bool = False,
+        ok_B: Bool[Array, " B"] | None = None,
     ) -> Float[Array, "B D"]:
         """Features of normalised images, not of unit length.
 
-        With `train` the batch's own statistics are used, and the running ones updated where the
-        caller makes `batch_stats` mutable.
+        With `train` the statistics of the batch's good rows are used (all are where `ok_B` is
+        None), and the running ones updated where the caller makes `batch_stats` mutable.
         """
+        mask = statistics_mask(ok_B)
         c = self.config
         x = images_BHWC.astype(self.dtype)
         half = c.width // 2
         for i, (features, stride) in enumerate([(half, 2), (half, 1), (c.width, 1)], start=1):
             x = conv(features, 3, x.shape[-1], stride=stride, dtype=self.dtype, name=f"conv{i}")(x)
-            x = nn.relu(batch_norm(train, dtype=self.dtype, name=f"bn{i}")(x))
+            x = nn.relu(batch_norm(train, dtype=self.dtype, name=f"bn{i}")(x, mask=mask))
         x = average_pool(x, 2)
         for stage, blocks in enumerate(c.layers):
             for i in range(blocks):
                 stride = 2 if stage > 0 and i == 0 else 1
                 name = f"layer{stage + 1}_{i}"
-                x = Bottleneck(c.width * 2**stage, stride, self.dtype, name=name)(x, train)
+                x = Bottleneck(c.width * 2**stage, stride, self.dtype, name=name)(x, train, mask)
         return AttentionPool(c.heads, self.embed_dim, self.dtype, name="attnpool")(x)

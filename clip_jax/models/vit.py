@@ -5,7 +5,7 @@ import dataclasses
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from clip_jax.models.layers import LayerNorm, Transformer, normal, torch_uniform, vision_block_init
 
@@ -49,10 +49,13 @@ class VisionTransformer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, images_BHWC: Float[Array, "B H W 3"], train: bool = False
+        self,
+        images_BHWC: Float[Array, "B H W 3"],
+        train: bool = False,
+        ok_B: Bool[Array, " B"] | None = None,
     ) -> Float[Array, "B D"]:
-        """Features of normalised images, not of unit length. `train` changes nothing here."""
-        del train
+        """Features of normalised images, not of unit length; `train` and `ok_B` change nothing."""
+        del train, ok_B
         c = self.config
         size = c.patch_size
         x_BHWD = nn.Conv(
