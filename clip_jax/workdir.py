@@ -46,11 +46,19 @@ def model_to_json(config: CLIPConfig) -> dict[str, Any]:
 
 
 def model_from_json(values: dict[str, Any]) -> CLIPConfig:
-    """The sizes `model_to_json` wrote."""
-    vision = dict(values["vision"])
+    """The sizes `model_to_json` wrote.
+
+    Folders written before each tower had its own activation hold one of the whole model.
+    """
+    vision, text = dict(values["vision"]), dict(values["text"])
+    rest = {k: v for k, v in values.items() if k not in ("vision", "text", "activation")}
     cls = VISION_KINDS[vision.pop("kind")]
     vision = {k: tuple(v) if isinstance(v, list) else v for k, v in vision.items()}
-    return CLIPConfig(**{**values, "vision": cls(**vision), "text": TextConfig(**values["text"])})
+    if "activation" in values:
+        text["activation"] = values["activation"]
+        if cls is ViTConfig:
+            vision["activation"] = values["activation"]
+    return CLIPConfig(**rest, vision=cls(**vision), text=TextConfig(**text))
 
 
 def write_description(workdir: Path, description: Description) -> Description:

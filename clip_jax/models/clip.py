@@ -8,6 +8,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from clip_jax.errors import UserError
 from clip_jax.models.convnet import ConvNet, ConvNetConfig
 from clip_jax.models.resnet import ModifiedResNet, ResNetConfig
 from clip_jax.models.text import TextConfig, TextTransformer
@@ -24,7 +25,6 @@ class CLIPConfig:
     Attributes:
       embed_dim: features of the shared space.
       vision, text: the towers.
-      activation: of both towers' MLPs, a name in `layers.ACTIVATIONS`.
       init_logit_scale: the logarithm of the scale at the start.
       init_logit_bias: added to the logits by the sigmoid loss; None makes no such parameter.
     """
@@ -32,9 +32,19 @@ class CLIPConfig:
     embed_dim: int
     vision: ViTConfig | ResNetConfig | ConvNetConfig
     text: TextConfig
-    activation: str = "quick_gelu"
     init_logit_scale: float = INITIAL_LOGIT_SCALE
     init_logit_bias: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, tower in (("vision", self.vision), ("text", self.text)):
+            # The other image towers always end on a projection.
+            if not isinstance(tower, ViTConfig | TextConfig) or tower.project:
+                continue
+            if tower.width != self.embed_dim:
+                raise UserError(
+                    f"{name}.project is False, so its width, {tower.width}, must equal embed_dim, "
+                    f"{self.embed_dim}"
+                )
 
 
 def unit_length(z_BD: Float[Array, "B D"]) -> Float[Array, "B D"]:
@@ -61,7 +71,7 @@ class CLIP(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.visual = self._image_tower()
-        self.text = TextTransformer(c.text, c.embed_dim, c.activation, self.read_early, self.dtype)
+        self.text = TextTransformer(c.text, c.embed_dim, self.read_early, self.dtype)
         constant = nn.initializers.constant
         self.logit_scale = self.param("logit_scale", constant(c.init_logit_scale), ())
         if c.init_logit_bias is not None:
@@ -73,7 +83,7 @@ class CLIP(nn.Module):
             return ModifiedResNet(c.vision, c.embed_dim, self.dtype)
         if isinstance(c.vision, ConvNetConfig):
             return ConvNet(c.vision, c.embed_dim, self.dtype)
-        return VisionTransformer(c.vision, c.embed_dim, c.activation, self.read_early, self.dtype)
+        return VisionTransformer(c.vision, c.embed_dim, self.read_early, self.dtype)
 
     def encode_image(
         self,

@@ -13,19 +13,27 @@ from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
 
 
-def _blocks(length: int, width: int, mlp_width: int, layers: int) -> int:
-    """Residual blocks over `length` positions, the last one read at a single position."""
+def _blocks(length: int, width: int, mlp_width: int, layers: int, *, read_one: bool) -> int:
+    """Residual blocks over `length` positions, the last one perhaps read at a single one."""
     matrices = 4 * width * width + 2 * width * mlp_width
     whole = 2 * length * matrices + 4 * length * length * width
-    # Keys and values everywhere; query, out-projection and MLP once; one row of attention.
-    last = 2 * (length * 2 * width**2 + matrices - 2 * width**2) + 4 * length * width
+    last = _one_query(length, width, mlp_width) if read_one else whole
     return (layers - 1) * whole + last
 
 
+def _one_query(length: int, width: int, mlp_width: int) -> int:
+    """Attention of one query over `length` positions, and an MLP of its result."""
+    # Keys and values everywhere; query, out-projection and MLP once; one row of attention.
+    once = 2 * width * width + 2 * width * mlp_width
+    return 2 * (length * 2 * width**2 + once) + 4 * length * width
+
+
 def _vit(c: ViTConfig, embed_dim: int) -> int:
-    patches = c.grid_size**2
-    embed = 2 * patches * 3 * c.patch_size**2 * c.width
-    return embed + _blocks(patches + 1, c.width, c.mlp_width, c.layers) + 2 * c.width * embed_dim
+    total = 2 * c.grid_size**2 * 3 * c.patch_size**2 * c.width
+    total += _blocks(c.length, c.width, c.mlp_width, c.layers, read_one=c.pool == "token")
+    if c.pool == "map":
+        total += _one_query(c.grid_size**2, c.width, c.mlp_width)
+    return total + 2 * c.width * embed_dim * c.project
 
 
 def _convnet(c: ConvNetConfig, embed_dim: int) -> int:
@@ -72,7 +80,8 @@ def image_flops(config: CLIPConfig) -> int:
 def text_flops(config: CLIPConfig, length: int) -> int:
     """Operations to embed one caption of `length` tokens (after trimming)."""
     c: TextConfig = config.text
-    return _blocks(length, c.width, c.mlp_width, c.layers) + 2 * c.width * config.embed_dim
+    blocks = _blocks(length, c.width, c.mlp_width, c.layers, read_one=True)
+    return blocks + 2 * c.width * config.embed_dim * c.project
 
 
 def train_flops_per_pair(config: CLIPConfig, length: int) -> int:

@@ -1,7 +1,7 @@
 """The pieces both transformers share: activations, initialisers, attention, one residual block."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import flax.linen as nn
 import jax
@@ -9,9 +9,11 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from clip_jax.errors import UserError
+
 Initializer = Callable[..., jax.Array]
 
-LAYER_NORM_EPS = 1e-5  # PyTorch's default, which CLIP was trained with; flax's is 1e-6
+LAYER_NORM_EPS = 1e-5  # PyTorch's default, which CLIP was trained with; SigLIP has flax's 1e-6
 
 
 def quick_gelu(x: Array) -> Array:
@@ -24,7 +26,18 @@ def gelu(x: Array) -> Array:
     return jax.nn.gelu(x, approximate=False)
 
 
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
+def gelu_tanh(x: Array) -> Array:
+    """The tanh approximation: big_vision's, which trained SigLIP."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu, "gelu_tanh": gelu_tanh}
+
+
+def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    """Refuse a config's field that is none of its choices."""
+    if value not in choices:
+        raise UserError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
 
 
 def uniform(bound: float) -> Initializer:
@@ -46,14 +59,21 @@ def torch_uniform(fan_in: int) -> Initializer:
     return uniform(fan_in**-0.5)
 
 
+def zeros(fan_in: int) -> Initializer:
+    """Zeros, whatever the fan-in."""
+    del fan_in
+    return nn.initializers.zeros
+
+
 @dataclasses.dataclass(frozen=True)
 class BlockInit:
-    """Initialisers of a residual block's four matrices."""
+    """Initialisers of a residual block's four matrices, and of the MLP's biases by fan-in."""
 
     attention_in: Initializer
     attention_out: Initializer
     c_fc: Initializer
     c_proj: Initializer
+    mlp_bias: Callable[[int], Initializer] = torch_uniform
 
 
 def vision_block_init(width: int, mlp_width: int) -> BlockInit:
@@ -67,6 +87,13 @@ def vision_block_init(width: int, mlp_width: int) -> BlockInit:
         c_fc=torch_uniform(width),
         c_proj=torch_uniform(mlp_width),
     )
+
+
+def timm_block_init() -> BlockInit:
+    """timm's `init_weights_vit_timm`, from which open_clip starts SigLIP's image towers."""
+    # trunc_normal_ cuts at 2, which is a hundred deviations: a plain normal.
+    small = normal(0.02)
+    return BlockInit(small, small, small, small, mlp_bias=zeros)
 
 
 def text_block_init(width: int, layers: int) -> BlockInit:
@@ -83,11 +110,13 @@ def text_block_init(width: int, layers: int) -> BlockInit:
 class LayerNorm(nn.Module):
     """Layer normalisation computed in float32, returned in the input's dtype."""
 
+    epsilon: float = LAYER_NORM_EPS
+
     @nn.compact
     def __call__(self, x: Array) -> Array:
         # Flax's fast variance, E[x^2] - E[x]^2, cancels where the mean is large.
         norm = nn.LayerNorm(
-            epsilon=LAYER_NORM_EPS, dtype=jnp.float32, use_fast_variance=False, name="norm"
+            epsilon=self.epsilon, dtype=jnp.float32, use_fast_variance=False, name="norm"
         )
         # share_scope keeps `scale` and `bias` directly under this module's own name.
         nn.share_scope(self, norm)
@@ -150,17 +179,28 @@ class MLP(nn.Module):
         h = nn.Dense(
             self.mlp_width,
             kernel_init=self.block_init.c_fc,
-            bias_init=torch_uniform(width),
+            bias_init=self.block_init.mlp_bias(width),
             dtype=self.dtype,
             name="c_fc",
         )(x)
         return nn.Dense(
             width,
             kernel_init=self.block_init.c_proj,
-            bias_init=torch_uniform(self.mlp_width),
+            bias_init=self.block_init.mlp_bias(self.mlp_width),
             dtype=self.dtype,
             name="c_proj",
         )(ACTIVATIONS[self.activation](h))
+
+
+class LayerScale(nn.Module):
+    """Every feature times a learned gain, `initial` at the start (Touvron et al. 2021, CaiT)."""
+
+    initial: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        gamma_D = self.param("gamma", nn.initializers.constant(self.initial), (x.shape[-1],))
+        return x * gamma_D.astype(x.dtype)
 
 
 def read_rows(x_BLD: Float[Array, "B L D"], at_B: Int[Array, " B"]) -> Float[Array, "B 1 D"]:
@@ -168,14 +208,32 @@ def read_rows(x_BLD: Float[Array, "B L D"], at_B: Int[Array, " B"]) -> Float[Arr
     return jnp.take_along_axis(x_BLD, at_B[:, None, None], axis=1)
 
 
-class ResidualBlock(nn.Module):
-    """Pre-LN attention and MLP, each with a residual connection."""
+@dataclasses.dataclass(frozen=True)
+class BlockConfig:
+    """What the blocks of a stack have in common.
+
+    Attributes:
+      heads, mlp_width: sizes; the width is the input's.
+      activation: of the MLP, a name in `ACTIVATIONS`.
+      norm_eps: of the layer norms.
+      init: of the matrices.
+      is_causal: a row sees itself and those before it.
+      layer_scale: start of the gains on both residual branches; None has no such gains.
+    """
 
     heads: int
     mlp_width: int
     activation: str
-    block_init: BlockInit
-    is_causal: bool
+    norm_eps: float
+    init: BlockInit
+    is_causal: bool = False
+    layer_scale: float | None = None
+
+
+class ResidualBlock(nn.Module):
+    """Pre-LN attention and MLP, each with a residual connection."""
+
+    config: BlockConfig
     dtype: DTypeLike
 
     @nn.compact
@@ -185,54 +243,47 @@ class ResidualBlock(nn.Module):
         Equal to the full block read there, because a row of the output depends on the other
         rows through keys and values alone: its query, out-projection and MLP are its own.
         """
-        attention = Attention(self.heads, self.block_init, self.dtype, name="attn")
-        h_BLD = LayerNorm(name="ln_1")(x_BLD)
+        c = self.config
+        attention = Attention(c.heads, c.init, self.dtype, name="attn")
+        h_BLD = LayerNorm(c.norm_eps, name="ln_1")(x_BLD)
         if read_at_B is None:
-            x_BLD = x_BLD + attention(h_BLD, h_BLD, is_causal=self.is_causal)
+            y_BLD = attention(h_BLD, h_BLD, is_causal=c.is_causal)
         else:
-            visible_B = read_at_B + 1 if self.is_causal else None
-            query_B1D = read_rows(h_BLD, read_at_B)
-            x_BLD = read_rows(x_BLD, read_at_B) + attention(query_B1D, h_BLD, visible_B=visible_B)
-        mlp = MLP(self.mlp_width, self.activation, self.block_init, self.dtype, name="mlp")
-        return x_BLD + mlp(LayerNorm(name="ln_2")(x_BLD))
+            visible_B = read_at_B + 1 if c.is_causal else None
+            y_BLD = attention(read_rows(h_BLD, read_at_B), h_BLD, visible_B=visible_B)
+            x_BLD = read_rows(x_BLD, read_at_B)
+        x_BLD = x_BLD + self._scaled(y_BLD, "ls_1")
+        mlp = MLP(c.mlp_width, c.activation, c.init, self.dtype, name="mlp")
+        y_BLD = mlp(LayerNorm(c.norm_eps, name="ln_2")(x_BLD))
+        return x_BLD + self._scaled(y_BLD, "ls_2")
+
+    def _scaled(self, y_BLD: Array, name: str) -> Array:
+        initial = self.config.layer_scale
+        return y_BLD if initial is None else LayerScale(initial, name=name)(y_BLD)
 
 
 class Transformer(nn.Module):
-    """A stack of residual blocks, read at one position a sequence.
+    """A stack of residual blocks.
 
     Attributes:
-      layers, heads, mlp_width: the sizes; the width is the input's.
-      read_early: compute the last block only at the position that is read. False is the plain
-        form the tests compare with.
+      read_early: where one position is read, compute the last block only there. False is the
+        plain form the tests compare with.
     """
 
     layers: int
-    heads: int
-    mlp_width: int
-    activation: str
-    block_init: BlockInit
-    is_causal: bool
+    block: BlockConfig
     read_early: bool
     dtype: DTypeLike
 
     @nn.compact
     def __call__(
-        self, x_BLD: Float[Array, "B L D"], read_at_B: Int[Array, " B"]
-    ) -> Float[Array, "B D"]:
+        self, x_BLD: Float[Array, "B L D"], read_at_B: Int[Array, " B"] | None = None
+    ) -> Float[Array, "B l D"]:
+        """All rows, or with `read_at_B` that one of every sequence: l is L or 1."""
         for i in range(self.layers):
-            block = ResidualBlock(
-                self.heads,
-                self.mlp_width,
-                self.activation,
-                self.block_init,
-                self.is_causal,
-                self.dtype,
-                name=f"resblocks_{i}",
-            )
-            if self.read_early and i == self.layers - 1:
-                x_BLD = block(x_BLD, read_at_B)
-            else:
-                x_BLD = block(x_BLD)
-        if not self.read_early:
+            block = ResidualBlock(self.block, self.dtype, name=f"resblocks_{i}")
+            is_last = i == self.layers - 1
+            x_BLD = block(x_BLD, read_at_B if self.read_early and is_last else None)
+        if read_at_B is not None and not self.read_early:
             x_BLD = read_rows(x_BLD, read_at_B)
-        return x_BLD[:, 0]
+        return x_BLD

@@ -1,4 +1,4 @@
-"""The causal text transformer of CLIP (paper section 2.4; OpenAI `clip/model.py` CLIP)."""
+"""The text transformer of CLIP and SigLIP (Radford et al. 2021, section 2.4; Zhai et al. 2023)."""
 
 import dataclasses
 
@@ -7,19 +7,37 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from clip_jax.models.layers import LayerNorm, Transformer, normal, text_block_init
+from clip_jax.models.layers import (
+    ACTIVATIONS,
+    LAYER_NORM_EPS,
+    BlockConfig,
+    LayerNorm,
+    Transformer,
+    check_choice,
+    normal,
+    text_block_init,
+)
+
+POOLS = ("end", "last")
 
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """Sizes of a text transformer.
+    """Sizes of a text transformer, and what sets its family apart.
 
     Attributes:
+      width, layers, heads: of the transformer.
       context_length: longest sequence, tokens, the start and end tokens included.
       vocab_size: entries of the token embedding.
-      width, layers, heads: of the transformer.
-      eot_id: the end-of-text token, where a sequence is read.
+      eot_id: the end-of-text token, where pool "end" reads a sequence.
       mlp_ratio: hidden features of the MLP over the width.
+      activation: of the MLPs, a name in `layers.ACTIVATIONS`.
+      norm_eps: of the layer norms.
+      causal: a token sees itself and those before it; else all tokens, the padding too.
+      pool: what is read: "end", the first end token (CLIP); "last", the last position, which
+        mostly holds padding (SigLIP and CLIPA, whose rows always have the full length).
+      project: a matrix to the shared space follows; without it the width is `embed_dim`.
+      proj_bias: that projection has a bias (SigLIP).
     """
 
     width: int
@@ -29,10 +47,28 @@ class TextConfig:
     vocab_size: int = 49_408
     eot_id: int = 49_407
     mlp_ratio: float = 4.0
+    activation: str = "quick_gelu"
+    norm_eps: float = LAYER_NORM_EPS
+    causal: bool = True
+    pool: str = "end"
+    project: bool = True
+    proj_bias: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("text.activation", self.activation, ACTIVATIONS)
+        check_choice("text.pool", self.pool, POOLS)
 
     @property
     def mlp_width(self) -> int:
         return int(self.width * self.mlp_ratio)
+
+    @property
+    def trimmable(self) -> bool:
+        """Whether cutting rows behind their end tokens leaves the features as they are.
+
+        Elsewhere padding is seen or read, and a row must come at the full `context_length`.
+        """
+        return self.causal and self.pool == "end"
 
 
 def end_positions(tokens_BL: Int[Array, "B L"], eot_id: int) -> Int[Array, " B"]:
@@ -44,15 +80,14 @@ def end_positions(tokens_BL: Int[Array, "B L"], eot_id: int) -> Int[Array, " B"]
 
 
 class TextTransformer(nn.Module):
-    """Tokens to features: embedding, positions, causal blocks, ln_final, end token, projection.
+    """Tokens to features: embedding, positions, blocks, the read, ln_final, projection.
 
-    A row may be shorter than `context_length`: what stands behind the end token cannot matter in
-    a causal tower, so the caller trims it.
+    A row may be shorter than `context_length`: in a `trimmable` tower what stands behind the end
+    token cannot matter, and the caller cuts it.
     """
 
     config: TextConfig
     embed_dim: int
-    activation: str
     read_early: bool = True
     dtype: DTypeLike = jnp.float32
 
@@ -60,6 +95,7 @@ class TextTransformer(nn.Module):
     def __call__(self, tokens_BL: Int[Array, "B L"]) -> Float[Array, "B D"]:
         """Features of token rows, not of unit length."""
         c = self.config
+        batch, length = tokens_BL.shape
         x_BLD = nn.Embed(
             c.vocab_size,
             c.width,
@@ -69,21 +105,33 @@ class TextTransformer(nn.Module):
         )(tokens_BL)
         shape = (c.context_length, c.width)
         position_LD = self.param("positional_embedding", normal(0.01), shape)
-        x_BLD = x_BLD + position_LD[: tokens_BL.shape[1]].astype(x_BLD.dtype)
+        x_BLD = x_BLD + position_LD[:length].astype(x_BLD.dtype)
 
-        x_BD = Transformer(
-            c.layers,
+        block = BlockConfig(
             c.heads,
             c.mlp_width,
-            self.activation,
+            c.activation,
+            c.norm_eps,
             text_block_init(c.width, c.layers),
-            is_causal=True,
-            read_early=self.read_early,
-            dtype=self.dtype,
-            name="transformer",
-        )(x_BLD, end_positions(tokens_BL, c.eot_id))
+            is_causal=c.causal,
+        )
+        if c.pool == "end":
+            read_at_B = end_positions(tokens_BL, c.eot_id)
+        else:
+            read_at_B = jnp.full(batch, length - 1, jnp.int32)
+        transformer = Transformer(c.layers, block, self.read_early, self.dtype, name="transformer")
+        x_BD = transformer(x_BLD, read_at_B)[:, 0]
         # Layer norm works on each row alone, so it may follow the read instead of preceding it.
-        x_BD = LayerNorm(name="ln_final")(x_BD)
-        shape = (c.width, self.embed_dim)
-        projection_DD = self.param("text_projection", normal(c.width**-0.5), shape)
-        return x_BD @ projection_DD.astype(x_BD.dtype)
+        x_BD = LayerNorm(c.norm_eps, name="ln_final")(x_BD)
+        return self._project(x_BD) if c.project else x_BD
+
+    def _project(self, x_BD: Float[Array, "B W"]) -> Float[Array, "B D"]:
+        width = self.config.width
+        shape = (width, self.embed_dim)
+        projection_DD = self.param("text_projection", normal(width**-0.5), shape)
+        x_BD = x_BD @ projection_DD.astype(x_BD.dtype)
+        if self.config.proj_bias:
+            zeros = nn.initializers.zeros
+            bias_D = self.param("text_projection_bias", zeros, (self.embed_dim,))
+            x_BD = x_BD + bias_D.astype(x_BD.dtype)
+        return x_BD

@@ -1,4 +1,4 @@
-"""The Vision Transformer of CLIP (paper section 2.4; OpenAI `clip/model.py` VisionTransformer)."""
+"""The Vision Transformer of CLIP, CLIPA and SigLIP (Radford et al. 2021, section 2.4)."""
 
 import dataclasses
 
@@ -7,18 +7,43 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from clip_jax.models.layers import LayerNorm, Transformer, normal, torch_uniform, vision_block_init
+from clip_jax.errors import UserError
+from clip_jax.models.layers import (
+    ACTIVATIONS,
+    LAYER_NORM_EPS,
+    BlockConfig,
+    LayerNorm,
+    Transformer,
+    check_choice,
+    normal,
+    timm_block_init,
+    torch_uniform,
+    vision_block_init,
+)
+from clip_jax.models.map_head import MAPHead
+
+POOLS = ("token", "average", "map")
 
 
 @dataclasses.dataclass(frozen=True)
 class ViTConfig:
-    """Sizes of an image transformer.
+    """Sizes of an image transformer, and what sets its family apart.
 
     Attributes:
-      image_size: side of the square input, pixels.
+      image_size: side of the square input, pixels; what a last, partial patch would hold is cut.
       patch_size: side of a square patch, pixels.
       width, layers, heads: of the transformer; a head is width / heads features wide.
       mlp_ratio: hidden features of the MLP over the width.
+      activation: of the MLPs, a name in `layers.ACTIVATIONS`.
+      norm_eps: of the layer norms.
+      pool: how one vector is made of all: "token", the class token (CLIP); "average", the mean of
+        the patches (CLIPA); "map", attention of a learned query, with an MLP (SigLIP).
+      norm_after_pool: ln_post follows the average (CLIPA) instead of preceding it.
+      class_token: a learned row stands before the patches (CLIP and CLIPA).
+      pre_norm: ln_pre stands before the blocks (CLIP).
+      patch_bias: the patch convolution has a bias (SigLIP).
+      layer_scale: start of learned gains on the residual branches; None has none.
+      project: a matrix to the shared space follows; without it the width is `embed_dim`.
     """
 
     image_size: int
@@ -27,6 +52,21 @@ class ViTConfig:
     layers: int
     heads: int
     mlp_ratio: float = 4.0
+    activation: str = "quick_gelu"
+    norm_eps: float = LAYER_NORM_EPS
+    pool: str = "token"
+    norm_after_pool: bool = False
+    class_token: bool = True
+    pre_norm: bool = True
+    patch_bias: bool = False
+    layer_scale: float | None = None
+    project: bool = True
+
+    def __post_init__(self) -> None:
+        check_choice("vision.activation", self.activation, ACTIVATIONS)
+        check_choice("vision.pool", self.pool, POOLS)
+        if self.pool == "token" and not self.class_token:
+            raise UserError("vision.pool is 'token' without a class token; set class_token")
 
     @property
     def grid_size(self) -> int:
@@ -34,16 +74,33 @@ class ViTConfig:
         return self.image_size // self.patch_size
 
     @property
+    def length(self) -> int:
+        """Rows of the sequence: the patches, and the class token."""
+        return self.grid_size**2 + self.class_token
+
+    @property
     def mlp_width(self) -> int:
         return int(self.width * self.mlp_ratio)
 
+    @property
+    def block(self) -> BlockConfig:
+        """Of the transformer, and of a MAP head. SigLIP starts as timm does, CLIP as PyTorch."""
+        is_siglip = self.pool == "map"
+        return BlockConfig(
+            self.heads,
+            self.mlp_width,
+            self.activation,
+            self.norm_eps,
+            timm_block_init() if is_siglip else vision_block_init(self.width, self.mlp_width),
+            layer_scale=self.layer_scale,
+        )
+
 
 class VisionTransformer(nn.Module):
-    """Images to features: patches, class token, positions, ln_pre, blocks, ln_post, projection."""
+    """Images to features: patches, class token, positions, ln_pre, blocks, pool, projection."""
 
     config: ViTConfig
     embed_dim: int
-    activation: str
     read_early: bool = True
     dtype: DTypeLike = jnp.float32
 
@@ -57,38 +114,56 @@ class VisionTransformer(nn.Module):
         """Features of normalised images, not of unit length; `train` and `ok_B` change nothing."""
         del train, ok_B
         c = self.config
+        x_BLD = self._embed(images_BHWC)
+        if c.pre_norm:
+            x_BLD = LayerNorm(c.norm_eps, name="ln_pre")(x_BLD)
+        transformer = Transformer(
+            c.layers, c.block, self.read_early, self.dtype, name="transformer"
+        )
+        norm = LayerNorm(c.norm_eps, name="ln_post")
+        if c.pool == "token":
+            first_B = jnp.zeros(x_BLD.shape[0], jnp.int32)
+            # Layer norm works on each row alone, so it may follow the read.
+            x_BD = norm(transformer(x_BLD, first_B)[:, 0])
+        elif c.pool == "average":
+            x_BLD = transformer(x_BLD)
+            x_BLD = x_BLD if c.norm_after_pool else norm(x_BLD)
+            x_BD = jnp.mean(self._patches(x_BLD), axis=1)
+            x_BD = norm(x_BD) if c.norm_after_pool else x_BD
+        else:
+            x_BLD = self._patches(norm(transformer(x_BLD)))
+            x_BD = MAPHead(c.block, self.dtype, name="attn_pool")(x_BLD)
+        if not c.project:
+            return x_BD
+        projection_DD = self.param("proj", normal(c.width**-0.5), (c.width, self.embed_dim))
+        return x_BD @ projection_DD.astype(x_BD.dtype)
+
+    def _embed(self, images_BHWC: Float[Array, "B H W 3"]) -> Float[Array, "B L D"]:
+        """Patches, the class token before them, and the positions of both."""
+        c = self.config
         size = c.patch_size
         x_BHWD = nn.Conv(
             c.width,
             (size, size),
             strides=(size, size),
             padding="VALID",
-            use_bias=False,
+            use_bias=c.patch_bias,
             kernel_init=torch_uniform(3 * size * size),
+            bias_init=torch_uniform(3 * size * size),
             dtype=self.dtype,
             name="conv1",
         )(images_BHWC)
         batch = x_BHWD.shape[0]
         x_BLD = x_BHWD.reshape(batch, -1, c.width)
-
         small = normal(c.width**-0.5)
-        class_D = self.param("class_embedding", small, (c.width,))
-        position_LD = self.param("positional_embedding", small, (c.grid_size**2 + 1, c.width))
-        class_B1D = jnp.broadcast_to(class_D.astype(x_BLD.dtype), (batch, 1, c.width))
-        x_BLD = jnp.concatenate([class_B1D, x_BLD], axis=1) + position_LD.astype(x_BLD.dtype)
-        x_BLD = LayerNorm(name="ln_pre")(x_BLD)
+        if c.class_token:
+            class_D = self.param("class_embedding", small, (c.width,))
+            class_B1D = jnp.broadcast_to(class_D.astype(x_BLD.dtype), (batch, 1, c.width))
+            x_BLD = jnp.concatenate([class_B1D, x_BLD], axis=1)
+        position_init = normal(0.02) if c.pool == "map" else small  # timm's, OpenAI's
+        position_LD = self.param("positional_embedding", position_init, (c.length, c.width))
+        return x_BLD + position_LD.astype(x_BLD.dtype)
 
-        x_BD = Transformer(
-            c.layers,
-            c.heads,
-            c.mlp_width,
-            self.activation,
-            vision_block_init(c.width, c.mlp_width),
-            is_causal=False,
-            read_early=self.read_early,
-            dtype=self.dtype,
-            name="transformer",
-        )(x_BLD, jnp.zeros(batch, jnp.int32))
-        x_BD = LayerNorm(name="ln_post")(x_BD)
-        projection_DD = self.param("proj", small, (c.width, self.embed_dim))
-        return x_BD @ projection_DD.astype(x_BD.dtype)
+    def _patches(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B l D"]:
+        """The rows behind the class token."""
+        return x_BLD[:, 1:] if self.config.class_token else x_BLD

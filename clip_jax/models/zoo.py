@@ -25,7 +25,9 @@ MODELS: dict[str, CLIPConfig] = {
     "ViT-L/14@336px": CLIPConfig(768, ViTConfig(336, 14, 1024, 24, 16), TEXT_768),
     # ViT-S (Touvron et al. 2021, DeiT, table 1) with open_clip's text tower of the same width.
     "ViT-S/16": CLIPConfig(
-        384, ViTConfig(224, 16, 384, 12, 6), TextConfig(width=384, layers=12, heads=6), "gelu"
+        384,
+        ViTConfig(224, 16, 384, 12, 6, activation="gelu"),
+        TextConfig(width=384, layers=12, heads=6, activation="gelu"),
     ),
     # For small pictures on a CPU, such as the embedded emoji.
     "ConvNet-48": CLIPConfig(

@@ -1,5 +1,7 @@
 """Both towers against open_clip's on the same random weights: features, gradients, batch norm."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,9 +17,13 @@ from clip_jax.models.vit import ViTConfig  # noqa: E402
 
 TEXT = TextConfig(width=64, layers=3, heads=2, context_length=20, vocab_size=90, eot_id=89)
 CASES = {
-    "vit": CLIPConfig(24, ViTConfig(32, 8, 64, 3, 2), TEXT, "quick_gelu"),
-    "vit-gelu": CLIPConfig(24, ViTConfig(42, 14, 64, 2, 4, 3.0), TEXT, "gelu"),
-    "resnet": CLIPConfig(24, ResNetConfig(64, (1, 2, 1, 1), 8), TEXT, "quick_gelu"),
+    "vit": CLIPConfig(24, ViTConfig(32, 8, 64, 3, 2), TEXT),
+    "vit-gelu": CLIPConfig(
+        24,
+        ViTConfig(42, 14, 64, 2, 4, 3.0, activation="gelu"),
+        dataclasses.replace(TEXT, activation="gelu"),
+    ),
+    "resnet": CLIPConfig(24, ResNetConfig(64, (1, 2, 1, 1), 8), TEXT),
 }
 
 
@@ -38,9 +44,7 @@ def reference(config: CLIPConfig):
         }
     text = {k: getattr(t, k) for k in ("context_length", "vocab_size", "width", "heads", "layers")}
     torch.manual_seed(0)
-    model = open_clip.CLIP(
-        config.embed_dim, vision, text, quick_gelu=config.activation == "quick_gelu"
-    )
+    model = open_clip.CLIP(config.embed_dim, vision, text, quick_gelu=t.activation == "quick_gelu")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
@@ -122,7 +126,11 @@ def case(request):
         row[:end] = rng.integers(1, TEXT.eot_id, end)
         row[end] = TEXT.eot_id
     model = reference(config)
-    return config, model, to_flax(model, config), images, tokens
+    return config, model, to_flax(model, config), jnp.asarray(images), jnp.asarray(tokens)
+
+
+def to_torch(x):
+    return torch.from_numpy(np.array(x))
 
 
 def test_trees_are_the_same(case):
@@ -138,8 +146,8 @@ def test_features_agree(case):
     config, model, variables, images, tokens = case
     model.eval()
     with torch.no_grad():
-        want_image = model.encode_image(torch.from_numpy(images.transpose(0, 3, 1, 2)))
-        want_text = model.encode_text(torch.from_numpy(tokens).long())
+        want_image = model.encode_image(to_torch(images).permute(0, 3, 1, 2))
+        want_text = model.encode_text(to_torch(tokens).long())
     apply = jax.jit(CLIP(config).apply, static_argnames="method")
     got_image = apply(variables, images, method="encode_image")
     got_text = apply(variables, tokens, method="encode_text")
@@ -152,8 +160,8 @@ def test_training_gradients_and_batch_statistics_agree(case):
     config, model, variables, images, tokens = case
     model = reference(config)  # a copy whose statistics may move
     model.train()
-    image = model.encode_image(torch.from_numpy(images.transpose(0, 3, 1, 2)), normalize=True)
-    text = model.encode_text(torch.from_numpy(tokens).long(), normalize=True)
+    image = model.encode_image(to_torch(images).permute(0, 3, 1, 2), normalize=True)
+    text = model.encode_text(to_torch(tokens).long(), normalize=True)
     weights = torch.cos(torch.arange(image.numel(), dtype=torch.float32)).reshape(image.shape)
     (weights * (image + 2 * text)).sum().backward()
     gradients = reference(config)

@@ -1,0 +1,30 @@
+"""SigLIP's pooling of an image: multi-head attention of one learned query (Zhai et al. 2022)."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from clip_jax.models.layers import MLP, Attention, BlockConfig, LayerNorm
+
+
+class MAPHead(nn.Module):
+    """A learned probe attends to all rows; a residual MLP follows.
+
+    The attention itself has no residual connection, and the probe no layer norm.
+    """
+
+    config: BlockConfig
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B D"]:
+        c = self.config
+        batch, _, width = x_BLD.shape
+        # Of timm's AttentionPoolLatent: a normal cut at two of its deviations.
+        init = nn.initializers.truncated_normal(width**-0.5)
+        probe_1D = self.param("probe", init, (1, width))
+        probe_B1D = jnp.broadcast_to(probe_1D.astype(x_BLD.dtype), (batch, 1, width))
+        x_B1D = Attention(c.heads, c.init, self.dtype, name="attn")(probe_B1D, x_BLD)
+        mlp = MLP(c.mlp_width, c.activation, c.init, self.dtype, name="mlp")
+        return (x_B1D + mlp(LayerNorm(c.norm_eps, name="ln")(x_B1D)))[:, 0]
