@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PARITY := .venv-parity
 WORKDIR ?= runs/emoji
 
 .DEFAULT_GOAL := help
@@ -34,11 +35,18 @@ test: $(VENV)/.installed ## install, then run the tests
 test-slow: $(VENV)/.installed ## the tests that take longer
 	$(BIN)/python -m pytest -m slow
 
-# PyTorch's CPU build where the index has one; torchvision without its own dependencies.
-parity: $(VENV)/.installed ## install the reference libraries and compare with them
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 scikit-learn
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-parity.txt
-	$(BIN)/python -m pytest tests/parity
+# The reference libraries live in an environment of their own. PyTorch's CPU build where the index has
+# one; torchvision and the others without their own dependencies.
+$(PARITY)/.installed: requirements.txt requirements-parity.txt setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(PARITY)
+	$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 scikit-learn transformers
+	$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-parity.txt
+	$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+parity: $(PARITY)/.installed ## install the reference libraries and compare with them
+	$(PARITY)/bin/python -m pytest tests/parity
 
 lint: $(VENV)/.installed ## formatting, checks and types
 	$(BIN)/ruff format --check .
@@ -53,4 +61,4 @@ bench: $(VENV)/.installed ## measure the loss, dense against tiled
 	$(BIN)/python -m benchmarks.loss
 
 clean: ## delete the environment, the data and the runs
-	rm -rf $(VENV) data runs build dist *.egg-info
+	rm -rf $(VENV) $(PARITY) data runs build dist *.egg-info

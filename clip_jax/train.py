@@ -1,6 +1,7 @@
 """Training: the wiring of a run, then its host loop."""
 
 import dataclasses
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,7 @@ def run(config: Config, workdir: str) -> int:
     print(_summary(config, w, indexes, pairs, steps), flush=True)
 
     identity = run_fingerprint(config, w, fingerprint(indexes), pairs)
-    folder = Path(workdir)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_workdir(workdir)
     checkpoints = Checkpoints(folder, keep=config.checkpoint.keep)
     try:
         state = restore_or_init(config, w, checkpoints, identity, folder)
@@ -59,6 +59,23 @@ def run(config: Config, workdir: str) -> int:
     if code == 0 and config.eval.data:
         print(evaluate_workdir(workdir), flush=True)
     return code
+
+
+def make_workdir(workdir: str) -> Path:
+    """The run's folder, made where it is not there.
+
+    Raises:
+      UserError: it cannot be made, or not be written to.
+    """
+    folder = Path(workdir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"--workdir {workdir} cannot be made ({reason}); give another") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"--workdir {workdir} cannot be written to; give another")
+    return folder
 
 
 def restore_or_init(

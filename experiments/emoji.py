@@ -16,7 +16,7 @@ def get_config() -> ml_collections.ConfigDict:
     """What differs from the defaults."""
     c = default()
     c.model.name = "ConvNet-48"
-    c.train.steps = 2400
+    c.train.steps = 2000
     c.train.batch_size = 256
     c.train.log_every = 25
     # A batch often holds one emoji by two vendors: not each other's negatives.

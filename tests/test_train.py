@@ -268,6 +268,17 @@ def test_data_that_is_not_there(data, tmp_path):
         train.run(make_config(data, data__train=""), str(tmp_path))
 
 
+def test_a_work_folder_that_cannot_be(data, tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    file.touch()
+    for bad in (file, file / "below"):
+        with pytest.raises(UserError, match=f"--workdir {bad} cannot be made .*; give another"):
+            train.run(make_config(data), str(bad))
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(UserError, match="cannot be written to"):
+        train.run(make_config(data), str(tmp_path))
+
+
 def test_a_shard_cut_in_half(data, tmp_path):
     shard = tmp_path / "half.tar"
     whole = (data[0] / "00000.tar").read_bytes()

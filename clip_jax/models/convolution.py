@@ -50,6 +50,8 @@ def batch_norm(
         momentum=0.9,
         epsilon=1e-5,
         dtype=dtype,
+        # E[x^2] - E[x]^2 would cancel where a channel's mean is large.
+        use_fast_variance=False,
         scale_init=init,
         name=name,
     )

@@ -1,7 +1,6 @@
 """The transforms against torchvision's own, value for value."""
 
 import io
-import random
 
 import data_cases
 import jax.numpy as jnp
@@ -76,15 +75,15 @@ def test_any_size(width, height, n, mode):
     np.testing.assert_array_equal(images.eval_transform(image, n), reference(image, n))
 
 
-class _Draws:
-    """Plays the same uniform numbers to both samplers."""
+class _Draws(np.random.Generator):
+    """Keeps the uniform numbers it gives, to play them to another sampler."""
 
     def __init__(self, seed):
-        self._random = random.Random(seed)
+        super().__init__(np.random.PCG64(seed))
         self.log = []
 
     def random(self):
-        self.log.append(self._random.random())
+        self.log.append(super().random())
         return self.log[-1]
 
 

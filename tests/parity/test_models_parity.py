@@ -172,7 +172,11 @@ def test_training_gradients_and_batch_statistics_agree(case):
 
     def total(params):
         (z_image, z_text), updated = CLIP(config).apply(
-            {**variables, "params": params}, images, tokens, train=True, mutable=["batch_stats"]
+            {**variables, "params": params},
+            jnp.asarray(images),
+            jnp.asarray(tokens),
+            train=True,
+            mutable=["batch_stats"],
         )
         return jnp.sum(jnp.asarray(weights.numpy()) * (z_image + 2 * z_text)), updated
 
