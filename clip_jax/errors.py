@@ -17,6 +17,11 @@ class UserError(Exception):
     """
 
 
+def short(error: BaseException) -> str:
+    """An exception's kind and text, for a place in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
 def run_command(command: Callable[[], int]) -> NoReturn:
     """Run a command to its exit code; a UserError becomes one line on stderr and code 2."""
     try:

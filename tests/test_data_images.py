@@ -1,10 +1,12 @@
 """Decoding refuses what it must, and the transforms are torchvision's (by golden digests)."""
 
 import contextlib
+import json
 import struct
 import threading
 import warnings
 import zlib
+from pathlib import Path
 
 import data_cases
 import numpy as np
@@ -18,6 +20,7 @@ from clip_jax.data.images import (
     IMAGE_MEAN,
     IMAGE_STD,
     ImageError,
+    Preprocess,
     crop_box,
     decode_image,
     eval_transform,
@@ -38,11 +41,49 @@ def test_eval_transform_equals_torchvisions_recorded_output(case):
     assert data_cases.digest(eval_transform(picture(mode, *size), n)) == data_cases.GOLDEN[case]
 
 
+def test_every_mode_equals_open_clips_recorded_output():
+    """Made and held to open_clip itself by tests/parity/test_images_parity.py."""
+    golden = json.loads((Path(__file__).parent / "golden" / "preprocess.json").read_text())
+    assert len(golden) == 120
+    for mode, width, height, n, resize_mode, interpolation, fill, digest in golden:
+        preprocess = Preprocess(resize_mode, interpolation, fill=fill)
+        out = eval_transform(picture(mode, width, height), n, preprocess)
+        assert data_cases.digest(out) == digest, (mode, width, height, n, preprocess)
+
+
+RESIZE_MODES = st.sampled_from(["shortest", "longest", "squash"])
+
+
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 150), st.integers(1, 150), st.integers(1, 64))
-def test_eval_transform_always_fills_its_square(width, height, n):
-    out = eval_transform(picture("L", width, height), n)
+@given(st.integers(1, 150), st.integers(1, 150), st.integers(1, 64), RESIZE_MODES)
+def test_eval_transform_always_fills_its_square(width, height, n, resize_mode):
+    preprocess = Preprocess(resize_mode, "bilinear")
+    out = eval_transform(picture("L", width, height), n, preprocess)
     assert out.shape == (n, n, 3) and out.dtype == np.uint8
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 80), st.integers(1, 64))
+def test_a_square_is_the_same_in_every_mode(side, n):
+    """Nothing to crop, pad or distort."""
+    image = picture("RGB", side, side)
+    modes = ("shortest", "longest", "squash")
+    shortest, *others = (eval_transform(image, n, Preprocess(mode, fill=9)) for mode in modes)
+    for other in others:
+        np.testing.assert_array_equal(other, shortest)
+
+
+def test_padding_has_the_fill_colour_and_the_odd_pixel_below():
+    out = eval_transform(picture("L", 40, 19), 40, Preprocess("longest", fill=77))
+    assert (out[:10] == 77).all() and (out[29:] == 77).all()
+    np.testing.assert_array_equal(out[10:29, :, 0], np.asarray(picture("L", 40, 19)))
+
+
+def test_a_thread_thin_picture_is_refused_before_squashing_it():
+    """Pillow widens first: 100,000 rows of 224 would stand between its two passes."""
+    with pytest.raises(ImageError, match="too_large"):
+        eval_transform(picture("L", 1, 100_000), 224, Preprocess("squash"), max_pixels=10**7)
+    assert eval_transform(picture("L", 100_000, 1), 24, Preprocess("squash")).shape == (24, 24, 3)
 
 
 def test_a_thread_thin_picture_is_refused_before_it_grows():

@@ -1,16 +1,20 @@
 """Bytes to pictures, and pictures to the uint8 squares that CLIP sees.
 
-The transforms are torchvision's on PIL images, as OpenAI's CLIP uses them: resize (bicubic,
-antialiased) *before* the conversion to RGB, no turning by EXIF. For palette pictures and
+The transforms are torchvision's on PIL images, as OpenAI's CLIP and open_clip use them: resize
+(antialiased) *before* the conversion to RGB, no turning by EXIF. For palette pictures and
 pictures with transparency the order matters (up to 189 of 255 apart), so it is OpenAI's.
+Hugging Face's processors convert first, and their centre crop lies a pixel further up or left
+when the overhang is 3, 7, 11, ... pixels; for a model read from there, too, the rules here hold.
 """
 
 import io
 import math
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import Image, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
@@ -22,7 +26,42 @@ IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 # Pillow warns from this size on and lets twice as much through; here it is the limit.
 MAX_PIXELS = 89_478_485
 
+ResizeMode = Literal["shortest", "longest", "squash"]
+Interpolation = Literal["bicubic", "bilinear"]
+
 _BICUBIC = Image.Resampling.BICUBIC
+_FILTERS = {"bicubic": _BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How a checkpoint wants its pictures; it belongs to the weights, not to the architecture.
+
+    Attributes:
+      resize_mode: "shortest" fits the short side and crops the centre, "longest" fits the long
+        side and pads with `fill`, "squash" changes the aspect.
+      interpolation: Pillow's filter of that name, always antialiased.
+      mean, std: of each channel, for values in [0, 1]; applied on the device.
+      fill: the padding, the same in every channel of the picture's own mode (0 to 255).
+    """
+
+    resize_mode: ResizeMode = "shortest"
+    interpolation: Interpolation = "bicubic"
+    mean: tuple[float, float, float] = IMAGE_MEAN
+    std: tuple[float, float, float] = IMAGE_STD
+    fill: int = 0
+
+
+# The settings in open_clip 3.3's table of 196 pretrained pairs, and how many pairs have each.
+_HALF = (0.5, 0.5, 0.5)
+OPENAI = Preprocess()  # 138: all of OpenAI, LAION, DataComp, MetaCLIP, DFN at 224, ...
+SIGLIP = Preprocess(resize_mode="squash", mean=_HALF, std=_HALF)  # 30: SigLIP and SigLIP 2
+CLIPA = Preprocess("squash", "bilinear", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # 7
+MOBILECLIP = Preprocess("shortest", "bilinear", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))  # 7
+DFN5B = Preprocess(resize_mode="squash")  # 6: DFN's ViT-H-14 and -378, MetaCLIP 2's -378
+PE = Preprocess("squash", "bilinear", _HALF, _HALF)  # 5: Perception Encoder
+MOBILECLIP2 = Preprocess(interpolation="bilinear")  # 2: MobileCLIP2-S3 and -S4
+INCEPTION = Preprocess(mean=_HALF, std=_HALF)  # 1: ViT-L-14 laion2b_s32b_b82k
 
 
 class ImageError(Exception):
@@ -110,27 +149,57 @@ def _webp_size(data: bytes) -> tuple[int, int]:
 
 
 def eval_transform(
-    image: Image.Image, image_size: int, *, max_pixels: int = MAX_PIXELS
+    image: Image.Image,
+    image_size: int,
+    preprocess: Preprocess = OPENAI,
+    *,
+    max_pixels: int = MAX_PIXELS,
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """Resize the short side to `image_size`, crop the centre, convert to RGB.
+    """The square of `image_size` that the model sees; `preprocess.mean` and `std` come later.
 
-    Equal to torchvision's `Resize(n, BICUBIC)`, `CenterCrop(n)`, `convert("RGB")` in every
-    value. A picture is never smaller than the crop: the long side, n*long/short, is at least n.
+    Equal to open_clip 3.3's `image_transform(..., is_train=False)` up to its scaling of values, in
+    every value; with `OPENAI` to torchvision's `Resize`, `CenterCrop`, `convert("RGB")`. Where
+    open_clip raises (a side that would round to nothing in "longest"), one pixel is kept.
 
     Raises:
       ImageError: `too_large`, when a thread-thin picture would grow beyond `max_pixels`.
     """
     n = image_size
-    width, height = image.size
+    new_width, new_height = fitted_size(image.width, image.height, n, preprocess.resize_mode)
+    # Pillow resizes the width first, so this many pixels stand between the two passes.
+    if new_width * max(image.height, new_height) > max_pixels:
+        raise ImageError(
+            "too_large", f"{image.width} x {image.height} becomes {new_width} x {new_height}"
+        )
+    if (new_width, new_height) != image.size:
+        image = image.resize((new_width, new_height), _FILTERS[preprocess.interpolation])
+    if new_width < n or new_height < n:
+        image = _pad(image, n, preprocess.fill)
+    # round() takes halves to the even side, as torchvision does.
+    left, top = (round((side - n) / 2.0) for side in image.size)
+    return _to_rgb(image.crop((left, top, left + n, top + n)))
+
+
+def fitted_size(width: int, height: int, n: int, mode: ResizeMode) -> tuple[int, int]:
+    """Width and height after the resize to a square of side `n`, before crop or padding."""
+    if mode == "squash":
+        return n, n
+    if mode == "longest":
+        # The division by a ratio and the rounding are open_clip's `ResizeKeepRatio`.
+        ratio = max(height / n, width / n)
+        return max(1, round(width / ratio)), max(1, round(height / ratio))
     short, long = sorted((width, height))
     new_long = int(n * long / short)  # torchvision truncates; rounding would move the crop
-    if n * new_long > max_pixels:
-        raise ImageError("too_large", f"{width} x {height} becomes {n} x {new_long}")
-    size = (n, new_long) if width <= height else (new_long, n)
-    if size != image.size:
-        image = image.resize(size, _BICUBIC)
-    left, top = (round((side - n) / 2.0) for side in size)  # halves go to the even side
-    return _to_rgb(image.crop((left, top, left + n, top + n)))
+    return (n, new_long) if width <= height else (new_long, n)
+
+
+def _pad(image: Image.Image, n: int, fill: int) -> Image.Image:
+    """The picture in the middle of at least `n` x `n`, the odd pixel right and below."""
+    right, below = (max(0, n - side) for side in image.size)
+    border = (right // 2, below // 2, (right + 1) // 2, (below + 1) // 2)
+    bands = len(image.getbands())
+    # One number for a palette picture is an index, here as in torchvision.
+    return ImageOps.expand(image, border, (fill,) * bands if bands > 1 else fill)
 
 
 def random_resized_crop(

@@ -8,6 +8,7 @@ each new word is merged in Rust and then remembered.
 
 import gzip
 import html
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,6 +31,10 @@ WORD = regex.compile(
     r"|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+",
     regex.IGNORECASE,
 )
+# The same words of a cleaned text of ASCII alone, where a space is the only white space left.
+ASCII_WORD = re.compile(
+    rf"{re.escape(START)}|{re.escape(END)}|'(?:s|t|re|ve|m|ll|d)|[a-z]+|[0-9]|[^ a-z0-9]+"
+)
 WHITESPACE = regex.compile(r"\s+")
 
 # Bounds on the memory of words already merged; English captions stay far below.
@@ -47,6 +52,13 @@ def byte_units() -> list[str]:
     return [chr(b) if b in printable else chr(256 + others.index(b)) for b in range(256)]
 
 
+def read_merges(path: Path = MERGES_PATH) -> list[tuple[str, str]]:
+    """The pairs of pieces that CLIP merges, the most frequent first."""
+    lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
+    pairs = (line.split() for line in lines[1 : NUM_MERGES + 1])
+    return [(first, second) for first, second in pairs]
+
+
 def unescape(text: str) -> str:
     """`html.unescape`, which raises on a numeric entity of more digits than `int` reads."""
     try:
@@ -58,9 +70,10 @@ def unescape(text: str) -> str:
 def clean(text: str) -> str:
     """Mojibake and HTML entities undone, white space collapsed, lower case."""
     # ftfy has nothing to mend here, and is nine tenths of the time otherwise.
-    if not (text.isascii() and text.isprintable() and "&" not in text):
-        # Web pages escape twice: "&amp;amp;".
-        text = unescape(unescape(ftfy.fix_text(text)))
+    if text.isascii() and text.isprintable() and "&" not in text:
+        return " ".join(text.split()).lower()
+    # Web pages escape twice: "&amp;amp;".
+    text = unescape(unescape(ftfy.fix_text(text)))
     return WHITESPACE.sub(" ", text.strip()).strip().lower()
 
 
@@ -71,11 +84,7 @@ class ClipTokenizer:
     """
 
     def __init__(self, merges_path: Path = MERGES_PATH):
-        lines = gzip.decompress(merges_path.read_bytes()).decode("utf-8").split("\n")
-        merges = []
-        for line in lines[1 : NUM_MERGES + 1]:
-            first, second = line.split()
-            merges.append((first, second))
+        merges = read_merges(merges_path)
         self._units = byte_units()
         # Ids 0-255 follow the order of the characters, not of the bytes they stand for.
         singles = sorted(self._units)
@@ -112,7 +121,8 @@ class ClipTokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of the words alone: no start token, no end token, no length limit."""
         ids: list[int] = []
-        for word in WORD.findall(clean(text)):
+        text = clean(text)
+        for word in (ASCII_WORD if text.isascii() else WORD).findall(text):
             ids += self._remembered.get(word) or self._encode_word(word)
         return ids
 

@@ -1,6 +1,11 @@
 """The transforms against torchvision's own, value for value."""
 
 import io
+import itertools
+import json
+import os
+import random
+from pathlib import Path
 
 import data_cases
 import jax.numpy as jnp
@@ -22,6 +27,29 @@ def reference(image, n):
     """OpenAI's preprocessing up to the scaling of values."""
     steps = [transforms.Resize(n, interpolation=BICUBIC), transforms.CenterCrop(n)]
     return np.asarray(transforms.Compose(steps)(image).convert("RGB"))
+
+
+MODES = ("shortest", "longest", "squash")
+FILTERS = ("bicubic", "bilinear")
+GOLDEN = Path(__file__).parents[1] / "golden" / "preprocess.json"
+
+
+def open_clip_reference(image, n, resize_mode, interpolation, fill=0):
+    """open_clip's own evaluation transform up to its scaling of values."""
+    from open_clip.transform import MaybeToTensor, image_transform
+
+    steps = image_transform(
+        n, False, resize_mode=resize_mode, interpolation=interpolation, fill_color=fill
+    ).transforms
+    assert isinstance(steps[-2], MaybeToTensor)
+    for step in steps[:-2]:
+        image = step(image)
+    return np.asarray(image)
+
+
+def ours(image, n, resize_mode, interpolation, fill=0):
+    preprocess = images.Preprocess(resize_mode, interpolation, fill=fill)
+    return images.eval_transform(image, n, preprocess)
 
 
 @pytest.mark.parametrize("case", sorted(data_cases.GOLDEN))
@@ -55,6 +83,74 @@ def test_from_bytes_to_pixels(name, data, n):
     np.testing.assert_array_equal(images.eval_transform(images.decode_image(data), n), want)
 
 
+@pytest.mark.parametrize("interpolation", FILTERS)
+@pytest.mark.parametrize("resize_mode", MODES)
+def test_every_file_in_every_mode_as_open_clip(resize_mode, interpolation):
+    for (name, data), n, fill in itertools.product(files(), (7, 24, 33), (0, 200)):
+        with Image.open(io.BytesIO(data)) as image:
+            if resize_mode == "longest" and round(min(image.size) * n / max(image.size)) == 0:
+                continue  # open_clip raises
+            want = open_clip_reference(image, n, resize_mode, interpolation, fill)
+        got = ours(images.decode_image(data), n, resize_mode, interpolation, fill)
+        np.testing.assert_array_equal(got, want, f"{name} {image.size} to {n}, fill {fill}")
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.integers(1, 150),
+    st.integers(1, 150),
+    st.integers(1, 64),
+    st.sampled_from(data_cases.MODES),
+    st.sampled_from(MODES),
+    st.sampled_from(FILTERS),
+    st.integers(0, 255),
+)
+def test_any_size_as_open_clip(width, height, n, mode, resize_mode, interpolation, fill):
+    image = picture(mode, width, height)
+    settings = (resize_mode, interpolation, fill)
+    try:
+        want = open_clip_reference(image, n, *settings)
+    except ValueError:  # a side rounds to nothing: Pillow refuses, and we keep one pixel
+        assert resize_mode == "longest" and max(image.size) / min(image.size) >= 2 * n
+        assert ours(image, n, *settings).shape == (n, n, 3)
+    else:
+        np.testing.assert_array_equal(ours(image, n, *settings), want)
+
+
+def test_sizes_are_open_clips_for_every_rounding():
+    """Widths and heights alone, so that real resolutions are cheap to enumerate."""
+    from open_clip.transform import ResizeKeepRatio
+    from torchvision.transforms.functional import _compute_resized_output_size
+
+    rng = random.Random(0)
+    for _ in range(20_000):
+        width, height, n = rng.randint(1, 5000), rng.randint(1, 5000), rng.choice((224, 336, 378))
+        shortest = _compute_resized_output_size((height, width), [n])[::-1]
+        assert images.fitted_size(width, height, n, "shortest") == tuple(shortest)
+        image = type("Sized", (), {"size": (width, height)})
+        longest = ResizeKeepRatio.get_params(image, (n, n), 1.0)[::-1]
+        assert images.fitted_size(width, height, n, "longest") == tuple(max(1, x) for x in longest)
+
+
+def golden_cases():
+    for resize_mode, interpolation in itertools.product(MODES, FILTERS):
+        for mode, (width, height) in itertools.product(data_cases.MODES, ((37, 53), (91, 30))):
+            yield mode, width, height, 24, resize_mode, interpolation, 130
+        for width, height, n in (1, 9, 7), (224, 224, 24), (11, 8, 40), (300, 7, 33):
+            yield "RGB", width, height, n, resize_mode, interpolation, 0
+
+
+def test_golden_file_is_what_open_clip_says():
+    """Run with WRITE_GOLDEN=1 in the environment to write it anew."""
+    cases = [
+        [*case, data_cases.digest(open_clip_reference(picture(*case[:3]), *case[3:]))]
+        for case in golden_cases()
+    ]
+    if "WRITE_GOLDEN" in os.environ:
+        GOLDEN.write_text("[\n" + ",\n".join(json.dumps(case) for case in cases) + "\n]\n")
+    assert json.loads(GOLDEN.read_text()) == cases
+
+
 @pytest.mark.filterwarnings("ignore:Palette images with Transparency")  # Pillow's, in torchvision
 def test_palette_with_a_transparency_for_each_colour():
     data = encode(picture("P", 40, 23), "PNG", transparency=bytes(range(256)))
@@ -76,7 +172,7 @@ def test_any_size(width, height, n, mode):
 
 
 class _Draws(np.random.Generator):
-    """Keeps the uniform numbers it gives, to play them to another sampler."""
+    """Writes down its uniform numbers, so that both samplers can be given the same ones."""
 
     def __init__(self, seed):
         super().__init__(np.random.PCG64(seed))
@@ -116,6 +212,56 @@ def test_random_resized_crop_with_the_same_draws(width, height, scale, seed):
         box = transforms.RandomResizedCrop.get_params(image, scale, ratio)
     want = transforms.functional.resized_crop(image, *box, [16, 16], BICUBIC)
     np.testing.assert_array_equal(got, np.asarray(want))
+
+
+def test_the_families_are_open_clips_table():
+    """Each of its 196 pretrained pairs has the settings of one of our constants."""
+    import open_clip
+
+    from clip_jax.data.preprocess import preprocess_from_open_clip
+
+    families = {
+        images.OPENAI: 138,
+        images.SIGLIP: 30,
+        images.CLIPA: 7,
+        images.MOBILECLIP: 7,
+        images.DFN5B: 6,
+        images.PE: 5,
+        images.MOBILECLIP2: 2,
+        images.INCEPTION: 1,
+    }
+    found = dict.fromkeys(families, 0)
+    for pair in open_clip.list_pretrained():
+        cfg = open_clip.get_pretrained_cfg(*pair)
+        keys = ("mean", "std", "interpolation", "resize_mode")
+        found[preprocess_from_open_clip({key: cfg.get(key) for key in keys})] += 1
+    assert found == families
+
+
+@pytest.mark.parametrize("name", ["OPENAI", "SIGLIP", "CLIPA", "INCEPTION", "PE"])
+def test_hugging_face_reads_and_writes_the_same_settings(name, tmp_path):
+    """Its PIL processors on our file: same pixels wherever its crop offset is torchvision's."""
+    from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
+
+    from clip_jax.data.preprocess import preprocess_from_hf, preprocess_to_hf
+
+    preprocess = getattr(images, name)
+    written = preprocess_to_hf(preprocess, 24)
+    path = tmp_path / "preprocessor_config.json"
+    path.write_text(json.dumps(written))
+    crops = preprocess.resize_mode == "shortest"
+    processor = (CLIPImageProcessorPil if crops else SiglipImageProcessorPil).from_pretrained(
+        tmp_path
+    )
+    processor.save_pretrained(tmp_path)
+    assert preprocess_from_hf(json.loads(path.read_text())) == preprocess
+    for size in (37, 53), (64, 48), (91, 30), (224, 224):
+        image = picture("RGB", *size)
+        want = processor(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+        got = images.eval_transform(image, 24, preprocess).astype(np.float32) / 255
+        got = (got - np.float32(preprocess.mean)) / np.float32(preprocess.std)
+        # Both scale values below 5 in float32; half a level of 255 would be 7e-3.
+        np.testing.assert_allclose(got, want, atol=2e-6)
 
 
 @pytest.mark.parametrize("factors", [(0.6, 1, 1), (1.5, 1, 1), (1, 0.4, 1), (1, 1.7, 1), (1, 1, 0)])

@@ -1,0 +1,224 @@
+"""A checkpoint's preprocessing, read from and written to the JSON files that go with weights.
+
+Three dialects: our own (the fields of `Preprocess`), open_clip's `preprocess_cfg`, and Hugging
+Face's `preprocessor_config.json`. What a file asks for and `eval_transform` cannot do is refused.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, get_args
+
+from clip_jax.data.images import OPENAI, SIGLIP, Interpolation, Preprocess, ResizeMode
+from clip_jax.errors import UserError
+
+RESIZE_MODES: tuple[str, ...] = get_args(ResizeMode)
+INTERPOLATIONS: tuple[str, ...] = get_args(Interpolation)
+
+# Pillow's filter codes, as Hugging Face stores them.
+RESAMPLE = {"bilinear": 2, "bicubic": 3}
+
+# What a Hugging Face processor does with a key that its file leaves out.
+HF_CROP: dict[str, Any] = {
+    "do_center_crop": True,
+    "size": {"shortest_edge": 224},
+    "preprocess": OPENAI,
+}
+HF_SQUASH: dict[str, Any] = {
+    "do_center_crop": False,
+    "size": {"height": 224, "width": 224},
+    "preprocess": SIGLIP,
+}
+HF_PROCESSORS = {
+    "CLIPImageProcessor": HF_CROP,
+    "CLIPFeatureExtractor": HF_CROP,
+    "SiglipImageProcessor": HF_SQUASH,
+}
+
+
+def preprocess_to_json(preprocess: Preprocess) -> dict[str, Any]:
+    """The fields as a plain dict that `json` can write."""
+    fields = dataclasses.asdict(preprocess)
+    return fields | {"mean": list(preprocess.mean), "std": list(preprocess.std)}
+
+
+def preprocess_from_json(fields: Any, *, where: str = "preprocess") -> Preprocess:
+    """The inverse of `preprocess_to_json`; fields left out keep OPENAI's values.
+
+    Args:
+      fields: what `json` read.
+      where: the file or section, for the messages.
+
+    Raises:
+      UserError: not a dict, an unknown field, or a value that makes no sense.
+    """
+    known = {field.name for field in dataclasses.fields(Preprocess)}
+    if not isinstance(fields, Mapping) or not set(fields) <= known:
+        strange = sorted(map(str, set(fields) - known)) if isinstance(fields, Mapping) else fields
+        raise UserError(f"{where}: {strange!r:.200} is not among {', '.join(sorted(known))}")
+    values = dataclasses.asdict(OPENAI) | dict(fields)
+    return Preprocess(
+        resize_mode=_one_of(values["resize_mode"], RESIZE_MODES, f"{where}.resize_mode"),
+        interpolation=_one_of(values["interpolation"], INTERPOLATIONS, f"{where}.interpolation"),
+        mean=_channels(values["mean"], f"{where}.mean", positive=False),
+        std=_channels(values["std"], f"{where}.std", positive=True),
+        fill=_fill(values["fill"], f"{where}.fill"),
+    )
+
+
+def preprocess_from_open_clip(preprocess_cfg: Any) -> Preprocess:
+    """From the `preprocess_cfg` of an `open_clip_config.json`.
+
+    As in open_clip, unknown keys are passed over, missing and null ones take OpenAI's values, and
+    "random" interpolation (a training setting) means bicubic. The size is the model's business.
+
+    Raises:
+      UserError: a value that open_clip itself would refuse, or a size that is not square.
+    """
+    cfg = _as_dict(preprocess_cfg, "preprocess_cfg")
+    cfg = {key: value for key, value in cfg.items() if value is not None}
+    _one_of(cfg.get("mode", "RGB"), ("RGB",), "preprocess_cfg.mode")
+    if "size" in cfg:
+        _side(cfg["size"], "preprocess_cfg.size")
+    if cfg.get("interpolation") == "random":
+        cfg["interpolation"] = "bicubic"
+    fields = {k: cfg[k] for k in ("resize_mode", "interpolation", "mean", "std") if k in cfg}
+    fill = {"fill": cfg["fill_color"]} if "fill_color" in cfg else {}
+    return preprocess_from_json(fields | fill, where="preprocess_cfg")
+
+
+def preprocess_to_open_clip(preprocess: Preprocess, image_size: int) -> dict[str, Any]:
+    """The `preprocess_cfg` that open_clip reads."""
+    fields = preprocess_to_json(preprocess)
+    return {"size": image_size, "mode": "RGB", "fill_color": fields.pop("fill")} | fields
+
+
+def preprocess_from_hf(preprocessor_config: Any) -> Preprocess:
+    """From the `preprocessor_config.json` of a CLIP or SigLIP folder.
+
+    Keys that the file leaves out take the processor's own defaults. The conversion to RGB and the
+    crop's offset are ours (see `clip_jax.data.images`), whatever the file says.
+
+    Raises:
+      UserError: another processor, or a step that CLIP's towers were never fed with.
+    """
+    where = "preprocessor_config.json"
+    config = _as_dict(preprocessor_config, where)
+    name = config.get("image_processor_type") or config.get("feature_extractor_type")
+    name = "CLIPImageProcessor" if name is None else name
+    short_name = str(name).removesuffix("Fast").removesuffix("Pil")
+    defaults = HF_PROCESSORS[_one_of(short_name, tuple(HF_PROCESSORS), f"{where}: processor")]
+    for step in ("do_resize", "do_rescale"):
+        if not config.get(step, True):
+            raise UserError(
+                f"{where}: {step} is off, and pictures of any size or range cannot be fed"
+            )
+    factor = config.get("rescale_factor", 1 / 255)
+    # The files spell 1/255 with 17 digits, or fewer.
+    if not _is_number(factor) or not math.isclose(factor, 1 / 255, rel_tol=1e-6):
+        raise UserError(f"{where}: rescale_factor is {factor!r:.50}, and only 1/255 is known")
+    base = defaults["preprocess"]
+    plain = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}  # do_normalize off
+    given = {"mean": config.get("image_mean", base.mean), "std": config.get("image_std", base.std)}
+    resample = config.get("resample", RESAMPLE["bicubic"])
+    names = {code: name for name, code in RESAMPLE.items()}
+    interpolation = names[_one_of(resample, tuple(names), f"{where}: resample")]
+    fields: dict[str, Any] = {
+        "resize_mode": _hf_resize_mode(config, defaults),
+        "interpolation": interpolation,
+    }
+    fields = fields | (given if config.get("do_normalize", True) else plain)
+    return preprocess_from_json(fields, where=where)
+
+
+def preprocess_to_hf(preprocess: Preprocess, image_size: int) -> dict[str, Any]:
+    """The `preprocessor_config.json` of a CLIP (crop) or SigLIP (squash) folder.
+
+    Raises:
+      UserError: padding ("longest"), which neither processor can do.
+    """
+    if preprocess.resize_mode == "longest":
+        raise UserError(
+            'resize_mode "longest" has no Hugging Face processor: export to open_clip instead'
+        )
+    square = {"height": image_size, "width": image_size}
+    crop = {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": {"shortest_edge": image_size},
+        "do_center_crop": True,
+        "crop_size": square,
+    }
+    squash = {"image_processor_type": "SiglipImageProcessor", "size": square}
+    return (crop if preprocess.resize_mode == "shortest" else squash) | {
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": list(preprocess.mean),
+        "image_std": list(preprocess.std),
+        "resample": RESAMPLE[preprocess.interpolation],
+        "rescale_factor": 1 / 255,
+    }
+
+
+def _hf_resize_mode(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
+    """ "shortest" or "squash", when resize and crop end on the same square."""
+    where = "preprocessor_config.json"
+    size = config.get("size", defaults["size"])
+    crops = config.get("do_center_crop", defaults["do_center_crop"])
+    if isinstance(size, Mapping) and "shortest_edge" not in size:
+        mode, side = "squash", _side([size.get("height"), size.get("width")], f"{where}: size")
+    else:
+        edge = size["shortest_edge"] if isinstance(size, Mapping) else size
+        mode, side = "shortest", _side(edge, f"{where}: size")
+        if not crops:
+            raise UserError(f"{where}: size has a shortest_edge and do_center_crop is off")
+    crop = config.get("crop_size", side)
+    if isinstance(crop, Mapping):
+        crop = [crop.get("height"), crop.get("width")]
+    if crops and _side(crop, f"{where}: crop_size") != side:
+        raise UserError(f"{where}: crop_size {crop} differs from the resize to {side}")
+    return mode
+
+
+def _as_dict(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where} must be a JSON object and is {value!r:.80}")
+    return dict(value)
+
+
+def _one_of(value: Any, known: tuple, where: str) -> Any:
+    if isinstance(value, bool) or not isinstance(value, str | int) or value not in known:
+        raise UserError(f"{where} is {value!r:.80}: it must be one of {', '.join(map(str, known))}")
+    return value
+
+
+def _side(value: Any, where: str) -> int:
+    """The side of a square, from a number or a pair of equal numbers."""
+    sides = value if isinstance(value, list | tuple) else [value]
+    whole = all(isinstance(side, int) and not isinstance(side, bool) for side in sides)
+    if not whole or len(sides) not in (1, 2) or len(set(sides)) != 1 or sides[0] < 1:
+        raise UserError(f"{where} is {value!r:.80}: only squares are supported")
+    return sides[0]
+
+
+def _is_number(value: Any) -> bool:
+    """False for NaN and infinities too; a million is beyond any mean or deviation."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e6
+
+
+def _channels(value: Any, where: str, *, positive: bool) -> tuple[float, float, float]:
+    """Three finite numbers; a single one stands for all three, as in open_clip."""
+    numbers = value if isinstance(value, list | tuple) else [value] * 3
+    good = len(numbers) == 3 and all(_is_number(x) and not (positive and x <= 0) for x in numbers)
+    if not good:
+        above = " above 0" if positive else ""
+        raise UserError(f"{where} is {value!r:.80}: it must be three finite numbers{above}")
+    red, green, blue = (float(x) for x in numbers)
+    return red, green, blue
+
+
+def _fill(value: Any, where: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= 255:
+        raise UserError(f"{where} is {value!r:.80}: it must be a whole number from 0 to 255")
+    return value

@@ -1,0 +1,203 @@
+"""A model's sizes from the `config.json` of transformers' CLIP, MetaCLIP 2 and SigLIP, and back."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from clip_jax.errors import UserError, short
+from clip_jax.models.clip import CLIPConfig
+from clip_jax.models.text import TextConfig
+from clip_jax.models.vit import ViTConfig
+from clip_jax.pretrained.siglip import SIGLIP_LOGIT_SCALE, siglip_vit
+
+HF_ACTIVATIONS = {
+    "quick_gelu": "quick_gelu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
+# What transformers takes for a key that a config leaves out.
+_HF_CLIP_TEXT = {
+    "vocab_size": 49_408,
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 77,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+    "eos_token_id": 49_407,
+}
+_HF_CLIP_VISION = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 224,
+    "patch_size": 32,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
+_HF_SIGLIP_TEXT = {
+    **_HF_CLIP_TEXT,
+    "vocab_size": 32_000,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 64,
+    "hidden_act": "gelu_pytorch_tanh",
+    "layer_norm_eps": 1e-6,
+    "eos_token_id": 1,
+}
+_HF_SIGLIP_VISION = {
+    **_HF_CLIP_VISION,
+    "patch_size": 16,
+    "hidden_act": "gelu_pytorch_tanh",
+    "layer_norm_eps": 1e-6,
+}
+HF_DEFAULTS = {
+    "clip": (_HF_CLIP_TEXT, _HF_CLIP_VISION),
+    "metaclip_2": (_HF_CLIP_TEXT, _HF_CLIP_VISION),
+    "siglip": (_HF_SIGLIP_TEXT, _HF_SIGLIP_VISION),
+}
+
+
+def config_from_hf(config: Mapping[str, Any], where: str) -> CLIPConfig:
+    """The sizes in a Hugging Face `config.json`.
+
+    Raises:
+      UserError: another kind of model, or a value that is missing or none.
+    """
+    kind = config.get("model_type")
+    if kind not in HF_DEFAULTS:
+        raise UserError(
+            f"{where}: model_type is {kind!r}; supported are {', '.join(sorted(HF_DEFAULTS))}"
+        )
+    try:
+        text, vision = (
+            # Old files say some values in `text_config_dict` only, and those win there.
+            {**defaults, **(config.get(name) or {}), **(config.get(f"{name}_dict") or {})}
+            for name, defaults in zip(
+                ("text_config", "vision_config"), HF_DEFAULTS[kind], strict=True
+            )
+        )
+        if kind == "siglip":
+            return _siglip_from_hf(text, vision)
+        return CLIPConfig(
+            embed_dim=int(config.get("projection_dim", 512)),
+            vision=ViTConfig(
+                image_size=int(vision["image_size"]),
+                patch_size=int(vision["patch_size"]),
+                **_hf_sizes(vision),
+            ),
+            text=TextConfig(
+                context_length=int(text["max_position_embeddings"]),
+                vocab_size=int(text["vocab_size"]),
+                eot_id=_hf_end_token(text, legacy=kind == "clip"),
+                **_hf_sizes(text),
+            ),
+        )
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"{where}: the config is damaged ({short(error)})") from None
+
+
+def _hf_end_token(text: Mapping[str, Any], *, legacy: bool) -> int:
+    """Where transformers reads a text: at the largest id in files that say 2, made before 2023."""
+    eos = int(text["eos_token_id"])
+    return int(text["vocab_size"]) - 1 if legacy and eos == 2 else eos
+
+
+def _hf_sizes(c: Mapping[str, Any]) -> dict[str, Any]:
+    if c["hidden_act"] not in HF_ACTIVATIONS:
+        raise UserError(f"the activation {c['hidden_act']!r} is not supported")
+    width = int(c["hidden_size"])
+    return {
+        "width": width,
+        "layers": int(c["num_hidden_layers"]),
+        "heads": int(c["num_attention_heads"]),
+        "mlp_ratio": mlp_ratio(width, int(c["intermediate_size"])),
+        "activation": HF_ACTIVATIONS[c["hidden_act"]],
+        "norm_eps": float(c["layer_norm_eps"]),
+    }
+
+
+def mlp_ratio(width: int, mlp_width: int) -> float:
+    """The ratio that gives exactly this hidden width when multiplied and cut to an integer."""
+    ratio = mlp_width / width
+    return ratio if int(width * ratio) == mlp_width else math.nextafter(ratio, math.inf)
+
+
+def _siglip_from_hf(text: Mapping[str, Any], vision: Mapping[str, Any]) -> CLIPConfig:
+    image = _hf_sizes(vision)
+    embed_dim = int(text.get("projection_size") or text["hidden_size"])
+    return CLIPConfig(
+        embed_dim=embed_dim,
+        vision=siglip_vit(int(vision["image_size"]), int(vision["patch_size"]), **image),
+        text=TextConfig(
+            context_length=int(text["max_position_embeddings"]),
+            vocab_size=int(text["vocab_size"]),
+            eot_id=int(text["eos_token_id"]),
+            causal=False,
+            pool="last",
+            proj_bias=True,
+            **_hf_sizes(text),
+        ),
+        init_logit_scale=SIGLIP_LOGIT_SCALE,
+        init_logit_bias=-10.0,
+    )
+
+
+def config_to_hf(config: CLIPConfig) -> dict[str, Any]:
+    """The `config.json` that makes transformers build this model.
+
+    Raises:
+      UserError: transformers has no such model.
+    """
+    v, t = config.vision, config.text
+    if not isinstance(v, ViTConfig) or v.pool == "average":
+        raise UserError("transformers has no such image tower in CLIPModel or SiglipModel")
+    is_siglip = v.pool == "map"
+    if is_siglip != (t.pool == "last" and not t.causal and t.proj_bias):
+        raise UserError("transformers has no model with these two towers")
+    kind, name = ("siglip", "SiglipModel") if is_siglip else ("clip", "CLIPModel")
+    if not is_siglip and t.eot_id == 2:
+        raise UserError("transformers reads CLIP texts that end on id 2 at their largest id")
+    text = _sizes_to_hf(t) | {
+        "vocab_size": t.vocab_size,
+        "max_position_embeddings": t.context_length,
+        "eos_token_id": t.eot_id,
+        "model_type": f"{kind}_text_model",
+    }
+    vision = _sizes_to_hf(v) | {
+        "image_size": v.image_size,
+        "patch_size": v.patch_size,
+        "model_type": f"{kind}_vision_model",
+    }
+    made = {
+        "architectures": [name],
+        "model_type": kind,
+        "initializer_factor": 1.0,
+        "torch_dtype": "float32",
+        "text_config": text,
+        "vision_config": vision,
+    }
+    if is_siglip:
+        text["projection_size"] = config.embed_dim
+        return made
+    text["projection_dim"] = vision["projection_dim"] = config.embed_dim
+    return made | {
+        "projection_dim": config.embed_dim,
+        "logit_scale_init_value": config.init_logit_scale,
+    }
+
+
+def _sizes_to_hf(c: ViTConfig | TextConfig) -> dict[str, Any]:
+    (act,) = [k for k, v in HF_ACTIVATIONS.items() if v == c.activation and k != "gelu_new"]
+    return {
+        "hidden_size": c.width,
+        "num_hidden_layers": c.layers,
+        "num_attention_heads": c.heads,
+        "intermediate_size": c.mlp_width,
+        "hidden_act": act,
+        "layer_norm_eps": c.norm_eps,
+    }

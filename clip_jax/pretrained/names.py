@@ -1,0 +1,264 @@
+"""What others call a parameter and how they lay it out, as tables that read both ways.
+
+A table's row is (our module, their module, kind). Our module is a regular expression over the path
+in the parameter tree, theirs the replacement for it; the kind says which arrays a module has,
+what either side calls them, and how theirs is laid out. Which rows apply is decided by our own
+tree: every array of it must find its row, and so its place in their file.
+
+Sources: openai/CLIP `clip/model.py`; open_clip 3.3 `transformer.py`, `modified_resnet.py` and, for
+SigLIP, timm's `vision_transformer.py`; transformers `modeling_clip.py` and `modeling_siglip.py`;
+big_vision `models/vit.py` and `models/proj/image_text/text_transformer.py`.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from clip_jax.errors import UserError
+
+Rows = Sequence[tuple[str, str, str]]
+
+
+class Place(NamedTuple):
+    """Where one of our arrays lies in their file.
+
+    Attributes:
+      key: their name.
+      layout: how theirs is laid out, a key of `layouts.LAYOUTS`.
+      part, parts: theirs holds `parts` equal pieces one after the other; ours is number `part`.
+    """
+
+    key: str
+    layout: str
+    part: int = 0
+    parts: int = 1
+
+
+# kind -> our array: (what they add to the module's name, layout)
+_TORCH_BIAS = {"bias": (".bias", "same")}
+KINDS: dict[str, dict[str, tuple[str, str]]] = {
+    "array": {"": ("", "same")},
+    "matrix": {"": (".weight", "linear")},
+    "bias": {"": (".bias", "same")},
+    "embedding": {"embedding": (".weight", "same")},
+    "table": {"": (".weight", "same")},
+    "norm": {"scale": (".weight", "same"), **_TORCH_BIAS},
+    "batch_norm": {
+        "scale": (".weight", "same"),
+        **_TORCH_BIAS,
+        "mean": (".running_mean", "same"),
+        "var": (".running_var", "same"),
+    },
+    "linear": {"kernel": (".weight", "linear"), **_TORCH_BIAS},
+    "conv": {"kernel": (".weight", "conv"), **_TORCH_BIAS},
+    "heads": {"kernel": (".weight", "heads"), "bias": (".bias", "heads_bias")},
+    "out": {"kernel": (".weight", "heads_out"), **_TORCH_BIAS},
+    # torch.nn.MultiheadAttention keeps query, key and value in one array each.
+    "fused": {"kernel": ("_weight", "heads"), "bias": ("_bias", "heads_bias")},
+    "fused_linear": {"kernel": (".weight", "heads"), "bias": (".bias", "heads_bias")},
+    "flax": {
+        "kernel": ("/kernel", "same"),
+        "bias": ("/bias", "same"),
+        "scale": ("/scale", "same"),
+        "embedding": ("/embedding", "same"),
+    },
+}
+# kind of a fused module -> which of the letters q, k, v its array holds, in order
+FUSED = {"fused": "qkv", "fused_linear": "qkv", "fused_kv": "kv"}
+KINDS["fused_kv"] = KINDS["fused_linear"]
+
+
+def _block(ours: str, theirs: str) -> Rows:
+    """A residual block under OpenAI's names."""
+    return [
+        (rf"{ours}/(ln_[12])", rf"{theirs}.\2", "norm"),
+        (rf"{ours}/attn/[qkv]_proj", rf"{theirs}.attn.in_proj", "fused"),
+        (rf"{ours}/attn/out_proj", rf"{theirs}.attn.out_proj", "out"),
+        (rf"{ours}/mlp/(c_fc|c_proj)", rf"{theirs}.mlp.\2", "linear"),
+        (rf"{ours}/(ls_[12])/gamma", rf"{theirs}.\2.gamma", "array"),
+    ]
+
+
+def _block_timm(ours: str, theirs: str) -> Rows:
+    return [
+        (rf"{ours}/ln_([12])", rf"{theirs}.norm\2", "norm"),
+        (rf"{ours}/attn/[qkv]_proj", rf"{theirs}.attn.qkv", "fused_linear"),
+        (rf"{ours}/attn/out_proj", rf"{theirs}.attn.proj", "out"),
+        (rf"{ours}/mlp/c_fc", rf"{theirs}.mlp.fc1", "linear"),
+        (rf"{ours}/mlp/c_proj", rf"{theirs}.mlp.fc2", "linear"),
+    ]
+
+
+def _block_hf(ours: str, theirs: str) -> Rows:
+    return [
+        (rf"{ours}/ln_([12])", rf"{theirs}.layer_norm\2", "norm"),
+        (rf"{ours}/attn/([qkv]_proj)", rf"{theirs}.self_attn.\2", "heads"),
+        (rf"{ours}/attn/out_proj", rf"{theirs}.self_attn.out_proj", "out"),
+        (rf"{ours}/mlp/c_fc", rf"{theirs}.mlp.fc1", "linear"),
+        (rf"{ours}/mlp/c_proj", rf"{theirs}.mlp.fc2", "linear"),
+    ]
+
+
+def _block_flax(ours: str, theirs: str) -> Rows:
+    attention = f"{theirs}/MultiHeadDotProductAttention_0"
+    return [
+        (rf"{ours}/ln_1", f"{theirs}/LayerNorm_0", "flax"),
+        (rf"{ours}/ln_2", f"{theirs}/LayerNorm_1", "flax"),
+        (rf"{ours}/attn/q_proj", f"{attention}/query", "flax"),
+        (rf"{ours}/attn/k_proj", f"{attention}/key", "flax"),
+        (rf"{ours}/attn/v_proj", f"{attention}/value", "flax"),
+        (rf"{ours}/attn/out_proj", f"{attention}/out", "flax"),
+        (rf"{ours}/mlp/c_fc", f"{theirs}/MlpBlock_0/Dense_0", "flax"),
+        (rf"{ours}/mlp/c_proj", f"{theirs}/MlpBlock_0/Dense_1", "flax"),
+    ]
+
+
+VISION_BLOCK = r"visual/transformer/resblocks_(\d+)"
+TEXT_BLOCK = r"text/transformer/resblocks_(\d+)"
+
+_OPENAI_VISION: Rows = [
+    *_block(VISION_BLOCK, r"visual.transformer.resblocks.\1"),
+    (r"visual/(class_embedding|positional_embedding|proj)", r"visual.\1", "array"),
+    (r"visual/conv1", "visual.conv1", "conv"),
+    (r"visual/(ln_pre|ln_post)", r"visual.\1", "norm"),
+]
+_RESNET: Rows = [
+    (r"visual/(conv[123])", r"visual.\1", "conv"),
+    (r"visual/(bn[123])", r"visual.\1", "batch_norm"),
+    (r"visual/(layer\d)_(\d+)/(conv[123])", r"visual.\1.\2.\3", "conv"),
+    (r"visual/(layer\d)_(\d+)/(bn[123])", r"visual.\1.\2.\3", "batch_norm"),
+    (r"visual/(layer\d)_(\d+)/downsample_0", r"visual.\1.\2.downsample.0", "conv"),
+    (r"visual/(layer\d)_(\d+)/downsample_1", r"visual.\1.\2.downsample.1", "batch_norm"),
+    (r"visual/attnpool/positional_embedding", "visual.attnpool.positional_embedding", "array"),
+    (r"visual/attnpool/([qkv]_proj)", r"visual.attnpool.\1", "heads"),
+    (r"visual/attnpool/c_proj", "visual.attnpool.c_proj", "out"),
+]
+_TIMM_SIGLIP: Rows = [
+    *_block_timm(VISION_BLOCK, r"visual.trunk.blocks.\1"),
+    (r"visual/positional_embedding", "visual.trunk.pos_embed", "array"),
+    (r"visual/conv1", "visual.trunk.patch_embed.proj", "conv"),
+    (r"visual/ln_post", "visual.trunk.norm", "norm"),
+    (r"visual/attn_pool/probe", "visual.trunk.attn_pool.latent", "array"),
+    (r"visual/attn_pool/attn/q_proj", "visual.trunk.attn_pool.q", "heads"),
+    (r"visual/attn_pool/attn/[kv]_proj", "visual.trunk.attn_pool.kv", "fused_kv"),
+    (r"visual/attn_pool/attn/out_proj", "visual.trunk.attn_pool.proj", "out"),
+    (r"visual/attn_pool/ln", "visual.trunk.attn_pool.norm", "norm"),
+    (r"visual/attn_pool/mlp/c_fc", "visual.trunk.attn_pool.mlp.fc1", "linear"),
+    (r"visual/attn_pool/mlp/c_proj", "visual.trunk.attn_pool.mlp.fc2", "linear"),
+]
+
+
+def _openai_text(prefix: str, projection: Rows) -> Rows:
+    return [
+        *_block(TEXT_BLOCK, rf"{prefix}transformer.resblocks.\1"),
+        (r"text/positional_embedding", f"{prefix}positional_embedding", "array"),
+        (r"text/token_embedding", f"{prefix}token_embedding", "embedding"),
+        (r"text/ln_final", f"{prefix}ln_final", "norm"),
+        *projection,
+    ]
+
+
+_SCALARS: Rows = [(r"(logit_scale|logit_bias)", r"\1", "array")]
+_FLAT_TEXT = _openai_text("", [(r"text/text_projection", "text_projection", "array")])
+_NESTED_TEXT = _openai_text("text.", [(r"text/text_projection", "text.text_projection", "array")])
+# With a bias the projection is a Linear, its matrix transposed.
+_LINEAR_TEXT = _openai_text(
+    "text.",
+    [
+        (r"text/text_projection", "text.text_projection", "matrix"),
+        (r"text/text_projection_bias", "text.text_projection", "bias"),
+    ],
+)
+
+_HF_TEXT: Rows = [
+    *_block_hf(TEXT_BLOCK, r"text_model.encoder.layers.\1"),
+    (r"text/positional_embedding", "text_model.embeddings.position_embedding", "table"),
+    (r"text/token_embedding", "text_model.embeddings.token_embedding", "embedding"),
+    (r"text/ln_final", "text_model.final_layer_norm", "norm"),
+]
+_HF_VISION: Rows = [
+    *_block_hf(VISION_BLOCK, r"vision_model.encoder.layers.\1"),
+    (r"visual/conv1", "vision_model.embeddings.patch_embedding", "conv"),
+    (r"visual/positional_embedding", "vision_model.embeddings.position_embedding", "table"),
+    (r"visual/ln_post", "vision_model.post_layernorm", "norm"),
+]
+_HF_CLIP: Rows = [
+    *_HF_TEXT,
+    *_HF_VISION,
+    (r"text/text_projection", "text_projection", "matrix"),
+    (r"visual/class_embedding", "vision_model.embeddings.class_embedding", "array"),
+    (r"visual/ln_pre", "vision_model.pre_layrnorm", "norm"),  # transformers spells it so
+    (r"visual/proj", "visual_projection", "matrix"),
+]
+_HF_SIGLIP: Rows = [
+    *_HF_TEXT,
+    *_HF_VISION,
+    (r"text/text_projection", "text_model.head", "matrix"),
+    (r"text/text_projection_bias", "text_model.head", "bias"),
+    (r"visual/attn_pool/probe", "vision_model.head.probe", "array"),
+    (r"visual/attn_pool/attn/[qkv]_proj", "vision_model.head.attention.in_proj", "fused"),
+    (r"visual/attn_pool/attn/out_proj", "vision_model.head.attention.out_proj", "out"),
+    (r"visual/attn_pool/ln", "vision_model.head.layernorm", "norm"),
+    (r"visual/attn_pool/mlp/c_fc", "vision_model.head.mlp.fc1", "linear"),
+    (r"visual/attn_pool/mlp/c_proj", "vision_model.head.mlp.fc2", "linear"),
+]
+_MAP = "params/img/MAPHead_0"
+_BIG_VISION: Rows = [
+    *_block_flax(VISION_BLOCK, r"params/img/Transformer/encoderblock_\1"),
+    *_block_flax(TEXT_BLOCK, r"params/txt/Encoder_0/encoderblock_\1"),
+    (r"visual/positional_embedding", "params/img/pos_embedding", "array"),
+    (r"visual/conv1", "params/img/embedding", "flax"),
+    (r"visual/ln_post", "params/img/Transformer/encoder_norm", "flax"),
+    (r"visual/attn_pool/probe", f"{_MAP}/probe", "array"),
+    (r"visual/attn_pool/attn/q_proj", f"{_MAP}/MultiHeadDotProductAttention_0/query", "flax"),
+    (r"visual/attn_pool/attn/k_proj", f"{_MAP}/MultiHeadDotProductAttention_0/key", "flax"),
+    (r"visual/attn_pool/attn/v_proj", f"{_MAP}/MultiHeadDotProductAttention_0/value", "flax"),
+    (r"visual/attn_pool/attn/out_proj", f"{_MAP}/MultiHeadDotProductAttention_0/out", "flax"),
+    (r"visual/attn_pool/ln", f"{_MAP}/LayerNorm_0", "flax"),
+    (r"visual/attn_pool/mlp/c_fc", f"{_MAP}/MlpBlock_0/Dense_0", "flax"),
+    (r"visual/attn_pool/mlp/c_proj", f"{_MAP}/MlpBlock_0/Dense_1", "flax"),
+    (r"text/positional_embedding", "params/txt/pos_embedding", "array"),
+    (r"text/token_embedding", "params/txt/Embed_0", "flax"),
+    (r"text/ln_final", "params/txt/Encoder_0/encoder_norm", "flax"),
+    (r"text/text_projection", "params/txt/head/kernel", "array"),
+    (r"text/text_projection_bias", "params/txt/head/bias", "array"),
+    (r"logit_scale", "params/t", "array"),
+    (r"logit_bias", "params/b", "array"),
+]
+
+NAMINGS: dict[str, Rows] = {
+    "openai": [*_OPENAI_VISION, *_FLAT_TEXT, *_SCALARS],
+    "openai_resnet": [*_RESNET, *_FLAT_TEXT, *_SCALARS],
+    "open_clip_nested": [*_OPENAI_VISION, *_NESTED_TEXT, *_SCALARS],
+    "open_clip_nested_resnet": [*_RESNET, *_NESTED_TEXT, *_SCALARS],
+    "open_clip_siglip": [*_TIMM_SIGLIP, *_LINEAR_TEXT, *_SCALARS],
+    "hf_clip": [*_HF_CLIP, *_SCALARS],
+    "hf_siglip": [*_HF_SIGLIP, *_SCALARS],
+    "big_vision": _BIG_VISION,
+}
+
+# Buffers that hold nothing learnt, by the end of their names.
+IGNORED = re.compile(
+    r"(^|.*\.)(attn_mask|num_batches_tracked|position_ids"
+    r"|input_resolution|context_length|vocab_size)$"
+)
+
+
+def place(path: str, naming: str) -> Place:
+    """Where our array `visual/ln_post/scale` lies in a file of this naming.
+
+    Raises:
+      UserError: the naming has no place for it: that library has no such part in its models.
+    """
+    for ours, theirs, kind in NAMINGS[naming]:
+        for leaf, (ending, layout) in KINDS[kind].items():
+            match = re.fullmatch(f"{ours}/{leaf}" if leaf else ours, path)
+            if match is None:
+                continue
+            key = match.expand(theirs) + ending
+            if kind not in FUSED:
+                return Place(key, layout)
+            letters = FUSED[kind]
+            letter = path.split("/")[-2][0]
+            return Place(key, layout, letters.index(letter), len(letters))
+    raise UserError(f"{path} has no counterpart in the format {naming}: it cannot be stored there")

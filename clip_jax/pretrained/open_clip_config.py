@@ -1,0 +1,250 @@
+"""A model's sizes from open_clip's `model_cfg`, and back (open_clip 3.3, `model.py`).
+
+A setting that our modules do not have is refused by name, never passed over: it would change the
+numbers.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from clip_jax.errors import UserError, short
+from clip_jax.models.clip import CLIPConfig
+from clip_jax.models.resnet import ResNetConfig
+from clip_jax.models.text import TextConfig
+from clip_jax.models.vit import ViTConfig
+from clip_jax.pretrained.siglip import SIGLIP_LOGIT_SCALE, siglip_vit
+
+# Settings that change nothing in a trained model's features.
+_TRAINING_ONLY = {"patch_dropout", "output_tokens", "timm_model_pretrained", "timm_drop"}
+_TRAINING_ONLY |= {"timm_drop_path", "attn_pooler_queries", "attn_pooler_heads"}
+# Those of the tokenizer.
+_TOKENIZING = {"hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs", "pad_id"}
+_TOKENIZING |= {"hf_model_pretrained", "hf_proj_type", "hf_pooler_type"}
+_VISION = {"layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size"}
+_VISION |= {"ls_init_value", "no_ln_pre", "final_ln_after_pool", "pool_type"}
+_VISION |= {"act_kwargs", "norm_kwargs"}
+_TIMM = {"image_size", "timm_model_name", "timm_pool", "timm_proj", "timm_proj_bias"}
+_TEXT = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "eos_id"}
+_TEXT |= {"no_causal_mask", "pool_type", "proj_bias", "proj_type", "act_kwargs", "norm_kwargs"}
+
+# timm's image towers of SigLIP: width, layers, heads, mlp_ratio.
+_SIGLIP_SIZES = {
+    "base": (768, 12, 12, 4.0),
+    "large": (1024, 24, 16, 4.0),
+    "so400m": (1152, 27, 16, 3.7362),
+    "giantopt": (1536, 40, 16, 4.0),
+}
+# Which of them timm builds with the tanh form of GELU.
+_SIGLIP_TANH = re.compile(
+    r"vit_(base_patch32_siglip_256|large_patch16_siglip_512|so400m_patch16_siglip_\d+"
+    r"|giantopt_patch16_siglip_\d+)"
+)
+
+
+def config_from_open_clip(cfg: Mapping[str, Any], where: str) -> CLIPConfig:
+    """The sizes in a `model_cfg`.
+
+    Args:
+      cfg: the dict, as in `open_clip_config.json` or open_clip's `model_configs/`.
+      where: the file, for messages.
+
+    Raises:
+      UserError: a setting that no module here has, or a value that is missing or none.
+    """
+    try:
+        vision, text = dict(cfg["vision_cfg"]), dict(cfg["text_cfg"])
+        if cfg.get("multimodal_cfg"):
+            raise UserError(f"{where}: CoCa models (multimodal_cfg) are not supported")
+        quick = bool(cfg.get("quick_gelu", False))
+        bias = cfg.get("init_logit_bias")
+        return CLIPConfig(
+            embed_dim=int(cfg["embed_dim"]),
+            vision=_vision(vision, quick, where),
+            text=_text(text, quick, where),
+            init_logit_scale=SIGLIP_LOGIT_SCALE if bias is not None else math.log(1 / 0.07),
+            init_logit_bias=None if bias is None else float(bias),
+        )
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"{where}: the model_cfg is damaged ({short(error)})") from None
+
+
+def _refuse_others(cfg: Mapping[str, Any], known: set[str], what: str, where: str) -> None:
+    for key, value in cfg.items():
+        # What is off or empty is as good as absent.
+        if key not in known and value not in (None, False, 0, 0.0, {}, "", "learnable", "default"):
+            raise UserError(f"{where}: {what} has {key} = {value!r}, which is not supported")
+
+
+def _activation(quick: bool, act_kwargs: Mapping[str, Any] | None) -> str:
+    if quick:
+        return "quick_gelu"
+    return "gelu_tanh" if (act_kwargs or {}).get("approximate") == "tanh" else "gelu"
+
+
+def _vision(v: dict[str, Any], quick: bool, where: str) -> ViTConfig | ResNetConfig:
+    image_size = v.get("image_size", 224)
+    if isinstance(image_size, list | tuple):
+        if len(set(image_size)) != 1:
+            raise UserError(f"{where}: pictures of {image_size} pixels are not square")
+        image_size = image_size[0]
+    if v.get("timm_model_name"):
+        return _siglip_vision(v, int(image_size), where)
+    _refuse_others(v, _VISION | _TRAINING_ONLY, "vision_cfg", where)
+    width = int(v.get("width", 768))
+    layers = v.get("layers", 12)
+    if isinstance(layers, list | tuple):
+        one, two, three, four = (int(n) for n in layers)
+        return ResNetConfig(int(image_size), (one, two, three, four), width)
+    pool = {"tok": "token", "avg": "average"}.get(v.get("pool_type", "tok"))
+    if pool is None:
+        raise UserError(f"{where}: vision_cfg has pool_type = {v['pool_type']!r}, not supported")
+    return ViTConfig(
+        image_size=int(image_size),
+        patch_size=int(v.get("patch_size", 16)),
+        width=width,
+        layers=int(layers),
+        heads=width // int(v.get("head_width", 64)),
+        mlp_ratio=float(v.get("mlp_ratio", 4.0)),
+        activation=_activation(quick, v.get("act_kwargs")),
+        norm_eps=float((v.get("norm_kwargs") or {}).get("eps", 1e-5)),
+        pool=pool,
+        norm_after_pool=bool(v.get("final_ln_after_pool", False)),
+        pre_norm=not v.get("no_ln_pre", False),
+        layer_scale=v.get("ls_init_value"),
+    )
+
+
+def _siglip_vision(v: dict[str, Any], image_size: int, where: str) -> ViTConfig:
+    name = str(v["timm_model_name"])
+    match = re.fullmatch(r"vit_(\w+)_patch(\d+)_siglip_(\d+)", name)
+    if match is None or match[1] not in _SIGLIP_SIZES or v.get("timm_pool") != "map":
+        raise UserError(f"{where}: the image tower {name} of timm is not supported")
+    if v.get("timm_proj", "linear") not in ("none", "", None):
+        raise UserError(f"{where}: vision_cfg has timm_proj = {v['timm_proj']!r}, not supported")
+    _refuse_others(v, _TIMM | _TRAINING_ONLY, "vision_cfg", where)
+    width, layers, heads, mlp_ratio = _SIGLIP_SIZES[match[1]]
+    return siglip_vit(
+        image_size,
+        int(match[2]),
+        width,
+        layers,
+        heads,
+        mlp_ratio=mlp_ratio,
+        activation="gelu_tanh" if _SIGLIP_TANH.fullmatch(name) else "gelu",
+    )
+
+
+def _text(t: dict[str, Any], quick: bool, where: str) -> TextConfig:
+    if t.get("hf_model_name"):
+        raise UserError(f"{where}: the text tower {t['hf_model_name']} is not supported")
+    _refuse_others(t, _TEXT | _TOKENIZING | _TRAINING_ONLY, "text_cfg", where)
+    pool = {"argmax": "end", "eos": "end", "last": "last"}.get(t.get("pool_type", "argmax"))
+    if pool is None:
+        raise UserError(f"{where}: text_cfg has pool_type = {t['pool_type']!r}, not supported")
+    vocab_size = int(t.get("vocab_size", 49_408))
+    # "argmax" reads at the largest id, which is the end token's.
+    eot_id = int(t.get("eos_id", 2)) if t.get("pool_type") == "eos" else vocab_size - 1
+    return TextConfig(
+        width=int(t.get("width", 512)),
+        layers=int(t.get("layers", 12)),
+        heads=int(t.get("heads", 8)),
+        context_length=int(t.get("context_length", 77)),
+        vocab_size=vocab_size,
+        eot_id=eot_id,
+        mlp_ratio=float(t.get("mlp_ratio", 4.0)),
+        activation=_activation(quick, t.get("act_kwargs")),
+        norm_eps=float((t.get("norm_kwargs") or {}).get("eps", 1e-5)),
+        causal=not t.get("no_causal_mask", False),
+        pool=pool,
+        project=t.get("proj_type", "linear") != "none",
+        proj_bias=bool(t.get("proj_bias", False)),
+    )
+
+
+def config_to_open_clip(config: CLIPConfig) -> dict[str, Any]:
+    """The `model_cfg` that makes open_clip build this model.
+
+    Raises:
+      UserError: open_clip has no such image tower.
+    """
+    v, t = config.vision, config.text
+    made: dict[str, Any] = {"embed_dim": config.embed_dim}
+    if t.activation == "quick_gelu":
+        made["quick_gelu"] = True
+    if isinstance(v, ResNetConfig):
+        vision: dict[str, Any] = {
+            "image_size": v.image_size,
+            "layers": list(v.layers),
+            "width": v.width,
+            "patch_size": None,
+        }
+    elif isinstance(v, ViTConfig) and v.pool == "map":
+        vision = _siglip_to_open_clip(v)
+        made |= {"init_logit_bias": -10, "custom_text": True}
+    elif isinstance(v, ViTConfig):
+        if (v.activation == "quick_gelu") != (t.activation == "quick_gelu"):
+            raise UserError("open_clip has one activation for both towers, and this model has two")
+        vision = {
+            "image_size": v.image_size,
+            "layers": v.layers,
+            "width": v.width,
+            "head_width": v.width // v.heads,
+            "mlp_ratio": v.mlp_ratio,
+            "patch_size": v.patch_size,
+        }
+        if v.layer_scale is not None:
+            vision["ls_init_value"] = v.layer_scale
+        if not v.pre_norm:
+            vision["no_ln_pre"] = True
+        if v.pool == "average":
+            vision |= {"pool_type": "avg", "final_ln_after_pool": v.norm_after_pool}
+        if v.norm_eps != 1e-5:
+            vision["norm_kwargs"] = {"eps": v.norm_eps}
+    else:
+        raise UserError("open_clip has no such convolutional image tower; train a ViT or a ResNet")
+    return made | {"vision_cfg": vision, "text_cfg": _text_to_open_clip(t)}
+
+
+def _siglip_to_open_clip(v: ViTConfig) -> dict[str, Any]:
+    sizes = (v.width, v.layers, v.heads, v.mlp_ratio)
+    names = [name for name, known in _SIGLIP_SIZES.items() if known == sizes]
+    name = f"vit_{names[0] if names else '?'}_patch{v.patch_size}_siglip_{v.image_size}"
+    tanh = bool(_SIGLIP_TANH.fullmatch(name))
+    if not names or tanh != (v.activation == "gelu_tanh"):
+        raise UserError("open_clip has no SigLIP image tower of these sizes and activation")
+    return {
+        "image_size": v.image_size,
+        "timm_model_name": name,
+        "timm_model_pretrained": False,
+        "timm_pool": "map",
+        "timm_proj": "none",
+    }
+
+
+def _text_to_open_clip(t: TextConfig) -> dict[str, Any]:
+    made: dict[str, Any] = {
+        "context_length": t.context_length,
+        "vocab_size": t.vocab_size,
+        "width": t.width,
+        "heads": t.heads,
+        "layers": t.layers,
+    }
+    if t.mlp_ratio != 4.0:
+        made["mlp_ratio"] = t.mlp_ratio
+    if not t.causal:
+        made["no_causal_mask"] = True
+    if t.pool == "last":
+        made["pool_type"] = "last"
+    elif t.eot_id != t.vocab_size - 1:
+        made |= {"pool_type": "eos", "eos_id": t.eot_id}
+    if t.proj_bias:
+        made["proj_bias"] = True
+    if not t.project:
+        made["proj_type"] = "none"
+    if t.norm_eps != 1e-5:
+        made["norm_kwargs"] = {"eps": t.norm_eps}
+    if t.activation == "gelu_tanh":
+        made["act_kwargs"] = {"approximate": "tanh"}
+    return made
