@@ -14,7 +14,7 @@ LEVELS = [
     {"errors", "typing"},
     {"models", "losses", "data", "tokenizers", "augment", "mesh", "optim", "metrics", "config"}
     | {"signals"},
-    {"sharding", "workdir"},
+    {"sharding", "pretrained", "workdir"},
     {"state", "evaluation"},
     {"checkpoint"},
     {"step"},

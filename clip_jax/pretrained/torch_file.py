@@ -1,0 +1,197 @@
+"""PyTorch's files, `torch.save` and `torch.jit.save`, to arrays: no torch, no code run.
+
+Both are zip archives: a pickle that describes the tensors (`torch_pickle`), and one uncompressed
+member of raw numbers for each storage. Arrays are read-only views of the file wherever the tensor
+is contiguous.
+"""
+
+import math
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from clip_jax.pretrained.mapped_file import BadFile, map_file, reading, shown
+from clip_jax.pretrained.torch_pickle import Object, Storage, Tensor, load_pickle
+from clip_jax.pretrained.zip_file import Member, member_bytes, zip_members
+
+# A ViT-bigG with its optimiser has 2 MB of pickle.
+_MAX_PICKLE = 32 << 20
+_MAX_RANK = 8
+# Bounds on what the walk through a TorchScript module yields: modules may be shared.
+_MAX_NAMES, _MAX_NAME, _MAX_DEPTH = 100_000, 512, 64
+_LEGACY = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
+_RESAVE = "load it with a recent torch and save it again: torch.save(torch.load(path), new_path)"
+
+
+def read_torch(path: str | Path, key: str | None = None) -> dict[str, np.ndarray]:
+    """The tensors of a checkpoint by name, as read-only arrays.
+
+    A training wrapper (`{"epoch": ..., "state_dict": ..., "optimizer": ...}`) gives its
+    `state_dict`. Of a TorchScript archive, names are the paths of attributes joined by dots;
+    tensors that the module does not list in its `state_dict()` (a mask) are among them.
+    Values that are no tensors are left out. Names are as stored, `module.` and all.
+
+    Args:
+      path: a file written by `torch.save` or `torch.jit.save`.
+      key: the entry of a wrapper that holds the tensors, if it is not `state_dict`.
+
+    Raises:
+      UserError: the file is damaged, is no such file, or names anything but tensors and plain
+        containers. Nothing in it is run in any case.
+    """
+    with reading(path):
+        file_U = map_file(path)
+        if file_U[: len(_LEGACY)].tobytes() == _LEGACY:
+            raise BadFile("is in PyTorch's format from before version 1.6", _RESAVE)
+        if file_U[:2].tobytes() != b"PK":
+            raise BadFile("is not a file of torch.save or torch.jit.save", "give a .pt or .bin")
+        members = zip_members(file_U)
+        prefix, root = _read_pickle(file_U, members)
+        tensors = _choose(root, key)
+        storages = _read_storages(file_U, members, prefix, tensors.values())
+        return _arrays(tensors, storages, len(file_U))
+
+
+def _read_pickle(file_U: np.ndarray, members: dict[str, Member]) -> tuple[str, Any]:
+    """(the folder inside the archive, what its pickle describes)."""
+    pickles = [name for name in members if name.split("/")[-1] == "data.pkl"]
+    if len(pickles) != 1:
+        raise BadFile(
+            f"holds {len(pickles)} members data.pkl in place of one",
+            "give a file that torch.save or torch.jit.save wrote",
+        )
+    prefix = pickles[0].removesuffix("data.pkl")
+    byteorder = members.get(prefix + "byteorder")
+    if byteorder and member_bytes(file_U, byteorder).tobytes() != b"little":
+        raise BadFile("was not written on a little-endian machine", _RESAVE)
+    member = members[pickles[0]]
+    if member.size > _MAX_PICKLE:
+        raise BadFile(f"has a pickle of {member.size} bytes, more than any checkpoint needs")
+    return prefix, load_pickle(member_bytes(file_U, member).tobytes())
+
+
+def _choose(root: Any, key: str | None) -> dict[str, Tensor]:
+    """The tensors by name: a module's attributes, a state dict, or the one inside a wrapper."""
+    if key is None and isinstance(root, dict) and _is_tree(root.get("state_dict")):
+        key = "state_dict"
+    if key is not None:
+        if not isinstance(root, dict) or not _is_tree(root.get(key)):
+            raise BadFile(f"has no dict under {shown(key)!r}", _keys_of(root))
+        root = root[key]
+    if isinstance(root, Object):
+        tensors = _module_tensors(root)
+    elif isinstance(root, dict):
+        tensors = {name: value for name, value in root.items() if isinstance(value, Tensor)}
+    else:
+        raise BadFile(f"holds a {type(root).__name__}", "give a state dict, saved by torch.save")
+    if not tensors:
+        raise BadFile("holds no tensors at its top", _keys_of(root))
+    for name in tensors:
+        if not isinstance(name, str):
+            raise BadFile(f"has a tensor whose name is the number {name}", _keys_of(root))
+    return tensors
+
+
+def _is_tree(value: Any) -> bool:
+    return isinstance(value, dict | Object)
+
+
+def _keys_of(root: Any) -> str:
+    items = root.items() if isinstance(root, dict) else ()
+    trees = [shown(name) for name, value in items if _is_tree(value)]
+    return f"choose one of its dicts by key: {', '.join(trees[:8]) or 'it has none'}"
+
+
+def _module_tensors(module: Object) -> dict[str, Tensor]:
+    """The tensors among a TorchScript module's attributes and those of its submodules."""
+    tensors: dict[str, Tensor] = {}
+    pending, visited = [("", module, 0)], 0
+    while pending:
+        prefix, module, depth = pending.pop()
+        for name, value in module.attributes.items():
+            full, visited = f"{prefix}{name}", visited + 1
+            if visited > _MAX_NAMES or len(full) > _MAX_NAME or depth > _MAX_DEPTH:
+                raise BadFile("its module is larger or deeper than any model is")
+            if isinstance(value, Tensor):
+                tensors[full] = value
+            elif isinstance(value, Object):
+                pending.append((f"{full}.", value, depth + 1))
+    return tensors
+
+
+def _read_storages(
+    file_U: np.ndarray, members: dict[str, Member], prefix: str, tensors: Iterable[Tensor]
+) -> dict[tuple[str, str], np.ndarray]:
+    """The numbers of every storage in use as flat arrays, checksums compared, by key and dtype."""
+    used: dict[tuple[str, str], Storage] = {}
+    for tensor in tensors:
+        storage = used.setdefault((tensor.storage.key, tensor.storage.dtype), tensor.storage)
+        if storage.count != tensor.storage.count:
+            raise BadFile(f"gives the storage {shown(storage.key)} two sizes")
+
+    def read(storage: Storage) -> np.ndarray:
+        member = members.get(f"{prefix}data/{storage.key}")
+        if member is None:
+            raise BadFile(f"lacks the storage {shown(storage.key)} that its pickle describes")
+        dtype = _dtype(storage.dtype)
+        if member.size != storage.count * dtype.itemsize:
+            raise BadFile(
+                f"declares {storage.count} numbers of {storage.dtype} in the storage"
+                f" {shown(storage.key)} and holds {member.size} bytes of them"
+            )
+        return member_bytes(file_U, member).view(dtype)
+
+    # zlib releases the interpreter: checksums, most of the time here, run side by side.
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(used, pool.map(read, used.values()), strict=True))
+
+
+def _dtype(name: str) -> np.dtype:
+    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+
+
+def _arrays(
+    tensors: dict[str, Tensor], storages: dict[tuple[str, str], np.ndarray], file_size: int
+) -> dict[str, np.ndarray]:
+    """Each tensor as a view of its storage; a transposed one as a contiguous copy."""
+    copied = 0
+    arrays = {}
+    for name, tensor in tensors.items():
+        view = _window(name, tensor, storages[tensor.storage.key, tensor.storage.dtype])
+        if not view.flags.c_contiguous:
+            copied += view.nbytes
+            if copied > file_size:
+                raise BadFile("describes more numbers by its tensors than the file holds")
+            view = np.ascontiguousarray(view)
+            view.flags.writeable = False
+        arrays[name] = view
+    return arrays
+
+
+def _window(name: str, tensor: Tensor, storage: np.ndarray) -> np.ndarray:
+    """The tensor's numbers inside its storage, which must hold all of them."""
+    shape, strides, offset = tensor.shape, tensor.strides, tensor.offset
+    outside = BadFile(
+        f"the tensor {shown(name)} of shape {shown(shape)} does not lie inside its storage"
+        f" of {len(storage)} numbers"
+    )
+    # The rank comes first: a product of many large numbers takes hours.
+    if not len(shape) == len(strides) <= _MAX_RANK or min((offset, *shape, *strides)) < 0:
+        raise outside
+    count = math.prod(shape)
+    # A dimension of one has no step, and PyTorch keeps any number there.
+    steps = [0 if n == 1 else step for n, step in zip(shape, strides, strict=True)]
+    last = offset + sum((n - 1) * step for n, step in zip(shape, steps, strict=True))
+    fits = last < len(storage) if count else math.prod(max(n, 1) for n in shape) < 1 << 48
+    if count > len(storage) or not fits:
+        raise outside
+    if not count:
+        return storage[:0].reshape(shape)
+    item = storage.dtype.itemsize
+    return np.lib.stride_tricks.as_strided(
+        storage[offset:], shape, [step * item for step in steps], writeable=False
+    )
