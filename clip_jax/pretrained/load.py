@@ -1,0 +1,239 @@
+"""A published checkpoint, in whatever format, as our own arrays and what belongs to them.
+
+What belongs to weights travels with them: activation, preprocessing, tokenizer. Nothing of a file
+is executed, and no part of a model is returned where another is wrong.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from clip_jax.data.images import OPENAI, SIGLIP, Preprocess
+from clip_jax.data.preprocess import preprocess_from_hf, preprocess_from_open_clip
+from clip_jax.errors import UserError, short
+from clip_jax.models.clip import CLIP, CLIPConfig
+from clip_jax.models.zoo import model_config
+from clip_jax.pretrained import infer
+from clip_jax.pretrained.hf_config import config_from_hf
+from clip_jax.pretrained.layouts import to_ours
+from clip_jax.pretrained.npz_file import read_npz
+from clip_jax.pretrained.open_clip_config import config_from_open_clip
+from clip_jax.pretrained.safetensors_file import read_safetensors
+from clip_jax.pretrained.tags import family_preprocess, find_pretrained
+from clip_jax.pretrained.torch_file import read_torch
+
+Arrays = Mapping[str, np.ndarray]
+
+OPEN_CLIP_CONFIG, HF_CONFIG = "open_clip_config.json", "config.json"
+# In a folder, the first of these that is there holds the weights.
+OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+HF_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+TORCH_ENDINGS = (".pt", ".pth", ".bin", ".ckpt")
+# What a training run or a compiler puts before every name.
+_WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
+# Buffers that OpenAI's archives keep, and no other file does.
+_OPENAI_MARKS = {"input_resolution", "context_length", "vocab_size"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A model as it was published.
+
+    Attributes:
+      name: the registered model, or the file's.
+      config: its sizes, activation and all.
+      arrays: for each path of the parameter tree, a function that reads its array, float32.
+      preprocess: how its pictures are made.
+      folder: where its tokenizer's files may be; None for a single file.
+    """
+
+    name: str
+    config: CLIPConfig
+    arrays: dict[str, Callable[[], np.ndarray]]
+    preprocess: Preprocess
+    folder: Path | None
+
+
+def array_shapes(config: CLIPConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter and batch statistic, by its path; allocates nothing."""
+    size, length = config.vision.image_size, config.text.context_length
+    shapes = jax.eval_shape(
+        CLIP(config).init,
+        jax.random.key(0),
+        jax.ShapeDtypeStruct((1, size, size, 3), np.float32),
+        jax.ShapeDtypeStruct((1, length), np.int32),
+    )
+    leaves = jax.tree_util.tree_leaves_with_path(dict(shapes))
+    return {
+        jax.tree_util.keystr(path[1:], simple=True, separator="/"): leaf.shape
+        for path, leaf in leaves
+    }
+
+
+def read_checkpoint(path: str | Path, model: str | None = None) -> Checkpoint:
+    """Read a file or folder of OpenAI, open_clip, Hugging Face or big_vision.
+
+    Args:
+      path: `.pt`, `.bin`, `.safetensors` or `.npz`, or a folder with a config beside its weights.
+      model: a name of `list_models()`, or "name:tag" of open_clip's pretrained list. Needed where
+        a file does not say it; an OpenAI file keeps its own activation under any name.
+
+    Raises:
+      UserError: the file cannot be read, is damaged, or holds another model.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if (path / OPEN_CLIP_CONFIG).is_file():
+            return _from_open_clip_folder(path)
+        if (path / HF_CONFIG).is_file():
+            return _from_hf_folder(path)
+        raise UserError(
+            f"{path} holds no checkpoint: neither {OPEN_CLIP_CONFIG} nor {HF_CONFIG} is there"
+        )
+    if not path.exists():
+        raise UserError(f"{path} does not exist; give a checkpoint's file or folder")
+    beside = path.parent / OPEN_CLIP_CONFIG
+    if model is None and path.name in OPEN_CLIP_WEIGHTS and beside.is_file():
+        return _from_open_clip_folder(path.parent)
+    if model is None and path.name in HF_WEIGHTS and (path.parent / HF_CONFIG).is_file():
+        return _from_hf_folder(path.parent)
+    return _from_file(path, model)
+
+
+def read_arrays(path: Path) -> Arrays:
+    """The arrays of one file, by the names it has for them, wrappers' prefixes removed."""
+    ending = path.suffix.lower()
+    if ending == ".npz":
+        return unstack(read_npz(path))
+    if ending == ".safetensors" or path.name.endswith(".safetensors.index.json"):
+        arrays = read_safetensors(path)
+    elif ending in TORCH_ENDINGS:
+        arrays = read_torch(path)
+    else:
+        raise UserError(f"{path}: give a .pt, .bin, .safetensors or .npz file, or a folder")
+    return {_WRAPPERS.sub("", name): array for name, array in arrays.items()}
+
+
+def unstack(arrays: Arrays) -> Arrays:
+    """Layers that big_vision scanned over, `encoderblock/...` [layers, ...], one by one."""
+    made = {}
+    for name, array in arrays.items():
+        before, found, after = name.partition("/encoderblock/")
+        if not found:
+            made[name] = array
+        else:
+            made |= {f"{before}/encoderblock_{i}/{after}": row for i, row in enumerate(array)}
+    # Checkpoints of a whole training state keep the optimiser's beside the parameters.
+    return {name: array for name, array in made.items() if not name.startswith("opt/")}
+
+
+def _from_file(path: Path, model: str | None) -> Checkpoint:
+    arrays = read_arrays(path)
+    naming = infer.find_naming(arrays, str(path))
+    if naming.startswith("hf_"):
+        raise UserError(f"{path}: weights of Hugging Face need their {HF_CONFIG}; give the folder")
+    if naming == "big_vision":
+        config = infer.big_vision_config(arrays, str(path))
+        return _finish(path.stem, config, arrays, naming, SIGLIP, path, None)
+    found = infer.signature(arrays, naming, str(path))
+    name, preprocess = model or path.stem, OPENAI
+    if arrays.keys() & _OPENAI_MARKS:
+        config = infer.openai_config(found)
+    elif model is None:
+        config, preprocess = infer.zoo_config(found, str(path)), _preprocess_of(found)
+    else:
+        name, preprocess = _asked_for(model)
+        config = model_config(name)
+    return _finish(name, config, arrays, naming, preprocess, path, None, found)
+
+
+def _preprocess_of(found: infer.Signature) -> Preprocess:
+    """The family's, where no name was given."""
+    return family_preprocess(next(iter(infer.matching_models(found))))
+
+
+def _asked_for(model: str) -> tuple[str, Preprocess]:
+    """The zoo's name and the preprocessing that "name" or "name:tag" stands for."""
+    name, colon, tag = model.partition(":")
+    if not colon:
+        return name, family_preprocess(name)
+    found = find_pretrained(name, tag)
+    if found is None:
+        raise UserError(
+            f"model {model!r}: open_clip has no such pretrained pair that can be loaded here; "
+            "see clip_jax.list_pretrained()"
+        )
+    return found
+
+
+def _finish(
+    name: str,
+    config: CLIPConfig,
+    arrays: Arrays,
+    naming: str,
+    preprocess: Preprocess,
+    path: Path,
+    folder: Path | None,
+    found: infer.Signature | None = None,
+) -> Checkpoint:
+    about = f"{path} does not hold a {name}"
+    try:
+        ours = to_ours(arrays, array_shapes(config), naming, about)
+    except UserError as error:
+        if found is None or infer.signature_of(config) == found:
+            raise
+        raise UserError(f"{error}; its sizes are nearest to {infer.nearest_model(found)}") from None
+    return Checkpoint(name, config, ours, preprocess, folder)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+      UserError: it cannot be read or is no object.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({short(error)})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return values
+
+
+def _weights(folder: Path, names: tuple[str, ...]) -> Path:
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(f"{folder} has a config but no weights: none of {', '.join(names)} is there")
+
+
+def _from_open_clip_folder(folder: Path) -> Checkpoint:
+    path = folder / OPEN_CLIP_CONFIG
+    values = read_json(path)
+    if not isinstance(values.get("model_cfg"), dict):
+        raise UserError(f"{path} has no model_cfg")
+    config = config_from_open_clip(values["model_cfg"], str(path))
+    preprocess = preprocess_from_open_clip(values.get("preprocess_cfg") or {})
+    weights = _weights(folder, OPEN_CLIP_WEIGHTS)
+    arrays = read_arrays(weights)
+    naming = infer.find_naming(arrays, str(weights))
+    return _finish(folder.name, config, arrays, naming, preprocess, weights, folder)
+
+
+def _from_hf_folder(folder: Path) -> Checkpoint:
+    values = read_json(folder / HF_CONFIG)
+    config = config_from_hf(values, str(folder / HF_CONFIG))
+    is_siglip = values["model_type"] == "siglip"
+    preprocess = SIGLIP if is_siglip else OPENAI
+    if (folder / "preprocessor_config.json").is_file():
+        preprocess = preprocess_from_hf(read_json(folder / "preprocessor_config.json"))
+    weights = _weights(folder, HF_WEIGHTS)
+    naming = "hf_siglip" if is_siglip else "hf_clip"
+    return _finish(folder.name, config, read_arrays(weights), naming, preprocess, weights, folder)

@@ -1,0 +1,123 @@
+"""open_clip's pretrained (model, tag) pairs that can be loaded here, and how each was trained.
+
+A file of weights does not say its activation or how its pictures were made, and open_clip builds
+28 of its pairs with another activation than they were trained with, with a warning alone. So the
+pair is asked for: `clip_jax.load(file, model="ViT-B-32:metaclip_400m")`. Source: open_clip 3.3
+`pretrained.py`.
+"""
+
+from typing import NamedTuple
+
+from clip_jax.data.images import CLIPA, DFN5B, INCEPTION, OPENAI, SIGLIP, Preprocess
+
+# A star marks QuickGELU. A model's "-quickgelu" twin has the starred tags.
+TAGS = {
+    "RN50": "openai* yfcc15m* cc12m*",
+    "RN101": "openai* yfcc15m*",
+    "RN50x4": "openai*",
+    "RN50x16": "openai*",
+    "RN50x64": "openai*",
+    "ViT-B-32": "openai* laion400m_e31* laion400m_e32* laion2b_e16 laion2b_s34b_b79k "
+    "datacomp_xl_s13b_b90k datacomp_m_s128m_b4k commonpool_m_clip_s128m_b4k "
+    "commonpool_m_laion_s128m_b4k commonpool_m_image_s128m_b4k commonpool_m_text_s128m_b4k "
+    "commonpool_m_basic_s128m_b4k commonpool_m_s128m_b4k datacomp_s_s13m_b4k "
+    "commonpool_s_clip_s13m_b4k commonpool_s_laion_s13m_b4k commonpool_s_image_s13m_b4k "
+    "commonpool_s_text_s13m_b4k commonpool_s_basic_s13m_b4k commonpool_s_s13m_b4k "
+    "metaclip_400m* metaclip_fullcc*",
+    "ViT-B-32-256": "datacomp_s34b_b86k",
+    "ViT-B-16": "openai* laion400m_e31 laion400m_e32 laion2b_s34b_b88k datacomp_xl_s13b_b90k "
+    "datacomp_l_s1b_b8k commonpool_l_clip_s1b_b8k commonpool_l_laion_s1b_b8k "
+    "commonpool_l_image_s1b_b8k commonpool_l_text_s1b_b8k commonpool_l_basic_s1b_b8k "
+    "commonpool_l_s1b_b8k dfn2b* metaclip_400m* metaclip_fullcc*",
+    "ViT-B-16-plus-240": "laion400m_e31 laion400m_e32",
+    "ViT-L-14": "openai* laion400m_e31 laion400m_e32 laion2b_s32b_b82k datacomp_xl_s13b_b90k "
+    "commonpool_xl_clip_s13b_b90k commonpool_xl_laion_s13b_b90k commonpool_xl_s13b_b90k "
+    "metaclip_400m* metaclip_fullcc* dfn2b* dfn2b_s39b",
+    "ViT-L-14-336": "openai*",
+    "ViT-H-14": "laion2b_s32b_b79k metaclip_fullcc* metaclip_altogether dfn5b*",
+    "ViT-H-14-378": "dfn5b*",
+    "ViT-g-14": "laion2b_s12b_b42k laion2b_s34b_b88k",
+    "ViT-bigG-14": "laion2b_s39b_b160k metaclip_fullcc*",
+    "ViT-B-16-SigLIP": "webli",
+    "ViT-B-16-SigLIP-256": "webli",
+    "ViT-B-16-SigLIP-i18n-256": "webli",
+    "ViT-B-16-SigLIP-384": "webli",
+    "ViT-B-16-SigLIP-512": "webli",
+    "ViT-L-16-SigLIP-256": "webli",
+    "ViT-L-16-SigLIP-384": "webli",
+    "ViT-SO400M-14-SigLIP": "webli",
+    "ViT-SO400M-16-SigLIP-i18n-256": "webli",
+    "ViT-SO400M-14-SigLIP-378": "webli",
+    "ViT-SO400M-14-SigLIP-384": "webli",
+    "ViT-B-32-SigLIP2-256": "webli",
+    "ViT-B-16-SigLIP2": "webli",
+    "ViT-B-16-SigLIP2-256": "webli",
+    "ViT-B-16-SigLIP2-384": "webli",
+    "ViT-B-16-SigLIP2-512": "webli",
+    "ViT-L-16-SigLIP2-256": "webli",
+    "ViT-L-16-SigLIP2-384": "webli",
+    "ViT-L-16-SigLIP2-512": "webli",
+    "ViT-SO400M-14-SigLIP2": "webli",
+    "ViT-SO400M-14-SigLIP2-378": "webli",
+    "ViT-SO400M-16-SigLIP2-256": "webli",
+    "ViT-SO400M-16-SigLIP2-384": "webli",
+    "ViT-SO400M-16-SigLIP2-512": "webli",
+    "ViT-gopt-16-SigLIP2-256": "webli",
+    "ViT-gopt-16-SigLIP2-384": "webli",
+    "ViT-L-14-CLIPA": "datacomp1b",
+    "ViT-L-14-CLIPA-336": "datacomp1b",
+    "ViT-H-14-CLIPA": "datacomp1b",
+    "ViT-H-14-CLIPA-336": "laion2b datacomp1b",
+    "ViT-bigG-14-CLIPA": "datacomp1b",
+    "ViT-bigG-14-CLIPA-336": "datacomp1b",
+    "ViT-H-14-worldwide": "metaclip2_worldwide*",
+    "ViT-H-14-worldwide-378": "metaclip2_worldwide",
+    "ViT-bigG-14-worldwide": "metaclip2_worldwide",
+    "ViT-bigG-14-worldwide-378": "metaclip2_worldwide",
+}
+# "-quickgelu" twins whose list is not the starred tags of the plain name.
+_QUICK = "-quickgelu"
+
+# Pairs whose pictures are not made as their family's.
+_OTHERS = {
+    ("ViT-L-14", "laion2b_s32b_b82k"): INCEPTION,
+    ("ViT-H-14", "dfn5b"): DFN5B,
+    ("ViT-H-14-378", "dfn5b"): DFN5B,
+    ("ViT-H-14-worldwide-378", "metaclip2_worldwide"): DFN5B,
+    ("ViT-bigG-14-worldwide-378", "metaclip2_worldwide"): DFN5B,
+}
+
+
+class Pretrained(NamedTuple):
+    """A published model: its row of the zoo and how its pictures are made."""
+
+    model: str
+    preprocess: Preprocess
+
+
+def family_preprocess(model: str) -> Preprocess:
+    """How the pictures of a model's family are made, where no tag says more."""
+    if "SigLIP" in model:
+        return SIGLIP
+    return CLIPA if "CLIPA" in model else OPENAI
+
+
+def list_pretrained() -> list[tuple[str, str]]:
+    """open_clip's (model, tag) pairs that can be loaded, "-quickgelu" names included."""
+    pairs = []
+    for model, tags in TAGS.items():
+        pairs += [(model, tag.rstrip("*")) for tag in tags.split()]
+        pairs += [(model + _QUICK, tag[:-1]) for tag in tags.split() if tag.endswith("*")]
+    return pairs
+
+
+def find_pretrained(model: str, tag: str) -> Pretrained | None:
+    """What a pair was trained with; None when there is no such pair."""
+    plain = model.removesuffix(_QUICK)
+    for known in TAGS.get(plain, "").split():
+        quick = known.endswith("*")
+        if known.rstrip("*") != tag or (model != plain and not quick):
+            continue
+        preprocess = _OTHERS.get((plain, tag), family_preprocess(plain))
+        return Pretrained(plain + _QUICK if quick else plain, preprocess)
+    return None
