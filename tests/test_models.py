@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import json
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,16 +12,32 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import CONVNET, RESNET, TEXT, TINY, VIT
+from tiny import CONVNET, RESNET, SIGLIP, TEXT, TINY, VIT
 
 from clip_jax.errors import UserError
+from clip_jax.models import table
 from clip_jax.models.clip import CLIP, unit_length
 from clip_jax.models.flops import image_flops, text_flops
 from clip_jax.models.layers import LayerNorm, gelu, gelu_tanh, quick_gelu
 from clip_jax.models.text import TextTransformer, end_positions
 from clip_jax.models.vit import VisionTransformer
-from clip_jax.models.zoo import MODELS, list_models, model_config
+from clip_jax.models.zoo import MODELS, left_out, list_models, model_config
 from clip_jax.state import init_variables, parameter_counts
+from clip_jax.workdir import model_from_json, model_to_json
+
+GOLDEN = json.loads((Path(__file__).parent / "golden/open_clip_parameter_counts.json").read_text())
+MODELS_MD = Path(__file__).parent.parent / "docs/models.md"
+# One row at full depth for each kind of tower; `parameter_counts` of the table counts the others.
+FULL_DEPTH = [
+    "RN50",
+    "RN50x64",
+    "ViT-B/32",
+    "ViT-S/16",
+    "ConvNet-48",
+    "ViT-M-16-alt",
+    "ViT-L-14-CLIPA",
+    "ViT-SO400M-16-SigLIP-i18n-256",
+]
 
 # Image tower + text tower of the originals (openai/CLIP `clip/model.py`), closed-form sums equal
 # to open_clip's docs/model_profile.csv; `logit_scale` is one more.
@@ -62,7 +80,7 @@ def test_vit_b32_total():
     assert parameter_counts(variable_shapes("ViT-B/32")["params"])["total"] == 151_277_313
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", FULL_DEPTH)
 def test_full_size_shapes(name):
     config = MODELS[name]
     model, size = CLIP(config), config.vision.image_size
@@ -73,12 +91,71 @@ def test_full_size_shapes(name):
         jax.ShapeDtypeStruct((2, 16), jnp.int32),
     )
     assert image.shape == text.shape == (2, config.embed_dim)
+    counts = parameter_counts(variable_shapes(name)["params"])
+    assert (counts["image"], counts["text"]) == table.parameter_counts(config)
+    assert counts["other"] == 1 + (config.init_logit_bias is not None)
 
 
-def test_unknown_model_is_a_user_error():
-    with pytest.raises(UserError, match=r"no model is called 'ViT-X'.*ViT-B/32"):
-        model_config("ViT-X")
+@pytest.mark.parametrize("name", GOLDEN["counts"])
+def test_parameter_count_is_open_clips(name):
+    assert list(table.parameter_counts(MODELS[name])) == GOLDEN["counts"][name]
+
+
+def test_every_model_of_open_clip_is_here_or_left_out_by_name():
+    assert set(GOLDEN["counts"]) < set(list_models())
+    for name in GOLDEN["left_out"]:
+        reason = left_out(name)
+        assert reason is not None and "\n" not in reason
+        with pytest.raises(UserError, match=f"^{name} is of a family that is not supported: "):
+            model_config(name)
+    assert not any(left_out(name) for name in [*list_models(), "ViT-X"])
+
+
+def test_unknown_model_is_a_user_error_that_names_the_nearest():
+    with pytest.raises(UserError, match=r"no model is called 'vit-b-32'.*nearest are ViT-B-32,"):
+        model_config("vit-b-32")
+    with pytest.raises(UserError, match=r"no model is called 'dog'; list_models\(\) has all"):
+        model_config("dog")
     assert set(PUBLISHED) < set(list_models())
+
+
+def test_the_documents_table_is_the_codes():
+    document = MODELS_MD.read_text()
+    assert table.with_table(document) == document, (
+        f"run python -m clip_jax.models.table {MODELS_MD}"
+    )
+
+
+@pytest.mark.parametrize("config", [*TINY.values(), MODELS["ViT-SO400M-16-SigLIP-i18n-256"]])
+def test_a_work_folder_keeps_every_field(config):
+    assert model_from_json(json.loads(json.dumps(model_to_json(config)))) == config
+
+
+def test_a_work_folder_of_one_activation_is_read():
+    """As folders were written before each tower had its own."""
+    values = model_to_json(MODELS["ViT-B-32"])
+    for tower in ("vision", "text"):
+        del values[tower]["activation"]
+    assert model_from_json({**values, "activation": "gelu"}) == MODELS["ViT-B-32"]
+    values = model_to_json(MODELS["RN50"])
+    del values["text"]["activation"]
+    assert model_from_json({**values, "activation": "quick_gelu"}) == MODELS["RN50"]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: dataclasses.replace(TEXT, activation="relu"), "text.activation is 'relu'"),
+        (lambda: dataclasses.replace(TEXT, pool="first"), "must be one of end, last"),
+        (lambda: dataclasses.replace(VIT.vision, activation="relu"), "vision.activation"),
+        (lambda: dataclasses.replace(VIT.vision, pool="none"), "token, average, map"),
+        (lambda: dataclasses.replace(VIT.vision, class_token=False), "set class_token"),
+        (lambda: dataclasses.replace(SIGLIP, embed_dim=40), "must equal embed_dim, 40"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_a_user_error(make, message):
+    with pytest.raises(UserError, match=message):
+        make()
 
 
 def leaf_std(params, *path):
@@ -131,6 +208,32 @@ def test_resnet_initialisation():
     assert float(jnp.std(params["attnpool"]["q_proj"]["kernel"])) == pytest.approx(
         256**-0.5, rel=0.02
     )
+
+
+def test_siglip_starts_as_timms_image_tower():
+    vision = dataclasses.replace(SIGLIP.vision, width=256, layers=1)
+    config = dataclasses.replace(SIGLIP, vision=vision, embed_dim=256)
+    params = jax.jit(lambda: init_variables(CLIP(config), 0))()["params"]
+    assert float(params["logit_bias"]) == -10
+    assert not params["text"]["text_projection_bias"].any()
+    visual = params["visual"]
+    pool, block = visual["attn_pool"], visual["transformer"]["resblocks_0"]
+    small = [
+        visual["positional_embedding"],
+        block["attn"]["q_proj"]["kernel"],
+        block["attn"]["out_proj"]["kernel"],
+        block["mlp"]["c_fc"]["kernel"],
+        pool["attn"]["k_proj"]["kernel"],
+        pool["mlp"]["c_proj"]["kernel"],
+    ]
+    for x in small:
+        # 4,096 values or more: 4.5 % is four standard errors of their deviation.
+        assert float(jnp.std(x)) == pytest.approx(0.02, rel=0.045)
+    assert not block["mlp"]["c_fc"]["bias"].any() and not pool["mlp"]["c_proj"]["bias"].any()
+    # A normal cut at two deviations has 0.88 of its deviation; 256 values, 4.4 % each error.
+    assert float(jnp.std(pool["probe"])) == pytest.approx(0.88 / 16, rel=0.18)
+    assert float(jnp.abs(pool["probe"]).max()) <= 2 / 16
+    assert (block["ls_1"]["gamma"] == jnp.float32(0.1)).all()
 
 
 def test_activations():
@@ -305,11 +408,11 @@ def test_batch_statistics_change_in_training_alone(tiny):
     np.testing.assert_allclose(after, 0.9 * before + 0.1 * x.mean((0, 1, 2)), atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["ViT-B/32", "RN50"])
+@pytest.mark.parametrize("name", ["ViT-B/32", "RN50", "ViT-L-14-CLIPA", "ViT-B-16-SigLIP"])
 def test_flops_agree_with_the_compilers_count(name):
     config = MODELS[name]
     model, size = CLIP(config), config.vision.image_size
-    variables = variable_shapes(name)
+    variables, length = variable_shapes(name), config.text.context_length
 
     def counted(method, *shape, dtype):
         x = jax.ShapeDtypeStruct(shape, dtype)
@@ -317,11 +420,11 @@ def test_flops_agree_with_the_compilers_count(name):
         return lowered.cost_analysis()["flops"]
 
     image = counted("encode_image", 1, size, size, 3, dtype=jnp.float32)
-    text = counted("encode_text", 1, 77, dtype=jnp.int32)
+    text = counted("encode_text", 1, length, dtype=jnp.int32)
     # The compiler counts element-wise operations too, and leaves out the products with a
     # convolution's zero padding, 3 % of a ResNet's.
     assert image_flops(config) == pytest.approx(image, rel=0.035)
-    assert text_flops(config, 77) == pytest.approx(text, rel=0.01)
+    assert text_flops(config, length) == pytest.approx(text, rel=0.01)
 
 
 def test_vision_transformer_class_token_position():

@@ -1,4 +1,17 @@
-"""Every model by name: one row each, as a table to read."""
+"""Every model by name: one row each, as a table to read.
+
+OpenAI's nine models stand under OpenAI's names, then open_clip's native ViT and ResNet and its
+SigLIP configurations under open_clip's (`open_clip/model_configs/*.json`, version 3.3).
+
+Two models may differ in their activation alone. `ViT-B/32` is OpenAI's, with QuickGELU;
+`ViT-B-32` is open_clip's, with the exact GELU, and `ViT-B-32-quickgelu` the first again. Of the
+names both use, `RN50` and its kind, the row is OpenAI's: so were all published ResNets trained.
+Their text tower with the exact GELU, open_clip's JSON of that name, is `RN50-gelu`.
+"""
+
+import dataclasses
+import difflib
+import math
 
 from clip_jax.errors import UserError
 from clip_jax.models.clip import CLIPConfig
@@ -7,40 +20,287 @@ from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
 
-TEXT_512 = TextConfig(width=512, layers=12, heads=8)
-TEXT_640 = TextConfig(width=640, layers=12, heads=10)
-TEXT_768 = TextConfig(width=768, layers=12, heads=12)
-TEXT_1024 = TextConfig(width=1024, layers=12, heads=16)
+# Width, layers, heads, MLP hidden features over the width. The ratios are open_clip's and timm's.
+IMAGE_SIZES: dict[str, tuple[int, int, int, float]] = {
+    "S": (384, 12, 6, 4.0),
+    "M": (512, 12, 8, 4.0),
+    "B": (768, 12, 12, 4.0),
+    "B-plus": (896, 12, 14, 4.0),
+    "L": (1024, 24, 16, 4.0),
+    "SO400M": (1152, 27, 16, 3.7362),
+    "H": (1280, 32, 16, 4.0),
+    "g": (1408, 40, 16, 4.3637),
+    "gopt": (1536, 40, 16, 4.0),
+    "bigG": (1664, 48, 16, 4.9231),
+    "e": (1792, 56, 16, 8.5715),
+}
 
-# Sizes of the nine published models: Radford et al. 2021, tables 19 and 20.
+TEXT_256 = TextConfig(256, 10, 4)
+TEXT_384 = TextConfig(384, 12, 6)
+TEXT_512 = TextConfig(512, 12, 8)
+TEXT_640 = TextConfig(640, 12, 10)
+TEXT_768 = TextConfig(768, 12, 12)
+TEXT_1024 = TextConfig(1024, 12, 16)
+TEXT_H = TextConfig(1024, 24, 16)
+TEXT_G = TextConfig(1280, 32, 20)
+TEXT_E = TextConfig(1280, 36, 20)
+
+# MetaCLIP 2's vocabularies: entries and end token.
+MT5 = (250_100, 1)
+XLM_V = (901_629, 2)
+
+# The text towers of SigLIP, by the size of the image tower.
+SIGLIP_TEXT = {
+    "B": TextConfig(768, 12, 12),
+    "L": TextConfig(1024, 24, 16),
+    "SO400M": TextConfig(1152, 27, 16, mlp_ratio=3.7362),
+    "gopt": TextConfig(1152, 27, 16, mlp_ratio=3.7362),
+}
+C4_EN, MC4, GEMMA = 32_000, 250_000, 256_000  # entries of SigLIP's three vocabularies
+
+
+def vit(size: str, image_size: int, patch_size: int) -> ViTConfig:
+    """The image tower of CLIP in one of the sizes."""
+    width, layers, heads, mlp_ratio = IMAGE_SIZES[size]
+    return ViTConfig(image_size, patch_size, width, layers, heads, mlp_ratio)
+
+
+def clip(
+    embed_dim: int, vision: ViTConfig | ResNetConfig, text: TextConfig, activation: str = "gelu"
+) -> CLIPConfig:
+    """CLIP with one activation in both towers (a ResNet has ReLU). open_clip's default is GELU."""
+    if isinstance(vision, ViTConfig):
+        vision = dataclasses.replace(vision, activation=activation)
+    return CLIPConfig(embed_dim, vision, dataclasses.replace(text, activation=activation))
+
+
+def openai(embed_dim: int, vision: ViTConfig | ResNetConfig, text: TextConfig) -> CLIPConfig:
+    """CLIP with QuickGELU, as OpenAI trained it: open_clip's `quick_gelu`."""
+    return clip(embed_dim, vision, text, "quick_gelu")
+
+
+def worldwide(text: TextConfig, vocabulary: tuple[int, int]) -> TextConfig:
+    """A text tower with a vocabulary of many languages."""
+    vocab_size, eot_id = vocabulary
+    return dataclasses.replace(text, vocab_size=vocab_size, eot_id=eot_id)
+
+
+def clipa(embed_dim: int, vision: ViTConfig, text: TextConfig) -> CLIPConfig:
+    """CLIPA (Li et al. 2023): average pooling; short text without a mask, read at its last place.
+
+    Its ids are those of BERT's vocabulary, whose end token, [SEP], the tokenizer leaves out.
+    """
+    vision = dataclasses.replace(vision, pool="average", norm_after_pool=True, pre_norm=False)
+    text = dataclasses.replace(
+        text, context_length=32, vocab_size=32_000, eot_id=102, causal=False, pool="last"
+    )
+    return clip(embed_dim, vision, text)
+
+
+def siglip(
+    size: str,
+    image_size: int,
+    patch_size: int,
+    vocab_size: int = C4_EN,
+    *,
+    context_length: int = 64,
+    activation: str = "gelu",
+    text_activation: str = "gelu",
+    project: bool = True,
+) -> CLIPConfig:
+    """SigLIP (Zhai et al. 2023), as open_clip builds it from a tower of timm and one of its own.
+
+    big_vision trained every one with the tanh approximation of GELU, and `transformers` runs them
+    so; timm and open_clip use the exact form in some. The rows are open_clip's: a checkpoint's own
+    config decides.
+    """
+    vision = dataclasses.replace(
+        vit(size, image_size, patch_size),
+        activation=activation,
+        norm_eps=1e-6,
+        pool="map",
+        class_token=False,
+        pre_norm=False,
+        patch_bias=True,
+        project=False,
+    )
+    text = dataclasses.replace(
+        SIGLIP_TEXT[size],
+        context_length=context_length,
+        vocab_size=vocab_size,
+        eot_id=1,
+        activation=text_activation,
+        norm_eps=1e-6,
+        causal=False,
+        pool="last",
+        project=project,
+        proj_bias=project,
+    )
+    # Section 3.2 of the paper: t' = log 10, b = -10.
+    return CLIPConfig(vision.width, vision, text, math.log(10), -10.0)
+
+
+def siglip2(size: str, image_size: int, patch_size: int, activation: str = "gelu") -> CLIPConfig:
+    """SigLIP 2 (Tschannen et al. 2025) of a fixed resolution."""
+    return siglip(
+        size, image_size, patch_size, GEMMA, activation=activation, text_activation="gelu_tanh"
+    )
+
+
+RN50 = ResNetConfig(224, (3, 4, 6, 3), 64)
+RN101 = ResNetConfig(224, (3, 4, 23, 3), 64)
+RN50X4 = ResNetConfig(288, (4, 6, 10, 6), 80)
+RN50X16 = ResNetConfig(384, (6, 8, 18, 8), 96)
+RN50X64 = ResNetConfig(448, (3, 15, 36, 10), 128)
+# ViT-M-16-alt alone has layer scale.
+VIT_M_16_ALT = dataclasses.replace(vit("M", 224, 16), layer_scale=1e-4)
+
 MODELS: dict[str, CLIPConfig] = {
-    "RN50": CLIPConfig(1024, ResNetConfig(224, (3, 4, 6, 3), 64), TEXT_512),
-    "RN101": CLIPConfig(512, ResNetConfig(224, (3, 4, 23, 3), 64), TEXT_512),
-    "RN50x4": CLIPConfig(640, ResNetConfig(288, (4, 6, 10, 6), 80), TEXT_640),
-    "RN50x16": CLIPConfig(768, ResNetConfig(384, (6, 8, 18, 8), 96), TEXT_768),
-    "RN50x64": CLIPConfig(1024, ResNetConfig(448, (3, 15, 36, 10), 128), TEXT_1024),
-    "ViT-B/32": CLIPConfig(512, ViTConfig(224, 32, 768, 12, 12), TEXT_512),
-    "ViT-B/16": CLIPConfig(512, ViTConfig(224, 16, 768, 12, 12), TEXT_512),
-    "ViT-L/14": CLIPConfig(768, ViTConfig(224, 14, 1024, 24, 16), TEXT_768),
-    "ViT-L/14@336px": CLIPConfig(768, ViTConfig(336, 14, 1024, 24, 16), TEXT_768),
+    # Sizes of the nine published models: Radford et al. 2021, tables 19 and 20.
+    "RN50": openai(1024, RN50, TEXT_512),
+    "RN101": openai(512, RN101, TEXT_512),
+    "RN50x4": openai(640, RN50X4, TEXT_640),
+    "RN50x16": openai(768, RN50X16, TEXT_768),
+    "RN50x64": openai(1024, RN50X64, TEXT_1024),
+    "ViT-B/32": openai(512, vit("B", 224, 32), TEXT_512),
+    "ViT-B/16": openai(512, vit("B", 224, 16), TEXT_512),
+    "ViT-L/14": openai(768, vit("L", 224, 14), TEXT_768),
+    "ViT-L/14@336px": openai(768, vit("L", 336, 14), TEXT_768),
     # ViT-S (Touvron et al. 2021, DeiT, table 1) with open_clip's text tower of the same width.
-    "ViT-S/16": CLIPConfig(
-        384,
-        ViTConfig(224, 16, 384, 12, 6, activation="gelu"),
-        TextConfig(width=384, layers=12, heads=6, activation="gelu"),
-    ),
+    "ViT-S/16": clip(384, vit("S", 224, 16), TEXT_384),
     # For small pictures on a CPU, such as the embedded emoji.
     "ConvNet-48": CLIPConfig(
         256,
         ConvNetConfig(48, 4, (64, 128, 256)),
         TextConfig(width=128, layers=1, heads=2, context_length=24),
     ),
+    # open_clip: ResNet.
+    "RN50-quickgelu": openai(1024, RN50, TEXT_512),
+    "RN101-quickgelu": openai(512, RN101, TEXT_512),
+    "RN50x4-quickgelu": openai(640, RN50X4, TEXT_640),
+    "RN50x16-quickgelu": openai(768, RN50X16, TEXT_768),
+    "RN50x64-quickgelu": openai(1024, RN50X64, TEXT_1024),
+    "RN50-gelu": clip(1024, RN50, TEXT_512),
+    "RN101-gelu": clip(512, RN101, TEXT_512),
+    "RN50x4-gelu": clip(640, RN50X4, TEXT_640),
+    "RN50x16-gelu": clip(768, RN50X16, TEXT_768),
+    "RN50x64-gelu": clip(1024, RN50X64, TEXT_1024),
+    # open_clip: ViT.
+    "ViT-S-32-alt": clip(256, vit("S", 224, 32), TEXT_256),
+    "ViT-S-32": clip(384, vit("S", 224, 32), TEXT_384),
+    "ViT-S-16-alt": clip(256, vit("S", 224, 16), TEXT_256),
+    "ViT-S-16": clip(384, vit("S", 224, 16), TEXT_384),
+    "ViT-M-32-alt": clip(384, vit("M", 224, 32), TEXT_384),
+    "ViT-M-32": clip(512, vit("M", 224, 32), TEXT_512),
+    "ViT-M-16-alt": clip(384, VIT_M_16_ALT, TEXT_384),
+    "ViT-M-16": clip(512, vit("M", 224, 16), TEXT_512),
+    "ViT-B-32": clip(512, vit("B", 224, 32), TEXT_512),
+    "ViT-B-32-quickgelu": openai(512, vit("B", 224, 32), TEXT_512),
+    "ViT-B-32-256": clip(512, vit("B", 256, 32), TEXT_512),
+    "ViT-B-32-plus-256": clip(640, vit("B-plus", 256, 32), TEXT_640),
+    "ViT-B-16": clip(512, vit("B", 224, 16), TEXT_512),
+    "ViT-B-16-quickgelu": openai(512, vit("B", 224, 16), TEXT_512),
+    "ViT-B-16-plus": clip(640, vit("B-plus", 224, 16), TEXT_640),
+    "ViT-B-16-plus-240": clip(640, vit("B-plus", 240, 16), TEXT_640),
+    "ViT-L-16": clip(768, vit("L", 224, 16), TEXT_768),
+    "ViT-L-16-320": clip(768, vit("L", 320, 16), TEXT_768),
+    "ViT-L-14": clip(768, vit("L", 224, 14), TEXT_768),
+    "ViT-L-14-quickgelu": openai(768, vit("L", 224, 14), TEXT_768),
+    "ViT-L-14-280": clip(768, vit("L", 280, 14), TEXT_768),
+    "ViT-L-14-336": clip(768, vit("L", 336, 14), TEXT_768),
+    "ViT-L-14-336-quickgelu": openai(768, vit("L", 336, 14), TEXT_768),
+    "ViT-H-16": clip(1024, vit("H", 224, 16), TEXT_H),
+    "ViT-H-14": clip(1024, vit("H", 224, 14), TEXT_H),
+    "ViT-H-14-quickgelu": openai(1024, vit("H", 224, 14), TEXT_H),
+    "ViT-H-14-378": clip(1024, vit("H", 378, 14), TEXT_H),
+    "ViT-H-14-378-quickgelu": openai(1024, vit("H", 378, 14), TEXT_H),
+    "ViT-g-14": clip(1024, vit("g", 224, 14), TEXT_H),
+    "ViT-bigG-14": clip(1280, vit("bigG", 224, 14), TEXT_G),
+    "ViT-bigG-14-quickgelu": openai(1280, vit("bigG", 224, 14), TEXT_G),
+    "ViT-e-14": clip(1280, vit("e", 224, 14), TEXT_E),
+    # MetaCLIP 2.
+    "ViT-L-14-worldwide": clip(768, vit("L", 224, 14), worldwide(TEXT_768, MT5)),
+    "ViT-L-14-worldwide-quickgelu": openai(768, vit("L", 224, 14), worldwide(TEXT_768, MT5)),
+    "ViT-H-14-worldwide": clip(1024, vit("H", 224, 14), worldwide(TEXT_H, XLM_V)),
+    "ViT-H-14-worldwide-quickgelu": openai(1024, vit("H", 224, 14), worldwide(TEXT_H, XLM_V)),
+    "ViT-H-14-worldwide-378": clip(1024, vit("H", 378, 14), worldwide(TEXT_H, XLM_V)),
+    "ViT-bigG-14-worldwide": clip(1280, vit("bigG", 224, 14), worldwide(TEXT_G, XLM_V)),
+    "ViT-bigG-14-worldwide-378": clip(1280, vit("bigG", 378, 14), worldwide(TEXT_G, XLM_V)),
+    # CLIPA.
+    "ViT-L-14-CLIPA": clipa(768, vit("L", 224, 14), TEXT_768),
+    "ViT-L-14-CLIPA-336": clipa(768, vit("L", 336, 14), TEXT_768),
+    "ViT-H-14-CLIPA": clipa(1024, vit("H", 224, 14), TEXT_H),
+    "ViT-H-14-CLIPA-336": clipa(1024, vit("H", 336, 14), TEXT_H),
+    "ViT-bigG-14-CLIPA": clipa(1280, vit("bigG", 224, 14), TEXT_G),
+    "ViT-bigG-14-CLIPA-336": clipa(1280, vit("bigG", 336, 14), TEXT_G),
+    # SigLIP.
+    "ViT-B-16-SigLIP": siglip("B", 224, 16),
+    "ViT-B-16-SigLIP-256": siglip("B", 256, 16),
+    "ViT-B-16-SigLIP-384": siglip("B", 384, 16),
+    "ViT-B-16-SigLIP-512": siglip("B", 512, 16),
+    "ViT-B-16-SigLIP-i18n-256": siglip("B", 256, 16, MC4),
+    "ViT-L-16-SigLIP-256": siglip("L", 256, 16),
+    "ViT-L-16-SigLIP-384": siglip("L", 384, 16),
+    "ViT-SO400M-14-SigLIP": siglip("SO400M", 224, 14, context_length=16),
+    "ViT-SO400M-14-SigLIP-378": siglip("SO400M", 378, 14),
+    "ViT-SO400M-14-SigLIP-384": siglip("SO400M", 384, 14),
+    "ViT-SO400M-16-SigLIP-i18n-256": siglip(
+        "SO400M", 256, 16, MC4, activation="gelu_tanh", project=False
+    ),
+    # SigLIP 2.
+    "ViT-B-32-SigLIP2-256": siglip2("B", 256, 32, "gelu_tanh"),
+    "ViT-B-16-SigLIP2": siglip2("B", 224, 16),
+    "ViT-B-16-SigLIP2-256": siglip2("B", 256, 16),
+    "ViT-B-16-SigLIP2-384": siglip2("B", 384, 16),
+    "ViT-B-16-SigLIP2-512": siglip2("B", 512, 16),
+    "ViT-L-16-SigLIP2-256": siglip2("L", 256, 16),
+    "ViT-L-16-SigLIP2-384": siglip2("L", 384, 16),
+    "ViT-L-16-SigLIP2-512": siglip2("L", 512, 16, "gelu_tanh"),
+    "ViT-SO400M-14-SigLIP2": siglip2("SO400M", 224, 14),
+    "ViT-SO400M-14-SigLIP2-378": siglip2("SO400M", 378, 14),
+    "ViT-SO400M-16-SigLIP2-256": siglip2("SO400M", 256, 16, "gelu_tanh"),
+    "ViT-SO400M-16-SigLIP2-384": siglip2("SO400M", 384, 16, "gelu_tanh"),
+    "ViT-SO400M-16-SigLIP2-512": siglip2("SO400M", 512, 16, "gelu_tanh"),
+    "ViT-gopt-16-SigLIP2-256": siglip2("gopt", 256, 16, "gelu_tanh"),
+    "ViT-gopt-16-SigLIP2-384": siglip2("gopt", 384, 16, "gelu_tanh"),
 }
+
+# open_clip's other families: how their names start, and what they are.
+LEFT_OUT: tuple[tuple[str, str], ...] = (
+    ("EVA", "EVA image towers (rotary positions, SwiGLU)"),
+    ("ViTamin", "ViTamin image towers (convolutions before a transformer)"),
+    ("PE-Core", "Perception Encoder image towers (rotary positions)"),
+    ("MobileCLIP", "MobileCLIP's image towers (FastViT and other towers of timm)"),
+    ("convnext", "ConvNeXt image towers"),
+    ("coca", "CoCa (attentional pooling and a multimodal decoder)"),
+    ("swin", "Swin image towers"),
+    ("vit_", "image towers of timm by their own names"),
+    ("nllb-clip", "NLLB text towers of Hugging Face"),
+    ("mt5", "mT5 text towers of Hugging Face"),
+    ("roberta", "RoBERTa text towers of Hugging Face"),
+    ("xlm-roberta", "XLM-RoBERTa text towers of Hugging Face"),
+)
+
+
+def left_out(name: str) -> str | None:
+    """Why a model that open_clip has is not here, in one line; None for any other name."""
+    if name in MODELS:
+        return None
+    for start, family in LEFT_OUT:
+        if name.lower().startswith(start.lower()):
+            return f"{name} is of a family that is not supported: {family}"
+    return None
 
 
 def list_models() -> list[str]:
     """The names `model_config` knows."""
     return list(MODELS)
+
+
+def nearest_models(name: str, count: int = 4) -> list[str]:
+    """The known names most like this one, the nearest first."""
+    by_lower = {known.lower(): known for known in MODELS}
+    return [by_lower[near] for near in difflib.get_close_matches(name.lower(), by_lower, count)]
 
 
 def model_config(name: str) -> CLIPConfig:
@@ -49,6 +309,11 @@ def model_config(name: str) -> CLIPConfig:
     Raises:
       UserError: no model has that name.
     """
-    if name not in MODELS:
-        raise UserError(f"no model is called {name!r}; known are: {', '.join(MODELS)}")
-    return MODELS[name]
+    if name in MODELS:
+        return MODELS[name]
+    reason = left_out(name)
+    if reason is None:
+        near = nearest_models(name)
+        nearest = f"; the nearest are {', '.join(near)}" if near else ""
+        reason = f"no model is called {name!r}{nearest}; list_models() has all {len(MODELS)}"
+    raise UserError(reason)

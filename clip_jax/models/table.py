@@ -1,0 +1,119 @@
+"""The table of models in `docs/models.md`: a row of numbers for each row of the zoo.
+
+    python -m clip_jax.models.table docs/models.md
+
+rewrites it between its two marks.
+"""
+
+import dataclasses
+import functools
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from clip_jax.models.clip import CLIP, CLIPConfig
+from clip_jax.models.convnet import ConvNetConfig
+from clip_jax.models.flops import image_flops, text_flops
+from clip_jax.models.resnet import ResNetConfig
+from clip_jax.models.text import TextConfig
+from clip_jax.models.vit import ViTConfig
+from clip_jax.models.zoo import MODELS
+
+START = "<!-- written by: python -m clip_jax.models.table docs/models.md -->"
+END = "<!-- end of the table -->"
+COLUMNS = (
+    "model",
+    "image, pixels",
+    "caption, tokens",
+    "image tower, M",
+    "text tower, M",
+    "GFLOP an image",
+    "GFLOP a caption",
+    "parity case",
+)
+DEPTH = 2  # blocks of a transformer that are traced to count it: the others are like the last
+
+
+def family(config: CLIPConfig) -> str | None:
+    """The case of the parity tests that stands for a model; None where no reference has it."""
+    vision, text = config.vision, config.text
+    if isinstance(vision, ConvNetConfig):
+        return None
+    if isinstance(vision, ResNetConfig):
+        return f"resnet {text.activation}"
+    if vision.pool == "map":
+        end = "" if text.project else " without projection"
+        return f"siglip {vision.activation}/{text.activation}{end}"
+    kind = "clipa" if vision.pool == "average" else "vit"
+    if text.pool == "end" and text.eot_id != text.vocab_size - 1:
+        kind = "worldwide"
+    return f"{kind} {text.activation}" + (" layer scale" if vision.layer_scale else "")
+
+
+def parameter_counts(config: CLIPConfig) -> tuple[int, int]:
+    """Parameters of the image and of the text tower, by shapes alone."""
+    return _count(config.vision, config.embed_dim), _count(config.text, config.embed_dim)
+
+
+@functools.cache
+def _count(tower: ViTConfig | ResNetConfig | ConvNetConfig | TextConfig, embed_dim: int) -> int:
+    small_text = TextConfig(width=embed_dim, layers=1, heads=1, vocab_size=1, context_length=1)
+    small_image = ConvNetConfig(8, 4, (1, 1))
+    # A stack's blocks are of one size: trace the first few, and count the last one again.
+    more = 0
+    shallow = tower
+    if isinstance(tower, ViTConfig | TextConfig):
+        more = max(tower.layers - DEPTH, 0)
+        shallow = dataclasses.replace(tower, layers=tower.layers - more)
+    if isinstance(shallow, TextConfig):
+        name, config = "text", CLIPConfig(embed_dim, small_image, shallow)
+    else:
+        name, config = "visual", CLIPConfig(embed_dim, shallow, small_text)
+    size = config.vision.image_size
+    images_BHWC = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    tokens_BL = jax.ShapeDtypeStruct((1, config.text.context_length), jnp.int32)
+    shapes = jax.eval_shape(CLIP(config).init, jax.random.key(0), images_BHWC, tokens_BL)
+    params = shapes["params"][name]
+    block = params["transformer"][f"resblocks_{DEPTH - 1}"] if more else {}
+    return _sum(params) + more * _sum(block)
+
+
+def _sum(params: dict) -> int:
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+
+
+def model_table() -> str:
+    """The table, in the order of the zoo."""
+    align = ["---", *["---:"] * 6, "---"]
+    rows: list[Sequence[str]] = [COLUMNS, align]
+    for name, config in MODELS.items():
+        image, text = parameter_counts(config)
+        length = config.text.context_length
+        cells = [
+            f"`{name}`",
+            f"{config.vision.image_size}",
+            f"{length}",
+            f"{image / 1e6:.2f}",
+            f"{text / 1e6:.2f}",
+            f"{image_flops(config) / 1e9:.2f}",
+            f"{text_flops(config, length) / 1e9:.2f}",
+            family(config) or "no reference",
+        ]
+        rows.append(cells)
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def with_table(document: str) -> str:
+    """The document with the table between its marks written anew."""
+    before, rest = document.split(START)
+    _, after = rest.split(END)
+    return f"{before}{START}\n{model_table()}{END}{after}"
+
+
+if __name__ == "__main__":
+    path = Path(sys.argv[1])
+    path.write_text(with_table(path.read_text()))
