@@ -18,12 +18,15 @@ from clip_jax.data.images import OPENAI, SIGLIP, Preprocess
 from clip_jax.data.preprocess import preprocess_from_hf, preprocess_from_open_clip
 from clip_jax.errors import UserError, short
 from clip_jax.models.clip import CLIP, CLIPConfig
+from clip_jax.models.resnet import ResNetConfig
+from clip_jax.models.vit import ViTConfig
 from clip_jax.models.zoo import model_config
 from clip_jax.pretrained import infer
 from clip_jax.pretrained.hf_config import config_from_hf
 from clip_jax.pretrained.layouts import to_ours
 from clip_jax.pretrained.npz_file import read_npz
 from clip_jax.pretrained.open_clip_config import config_from_open_clip
+from clip_jax.pretrained.resize import resize_image_positions, resize_text_positions
 from clip_jax.pretrained.safetensors_file import read_safetensors
 from clip_jax.pretrained.tags import family_preprocess, find_pretrained
 from clip_jax.pretrained.torch_file import read_torch
@@ -190,6 +193,45 @@ def _finish(
             raise
         raise UserError(f"{error}; its sizes are nearest to {infer.nearest_model(found)}") from None
     return Checkpoint(name, config, ours, preprocess, folder)
+
+
+def resized(
+    checkpoint: Checkpoint, image_size: int | None, context_length: int | None
+) -> Checkpoint:
+    """The checkpoint for pictures or captions of another size, its positions interpolated.
+
+    As open_clip does it: bicubic over the grid of patches, linear over the text.
+
+    Raises:
+      UserError: the size is not a multiple of the patch, or the text would grow.
+    """
+    vision, text = checkpoint.config.vision, checkpoint.config.text
+    arrays = dict(checkpoint.arrays)
+    if image_size is not None and image_size != vision.image_size:
+        step = vision.patch_size if isinstance(vision, ViTConfig) else 32
+        if image_size < step or (isinstance(vision, ResNetConfig) and image_size % step):
+            raise UserError(f"image_size {image_size} is not a multiple of {step} pixels")
+        old, vision = vision, dataclasses.replace(vision, image_size=image_size)
+        is_vit = isinstance(vision, ViTConfig)
+        path = f"visual/{'' if is_vit else 'attnpool/'}positional_embedding"
+        prefix = int(vision.class_token) if isinstance(vision, ViTConfig) else 1
+        read = arrays[path]
+        arrays[path] = lambda: resize_image_positions(
+            read(), (old.grid_size,) * 2, (vision.grid_size,) * 2, prefix
+        )
+    if context_length is not None and context_length != text.context_length:
+        if context_length > text.context_length or context_length < 2:
+            raise UserError(
+                f"context_length {context_length} is not between 2 and the checkpoint's "
+                f"{text.context_length}"
+            )
+        read_text = arrays["text/positional_embedding"]
+        text = dataclasses.replace(text, context_length=context_length)
+        arrays["text/positional_embedding"] = lambda: resize_text_positions(
+            read_text(), context_length
+        )
+    config = dataclasses.replace(checkpoint.config, vision=vision, text=text)
+    return dataclasses.replace(checkpoint, config=config, arrays=arrays)
 
 
 def read_json(path: Path) -> dict[str, Any]:
