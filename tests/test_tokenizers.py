@@ -6,17 +6,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clip_jax.errors import UserError
-from clip_jax.tokenizers import clip_bpe as clip_bpe_module
 from clip_jax.tokenizers import (
+    TokenizerSpec,
     make_clip_tokenizer,
     make_sentencepiece_tokenizer,
     make_tokenizer,
     train_sentencepiece,
 )
+from clip_jax.tokenizers import clip_bpe as clip_bpe_module
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "clip_bpe.json").read_text())
 CAPTIONS = [
@@ -35,9 +37,25 @@ def model_path(tmp_path_factory):
     return train_sentencepiece(CAPTIONS, tmp_path_factory.mktemp("spm") / "captions.model", 290)
 
 
-@pytest.fixture(scope="module", params=["clip", "sentencepiece"])
-def tokenizer(request, model_path):
-    return make_tokenizer("clip" if request.param == "clip" else str(model_path))
+@pytest.fixture(scope="module")
+def json_path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("json") / "tokenizer.json"
+    bert = tokenizers.BertWordPieceTokenizer()
+    bert.train_from_iterator(CAPTIONS, vocab_size=200, show_progress=False)
+    bert.post_processor = tokenizers.processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    bert.save(str(path))
+    return path
+
+
+@pytest.fixture(scope="module", params=["clip", "sentencepiece", "huggingface", "clipa"])
+def tokenizer(request, model_path, json_path):
+    which = {
+        "clip": "clip",
+        "sentencepiece": str(model_path),
+        "huggingface": str(json_path),
+        "clipa": TokenizerSpec("huggingface", str(json_path), "whitespace", strip_sep=True),
+    }
+    return make_tokenizer(which[request.param])
 
 
 def test_clip_ids_equal_the_reference():

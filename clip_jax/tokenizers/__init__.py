@@ -1,29 +1,26 @@
-"""Text to token ids: CLIP's byte-pair encoding, or any SentencePiece model."""
+"""Text to token ids: CLIP's byte-pair encoding, SentencePiece models, Hugging Face's files."""
 
-from pathlib import Path
-
-from clip_jax.errors import UserError
 from clip_jax.tokenizers.clip_bpe import make_clip_tokenizer
+from clip_jax.tokenizers.folder import tokenizer_from_folder
+from clip_jax.tokenizers.huggingface import make_hf_tokenizer
 from clip_jax.tokenizers.sentencepiece import make_sentencepiece_tokenizer, train_sentencepiece
-from clip_jax.typing import Tokenizer
+from clip_jax.tokenizers.spec import (
+    TokenizerSpec,
+    make_tokenizer,
+    spec_from_json,
+    spec_to_json,
+    tokenizer_spec,
+)
 
 __all__ = [
+    "TokenizerSpec",
     "make_clip_tokenizer",
+    "make_hf_tokenizer",
     "make_sentencepiece_tokenizer",
     "make_tokenizer",
+    "spec_from_json",
+    "spec_to_json",
+    "tokenizer_from_folder",
+    "tokenizer_spec",
     "train_sentencepiece",
 ]
-
-
-def make_tokenizer(name_or_path: str) -> Tokenizer:
-    """The tokenizer of a config: "clip", or the path of a SentencePiece `.model`.
-
-    Raises UserError for any other name, and for a `.model` that is missing or damaged.
-    """
-    if name_or_path == "clip":
-        return make_clip_tokenizer()
-    if Path(name_or_path).suffix == ".model":
-        return make_sentencepiece_tokenizer(name_or_path)
-    raise UserError(
-        f'unknown tokenizer {name_or_path!r}: use "clip" or the path of a SentencePiece .model file'
-    )

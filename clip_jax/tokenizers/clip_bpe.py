@@ -7,16 +7,15 @@ each new word is merged in Rust and then remembered.
 """
 
 import gzip
-import html
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import ftfy
 import numpy as np
 import regex
 from tokenizers.models import BPE
 
+from clip_jax.tokenizers.clean import is_plain, mend
 from clip_jax.tokenizers.rows import fill_rows
 
 MERGES_PATH = Path(__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
@@ -59,22 +58,22 @@ def read_merges(path: Path = MERGES_PATH) -> list[tuple[str, str]]:
     return [(first, second) for first, second in pairs]
 
 
-def unescape(text: str) -> str:
-    """`html.unescape`, which raises on a numeric entity of more digits than `int` reads."""
-    try:
-        return html.unescape(text)
-    except ValueError:
-        return text
-
-
 def clean(text: str) -> str:
     """Mojibake and HTML entities undone, white space collapsed, lower case."""
-    # ftfy has nothing to mend here, and is nine tenths of the time otherwise.
-    if text.isascii() and text.isprintable() and "&" not in text:
+    if is_plain(text):
         return " ".join(text.split()).lower()
-    # Web pages escape twice: "&amp;amp;".
-    text = unescape(unescape(ftfy.fix_text(text)))
-    return WHITESPACE.sub(" ", text.strip()).strip().lower()
+    # Not `str.split`, whose white space is not the word pattern's.
+    return WHITESPACE.sub(" ", mend(text)).strip().lower()
+
+
+def vocabulary(merges: Sequence[tuple[str, str]]) -> list[str]:
+    """The pieces in the order of their ids, special tokens left out.
+
+    Ids 0-255 follow the order of the characters, not of the bytes they stand for.
+    """
+    singles = sorted(byte_units())
+    pieces = singles + [unit + END_OF_WORD for unit in singles]
+    return pieces + [first + second for first, second in merges]
 
 
 class ClipTokenizer:
@@ -86,10 +85,7 @@ class ClipTokenizer:
     def __init__(self, merges_path: Path = MERGES_PATH):
         merges = read_merges(merges_path)
         self._units = byte_units()
-        # Ids 0-255 follow the order of the characters, not of the bytes they stand for.
-        singles = sorted(self._units)
-        pieces = singles + [unit + END_OF_WORD for unit in singles]
-        pieces += [first + second for first, second in merges]
+        pieces = vocabulary(merges)
         self._bpe = BPE(
             vocab={piece: i for i, piece in enumerate(pieces)},
             merges=merges,

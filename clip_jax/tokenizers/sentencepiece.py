@@ -2,7 +2,6 @@
 
 import io
 import os
-import string
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -10,21 +9,8 @@ import numpy as np
 import sentencepiece as spm
 
 from clip_jax.errors import UserError
+from clip_jax.tokenizers.clean import cleaner, encodable
 from clip_jax.tokenizers.rows import fill_rows
-
-
-def canonicalize(text: str) -> str:
-    """SigLIP's cleaning: lower case, "_" to a space, ASCII punctuation out, spaces collapsed."""
-    text = text.replace("_", " ").translate(str.maketrans("", "", string.punctuation))
-    return " ".join(text.lower().split())
-
-
-# What happens to a text before the model's own normalisation; the weights decide which one.
-CLEANERS: dict[str, Callable[[str], str]] = {
-    "none": str,
-    "lower": str.lower,
-    "canonicalize": canonicalize,
-}
 
 
 class SentencePieceTokenizer:
@@ -35,7 +21,7 @@ class SentencePieceTokenizer:
 
     def __init__(self, processor: spm.SentencePieceProcessor, *, pad_id: int, clean: str):
         self._processor = processor
-        self._clean = CLEANERS[clean]
+        self._clean = cleaner(clean)
         self.vocab_size: int = processor.get_piece_size()
         self.eot_id: int = processor.eos_id()
         self.pad_id = pad_id
@@ -43,8 +29,7 @@ class SentencePieceTokenizer:
     def __call__(self, texts: Sequence[str], context_length: int = 77) -> np.ndarray:
         """Token ids, int32 [batch, context_length]; a text too long keeps its end token."""
         texts = [texts] if isinstance(texts, str) else texts
-        # A lone surrogate has no UTF-8 form, and the library would raise on it.
-        cleaned = [self._clean(t).encode("utf-8", "replace").decode("utf-8") for t in texts]
+        cleaned = [encodable(self._clean(text)) for text in texts]
         rows = self._processor.encode(cleaned, out_type=int)
         return fill_rows(rows, context_length, eot_id=self.eot_id, pad_id=self.pad_id)
 
@@ -64,14 +49,45 @@ def make_sentencepiece_tokenizer(
       model_path: a SentencePiece model of any type (unigram, BPE, char, word).
       pad_id: fills rows behind the end token. None takes the model's pad piece, and its end token
         where it has none (`pad_id` -1), as big_vision does. SigLIP was trained with the end token
-        as padding although its model has a pad piece: give it here.
-      clean: "none", "lower" or "canonicalize" (SigLIP), done before the model's normalisation.
+        (id 1) as padding although its model has a pad piece: give it here. SigLIP 2 pads with
+        Gemma's pad piece (id 0).
+      clean: a name of `clean.CLEANERS`, done before the model's normalisation; SigLIP's is
+        "canonicalize".
 
     Raises UserError when the file is missing, is not a model, or has no end token.
     """
+    cleaner(clean)
+    processor = _read_model(model_path)
+    eos_id, model_pad_id = processor.eos_id(), processor.pad_id()
+    vocab_size = processor.get_piece_size()
+    if eos_id < 0:
+        raise UserError(
+            f"{model_path} has no end token (eos_id is {eos_id}), which a text tower needs: "
+            "train the model with an eos_id"
+        )
+    if pad_id is None:
+        pad_id = model_pad_id if model_pad_id >= 0 else eos_id
+    if not 0 <= pad_id < vocab_size:
+        raise UserError(f"pad_id {pad_id} is outside the {vocab_size} ids of {model_path}")
+    return SentencePieceTokenizer(processor, pad_id=pad_id, clean=clean)
+
+
+def piece_ids(model_path: str | Path) -> Callable[[str], int | None]:
+    """The function from a piece to its id (None for what the model does not have).
+
+    Raises UserError when the file is missing or is not a model.
+    """
+    processor = _read_model(model_path)
+
+    def id_of(piece: str) -> int | None:
+        found = processor.piece_to_id(encodable(piece))
+        return found if processor.id_to_piece(found) == piece else None
+
+    return id_of
+
+
+def _read_model(model_path: str | Path) -> spm.SentencePieceProcessor:
     path = Path(model_path)
-    if clean not in CLEANERS:
-        raise UserError(f"clean={clean!r} is unknown: use one of {', '.join(CLEANERS)}")
     try:
         model = path.read_bytes()
     except OSError as error:
@@ -80,23 +96,13 @@ def make_sentencepiece_tokenizer(
         if not model:
             raise ValueError("empty file")  # the library takes it for a model of no pieces
         processor = spm.SentencePieceProcessor(model_proto=model)
-        eos_id, model_pad_id = processor.eos_id(), processor.pad_id()
-        vocab_size = processor.get_piece_size()
+        processor.eos_id(), processor.pad_id(), processor.get_piece_size()
     except Exception as error:  # the library raises RuntimeError, ValueError and others
         raise UserError(
             f"{path} ({len(model)} bytes) is not a SentencePiece model: "
             "fetch it again, or give the path of another .model file"
         ) from error
-    if eos_id < 0:
-        raise UserError(
-            f"{path} has no end token (eos_id is {eos_id}), which a text tower needs: "
-            "train the model with an eos_id"
-        )
-    if pad_id is None:
-        pad_id = model_pad_id if model_pad_id >= 0 else eos_id
-    if not 0 <= pad_id < vocab_size:
-        raise UserError(f"pad_id {pad_id} is outside the {vocab_size} ids of {path}")
-    return SentencePieceTokenizer(processor, pad_id=pad_id, clean=clean)
+    return processor
 
 
 def train_sentencepiece(
@@ -121,7 +127,7 @@ def train_sentencepiece(
     """
     path = Path(path)
     model = io.BytesIO()
-    texts = (text.encode("utf-8", "replace").decode("utf-8") for text in captions)
+    texts = map(encodable, captions)
     try:
         spm.SentencePieceTrainer.train(
             sentence_iterator=texts,

@@ -16,8 +16,8 @@ import regex
 
 from benchmarks.tokenizer import make_captions
 from clip_jax.tokenizers import make_clip_tokenizer
+from clip_jax.tokenizers.clean import CLEANERS
 from clip_jax.tokenizers.clip_bpe import clean
-from clip_jax.tokenizers.sentencepiece import canonicalize
 
 pytest.importorskip("open_clip")
 
@@ -173,6 +173,11 @@ KINDS = {
 }
 
 
+def random_any(rng: random.Random) -> str:
+    """A string of any kind but the long ones."""
+    return rng.choice(list(KINDS)[:-1])(rng)
+
+
 @pytest.mark.parametrize("literals", ["open_clip", "openai"])
 def test_25_000_strings_of_every_kind(literals):
     """Zero differences from open_clip, but for how it spells the special tokens in a text."""
@@ -213,9 +218,10 @@ def test_golden_file_is_what_the_reference_says():
     assert json.loads(GOLDEN.read_text()) == cases
 
 
-def test_siglip_cleaning():
-    from open_clip.tokenizer import canonicalize_text
+@pytest.mark.parametrize("name", ["whitespace", "lower", "canonicalize"])
+def test_cleaning(name):
+    from open_clip.tokenizer import get_clean_fn
 
-    rng = random.Random(2)
-    for text in ["A photo_of a  Dog's!", "", " (x) ", *(random_text(rng) for _ in range(500))]:
-        assert canonicalize(text) == canonicalize_text(text)
+    rng, theirs = random.Random(2), get_clean_fn(name)
+    for text in ["A photo_of a  Dog's!", "", " (x) ", *(random_any(rng) for _ in range(1500))]:
+        assert CLEANERS[name](text) == theirs(text), repr(text)

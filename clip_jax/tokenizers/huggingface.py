@@ -1,0 +1,171 @@
+"""Tokenizers from a Hugging Face `tokenizer.json`, read by the Rust library `tokenizers` alone.
+
+CLIPA (BERT's WordPiece), MetaCLIP 2 (XLM-V, mT5) and SigLIP 2 (Gemma) have them. The ids are those
+of open_clip's `HFTokenizer`: padded to the context length, cut before the end token.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import tokenizers
+
+from clip_jax.errors import UserError
+from clip_jax.tokenizers.clean import cleaner, encodable
+from clip_jax.tokenizers.rows import fill_rows
+
+T = TypeVar("T")
+
+# XLM-V's file, the largest in use, has 900,000 pieces and about 60 MB.
+MAX_FILE_BYTES = 512 << 20
+PAD_NAMES = ("[PAD]", "<pad>")
+PROBE = "a"
+
+
+class HuggingFaceTokenizer:
+    """The `Tokenizer` of a `tokenizer.json`; rows are start token (if any), pieces, end, pads.
+
+    Thread-safe, and pickles with the file inside, so that loader processes can have one.
+    """
+
+    def __init__(
+        self,
+        tokenizer: tokenizers.Tokenizer,
+        *,
+        sot_id: int | None,
+        end_id: int,
+        pad_id: int,
+        vocab_size: int,
+        clean: str,
+        framed_by_file: bool,
+        strip_sep: bool,
+    ):
+        self._tokenizer = tokenizer
+        self._sot = [] if sot_id is None else [sot_id]
+        self._end_id = end_id
+        self._framed_by_file = framed_by_file
+        self._strip_sep = strip_sep
+        self._clean = cleaner(clean)
+        self.vocab_size = vocab_size
+        self.pad_id = pad_id
+        self.eot_id = 0 if strip_sep else end_id
+
+    def __call__(self, texts: Sequence[str], context_length: int = 77) -> np.ndarray:
+        """Token ids, int32 [batch, context_length]; a text too long keeps its end token."""
+        texts = [texts] if isinstance(texts, str) else texts
+        cleaned = [encodable(self._clean(text)) for text in texts]
+        encoded = guarded(
+            lambda: self._tokenizer.encode_batch(cleaned, add_special_tokens=self._framed_by_file),
+            "the tokenizer cannot encode these texts",
+        )
+        if self._framed_by_file:  # the file's template ends in one token, which `fill_rows` sets
+            rows = [encoding.ids[:-1] for encoding in encoded]
+        else:
+            rows = [self._sot + encoding.ids for encoding in encoded]
+        tokens_BL = fill_rows(rows, context_length, eot_id=self._end_id, pad_id=self.pad_id)
+        if self._strip_sep:
+            tokens_BL[tokens_BL == self._end_id] = 0
+        return tokens_BL
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of one row of ids, up to its end token, as the file's decoder joins it."""
+        ids = [int(i) for i in ids]
+        ids = ids[: ids.index(self.eot_id)] if self.eot_id in ids else ids
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def make_hf_tokenizer(
+    path: str | Path,
+    *,
+    clean: str = "none",
+    sot_id: int | None = None,
+    eot_id: int | None = None,
+    pad_id: int | None = None,
+    strip_sep: bool = False,
+) -> HuggingFaceTokenizer:
+    """The tokenizer of a `tokenizer.json`; every id is the file's own.
+
+    Args:
+      path: the file.
+      clean: a name of `clean.CLEANERS`, done first. open_clip's default is "whitespace".
+      sot_id, eot_id: with an `eot_id`, rows are `sot_id` (if given), pieces, `eot_id`, whatever
+        the file's template says; without one the template decides, and must end in one token.
+      pad_id: fills rows behind the end token. None takes the file's padding, then "[PAD]" or
+        "<pad>", then the end token.
+      strip_sep: the end token becomes 0, as CLIPA wants it (`eot_id` is 0 then).
+
+    Raises UserError when the file is missing or damaged, adds no end token, or lacks an id.
+    """
+    cleaner(clean)
+    tokenizer = read_tokenizer_json(path)
+    vocab = guarded(lambda: tokenizer.get_vocab(with_added_tokens=True), f"{path} is damaged")
+    vocab_size = 1 + max(vocab.values(), default=-1)
+    padding = tokenizer.padding or {}
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    end_id = template_end(tokenizer, path) if eot_id is None else eot_id
+    if pad_id is None:
+        named = (vocab[name] for name in PAD_NAMES if name in vocab)
+        pad_id = padding.get("pad_id", next(named, end_id))
+    for name, given in ("sot_id", sot_id), ("eot_id", end_id), ("pad_id", pad_id):
+        if given is not None and not 0 <= given < vocab_size:
+            raise UserError(f"{name} {given} is outside the {vocab_size} ids of {path}")
+    if vocab_size > 2**31 - 1:
+        raise UserError(f"{path} has ids up to {vocab_size - 1}, beyond int32: it is damaged")
+    return HuggingFaceTokenizer(
+        tokenizer,
+        sot_id=sot_id,
+        end_id=end_id,
+        pad_id=pad_id,
+        vocab_size=vocab_size,
+        clean=clean,
+        framed_by_file=eot_id is None,
+        strip_sep=strip_sep,
+    )
+
+
+def read_tokenizer_json(path: str | Path) -> tokenizers.Tokenizer:
+    """The file as the Rust library reads it. Raises UserError: missing, too large or damaged."""
+    path = Path(path)
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise UserError(f"{path} has more than {MAX_FILE_BYTES >> 20} MiB: no tokenizer has")
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from error
+    except UnicodeError as error:
+        raise UserError(f"{path} is not a tokenizer.json: it is no UTF-8 text") from error
+    return guarded(
+        lambda: tokenizers.Tokenizer.from_str(text), f"{path} is not a tokenizer.json to read"
+    )
+
+
+def template_end(tokenizer: tokenizers.Tokenizer, path: str | Path) -> int:
+    """The one token that the file's template sets behind every text.
+
+    Raises UserError when the template sets none, or several.
+    """
+    probe = guarded(lambda: tokenizer.encode(PROBE), f"{path} cannot encode {PROBE!r}")
+    ids, special = probe.ids, probe.special_tokens_mask
+    # The mask tells the template's tokens from those of the text.
+    if 0 not in special or special[-1] != 1 or special[-2] == 1:
+        raise UserError(
+            f"{path} sets {'no' if not special or special[-1] == 0 else 'an unclear'} end token "
+            "behind a text, which a text tower needs: give its eot_id"
+        )
+    return ids[-1]
+
+
+def guarded(call: Callable[[], T], what: str) -> T:
+    """The value of a call into the Rust library, whose errors become one line.
+
+    A panic in Rust comes as a BaseException that is no Exception.
+    """
+    try:
+        return call()
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{what}: {reason}") from None
