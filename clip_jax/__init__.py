@@ -1,7 +1,7 @@
 """CLIP in JAX: train a dual encoder from image-text pairs, classify zero-shot, embed.
 
     import clip_jax
-    clip = clip_jax.load("runs/emoji")          # a work folder
+    clip = clip_jax.load("runs/emoji")          # a work folder, or any published checkpoint
     clip = clip_jax.create("ViT-B/32", seed=0)  # random weights
 
 Importing this starts no device: the heavy parts are imported by the first call.
@@ -15,21 +15,50 @@ from clip_jax.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
+    from jax.sharding import Mesh
 
     from clip_jax.api import LoadedCLIP
 
-__all__ = ["UserError", "create", "list_models", "load", "tokenize"]
+__all__ = ["UserError", "create", "list_models", "list_pretrained", "load", "tokenize"]
 
 
-def load(path: str | Path) -> "LoadedCLIP":
-    """The model of a work folder, from its newest undamaged checkpoint.
+def load(
+    path: str | Path,
+    model: str | None = None,
+    *,
+    tokenizer: str | None = None,
+    image_size: int | None = None,
+    context_length: int | None = None,
+    mesh: "Mesh | None" = None,
+) -> "LoadedCLIP":
+    """A model from a run's work folder or from a published checkpoint, whatever its format.
+
+    OpenAI's `.pt`; open_clip's `.pt`, `.bin` and `.safetensors`; folders of open_clip and Hugging
+    Face (CLIP, MetaCLIP 2, SigLIP); big_vision's `.npz`; work folders. Nothing in a file is run.
+    Activation and preprocessing are those the weights were trained with.
+
+    Args:
+      path: the file or folder. Of a run, its newest undamaged checkpoint is taken.
+      model: for files that do not say it: a name of `list_models()`, or "name:tag" of
+        `list_pretrained()`, as in "ViT-B-32:metaclip_400m".
+      tokenizer: "clip", or the path of a `tokenizer.json` or SentencePiece `.model`, for
+        checkpoints that came without one.
+      image_size, context_length: other than the checkpoint's; positions are interpolated.
+      mesh: places every array by the rules of `clip_jax.sharding`; None takes the first device.
 
     Raises:
-      UserError: the folder is not a work folder, or has no checkpoint.
+      UserError: the path is no checkpoint, is damaged, or holds another model.
     """
     from clip_jax import api
 
-    return api.load(path)
+    return api.load(
+        path,
+        model,
+        tokenizer=tokenizer,
+        image_size=image_size,
+        context_length=context_length,
+        mesh=mesh,
+    )
 
 
 def create(name: str, seed: int = 0) -> "LoadedCLIP":
@@ -48,6 +77,13 @@ def list_models() -> list[str]:
     from clip_jax.models import zoo
 
     return zoo.list_models()
+
+
+def list_pretrained() -> list[tuple[str, str]]:
+    """open_clip's published (model, tag) pairs that `load(file, "model:tag")` knows."""
+    from clip_jax.pretrained import tags
+
+    return tags.list_pretrained()
 
 
 def tokenize(texts: str | Sequence[str], context_length: int = 77) -> "np.ndarray":

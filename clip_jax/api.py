@@ -1,25 +1,32 @@
 """A loaded model for notebooks and commands: jitted `encode_image` / `encode_text`, `classify`."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from PIL import Image
 
 from clip_jax.checkpoint import Checkpoints
-from clip_jax.data.images import IMAGE_MEAN, IMAGE_STD, eval_transform
+from clip_jax.data.images import OPENAI, Preprocess, eval_transform
 from clip_jax.errors import UserError
 from clip_jax.evaluation.zero_shot import class_embeddings
 from clip_jax.models.clip import CLIP, CLIPConfig, unit_length
 from clip_jax.models.zoo import model_config
+from clip_jax.pretrained.load import Checkpoint, read_checkpoint, resized
+from clip_jax.pretrained.own import is_work_folder, read_weights
+from clip_jax.pretrained.tags import family_preprocess
+from clip_jax.pretrained.trees import to_variables
+from clip_jax.sharding import tree_shardings
 from clip_jax.state import init_variables
 from clip_jax.step import make_encoders
-from clip_jax.tokenizers import make_tokenizer
+from clip_jax.tokenizers import TokenizerSpec, make_tokenizer, tokenizer_spec
 from clip_jax.typing import Tokenizer
-from clip_jax.workdir import read_description
+from clip_jax.workdir import WEIGHTS, Description, read_description
 
 TEXT_BATCH = 256
 
@@ -28,23 +35,48 @@ class LoadedCLIP:
     """A model, its parameters, its tokenizer and its preprocessing.
 
     Attributes:
+      name: the registered model, or the file's.
       config: the sizes of both towers.
       params: the parameter pytree, float32.
       batch_stats: a ResNet's running statistics; empty for a ViT.
-      tokenizer: captions to ids.
+      preprocessing: how pictures are made for it.
+      tokenizer_spec: which tokenizer it was trained with; None where that is not known.
+      tokenizer: captions to ids; None where it is not known.
     """
 
     def __init__(
-        self, config: CLIPConfig, params: Any, batch_stats: Any, tokenizer: Tokenizer
+        self,
+        name: str,
+        config: CLIPConfig,
+        variables: Mapping[str, Any],
+        *,
+        tokenizer_spec: TokenizerSpec | None = None,
+        preprocessing: Preprocess = OPENAI,
     ) -> None:
+        self.name = name
         self.config = config
-        self.params = params
-        self.batch_stats = batch_stats
-        self.tokenizer = tokenizer
+        self.params = variables["params"]
+        self.batch_stats = variables.get("batch_stats", {})
+        self.preprocessing = preprocessing
+        self.tokenizer_spec = tokenizer_spec
+        self.tokenizer = None if tokenizer_spec is None else make_tokenizer(tokenizer_spec)
         self._encode_image, self._encode_text = make_encoders(
-            CLIP(config), image_mean=IMAGE_MEAN, image_std=IMAGE_STD
+            CLIP(config), image_mean=preprocessing.mean, image_std=preprocessing.std
         )
         self._unit_length = jax.jit(unit_length)
+
+    def known_tokenizer(self) -> Tokenizer:
+        """The tokenizer.
+
+        Raises:
+          UserError: the checkpoint came without one.
+        """
+        if self.tokenizer is None:
+            raise UserError(
+                f"{self.name} came without its tokenizer; give load(..., tokenizer=) the path of "
+                "its tokenizer.json or SentencePiece .model"
+            )
+        return self.tokenizer
 
     @property
     def logit_scale(self) -> jax.Array:
@@ -61,19 +93,19 @@ class LoadedCLIP:
         return {"params": self.params, "batch_stats": self.batch_stats}
 
     def preprocess(self, images: Image.Image | Sequence[Image.Image]) -> np.ndarray:
-        """PIL pictures through CLIP's evaluation transform: uint8 [batch, height, width, 3].
+        """PIL pictures through the model's evaluation transform: uint8 [batch, height, width, 3].
 
         They stay uint8 until `encode_image` normalises them on the device.
         """
         if isinstance(images, Image.Image):
             images = [images]
         size = self.config.vision.image_size
-        return np.stack([eval_transform(image, size) for image in images])
+        return np.stack([eval_transform(image, size, self.preprocessing) for image in images])
 
     def tokenize(self, texts: str | Sequence[str]) -> np.ndarray:
         """Captions to ids, int32 [batch, context_length]; too long ones are cut, end token kept."""
         texts = [texts] if isinstance(texts, str) else list(texts)
-        return self.tokenizer(texts, self.config.text.context_length)
+        return self.known_tokenizer()(texts, self.config.text.context_length)
 
     def encode_image(self, images: np.ndarray | jax.Array, normalize: bool = True) -> jax.Array:
         """Image features, float32 [batch, embed_dim], of unit length unless `normalize=False`.
@@ -101,15 +133,18 @@ class LoadedCLIP:
         """Text features, float32 [batch, embed_dim], of unit length unless `normalize=False`.
 
         Args:
-          tokens: int32 [batch, length] as `tokenize` returns them; length may be shorter.
+          tokens: int32 [batch, length] as `tokenize` returns them; length may be shorter, except
+            for SigLIP and CLIPA, which see or read their padding.
 
         Raises:
           UserError: the shape is not what the model takes.
         """
-        longest = self.config.text.context_length
-        if tokens.ndim != 2 or tokens.shape[1] > longest:
+        text = self.config.text
+        longest, shortest = text.context_length, 1 if text.trimmable else text.context_length
+        if tokens.ndim != 2 or not shortest <= tokens.shape[1] <= longest:
+            takes = f"at most {longest}" if text.trimmable else f"{longest}"
             raise UserError(
-                f"encode_text takes [batch, at most {longest}] token ids and got "
+                f"encode_text takes [batch, {takes}] token ids and got "
                 f"{list(tokens.shape)}; make them with tokenize()"
             )
         z_BD = self._encode_text(self._variables, jnp.asarray(tokens, jnp.int32))
@@ -128,7 +163,7 @@ class LoadedCLIP:
         """
         class_MD = class_embeddings(
             self.encode_text,
-            self.tokenizer,
+            self.known_tokenizer(),
             class_names,
             templates,
             batch_size=TEXT_BATCH,
@@ -146,36 +181,94 @@ def create(name: str, seed: int = 0) -> LoadedCLIP:
     """
     config = model_config(name)
     variables = jax.jit(lambda: init_variables(CLIP(config), seed))()
+    clip_vocabulary = config.text.vocab_size == model_config("ViT-B/32").text.vocab_size
     return LoadedCLIP(
-        config, variables["params"], variables.get("batch_stats", {}), make_tokenizer("clip")
+        name,
+        config,
+        variables,
+        tokenizer_spec=TokenizerSpec() if clip_vocabulary else None,
+        preprocessing=family_preprocess(name),
     )
 
 
-def load(path: str | Path) -> LoadedCLIP:
-    """The model of a work folder, from its newest undamaged checkpoint.
+def load(
+    path: str | Path,
+    model: str | None = None,
+    *,
+    tokenizer: str | None = None,
+    image_size: int | None = None,
+    context_length: int | None = None,
+    mesh: Mesh | None = None,
+) -> LoadedCLIP:
+    """A run's model, or a published one in any format; see `clip_jax.load`."""
+    if is_work_folder(path):
+        description = read_description(path)
+        if not (Path(path) / WEIGHTS).is_file():
+            if image_size or context_length:
+                raise UserError(f"{path} is a run: its sizes are its own; convert it first")
+            return _load_run(path, description, mesh)
+        checkpoint = Checkpoint(
+            description.model_name,
+            description.model,
+            read_weights(Path(path) / WEIGHTS, description.model),
+            description.preprocess,
+            description.tokenizer,
+        )
+    else:
+        checkpoint = read_checkpoint(path, model)
+    checkpoint = resized(checkpoint, image_size, context_length)
+    if tokenizer is not None:
+        checkpoint = dataclasses.replace(checkpoint, tokenizer=tokenizer_spec(tokenizer))
+    return LoadedCLIP(
+        checkpoint.name,
+        checkpoint.config,
+        place_arrays(checkpoint, mesh),
+        tokenizer_spec=checkpoint.tokenizer,
+        preprocessing=checkpoint.preprocess,
+    )
 
-    Raises:
-      UserError: the folder is not a work folder, or has no checkpoint.
+
+def place_arrays(checkpoint: Checkpoint, mesh: Mesh | None) -> dict[str, Any]:
+    """A checkpoint's variables on the first device, or over a mesh by the rules of `sharding`.
+
+    One array at a time is on the host, so that a model larger than it can be loaded.
     """
-    description = read_description(path)
-    model = CLIP(description.model)
-    shapes = jax.eval_shape(lambda: init_variables(model, 0))
+    shapes = variable_shapes(checkpoint.config, mesh)
+
+    def put(read: Callable[[], np.ndarray], shape: jax.ShapeDtypeStruct) -> jax.Array:
+        return jax.device_put(read(), shape.sharding)
+
+    return jax.tree.map(put, to_variables(checkpoint.arrays), shapes)
+
+
+def variable_shapes(config: CLIPConfig, mesh: Mesh | None) -> dict[str, Any]:
+    """ShapeDtypeStructs of a model's variables with their shardings; allocates nothing."""
+    made = jax.eval_shape(lambda: init_variables(CLIP(config), 0))
+    shapes = {"params": made["params"], "batch_stats": made.get("batch_stats", {})}
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shapes = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
-        {"params": shapes["params"], "batch_stats": shapes.get("batch_stats", {})},
+    shardings = (
+        jax.tree.map(lambda x: device, shapes) if mesh is None else tree_shardings(shapes, mesh)
     )
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes,
+        shardings,
+    )
+
+
+def _load_run(path: str | Path, description: Description, mesh: Mesh | None) -> LoadedCLIP:
+    """The newest undamaged checkpoint of a run."""
     checkpoints = Checkpoints(path, read_only=True)
     try:
-        found = checkpoints.restore_model(shapes)
+        found = checkpoints.restore_model(variable_shapes(description.model, mesh))
     finally:
         checkpoints.close()
     if found is None:
         raise UserError(f"{path} has no checkpoint yet; train until the first one is saved")
-    variables, _ = found
     return LoadedCLIP(
+        description.model_name,
         description.model,
-        variables["params"],
-        variables["batch_stats"],
-        make_tokenizer(description.tokenizer),
+        found[0],
+        tokenizer_spec=description.tokenizer,
+        preprocessing=description.preprocess,
     )

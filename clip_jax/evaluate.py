@@ -1,10 +1,12 @@
 """Evaluate a run: `python -m clip_jax.evaluate --workdir DIR [--data SHARDS --classnames FILE]`."""
 
 import argparse
+import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from clip_jax.config import EvalSection
 from clip_jax.errors import UserError, run_command
 
 
@@ -37,7 +39,8 @@ def evaluate_workdir(
     from clip_jax.workdir import read_description
 
     description = read_description(workdir)
-    section = description.config["eval"]
+    # A model that was converted names nothing to evaluate on.
+    section = description.config.get("eval") or dataclasses.asdict(EvalSection())
     data, classnames = data or section["data"], classnames or section["classnames"]
     if not data or not classnames:
         raise UserError(
@@ -48,9 +51,10 @@ def evaluate_workdir(
     results = run_evaluation(
         clip.encode_image,
         clip.encode_text,
-        clip.tokenizer,
+        clip.known_tokenizer(),
         image_size=clip.config.vision.image_size,
         context_length=clip.config.text.context_length,
+        preprocess=clip.preprocessing,
         logit_scale=clip.scale,
         model=description.model_name,
         data=data,

@@ -19,6 +19,7 @@ from clip_jax.mesh import place_batch
 from clip_jax.report import Report
 from clip_jax.signals import catch_signals
 from clip_jax.state import TrainState, init_state, parameter_counts
+from clip_jax.tokenizers import tokenizer_spec
 from clip_jax.wiring import Wiring, make_loader, make_step, run_fingerprint, wire
 from clip_jax.workdir import Description, write_description
 
@@ -50,7 +51,10 @@ def run(config: Config, workdir: str) -> int:
         write_description(
             folder,
             Description(
-                config.model.name, w.model.config, config.data.tokenizer, dataclasses.asdict(config)
+                config.model.name,
+                w.model.config,
+                tokenizer_spec(config.data.tokenizer),
+                config=dataclasses.asdict(config),
             ),
         )
         code = train_loop(config, w, indexes, state, steps, checkpoints, identity, folder)
@@ -149,7 +153,8 @@ def train_loop(
         step, bad = start, False
         while step < steps and not stop.signal and not bad:
             batch = next(loader)
-            batch["text"] = trim_to_bucket(batch["text"], w.tokenizer.eot_id)
+            if w.model.config.text.trimmable:
+                batch["text"] = trim_to_bucket(batch["text"], w.tokenizer.eot_id)
             arrays = place_batch(device_part(batch), w.mesh)
             state, metrics = train_step(state, arrays)
             step += 1

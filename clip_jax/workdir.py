@@ -1,5 +1,5 @@
 """What a work folder says of itself: `config.json`, enough to load the model without the code
-that made it."""
+that made it. Weights are checkpoints of a run, or one `model.safetensors` that was converted."""
 
 import dataclasses
 import json
@@ -7,15 +7,18 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from clip_jax.data.images import OPENAI, Preprocess
+from clip_jax.data.preprocess import preprocess_from_json, preprocess_to_json
 from clip_jax.errors import UserError
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.convnet import ConvNetConfig
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
+from clip_jax.tokenizers.spec import TokenizerSpec, spec_from_json, spec_to_json
 
 FILE = "config.json"
-TOKENIZER_FILE = "tokenizer.model"
+WEIGHTS = "model.safetensors"
 VISION_KINDS = {"vit": ViTConfig, "resnet": ResNetConfig, "convnet": ConvNetConfig}
 
 
@@ -26,14 +29,16 @@ class Description:
     Attributes:
       model_name: its row of the zoo.
       model: its sizes, the tokenizer's included.
-      tokenizer: "clip", or a file in the work folder.
-      config: the resolved experiment, as nested dicts.
+      tokenizer: its file, where it has one, lies in the work folder; None is none that is known.
+      preprocess: how pictures are made for the model.
+      config: the resolved experiment, as nested dicts; empty for a converted model.
     """
 
     model_name: str
     model: CLIPConfig
-    tokenizer: str
-    config: dict[str, Any]
+    tokenizer: TokenizerSpec | None
+    preprocess: Preprocess = OPENAI
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def model_to_json(config: CLIPConfig) -> dict[str, Any]:
@@ -64,13 +69,19 @@ def model_from_json(values: dict[str, Any]) -> CLIPConfig:
 def write_description(workdir: Path, description: Description) -> Description:
     """Write `config.json`, and a copy of a tokenizer's file; return what was written."""
     tokenizer = description.tokenizer
-    if tokenizer != "clip":
-        target = workdir / TOKENIZER_FILE
-        if Path(tokenizer).absolute() != target.absolute():
-            shutil.copyfile(tokenizer, target)
-        tokenizer = TOKENIZER_FILE
+    if tokenizer is not None and tokenizer.file is not None:
+        target = workdir / f"tokenizer{Path(tokenizer.file).suffix}"
+        if Path(tokenizer.file).absolute() != target.absolute():
+            shutil.copyfile(tokenizer.file, target)
+        tokenizer = dataclasses.replace(tokenizer, file=target.name)
     description = dataclasses.replace(description, tokenizer=tokenizer)
-    made = {**dataclasses.asdict(description), "model": model_to_json(description.model)}
+    made = {
+        "model_name": description.model_name,
+        "model": model_to_json(description.model),
+        "tokenizer": None if tokenizer is None else spec_to_json(tokenizer),
+        "preprocess": preprocess_to_json(description.preprocess),
+        "config": description.config,
+    }
     part = workdir / (FILE + ".part")
     part.write_text(json.dumps(made, indent=2) + "\n")
     part.rename(workdir / FILE)
@@ -86,13 +97,18 @@ def read_description(workdir: str | Path) -> Description:
     path = Path(workdir) / FILE
     try:
         values = json.loads(path.read_text())
-        tokenizer = values["tokenizer"]
-        if tokenizer != "clip":
-            tokenizer = str(Path(workdir) / tokenizer)
+        tokenizer = None
+        if values["tokenizer"] is not None:
+            tokenizer = spec_from_json(values["tokenizer"], where=f"{path}: tokenizer")
+            if tokenizer.file is not None:
+                tokenizer = dataclasses.replace(tokenizer, file=str(Path(workdir) / tokenizer.file))
         return Description(
             model_name=values["model_name"],
             model=model_from_json(values["model"]),
             tokenizer=tokenizer,
+            preprocess=preprocess_from_json(
+                values.get("preprocess", {}), where=f"{path}: preprocess"
+            ),
             config=values["config"],
         )
     except FileNotFoundError:

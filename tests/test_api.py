@@ -8,6 +8,7 @@ from tiny import RESNET, VIT
 import clip_jax
 from clip_jax.errors import UserError
 from clip_jax.models import zoo
+from clip_jax.tokenizers import TokenizerSpec
 from clip_jax.workdir import (
     Description,
     model_from_json,
@@ -124,15 +125,23 @@ def test_description_of_a_work_folder(tmp_path):
     tokenizer.write_bytes(b"model")
     folder = tmp_path / "run"
     folder.mkdir()
-    write_description(folder, Description("tiny", VIT, str(tokenizer), {"seed": 1}))
+    write_description(
+        folder,
+        Description(
+            "tiny", VIT, TokenizerSpec("sentencepiece", str(tokenizer)), config={"seed": 1}
+        ),
+    )
     found = read_description(folder)
-    assert found == Description("tiny", VIT, str(folder / "tokenizer.model"), {"seed": 1})
+    spec = TokenizerSpec("sentencepiece", str(folder / "tokenizer.model"))
+    assert found == Description("tiny", VIT, spec, config={"seed": 1})
     # Writing what was read must not copy the file onto itself.
     write_description(folder, found)
     assert (folder / "tokenizer.model").read_bytes() == b"model"
 
 
-@pytest.mark.parametrize(("text", "message"), [(None, "not a work folder"), ("{", "is damaged")])
+@pytest.mark.parametrize(
+    ("text", "message"), [(None, "holds no checkpoint"), ("{", "cannot be read as JSON")]
+)
 def test_folders_that_are_none(tmp_path, text, message):
     if text is not None:
         (tmp_path / "config.json").write_text(text)
@@ -141,6 +150,6 @@ def test_folders_that_are_none(tmp_path, text, message):
 
 
 def test_a_folder_without_a_checkpoint(tmp_path):
-    write_description(tmp_path, Description("tiny", VIT, "clip", {"seed": 1}))
+    write_description(tmp_path, Description("tiny", VIT, TokenizerSpec(), config={"seed": 1}))
     with pytest.raises(UserError, match="no checkpoint yet"):
         clip_jax.load(tmp_path)

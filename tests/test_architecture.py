@@ -14,12 +14,12 @@ LEVELS = [
     {"errors", "typing"},
     {"models", "losses", "data", "tokenizers", "augment", "mesh", "optim", "metrics", "config"}
     | {"signals"},
-    {"sharding", "pretrained", "workdir"},
+    {"sharding", "workdir"},
     {"state", "evaluation"},
-    {"checkpoint"},
+    {"checkpoint", "pretrained"},
     {"step"},
     {"api", "wiring"},
-    {"evaluate", "report"},
+    {"evaluate", "convert", "report"},
     {"train"},
     {"main"},
 ]

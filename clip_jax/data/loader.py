@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Bool, Int32, UInt8, UInt32
 from PIL import Image
 
-from clip_jax.data.images import eval_transform, random_resized_crop
+from clip_jax.data.images import OPENAI, Preprocess, eval_transform, random_resized_crop
 from clip_jax.data.order import BatchOrder, Order
 from clip_jax.data.rows import RowReader, Rows
 from clip_jax.data.sources import ShardIndex
@@ -167,6 +167,7 @@ def make_eval_loader(
     image_size: int,
     context_length: int,
     batch_size: int,
+    preprocess: Preprocess = OPENAI,
     process_index: int = 0,
     process_count: int = 1,
     threads: int = 8,
@@ -198,7 +199,7 @@ def make_eval_loader(
     reader = RowReader(
         indexes,
         tokenizer,
-        lambda image, rng: eval_transform(image, image_size),
+        lambda image, rng: eval_transform(image, image_size, preprocess),
         image_size=image_size,
         context_length=context_length,
         evaluation=True,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from clip_jax.data.images import Preprocess
 from clip_jax.data.loader import make_eval_loader
 from clip_jax.data.sources import expand, index_shards
 from clip_jax.evaluation.evaluate import evaluate
@@ -25,6 +26,7 @@ def run_evaluation(
     *,
     image_size: int,
     context_length: int,
+    preprocess: Preprocess,
     logit_scale: float,
     model: str,
     data: str,
@@ -39,6 +41,7 @@ def run_evaluation(
     `loss.png` the curves of the run's `metrics.jsonl`, where there is one.
 
     Args:
+      preprocess: how pictures are made for the model.
       logit_scale: the scale itself, for the probabilities under the pictures.
       data, classnames: tar shards with .cls members, and the file of class names.
 
@@ -52,6 +55,7 @@ def run_evaluation(
         image_size=image_size,
         context_length=context_length,
         batch_size=batch_size,
+        preprocess=preprocess,
     )
     workdir = Path(workdir)
     with loader:

@@ -6,22 +6,26 @@ And our own: the same folder as a run's, with the weights in one safetensors fil
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
 
-from clip_jax.data.images import Preprocess
 from clip_jax.data.preprocess import preprocess_to_hf, preprocess_to_open_clip
 from clip_jax.errors import UserError
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.vit import ViTConfig
 from clip_jax.pretrained.hf_config import config_to_hf
+from clip_jax.pretrained.hf_tokenizer import write_clip_tokenizer
 from clip_jax.pretrained.layouts import to_theirs
 from clip_jax.pretrained.open_clip_config import config_to_open_clip
+from clip_jax.workdir import WEIGHTS, Description, write_description
+
+Arrays = Mapping[str, np.ndarray]
 
 # Names that their modules hold with leading dimensions of one, and how many dimensions in all.
 RANKS = {
@@ -32,19 +36,19 @@ RANKS = {
 HF_SIGLIP_RANKS = {**RANKS, "logit_scale": 1, "logit_bias": 1}
 
 
-def export_open_clip(
-    folder: Path, config: CLIPConfig, arrays: Mapping[str, np.ndarray], preprocess: Preprocess
-) -> None:
-    """`open_clip_model.safetensors` and `open_clip_config.json`.
+def write_open_clip(folder: Path, about: Description, arrays: Arrays) -> None:
+    """`open_clip_model.safetensors` and `open_clip_config.json` in a folder that exists.
 
     `open_clip.create_model("local-dir:FOLDER")` loads them.
 
     Args:
+      about: the model, its tokenizer and its preprocessing.
       arrays: parameters and batch statistics by path, float32.
 
     Raises:
       UserError: open_clip has no such model.
     """
+    config = about.model
     model_cfg = config_to_open_clip(config)
     theirs = with_ranks(to_theirs(arrays, open_clip_naming(config)), RANKS)
     if isinstance(config.vision, ResNetConfig):
@@ -54,11 +58,11 @@ def export_open_clip(
             for key in theirs
             if key.endswith("running_mean")
         }
-    values = {
-        "model_cfg": model_cfg,
-        "preprocess_cfg": preprocess_to_open_clip(preprocess, config.vision.image_size),
-    }
-    write_folder(folder, {"open_clip_config.json": values}, "open_clip_model.safetensors", theirs)
+    preprocess_cfg = preprocess_to_open_clip(about.preprocess, config.vision.image_size)
+    values = {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
+    write_json(folder / "open_clip_config.json", values)
+    save_file(theirs, folder / "open_clip_model.safetensors", metadata={"format": "pt"})
+    write_tokenizer(folder, about)
 
 
 def open_clip_naming(config: CLIPConfig) -> str:
@@ -69,28 +73,49 @@ def open_clip_naming(config: CLIPConfig) -> str:
     return "open_clip_siglip" if is_siglip else "openai"
 
 
-def export_hf(
-    folder: Path, config: CLIPConfig, arrays: Mapping[str, np.ndarray], preprocess: Preprocess
-) -> None:
-    """`model.safetensors`, `config.json` and `preprocessor_config.json`.
+def write_hf(folder: Path, about: Description, arrays: Arrays) -> None:
+    """`model.safetensors`, `config.json`, `preprocessor_config.json` and the tokenizer's files.
 
     `transformers.CLIPModel.from_pretrained(FOLDER)` loads them, or `SiglipModel` a SigLIP.
 
     Raises:
       UserError: transformers has no such model.
     """
-    values = config_to_hf(config)
+    values = config_to_hf(about.model)
     is_siglip = values["model_type"] == "siglip"
     theirs = to_theirs(arrays, "hf_siglip" if is_siglip else "hf_clip")
     theirs = with_ranks(theirs, HF_SIGLIP_RANKS if is_siglip else {})
-    files = {
-        "config.json": values,
-        "preprocessor_config.json": preprocess_to_hf(preprocess, config.vision.image_size),
-    }
-    write_folder(folder, files, "model.safetensors", theirs)
+    image_size = about.model.vision.image_size
+    write_json(folder / "config.json", values)
+    write_json(folder / "preprocessor_config.json", preprocess_to_hf(about.preprocess, image_size))
+    # transformers asks for the framework of the tensors.
+    save_file(theirs, folder / "model.safetensors", metadata={"format": "pt"})
+    write_tokenizer(folder, about)
 
 
-def with_ranks(arrays: Mapping[str, np.ndarray], ranks: Mapping[str, int]) -> dict[str, np.ndarray]:
+def write_own(folder: Path, about: Description, arrays: Arrays) -> None:
+    """A work folder without a run: `config.json`, `model.safetensors`, the tokenizer's file."""
+    save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, folder / WEIGHTS)
+    write_description(folder, about)
+
+
+Writer = Callable[[Path, Description, Arrays], None]
+WRITERS: dict[str, Writer] = {"own": write_own, "open_clip": write_open_clip, "hf": write_hf}
+
+
+def write_tokenizer(folder: Path, about: Description) -> None:
+    """The tokenizer's files: CLIP's as Hugging Face has them, any other's own file."""
+    spec = about.tokenizer
+    if spec is None:
+        return
+    if spec.kind == "clip":
+        write_clip_tokenizer(folder, about.model.text.context_length)
+    elif spec.file is not None:
+        name = "tokenizer.json" if spec.kind == "huggingface" else "tokenizer.model"
+        shutil.copyfile(spec.file, folder / name)
+
+
+def with_ranks(arrays: Arrays, ranks: Mapping[str, int]) -> dict[str, np.ndarray]:
     """The arrays, some with leading dimensions of one before them."""
     return {
         key: x.reshape((1,) * max(0, ranks.get(key, 0) - x.ndim) + x.shape)
@@ -98,13 +123,14 @@ def with_ranks(arrays: Mapping[str, np.ndarray], ranks: Mapping[str, int]) -> di
     }
 
 
-def write_folder(
-    folder: Path,
-    files: Mapping[str, Mapping[str, Any]],
-    weights: str,
-    arrays: Mapping[str, np.ndarray],
-) -> None:
-    """JSON files and one safetensors file in a folder that is made, whole or not at all.
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """One JSON file."""
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write to, which takes its name at the end: whole or not at all.
 
     Raises:
       UserError: the folder holds something already, or cannot be written.
@@ -114,10 +140,7 @@ def write_folder(
     part = folder.with_name(folder.name + f".part-{os.getpid()}")
     try:
         part.mkdir(parents=True)
-        for name, values in files.items():
-            (part / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        # transformers asks for the framework of the tensors.
-        save_file(dict(arrays), part / weights, metadata={"format": "pt"})
+        yield part
         if folder.is_dir():
             folder.rmdir()
         part.rename(folder)

@@ -127,6 +127,7 @@ def _count(names: Iterable[str], pattern: str) -> int:
 def signature_of(config: CLIPConfig) -> Signature:
     """The same sizes of a model that we know; `kind` "convnet" is ours alone."""
     v, t = config.vision, config.text
+    image: tuple[str, int, tuple[int, ...], int, int]
     if isinstance(v, ViTConfig):
         kind = "siglip" if v.pool == "map" else "vit"
         image = (kind, v.width, (v.layers,), v.length, v.patch_size)

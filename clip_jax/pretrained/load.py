@@ -30,6 +30,10 @@ from clip_jax.pretrained.resize import resize_image_positions, resize_text_posit
 from clip_jax.pretrained.safetensors_file import read_safetensors
 from clip_jax.pretrained.tags import family_preprocess, find_pretrained
 from clip_jax.pretrained.torch_file import read_torch
+from clip_jax.sharding import path_name
+from clip_jax.state import init_variables
+from clip_jax.tokenizers.folder import tokenizer_from_folder
+from clip_jax.tokenizers.spec import TokenizerSpec
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -37,6 +41,7 @@ OPEN_CLIP_CONFIG, HF_CONFIG = "open_clip_config.json", "config.json"
 # In a folder, the first of these that is there holds the weights.
 OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 HF_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+CLIP_VOCABULARY, GEMMA_VOCABULARY = 49_408, 256_000
 TORCH_ENDINGS = (".pt", ".pth", ".bin", ".ckpt")
 # What a training run or a compiler puts before every name.
 _WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
@@ -53,30 +58,21 @@ class Checkpoint:
       config: its sizes, activation and all.
       arrays: for each path of the parameter tree, a function that reads its array, float32.
       preprocess: how its pictures are made.
-      folder: where its tokenizer's files may be; None for a single file.
+      tokenizer: the one it was trained with; None where its files are not there.
     """
 
     name: str
     config: CLIPConfig
     arrays: dict[str, Callable[[], np.ndarray]]
     preprocess: Preprocess
-    folder: Path | None
+    tokenizer: TokenizerSpec | None
 
 
 def array_shapes(config: CLIPConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter and batch statistic, by its path; allocates nothing."""
-    size, length = config.vision.image_size, config.text.context_length
-    shapes = jax.eval_shape(
-        CLIP(config).init,
-        jax.random.key(0),
-        jax.ShapeDtypeStruct((1, size, size, 3), np.float32),
-        jax.ShapeDtypeStruct((1, length), np.int32),
-    )
-    leaves = jax.tree_util.tree_leaves_with_path(dict(shapes))
-    return {
-        jax.tree_util.keystr(path[1:], simple=True, separator="/"): leaf.shape
-        for path, leaf in leaves
-    }
+    shapes = jax.eval_shape(lambda: init_variables(CLIP(config), 0))
+    leaves = jax.tree_util.tree_leaves_with_path(shapes)
+    return {path_name(path[1:]): leaf.shape for path, leaf in leaves}
 
 
 def read_checkpoint(path: str | Path, model: str | None = None) -> Checkpoint:
@@ -143,7 +139,7 @@ def _from_file(path: Path, model: str | None) -> Checkpoint:
         raise UserError(f"{path}: weights of Hugging Face need their {HF_CONFIG}; give the folder")
     if naming == "big_vision":
         config = infer.big_vision_config(arrays, str(path))
-        return _finish(path.stem, config, arrays, naming, SIGLIP, path, None)
+        return _finish(path.stem, config, arrays, naming, SIGLIP, path)
     found = infer.signature(arrays, naming, str(path))
     name, preprocess = model or path.stem, OPENAI
     if arrays.keys() & _OPENAI_MARKS:
@@ -153,7 +149,7 @@ def _from_file(path: Path, model: str | None) -> Checkpoint:
     else:
         name, preprocess = _asked_for(model)
         config = model_config(name)
-    return _finish(name, config, arrays, naming, preprocess, path, None, found)
+    return _finish(name, config, arrays, naming, preprocess, path, found=found)
 
 
 def _preprocess_of(found: infer.Signature) -> Preprocess:
@@ -182,7 +178,8 @@ def _finish(
     naming: str,
     preprocess: Preprocess,
     path: Path,
-    folder: Path | None,
+    tokenizer: TokenizerSpec | None = None,
+    *,
     found: infer.Signature | None = None,
 ) -> Checkpoint:
     about = f"{path} does not hold a {name}"
@@ -192,7 +189,9 @@ def _finish(
         if found is None or infer.signature_of(config) == found:
             raise
         raise UserError(f"{error}; its sizes are nearest to {infer.nearest_model(found)}") from None
-    return Checkpoint(name, config, ours, preprocess, folder)
+    if tokenizer is None and config.text.vocab_size == CLIP_VOCABULARY:
+        tokenizer = TokenizerSpec()
+    return Checkpoint(name, config, ours, preprocess, tokenizer)
 
 
 def resized(
@@ -266,7 +265,24 @@ def _from_open_clip_folder(folder: Path) -> Checkpoint:
     weights = _weights(folder, OPEN_CLIP_WEIGHTS)
     arrays = read_arrays(weights)
     naming = infer.find_naming(arrays, str(weights))
-    return _finish(folder.name, config, arrays, naming, preprocess, weights, folder)
+    kwargs = values["model_cfg"]["text_cfg"].get("tokenizer_kwargs") or {}
+    tokenizer = tokenizer_from_folder(
+        folder,
+        tokenizer_family(config),
+        clean=kwargs.get("clean"),
+        strip_sep=kwargs.get("strip_sep_token"),
+    )
+    return _finish(folder.name, config, arrays, naming, preprocess, weights, tokenizer)
+
+
+def tokenizer_family(config: CLIPConfig) -> str:
+    """Whose tokenizer a model has: a name of `tokenizers.folder.FAMILIES`."""
+    text = config.text
+    if text.pool == "last":
+        if config.init_logit_bias is None:
+            return "clipa"
+        return "siglip2" if text.vocab_size == GEMMA_VOCABULARY else "siglip"
+    return "clip" if text.vocab_size == CLIP_VOCABULARY else "metaclip2"
 
 
 def _from_hf_folder(folder: Path) -> Checkpoint:
@@ -278,4 +294,6 @@ def _from_hf_folder(folder: Path) -> Checkpoint:
         preprocess = preprocess_from_hf(read_json(folder / "preprocessor_config.json"))
     weights = _weights(folder, HF_WEIGHTS)
     naming = "hf_siglip" if is_siglip else "hf_clip"
-    return _finish(folder.name, config, read_arrays(weights), naming, preprocess, weights, folder)
+    tokenizer = tokenizer_from_folder(folder, tokenizer_family(config))
+    arrays = read_arrays(weights)
+    return _finish(folder.name, config, arrays, naming, preprocess, weights, tokenizer)
