@@ -19,7 +19,7 @@ from clip_jax.pretrained.torch_pickle import Object, Storage, Tensor, load_pickl
 from clip_jax.pretrained.zip_file import Member, member_bytes, zip_members
 
 # A ViT-bigG with its optimiser has 2 MB of pickle.
-_MAX_PICKLE = 32 << 20
+_MAX_PICKLE = 16 << 20
 _MAX_RANK = 8
 # Bounds on what the walk through a TorchScript module yields: modules may be shared.
 _MAX_NAMES, _MAX_NAME = 100_000, 512
