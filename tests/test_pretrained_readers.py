@@ -209,9 +209,9 @@ def test_a_pickle_that_runs_a_command_is_refused_by_name(tmp_path, protocol, cal
 )
 def test_a_hostile_pickle_is_refused_in_bounded_time_and_memory(tmp_path, program, said):
     path = write_torch(tmp_path / "x.pt", program)
-    start = time.monotonic()
+    start = time.process_time()
     assert said in refused(read_torch, path)
-    assert time.monotonic() - start < 20  # a million steps take about one second
+    assert time.process_time() - start < 20  # seconds of work; a million steps take one
 
 
 def tensor_pickle(offset, shape, strides, count=6, key=b"0", kind=b"Float"):
