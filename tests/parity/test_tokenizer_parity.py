@@ -179,7 +179,7 @@ def random_any(rng: random.Random) -> str:
 
 
 @pytest.mark.parametrize("literals", ["open_clip", "openai"])
-def test_25_000_strings_of_every_kind(literals):
+def test_thousands_of_strings_of_every_kind(literals):
     """Zero differences from open_clip, but for how it spells the special tokens in a text."""
     rng = random.Random(len(literals))
     texts = [kind(rng) for kind, number in KINDS.items() for _ in range(number)]
