@@ -219,6 +219,11 @@ def test_mistakes_are_named(bert_folder, bert_text):
     path.write_text(with_template(bert_text, "$A [SEP] [SEP]"))
     with pytest.raises(UserError, match="an unclear end token"):
         make_hf_tokenizer(path)
+    content = json.loads(bert_text)
+    content["post_processor"]["special_tokens"]["[CLS]"]["ids"] = [2**31]
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="its template adds id 2147483648"):
+        make_hf_tokenizer(path)
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="no UTF-8"):
         make_hf_tokenizer(path)
@@ -226,6 +231,15 @@ def test_mistakes_are_named(bert_folder, bert_text):
     (bert_folder / "vocab.txt").write_text("a\nb\n")
     with pytest.raises(UserError, match=r"vocab\.txt, which do not suffice"):
         tokenizer_from_folder(bert_folder)
+
+
+@pytest.mark.parametrize("merges", [["▁ a"], [["▁", "a"]], [["x"]], [3], [None]])
+def test_a_prefix_that_cuts_characters_is_refused(tmp_path, merges):
+    """The Rust library would end the process, which no `except` sees."""
+    model = {"type": "BPE", "continuing_subword_prefix": "x", "vocab": {}, "merges": merges}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model}))
+    with pytest.raises(UserError, match="lacks the prefix 'x'"):
+        make_hf_tokenizer(tmp_path / "tokenizer.json")
 
 
 @settings(max_examples=150, deadline=None)

@@ -80,7 +80,7 @@ def _inflate(file_U: np.ndarray, member: Member) -> np.ndarray:
         data = inflater.decompress(packed, member.size + 1)
     except zlib.error as error:
         raise BadFile(f"the member {shown(member.name)} cannot be inflated ({error})") from None
-    if len(data) != member.size or not inflater.eof:
+    if len(data) != member.size:
         raise BadFile(
             f"the member {shown(member.name)} does not inflate to its {member.size} bytes"
         )

@@ -1,9 +1,10 @@
 """The safetensors format to arrays that are read-only views of the file.
 
 A file is eight bytes of length, that much JSON, and the numbers of all tensors without a gap.
-The safetensors package copies every tensor and has no NumPy type for bfloat16, so the layout, a
-page long, is read here; its rules (offsets that tile the buffer to its last byte, sizes equal to
-shape times item) are kept, and duplicate names are refused besides.
+The safetensors package (0.8.0) copies every tensor, reads bfloat16 only where ml_dtypes happens to
+be imported, and takes the last of two tensors with one name. So the layout, a page long, is read
+here; the package's rules (offsets that tile the buffer to its last byte, sizes equal to shape
+times item) are kept, and duplicate names are refused besides.
 """
 
 import json

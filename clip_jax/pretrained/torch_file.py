@@ -19,10 +19,10 @@ from clip_jax.pretrained.torch_pickle import Object, Storage, Tensor, load_pickl
 from clip_jax.pretrained.zip_file import Member, member_bytes, zip_members
 
 # A ViT-bigG with its optimiser has 2 MB of pickle.
-_MAX_PICKLE = 32 << 20
+_MAX_PICKLE = 16 << 20
 _MAX_RANK = 8
 # Bounds on what the walk through a TorchScript module yields: modules may be shared.
-_MAX_NAMES, _MAX_NAME, _MAX_DEPTH = 100_000, 512, 64
+_MAX_NAMES, _MAX_NAME = 100_000, 512
 _LEGACY = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
 _RESAVE = "load it with a recent torch and save it again: torch.save(torch.load(path), new_path)"
 
@@ -109,17 +109,17 @@ def _keys_of(root: Any) -> str:
 def _module_tensors(module: Object) -> dict[str, Tensor]:
     """The tensors among a TorchScript module's attributes and those of its submodules."""
     tensors: dict[str, Tensor] = {}
-    pending, visited = [("", module, 0)], 0
+    pending, visited = [("", module)], 0
     while pending:
-        prefix, module, depth = pending.pop()
+        prefix, module = pending.pop()
         for name, value in module.attributes.items():
             full, visited = f"{prefix}{name}", visited + 1
-            if visited > _MAX_NAMES or len(full) > _MAX_NAME or depth > _MAX_DEPTH:
+            if visited > _MAX_NAMES or len(full) > _MAX_NAME:
                 raise BadFile("its module is larger or deeper than any model is")
             if isinstance(value, Tensor):
                 tensors[full] = value
             elif isinstance(value, Object):
-                pending.append((f"{full}.", value, depth + 1))
+                pending.append((f"{full}.", value))
     return tensors
 
 

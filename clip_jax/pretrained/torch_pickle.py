@@ -39,13 +39,16 @@ STORAGES = {
 }
 """PyTorch's storage classes and the NumPy names of their items."""
 
+_NUMPY_MADE = ("scalar", "_reconstruct")
 # What training scripts keep beside their weights. Such objects stay empty: no reader uses them.
 _INERT = {
     "argparse.Namespace",
     "_codecs.encode",
     "numpy.dtype",
-    "numpy.core.multiarray.scalar",
-    "numpy._core.multiarray.scalar",
+    "numpy.ndarray",
+    *(f"numpy.{core}.multiarray.{made}" for core in ("core", "_core") for made in _NUMPY_MADE),
+    "pathlib.PosixPath",
+    "pathlib._local.PosixPath",
     "torch.Size",
     "torch.device",
     *(f"torch.{name}" for name in ("float32", "float16", "bfloat16", "float64", "int64", "int32")),

@@ -67,10 +67,12 @@ def member_bytes(file_U: np.ndarray, member: Member) -> np.ndarray:
     A checksum of 0 means that the writer left it out (`torch.serialization.set_crc32_options`).
     """
     data_U = file_U[member.start : member.stop]
-    if member.method != STORED or member.size != len(data_U):
+    if member.method != STORED:
         raise BadFile(
             f"the member {shown(member.name)} is compressed", "unpack it and zip it uncompressed"
         )
+    if member.size != len(data_U):
+        raise BadFile(f"the member {shown(member.name)} is given two sizes")
     check_crc(member, data_U.data)
     return data_U
 

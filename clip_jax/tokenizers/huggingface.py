@@ -4,6 +4,7 @@ CLIPA (BERT's WordPiece), MetaCLIP 2 (XLM-V, mT5) and SigLIP 2 (Gemma) have them
 of open_clip's `HFTokenizer`: padded to the context length, cut before the end token.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -104,7 +105,7 @@ def make_hf_tokenizer(
     padding = tokenizer.padding or {}
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    end_id = template_end(tokenizer, path) if eot_id is None else eot_id
+    end_id = template_end(tokenizer, vocab_size, path) if eot_id is None else eot_id
     if pad_id is None:
         named = (vocab[name] for name in PAD_NAMES if name in vocab)
         pad_id = padding.get("pad_id", next(named, end_id))
@@ -136,15 +137,40 @@ def read_tokenizer_json(path: str | Path) -> tokenizers.Tokenizer:
         raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from error
     except UnicodeError as error:
         raise UserError(f"{path} is not a tokenizer.json: it is no UTF-8 text") from error
+    check_merges(text, path)
     return guarded(
         lambda: tokenizers.Tokenizer.from_str(text), f"{path} is not a tokenizer.json to read"
     )
 
 
-def template_end(tokenizer: tokenizers.Tokenizer, path: str | Path) -> int:
+def check_merges(text: str, path: Path) -> None:
+    """Raises UserError when the merges of a BPE do not carry the prefix that it states.
+
+    The library (0.23) cuts the prefix off blindly, in the middle of a character, and then ends the
+    whole process while it reports that.
+    """
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {str(error)[:200]}") from error
+    model = content.get("model") if isinstance(content, dict) else None
+    prefix = model.get("continuing_subword_prefix") if isinstance(model, dict) else None
+    merges = model.get("merges") if isinstance(model, dict) else None
+    if not prefix or not isinstance(prefix, str) or not isinstance(merges, list):
+        return
+    for merge in merges:
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        good = isinstance(pair, list) and len(pair) == 2 and isinstance(pair[1], str)
+        if not good or not pair[1].startswith(prefix):
+            raise UserError(
+                f"{path} is damaged: the merge {merge!r:.50} lacks the prefix {prefix!r}"
+            )
+
+
+def template_end(tokenizer: tokenizers.Tokenizer, vocab_size: int, path: str | Path) -> int:
     """The one token that the file's template sets behind every text.
 
-    Raises UserError when the template sets none, or several.
+    Raises UserError when the template sets none, or several, or one that has no place.
     """
     probe = guarded(lambda: tokenizer.encode(PROBE), f"{path} cannot encode {PROBE!r}")
     ids, special = probe.ids, probe.special_tokens_mask
@@ -154,6 +180,8 @@ def template_end(tokenizer: tokenizers.Tokenizer, path: str | Path) -> int:
             f"{path} sets {'no' if not special or special[-1] == 0 else 'an unclear'} end token "
             "behind a text, which a text tower needs: give its eot_id"
         )
+    if max(ids) >= vocab_size:
+        raise UserError(f"{path} is damaged: its template adds id {max(ids)} of {vocab_size}")
     return ids[-1]
 
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
-from test_tokenizer_parity import CAPTIONS, random_any
+from test_tokenizer_parity import CAPTIONS as ALL_CAPTIONS
+from test_tokenizer_parity import random_any
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from clip_jax.tokenizers import (
@@ -24,6 +25,7 @@ from clip_jax.tokenizers.clean import canonicalize
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("open_clip")
 
+CAPTIONS = ALL_CAPTIONS[:2000]
 rng = random.Random(11)
 TEXTS = [random_any(rng) for _ in range(800)] + CAPTIONS[:300]
 TEXTS += ["", " ", "dog", "dog " * 400, "[SEP] dog [PAD]", "a </s> b <pad> <s>", "<eos> x"]
@@ -81,7 +83,7 @@ def t5_cut_and_padded_by_its_file(folder):
     wrap(tokenizer, folder, eos_token="</s>", unk_token="<unk>", pad_token="<pad>")
 
 
-def gemma(folder):
+def gemma_bpe():
     tokenizer = tokenizers.Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     special = ["<pad>", "<eos>", "<bos>", "<unk>"]
@@ -94,8 +96,25 @@ def gemma(folder):
             max_token_length=9,
         ),
     )
-    names = {f"{name[1:-1]}_token": name for name in special}
-    wrap(tokenizer, folder, **names, add_bos_token=False, add_eos_token=True)
+    return tokenizer
+
+
+GEMMA = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"}
+
+
+def gemma(folder):
+    wrap(gemma_bpe(), folder, **GEMMA, add_bos_token=False, add_eos_token=True)
+
+
+def siglip2(folder):
+    model = json.loads(gemma_bpe().to_str())["model"]
+    transformers.Siglip2Tokenizer(
+        vocab=model["vocab"],
+        merges=[tuple(merge) for merge in model["merges"]],
+        add_bos_token=False,
+        add_eos_token=True,
+        padding_side="right",
+    ).save_pretrained(folder)
 
 
 @pytest.mark.parametrize(
@@ -108,13 +127,14 @@ def gemma(folder):
         (t5_cut_and_padded_by_its_file, "lower"),
         (gemma, "canonicalize"),
         (gemma, "whitespace"),
+        (siglip2, None),
     ],
 )
 def test_folders_as_open_clip_reads_them(build, clean, tmp_path):
     from open_clip.tokenizer import HFTokenizer
 
     build(tmp_path)
-    theirs = HFTokenizer(str(tmp_path), context_length=77, clean=clean)
+    theirs = HFTokenizer(str(tmp_path), context_length=77, clean=clean or "canonicalize")
     spec = tokenizer_from_folder(tmp_path, clean=clean)
     assert spec is not None and spec.kind == "huggingface"
     ours = make_tokenizer(spec)

@@ -95,6 +95,17 @@ def test_every_file_in_every_mode_as_open_clip(resize_mode, interpolation):
         np.testing.assert_array_equal(got, want, f"{name} {image.size} to {n}, fill {fill}")
 
 
+@pytest.mark.parametrize("resize_mode", MODES)
+def test_everyday_sizes_as_open_clip(resize_mode):
+    """Photographs to the models' sizes, a banner, a thread and a thumbnail to enlarge."""
+    sizes = [(500, 333), (333, 500), (640, 480), (1024, 683), (2000, 11), (1, 300), (90, 61)]
+    for size, n in itertools.product(sizes, (224, 378)):
+        image = Image.open(io.BytesIO(encode(picture("RGB", *size), "JPEG")))
+        for interpolation in FILTERS:
+            want = open_clip_reference(image, n, resize_mode, interpolation)
+            np.testing.assert_array_equal(ours(image, n, resize_mode, interpolation), want)
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     st.integers(1, 150),

@@ -1,6 +1,7 @@
 """Both towers against open_clip's on the same random weights: features, gradients, batch norm."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,42 +10,149 @@ import pytest
 
 torch = pytest.importorskip("torch")
 open_clip = pytest.importorskip("open_clip")
+timm = pytest.importorskip("timm")
 
-from clip_jax.models.clip import CLIP, CLIPConfig  # noqa: E402
+from open_clip.model import CustomTextCLIP  # noqa: E402
+
+from clip_jax.models.clip import CLIP, CLIPConfig, unit_length  # noqa: E402
 from clip_jax.models.resnet import ResNetConfig  # noqa: E402
+from clip_jax.models.table import family  # noqa: E402
 from clip_jax.models.text import TextConfig  # noqa: E402
 from clip_jax.models.vit import ViTConfig  # noqa: E402
+from clip_jax.models.zoo import MODELS  # noqa: E402
 
-TEXT = TextConfig(width=64, layers=3, heads=2, context_length=20, vocab_size=90, eot_id=89)
+
+def small(name: str) -> CLIPConfig:
+    """A row of the zoo with two blocks of 16 features a head: its family's structure."""
+    config = MODELS[name]
+    text = dataclasses.replace(config.text, width=64, layers=2, heads=4, context_length=20)
+    last = config.text.eot_id == config.text.vocab_size - 1
+    text = dataclasses.replace(text, vocab_size=90, eot_id=89 if last else 2)
+    vision = config.vision
+    if isinstance(vision, ResNetConfig):
+        vision = ResNetConfig(64, (1, 2, 1, 1), 8)
+    else:
+        vision = dataclasses.replace(vision, width=64, layers=3, heads=4, image_size=40)
+        # 40 is no multiple of 14 or 16: a last, partial patch is cut.
+        vision = dataclasses.replace(vision, layer_scale=vision.layer_scale and 0.1)
+    return dataclasses.replace(config, embed_dim=64, vision=vision, text=text)
+
+
+def shallow(name: str) -> CLIPConfig:
+    """A row of the zoo at its own widths, with two blocks, few patches and few tokens."""
+    config = MODELS[name]
+    side = 2 * config.vision.patch_size
+    vision = dataclasses.replace(config.vision, layers=2, image_size=side)
+    text = dataclasses.replace(config.text, layers=2, context_length=12, vocab_size=90, eot_id=89)
+    return dataclasses.replace(config, vision=vision, text=text)
+
+
 CASES = {
-    "vit": CLIPConfig(24, ViTConfig(32, 8, 64, 3, 2), TEXT),
-    "vit-gelu": CLIPConfig(
-        24,
-        ViTConfig(42, 14, 64, 2, 4, 3.0, activation="gelu"),
-        dataclasses.replace(TEXT, activation="gelu"),
-    ),
-    "resnet": CLIPConfig(24, ResNetConfig(64, (1, 2, 1, 1), 8), TEXT),
+    family(MODELS[name]): small(name)
+    for name in (
+        "RN50",
+        "RN50-gelu",
+        "ViT-B-32-quickgelu",
+        "ViT-B-32",
+        "ViT-M-16-alt",
+        "ViT-H-14-worldwide",
+        "ViT-H-14-worldwide-quickgelu",
+        "ViT-L-14-CLIPA",
+        "ViT-B-16-SigLIP",
+        "ViT-SO400M-16-SigLIP-i18n-256",
+        "ViT-B-16-SigLIP2",
+        "ViT-B-32-SigLIP2-256",
+    )
 }
+# Each kind of pooling and each activation once.
+GRADIENT_CASES = (
+    "resnet quick_gelu",
+    "vit gelu layer scale",
+    "worldwide quick_gelu",
+    "clipa gelu",
+    "siglip gelu/gelu_tanh",
+)
+# The widths, head sizes and hidden sizes that are not powers of two.
+WIDTHS = (
+    "ViT-B-16-plus-240",
+    "ViT-bigG-14-CLIPA",
+    "ViT-SO400M-14-SigLIP2",
+    "ViT-gopt-16-SigLIP2-256",
+)
+
+
+def activation_options(activation: str) -> dict:
+    return {"act_kwargs": {"approximate": "tanh"}} if activation == "gelu_tanh" else {}
+
+
+def vision_options(v: ViTConfig | ResNetConfig) -> dict:
+    """open_clip's `vision_cfg` of a tower of its own."""
+    if isinstance(v, ResNetConfig):
+        # open_clip gives the attention pool width * 32 / head_width heads.
+        return {"image_size": v.image_size, "layers": list(v.layers), "width": v.width}
+    return {
+        "image_size": v.image_size,
+        "layers": v.layers,
+        "width": v.width,
+        "head_width": v.width // v.heads,
+        "patch_size": v.patch_size,
+        "mlp_ratio": v.mlp_ratio,
+        "ls_init_value": v.layer_scale,
+        "no_ln_pre": not v.pre_norm,
+        "pool_type": {"token": "tok", "average": "avg"}[v.pool],
+        "final_ln_after_pool": v.norm_after_pool,
+    }
+
+
+def text_options(t: TextConfig) -> dict:
+    """open_clip's `text_cfg`."""
+    names = ("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "proj_bias")
+    end = "argmax" if t.eot_id == t.vocab_size - 1 else "eos"
+    return {
+        **{name: getattr(t, name) for name in names},
+        "pool_type": "last" if t.pool == "last" else end,
+        "eos_id": t.eot_id,
+        "no_causal_mask": not t.causal,
+        "proj_type": "linear" if t.project else "none",
+        "norm_kwargs": {"eps": t.norm_eps},
+        **activation_options(t.activation),
+    }
+
+
+def siglip_tower(v: ViTConfig):
+    """timm's image tower, as `open_clip.timm_model` asks for it."""
+    return timm.models.vision_transformer.VisionTransformer(
+        img_size=v.image_size,
+        patch_size=v.patch_size,
+        embed_dim=v.width,
+        depth=v.layers,
+        num_heads=v.heads,
+        mlp_ratio=v.mlp_ratio,
+        init_values=v.layer_scale,
+        class_token=False,
+        global_pool="map",
+        num_classes=0,
+        act_layer=v.activation,
+    )
 
 
 def reference(config: CLIPConfig):
     """open_clip's model of the same sizes, its weights moved off their special starts."""
-    v, t = config.vision, config.text
-    if isinstance(v, ResNetConfig):
-        # open_clip gives the attention pool width * 32 / head_width heads.
-        vision = {"image_size": v.image_size, "layers": list(v.layers), "width": v.width}
-    else:
-        vision = {
-            "image_size": v.image_size,
-            "layers": v.layers,
-            "width": v.width,
-            "head_width": v.width // v.heads,
-            "patch_size": v.patch_size,
-            "mlp_ratio": v.mlp_ratio,
-        }
-    text = {k: getattr(t, k) for k in ("context_length", "vocab_size", "width", "heads", "layers")}
     torch.manual_seed(0)
-    model = open_clip.CLIP(config.embed_dim, vision, text, quick_gelu=t.activation == "quick_gelu")
+    text = text_options(config.text)
+    options = {
+        "quick_gelu": config.text.activation == "quick_gelu",
+        "init_logit_scale": config.init_logit_scale,
+        "init_logit_bias": config.init_logit_bias,
+    }
+    if isinstance(config.vision, ViTConfig) and config.vision.pool == "map":
+        stand_in = {"image_size": 8, "patch_size": 8, "width": 64, "layers": 1}
+        model = CustomTextCLIP(config.embed_dim, stand_in, text, **options)
+        model.visual = torch.nn.ModuleDict({"trunk": siglip_tower(config.vision)})
+        model.visual.forward = model.visual["trunk"].forward
+    else:
+        vision = vision_options(config.vision)
+        model = open_clip.CLIP(config.embed_dim, vision, text, **options)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
@@ -56,9 +164,52 @@ def reference(config: CLIPConfig):
     return model
 
 
+TIMM_NAMES = (
+    ("trunk.patch_embed.proj", "conv1"),
+    ("trunk.pos_embed", "positional_embedding"),
+    ("trunk.blocks", "transformer.resblocks"),
+    ("trunk.norm.", "ln_post."),
+    ("trunk.attn_pool.latent", "attn_pool.probe"),
+    ("trunk.attn_pool.norm", "attn_pool.ln"),
+    ("trunk.attn_pool.mlp", "attn_pool.mlp"),
+    ("trunk.attn_pool.proj", "attn_pool.attn.out_proj"),
+    (".attn.qkv.", ".attn.in_proj_"),
+    (".attn.proj.", ".attn.out_proj."),
+    (".norm1.", ".ln_1."),
+    (".norm2.", ".ln_2."),
+    (".ls1.", ".ls_1."),
+    (".ls2.", ".ls_2."),
+    (".fc1.", ".c_fc."),
+    (".fc2.", ".c_proj."),
+)
+
+
+def openai_names(flat: dict) -> dict:
+    """Names of a `CustomTextCLIP` with a tower of timm, as those of `CLIP`."""
+    made = {}
+    for key, value in flat.items():
+        key = key.removeprefix("text.")
+        if key.startswith("visual.trunk.attn_pool.q."):
+            # The fused matrix, whose other two thirds are `kv`.
+            leaf = key.rsplit(".", 1)[1]
+            key = f"visual.attn_pool.attn.in_proj_{leaf}"
+            value = np.concatenate([value, flat[f"visual.trunk.attn_pool.kv.{leaf}"]])
+        elif key.startswith("visual.trunk.attn_pool.kv."):
+            continue
+        for theirs, ours in TIMM_NAMES:
+            key = key.replace(theirs, ours)
+        if key in ("visual.positional_embedding", "visual.attn_pool.probe"):
+            value = value.reshape(-1, value.shape[-1])
+        if key == "text_projection.weight":
+            key, value = "text_projection", value.T
+        made[key.replace("text_projection.bias", "text_projection_bias")] = value
+    return made
+
+
 def to_flax(model, config: CLIPConfig) -> dict:
     """open_clip's names and layouts as ours."""
     flat = {k: v.detach().numpy().astype(np.float32) for k, v in model.state_dict().items()}
+    flat = openai_names(flat)
     params, stats = {}, {}
 
     def put(tree, path, value):
@@ -82,7 +233,7 @@ def to_flax(model, config: CLIPConfig) -> dict:
         key = key.replace("downsample.", "downsample_")
         *path, leaf = key.split(".")
         path = [*tower, *path]
-        if key == "logit_scale":
+        if key in ("logit_scale", "logit_bias"):
             put(params, [key], value)
         elif leaf.startswith("in_proj"):
             for name, part in zip("qkv", np.split(value, 3), strict=True):
@@ -115,35 +266,43 @@ def to_flax(model, config: CLIPConfig) -> dict:
     return {"params": params, "batch_stats": stats}
 
 
-@pytest.fixture(scope="module", params=list(CASES))
-def case(request):
-    config = CASES[request.param]
+def inputs(config: CLIPConfig):
+    """Three normalised images, and captions that end early, in the middle and at the end."""
     rng = np.random.default_rng(0)
-    size, length = config.vision.image_size, config.text.context_length
+    size, t = config.vision.image_size, config.text
     images = rng.standard_normal((3, size, size, 3)).astype(np.float32)
-    tokens = np.zeros((3, length), np.int32)
-    for row, end in zip(tokens, (4, 11, length - 1), strict=True):
-        row[:end] = rng.integers(1, TEXT.eot_id, end)
-        row[end] = TEXT.eot_id
+    tokens = np.zeros((3, t.context_length), np.int32)
+    for row, end in zip(tokens, (4, 9, t.context_length - 1), strict=True):
+        row[:end] = rng.integers(3, 88, end)
+        row[end] = t.eot_id
+    return jnp.asarray(images), jnp.asarray(tokens)
+
+
+@functools.cache
+def case(name: str):
+    config = CASES[name]
     model = reference(config)
-    return config, model, to_flax(model, config), jnp.asarray(images), jnp.asarray(tokens)
+    return config, model, to_flax(model, config), *inputs(config)
 
 
 def to_torch(x):
     return torch.from_numpy(np.array(x))
 
 
-def test_trees_are_the_same(case):
-    config, _, variables, images, tokens = case
+@pytest.mark.parametrize("name", CASES)
+def test_trees_are_the_same(name):
+    config, _, variables, images, tokens = case(name)
     shapes = jax.eval_shape(CLIP(config).init, jax.random.key(0), images, tokens)
     got = jax.tree.map(jnp.shape, variables)
     want = {"batch_stats": {}} | jax.tree.map(jnp.shape, dict(shapes))
     assert got == want
 
 
-def test_features_agree(case):
-    """5e-6: float32 rounding through a few blocks on features of size one."""
-    config, model, variables, images, tokens = case
+def check_features(config, model, variables, images, tokens):
+    """5e-6: float32 rounding through a few blocks on features of size one.
+
+    Unit vectors within 1e-5 is what the project promises; their elements are smaller than one.
+    """
     model.eval()
     with torch.no_grad():
         want_image = model.encode_image(to_torch(images).permute(0, 3, 1, 2))
@@ -154,10 +313,29 @@ def test_features_agree(case):
     for got, want in ((got_image, want_image), (got_text, want_text)):
         scale = float(want.abs().max())
         np.testing.assert_allclose(got, want.numpy(), atol=5e-6 * max(1.0, scale))
+        unit = torch.nn.functional.normalize(want, dim=-1)
+        np.testing.assert_allclose(unit_length(got), unit.numpy(), atol=1e-5)
 
 
-def test_training_gradients_and_batch_statistics_agree(case):
-    config, model, variables, images, tokens = case
+@pytest.mark.parametrize("name", CASES)
+def test_features_agree(name):
+    check_features(*case(name))
+
+
+@pytest.mark.parametrize("name", WIDTHS)
+def test_features_agree_at_the_models_own_widths(name):
+    config = shallow(name)
+    model = reference(config)
+    check_features(config, model, to_flax(model, config), *inputs(config))
+
+
+def test_every_model_has_a_case():
+    assert {family(config) for config in MODELS.values()} - {None} == set(CASES)
+
+
+@pytest.mark.parametrize("name", GRADIENT_CASES)
+def test_training_gradients_and_batch_statistics_agree(name):
+    config, model, variables, images, tokens = case(name)
     model = reference(config)  # a copy whose statistics may move
     model.train()
     image = model.encode_image(to_torch(images).permute(0, 3, 1, 2), normalize=True)

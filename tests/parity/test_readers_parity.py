@@ -2,7 +2,9 @@
 
 import argparse
 import io
+import random
 from collections import defaultdict
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -117,14 +119,18 @@ def test_what_trainers_keep_beside_their_weights(tmp_path):
         "args": argparse.Namespace(lr=0.1, names=["a"]),
         "best": np.float64(0.5),
         "step": np.int64(3),
+        "rng": (np.random.RandomState(0).get_state(), random.Random(0).getstate()),
+        "torch_rng": torch.get_rng_state(),
+        "path": Path("runs"),
         "state": defaultdict(dict, {0: {"momentum": torch.ones(2)}}),
         "shape": torch.Size([2, 3]),
         "device": torch.device("cpu"),
         "dtype": torch.bfloat16,
         "state_dict": state,
     }
-    torch.save(checkpoint, tmp_path / "x.pt")
-    assert same(read_torch(tmp_path / "x.pt"), state)
+    for protocol in (2, 4):
+        torch.save(checkpoint, tmp_path / "x.pt", pickle_protocol=protocol)
+        assert same(read_torch(tmp_path / "x.pt"), state)
 
 
 @pytest.mark.parametrize("half", [False, True])
@@ -177,7 +183,7 @@ def test_complex_sparse_and_negated_tensors_are_refused(tmp_path):
         complex_x.conj().imag,  # stored with a bit that says "negate"
     ):
         torch.save({"w": value}, tmp_path / "x.pt")
-        with pytest.raises(UserError):
+        with pytest.raises(UserError, match="nothing in it was run"):
             read_torch(tmp_path / "x.pt")
 
 

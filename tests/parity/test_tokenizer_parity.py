@@ -25,7 +25,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "clip_bpe.json"
 
 # Random strings are glued from the short hard cases and from random code points.
 FRAGMENTS = [case["text"] for case in json.loads(GOLDEN.read_text()) if len(case["text"]) <= 24]
-CAPTIONS = make_captions(2000, seed=1)
+CAPTIONS = make_captions(12_000, seed=1)
 # Either library's special tokens, in whatever case (the long s is an "s" then).
 SPECIAL = regex.compile(r"<\|?(start|end)_?of_?text\|?>", regex.IGNORECASE)
 ENTITIES = sorted(html.entities.html5)
@@ -179,7 +179,7 @@ def random_any(rng: random.Random) -> str:
 
 
 @pytest.mark.parametrize("literals", ["open_clip", "openai"])
-def test_25_000_strings_of_every_kind(literals):
+def test_thousands_of_strings_of_every_kind(literals):
     """Zero differences from open_clip, but for how it spells the special tokens in a text."""
     rng = random.Random(len(literals))
     texts = [kind(rng) for kind, number in KINDS.items() for _ in range(number)]
@@ -187,7 +187,7 @@ def test_25_000_strings_of_every_kind(literals):
         texts = [text for text in texts if not SPECIAL.search(clean(text))]
     else:
         texts = texts[::4]
-    assert len(texts) > (20_000 if literals == "open_clip" else 6000)
+    assert len(set(texts)) > (20_000 if literals == "open_clip" else 5000)
     assert_equal(texts, make_reference(literals))
 
 
