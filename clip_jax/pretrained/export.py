@@ -95,7 +95,7 @@ def write_hf(folder: Path, about: Description, arrays: Arrays) -> None:
 
 def write_own(folder: Path, about: Description, arrays: Arrays) -> None:
     """A work folder without a run: `config.json`, `model.safetensors`, the tokenizer's file."""
-    save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, folder / WEIGHTS)
+    save_file({k: np.asarray(v, order="C") for k, v in arrays.items()}, folder / WEIGHTS)
     write_description(folder, about)
 
 

@@ -128,7 +128,7 @@ def to_ours(
             whole = np.asarray(source[where.key]).reshape(their_shape(shape, where))
             piece = np.split(whole, where.parts)[where.part] if where.parts > 1 else whole
             ours = LAYOUTS[where.layout].to_ours(piece, shape)
-            return np.ascontiguousarray(ours, dtype=np.float32).reshape(shape)
+            return np.asarray(ours, np.float32, order="C")
 
         return read
 
@@ -148,7 +148,7 @@ def own_arrays(
     check_shapes(source, places, shapes, about)
 
     def make(path: str) -> Callable[[], np.ndarray]:
-        return lambda: np.asarray(source[path], np.float32)
+        return lambda: np.asarray(source[path], np.float32).reshape(shapes[path])
 
     return {path: make(path) for path in places}
 
@@ -165,8 +165,10 @@ def to_theirs(arrays: Mapping[str, np.ndarray], naming: str) -> dict[str, np.nda
         theirs = LAYOUTS[where.layout].to_theirs(np.asarray(array, np.float32), array.shape)
         pieces.setdefault(where.key, {})[where.part] = theirs
     return {
-        key: np.ascontiguousarray(
-            np.concatenate([parts[i] for i in sorted(parts)]) if len(parts) > 1 else parts[0]
+        # Not `ascontiguousarray`, which makes a scalar a vector.
+        key: np.asarray(
+            np.concatenate([parts[i] for i in sorted(parts)]) if len(parts) > 1 else parts[0],
+            order="C",
         )
         for key, parts in pieces.items()
     }

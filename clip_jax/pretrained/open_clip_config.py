@@ -144,8 +144,12 @@ def _text(t: dict[str, Any], quick: bool, where: str) -> TextConfig:
     if pool is None:
         raise UserError(f"{where}: text_cfg has pool_type = {t['pool_type']!r}, not supported")
     vocab_size = int(t.get("vocab_size", 49_408))
-    # "argmax" reads at the largest id, which is the end token's.
-    eot_id = int(t.get("eos_id", 2)) if t.get("pool_type") == "eos" else vocab_size - 1
+    if pool == "last":
+        # Read nowhere in the tower: BERT's [SEP] in CLIPA, and SigLIP's end token.
+        eot_id = 102 if (t.get("tokenizer_kwargs") or {}).get("strip_sep_token") else 1
+    else:
+        # "argmax" reads at the largest id, which is the end token's.
+        eot_id = int(t.get("eos_id", 2)) if t.get("pool_type") == "eos" else vocab_size - 1
     return TextConfig(
         width=int(t.get("width", 512)),
         layers=int(t.get("layers", 12)),
@@ -237,6 +241,8 @@ def _text_to_open_clip(t: TextConfig) -> dict[str, Any]:
         made["no_causal_mask"] = True
     if t.pool == "last":
         made["pool_type"] = "last"
+        if t.eot_id == 102:
+            made["tokenizer_kwargs"] = {"strip_sep_token": True}
     elif t.eot_id != t.vocab_size - 1:
         made |= {"pool_type": "eos", "eos_id": t.eot_id}
     if t.proj_bias:

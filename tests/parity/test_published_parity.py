@@ -1,0 +1,189 @@
+"""Checkpoints of the genuine libraries, loaded and given back: features within 1e-5."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+open_clip = pytest.importorskip("open_clip")
+transformers = pytest.importorskip("transformers")
+
+import published  # noqa: E402
+from published import Case, compare, difference  # noqa: E402
+
+import clip_jax  # noqa: E402
+from clip_jax.convert import convert  # noqa: E402
+from clip_jax.data.images import OPENAI, SIGLIP  # noqa: E402
+from clip_jax.pretrained.open_clip_config import (  # noqa: E402
+    config_from_open_clip,
+    config_to_open_clip,
+)
+from clip_jax.pretrained.tags import find_pretrained, list_pretrained  # noqa: E402
+
+# The libraries warn about their own deprecations, and TorchScript about tracing constants.
+pytestmark = pytest.mark.filterwarnings("ignore")
+logging.disable(logging.WARNING)
+
+SMALL = [
+    Case("ViT-B-32-quickgelu", "OpenAI archive", 2, 600),
+    Case("RN50-quickgelu", "OpenAI archive", 1, 600),
+    Case("ViT-B-32", "open_clip folder", 2, 600),
+    Case("RN50", "open_clip folder", 1, 600),
+    Case("ViT-M-16-alt", "open_clip folder", 2, 600),
+    Case("ViT-L-14-CLIPA", "open_clip folder", 2, 600),
+    Case("ViT-H-14-worldwide", "open_clip folder", 2, 600),
+    Case("clip", "Hugging Face folder", 2, 600),
+    Case("metaclip_2", "Hugging Face folder", 2, 600),
+    Case("siglip", "Hugging Face folder", 2, 600),
+]
+# The issue of float32 sums in another order; measured at 3e-7 at most.
+LIMIT = 1e-5
+
+
+@pytest.mark.parametrize("case", SMALL, ids=lambda c: f"{c.name} {c.form}")
+def test_features_are_the_librarys(case, tmp_path):
+    row = compare(case, tmp_path)
+    assert row.image < LIMIT and row.text < LIMIT, row
+
+
+@pytest.mark.parametrize("case", published.FULL_SIZE, ids=lambda c: f"{c.name} {c.form}")
+@pytest.mark.slow
+def test_features_of_full_size_models(case, tmp_path):
+    row = compare(case, tmp_path)
+    assert row.image < LIMIT and row.text < LIMIT, row
+
+
+def test_an_openai_file_keeps_quickgelu_under_any_name(tmp_path):
+    model, path, _ = published.save_openai(SMALL[0], tmp_path)
+    for name in (None, "ViT-B-32", "ViT-B-32-quickgelu", "ViT-B/32"):
+        clip = clip_jax.load(path, model=name)
+        assert clip.config.vision.activation == clip.config.text.activation == "quick_gelu"
+        assert clip.preprocessing == OPENAI
+    assert max(difference(model, clip)[:2]) < LIMIT
+
+
+def test_every_pretrained_pair_is_as_open_clip_lists_it():
+    from open_clip.pretrained import _PRETRAINED
+
+    theirs = {(model, tag): cfg for model, tags in _PRETRAINED.items() for tag, cfg in tags.items()}
+    ours = list_pretrained()
+    assert len(theirs) == 196 and len(ours) == len(set(ours)) == 134
+    for pair in ours:
+        found, cfg = find_pretrained(*pair), theirs[pair]
+        assert found.model.endswith("-quickgelu") == bool(cfg.get("quick_gelu")), pair
+        p = found.preprocess
+        assert (p.resize_mode, p.interpolation) == (cfg["resize_mode"], cfg["interpolation"]), pair
+        np.testing.assert_allclose((p.mean, p.std), (cfg["mean"], cfg["std"]), atol=1e-7)
+
+
+def test_every_row_of_the_zoo_is_open_clips_config():
+    from open_clip.factory import _MODEL_CONFIGS
+
+    from clip_jax.models.zoo import MODELS
+
+    shared = [name for name in _MODEL_CONFIGS if name in MODELS and not name.startswith("RN")]
+    assert len(shared) > 70
+    for name in shared:
+        cfg = _MODEL_CONFIGS[name]
+        config = config_from_open_clip(cfg, name)
+        assert config == MODELS[name], name
+        assert config_from_open_clip(config_to_open_clip(config), name) == config
+
+
+@pytest.mark.parametrize(
+    "case",
+    [*SMALL[:2], *SMALL[4:7], Case("ViT-B-16-SigLIP", "open_clip folder", 2, 600)],
+    ids=lambda c: c.name,
+)
+def test_open_clip_loads_what_we_export(case, tmp_path):
+    (tmp_path / "theirs").mkdir()
+    model, path, name = published.SAVERS[case.form](case, tmp_path / "theirs")
+    convert(str(path), str(tmp_path / "ours"), to="open_clip", model=name)
+    again = open_clip.create_model(f"local-dir:{tmp_path / 'ours'}").eval()
+    for key, value in again.state_dict().items():
+        if not key.endswith("num_batches_tracked"):
+            torch.testing.assert_close(value, model.state_dict()[key].float(), rtol=0, atol=0)
+    clip = clip_jax.load(tmp_path / "ours")
+    assert max(difference(again, clip)[:2]) < LIMIT
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_transformers_loads_what_we_export(kind, tmp_path):
+    case = Case(kind, "Hugging Face folder", 2, 600)
+    (tmp_path / "theirs").mkdir()
+    model, path, _ = published.save_hf(case, tmp_path / "theirs")
+    convert(str(path), str(tmp_path / "ours"), to="hf")
+    again = type(model).from_pretrained(tmp_path / "ours").eval()
+    want = model.state_dict()
+    assert again.state_dict().keys() == want.keys()
+    for key, value in again.state_dict().items():
+        torch.testing.assert_close(value, want[key], rtol=0, atol=0)
+    clip = clip_jax.load(tmp_path / "ours")
+    assert clip.preprocessing == (SIGLIP if kind == "siglip" else OPENAI)
+    assert max(difference(again, clip)[:2]) < LIMIT
+
+
+def test_transformers_processor_reads_our_files(tmp_path):
+    """The pictures within a value of ours, the ids the same, on a picture that needs no crop."""
+    from PIL import Image
+
+    (tmp_path / "theirs").mkdir()
+    case = Case("ViT-B-32-quickgelu", "open_clip folder", 2)
+    _, path, _ = published.save_open_clip_folder(case, tmp_path / "theirs")
+    convert(str(path), str(tmp_path / "ours"), to="hf")
+    processor = transformers.CLIPProcessor.from_pretrained(tmp_path / "ours")
+    clip = clip_jax.load(tmp_path / "ours")
+    texts = ["a photo of a dog", "Two words, one comma; and 3 numbers!"]
+    ids = processor.tokenizer(texts, padding="max_length", truncation=True)["input_ids"]
+    ours = clip.tokenize(texts)
+    ends = (ours == clip.config.text.eot_id).argmax(axis=1)
+    for row, theirs, end in zip(ours, ids, ends, strict=True):
+        assert row[: end + 1].tolist() == theirs[: end + 1]
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (224, 224, 3), dtype=np.uint8))
+    pixels = processor.image_processor(image, return_tensors="np")["pixel_values"][0]
+    mean, std = np.array(OPENAI.mean), np.array(OPENAI.std)
+    want = (clip.preprocess(image)[0] / 255 - mean) / std
+    # The same arithmetic in float32.
+    np.testing.assert_allclose(pixels.transpose(1, 2, 0), want, atol=1e-5)
+
+
+# open_clip resizes no ResNet.
+@pytest.mark.parametrize("name", ["ViT-B-32", "ViT-L-14-CLIPA", "ViT-B-16-SigLIP"])
+def test_another_image_size_is_interpolated_as_open_clip_does(name, tmp_path):
+    case = Case(name, "open_clip folder", 2, 600)
+    model, path, _ = published.save_open_clip_folder(case, tmp_path)
+    cfg = json.loads((tmp_path / "open_clip_config.json").read_text())["model_cfg"]
+    size = 280 if name == "ViT-L-14-CLIPA" else 288
+    cfg["vision_cfg"]["image_size"] = size
+    if name == "ViT-B-16-SigLIP":
+        # open_clip leaves timm's towers to timm.
+        larger = model
+        larger.visual.trunk.set_input_size(size)
+    else:
+        from open_clip.model import resize_pos_embed
+
+        larger = published.open_clip_model(cfg)
+        state = model.state_dict()
+        resize_pos_embed(state, larger)
+        larger.load_state_dict(state)
+    clip = clip_jax.load(path, image_size=size)
+    assert clip.config.vision.image_size == size
+    assert max(difference(larger.eval(), clip)[:2]) < LIMIT
+
+
+def test_a_shorter_context_is_interpolated_as_open_clip_does(tmp_path):
+    from open_clip.model import resize_text_pos_embed
+
+    model, path, _ = published.save_open_clip_folder(SMALL[2], tmp_path)
+    cfg = json.loads((tmp_path / "open_clip_config.json").read_text())["model_cfg"]
+    cfg["text_cfg"]["context_length"] = 40
+    shorter = published.open_clip_model(cfg)
+    state = model.state_dict()
+    resize_text_pos_embed(state, shorter)
+    state.pop("attn_mask", None)
+    shorter.load_state_dict(state, strict=False)
+    clip = clip_jax.load(path, context_length=40)
+    assert max(difference(shorter.eval(), clip)[:2]) < LIMIT
