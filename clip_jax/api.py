@@ -1,14 +1,14 @@
 """A loaded model for notebooks and commands: jitted `encode_image` / `encode_text`, `classify`."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from PIL import Image
 
 from clip_jax.checkpoint import Checkpoints
@@ -21,7 +21,7 @@ from clip_jax.pretrained.load import Checkpoint, read_checkpoint, resized
 from clip_jax.pretrained.own import is_work_folder, read_weights
 from clip_jax.pretrained.tags import family_preprocess
 from clip_jax.pretrained.trees import to_variables
-from clip_jax.sharding import tree_shardings
+from clip_jax.sharding import partition_spec, tree_shardings
 from clip_jax.state import init_variables
 from clip_jax.step import make_encoders
 from clip_jax.tokenizers import TokenizerSpec, make_tokenizer, tokenizer_spec
@@ -233,12 +233,13 @@ def place_arrays(checkpoint: Checkpoint, mesh: Mesh | None) -> dict[str, Any]:
 
     One array at a time is on the host, so that a model larger than it can be loaded.
     """
-    shapes = variable_shapes(checkpoint.config, mesh)
 
-    def put(read: Callable[[], np.ndarray], shape: jax.ShapeDtypeStruct) -> jax.Array:
-        return jax.device_put(read(), shape.sharding)
+    def put(path: str, array: np.ndarray) -> jax.Array:
+        if mesh is None:
+            return jax.device_put(array, jax.devices()[0])
+        return jax.device_put(array, NamedSharding(mesh, partition_spec(path, array.shape, mesh)))
 
-    return jax.tree.map(put, to_variables(checkpoint.arrays), shapes)
+    return to_variables({path: put(path, read()) for path, read in checkpoint.arrays.items()})
 
 
 def variable_shapes(config: CLIPConfig, mesh: Mesh | None) -> dict[str, Any]:

@@ -5,6 +5,7 @@ is executed, and no part of a model is returned where another is wrong.
 """
 
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -68,6 +69,8 @@ class Checkpoint:
     tokenizer: TokenizerSpec | None
 
 
+# Tracing a deep model takes half a second.
+@functools.lru_cache(maxsize=16)
 def array_shapes(config: CLIPConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter and batch statistic, by its path; allocates nothing."""
     shapes = jax.eval_shape(lambda: init_variables(CLIP(config), 0))

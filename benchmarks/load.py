@@ -1,0 +1,108 @@
+"""Loading a checkpoint against reading its bytes, side by side in one process: time and memory.
+
+    python -m benchmarks.load --model ViT-L/14
+
+A file of random weights is written in each format, then read and loaded in turns. The file is in
+the page cache from the first turn on, for both. Memory is the process's own (RssAnon): pages of a
+mapped file are not counted, since the system takes them back when it needs them.
+"""
+
+import argparse
+import ctypes
+import gc
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+
+import clip_jax
+from clip_jax.data.images import OPENAI
+from clip_jax.models.zoo import model_config
+from clip_jax.pretrained.export import WRITERS
+from clip_jax.pretrained.load import array_shapes
+from clip_jax.tokenizers import TokenizerSpec
+from clip_jax.workdir import Description
+
+WEIGHTS = {
+    "own": "model.safetensors",
+    "open_clip": "open_clip_model.safetensors",
+    "hf": "model.safetensors",
+}
+
+
+def own_memory() -> int:
+    """Bytes of memory that are the process's own."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) << 10
+    return 0
+
+
+def measured(work: Callable[[], object]) -> tuple[float, int]:
+    """(seconds, most bytes above the start) of one call, whose result is kept to its end."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # or what was freed before would be counted as ours
+    before, most, done = own_memory(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not done.wait(0.005):
+            most = max(most, own_memory())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    start = time.perf_counter()
+    result = work()
+    seconds = time.perf_counter() - start
+    most = max(most, own_memory())
+    done.set()
+    watcher.join()
+    del result
+    return seconds, most - before
+
+
+def main() -> None:
+    """Prints one table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="ViT-L/14")
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    config = model_config(options.model)
+    rng = np.random.default_rng(0)
+    arrays = {
+        path: rng.standard_normal(shape, np.float32) for path, shape in array_shapes(config).items()
+    }
+    about = Description(options.model, config, TokenizerSpec(), OPENAI)
+    print(f"{options.model}, {sum(x.nbytes for x in arrays.values()) / 2**20:,.0f} MiB of weights")
+    print("median of", options.repeats, "turns; memory above the start over the weights")
+    print(f"{'format':<10} {'read, s':>9} {'load, s':>9} {'ratio':>6} {'memory':>7}")
+    with tempfile.TemporaryDirectory() as folder:
+        for form in WEIGHTS:
+            (Path(folder) / form).mkdir()
+            WRITERS[form](Path(folder) / form, about, arrays)
+        arrays.clear()
+        for form, name in WEIGHTS.items():
+            target = Path(folder) / form
+            size = (target / name).stat().st_size
+            reads, loads, memory = [], [], []
+            for _ in range(options.repeats):
+                reads.append(measured((target / name).read_bytes)[0])
+                seconds, most = measured(
+                    lambda target=target: jax.block_until_ready(clip_jax.load(target).params)
+                )
+                loads.append(seconds)
+                memory.append(most / size)
+            read, load = statistics.median(reads), statistics.median(loads)
+            print(
+                f"{form:<10} {read:>9.2f} {load:>9.2f} {load / read:>6.2f} {max(memory):>7.2f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
