@@ -35,7 +35,7 @@ COLUMNS = (
     "GFLOP a caption",
     "parity case",
 )
-DEPTH = 2  # blocks of a transformer that are traced to count it: the others are like the last
+DEPTH = 1  # blocks of a transformer that are traced to count it: all are of one size
 
 
 def family(config: CLIPConfig) -> str | None:
@@ -63,7 +63,7 @@ def parameter_counts(config: CLIPConfig) -> tuple[int, int]:
 def _count(tower: ViTConfig | ResNetConfig | ConvNetConfig | TextConfig, embed_dim: int) -> int:
     small_text = TextConfig(width=embed_dim, layers=1, heads=1, vocab_size=1, context_length=1)
     small_image = ConvNetConfig(8, 4, (1, 1))
-    # A stack's blocks are of one size: trace the first few, and count the last one again.
+    # Trace the first block alone, and count it again for each of the others.
     more = 0
     shallow = tower
     if isinstance(tower, ViTConfig | TextConfig):
