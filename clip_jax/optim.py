@@ -6,8 +6,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-NOT_DECAYED = ("scale", "bias", "logit_scale", "logit_bias", "class_embedding")
-"""Leaf names of gains, biases, the temperature, and the class token, a vector like a bias."""
+NOT_DECAYED = (
+    *("scale", "gamma"),
+    *("bias", "text_projection_bias"),
+    *("logit_scale", "logit_bias"),
+    *("class_embedding", "probe"),
+)
+"""Leaf names of gains, biases, the temperature, and learned tokens: vectors like a bias."""
 
 
 def leaf_name(path: tuple) -> str:

@@ -16,9 +16,14 @@ CONVNET = CLIPConfig(16, ConvNetConfig(image_size=32, patch_size=4, features=(16
 CLIPA = CLIPConfig(
     16,
     dataclasses.replace(
-        VIT.vision, activation="gelu", pool="average", norm_after_pool=True, pre_norm=False
+        VIT.vision,
+        layers=2,
+        activation="gelu",
+        pool="average",
+        norm_after_pool=True,
+        pre_norm=False,
     ),
-    dataclasses.replace(TEXT, activation="gelu", causal=False, pool="last"),
+    dataclasses.replace(TEXT, layers=2, activation="gelu", causal=False, pool="last"),
 )
 # SigLIP: patches alone and their attention pool, no projection of the image, one with a bias of the
 # text; here with layer scale as well, which open_clip's ViT-M-16-alt has.
@@ -28,7 +33,7 @@ SIGLIP = CLIPConfig(
         image_size=33,
         patch_size=8,
         width=48,
-        layers=3,
+        layers=2,
         heads=4,
         mlp_ratio=3.7362,
         activation="gelu_tanh",
@@ -41,7 +46,13 @@ SIGLIP = CLIPConfig(
         project=False,
     ),
     dataclasses.replace(
-        TEXT, activation="gelu_tanh", norm_eps=1e-6, causal=False, pool="last", proj_bias=True
+        TEXT,
+        layers=2,
+        activation="gelu_tanh",
+        norm_eps=1e-6,
+        causal=False,
+        pool="last",
+        proj_bias=True,
     ),
     init_logit_bias=-10.0,
 )

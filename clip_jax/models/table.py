@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,6 @@ COLUMNS = (
     "GFLOP a caption",
     "parity case",
 )
-DEPTH = 2  # blocks of a transformer that are traced to count it: the others are like the last
 
 
 def family(config: CLIPConfig) -> str | None:
@@ -61,28 +61,30 @@ def parameter_counts(config: CLIPConfig) -> tuple[int, int]:
 
 @functools.cache
 def _count(tower: ViTConfig | ResNetConfig | ConvNetConfig | TextConfig, embed_dim: int) -> int:
-    small_text = TextConfig(width=embed_dim, layers=1, heads=1, vocab_size=1, context_length=1)
-    small_image = ConvNetConfig(8, 4, (1, 1))
-    # A stack's blocks are of one size: trace the first few, and count the last one again.
-    more = 0
-    shallow = tower
     if isinstance(tower, ViTConfig | TextConfig):
-        more = max(tower.layers - DEPTH, 0)
-        shallow = dataclasses.replace(tower, layers=tower.layers - more)
-    if isinstance(shallow, TextConfig):
-        name, config = "text", CLIPConfig(embed_dim, small_image, shallow)
+        # The blocks are of one size: trace the first alone, and count it for each of the others.
+        params = _shapes(dataclasses.replace(tower, layers=1), embed_dim)
+        return _sum(params) + (tower.layers - 1) * _sum(params["transformer"]["resblocks_0"])
+    return _sum(_shapes(tower, embed_dim))
+
+
+def _shapes(
+    tower: ViTConfig | ResNetConfig | ConvNetConfig | TextConfig, embed_dim: int
+) -> dict[str, Any]:
+    """The shapes of one tower's parameters, in a model whose other tower is the smallest."""
+    text = TextConfig(width=1, layers=1, heads=1, vocab_size=1, context_length=1)
+    if isinstance(tower, TextConfig):
+        name, config = "text", CLIPConfig(embed_dim, ConvNetConfig(8, 4, (1, 1)), tower)
     else:
-        name, config = "visual", CLIPConfig(embed_dim, shallow, small_text)
+        name, config = "visual", CLIPConfig(embed_dim, tower, text)
     size = config.vision.image_size
     images_BHWC = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     tokens_BL = jax.ShapeDtypeStruct((1, config.text.context_length), jnp.int32)
     shapes = jax.eval_shape(CLIP(config).init, jax.random.key(0), images_BHWC, tokens_BL)
-    params = shapes["params"][name]
-    block = params["transformer"][f"resblocks_{DEPTH - 1}"] if more else {}
-    return _sum(params) + more * _sum(block)
+    return shapes["params"][name]
 
 
-def _sum(params: dict) -> int:
+def _sum(params: dict[str, Any]) -> int:
     return sum(math.prod(x.shape) for x in jax.tree.leaves(params))
 
 
