@@ -14,7 +14,7 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 
-CHECKED = ("models", "losses", "data", "evaluation", "augment", "step")
+CHECKED = ("models", "losses", "data", "evaluation", "augment", "step", "pretrained.resize")
 
 
 def check_devices() -> None:

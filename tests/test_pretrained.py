@@ -124,10 +124,11 @@ def test_big_vision_file(tmp_path, scanned):
     for name in ("params/t", "params/b"):
         theirs[name] = theirs[name].reshape(1)
     if scanned:
-        stacked = {}
+        stacked, depth = {}, config.vision.layers
+        assert depth == config.text.layers > 1
         for name in list(theirs):
             if "encoderblock_0/" in name:
-                rows = [theirs.pop(name.replace("block_0/", f"block_{i}/")) for i in range(3)]
+                rows = [theirs.pop(name.replace("block_0/", f"block_{i}/")) for i in range(depth)]
                 stacked[name.replace("encoderblock_0/", "encoderblock/")] = np.stack(rows)
         theirs |= stacked
     np.savez(tmp_path / "siglip.npz", **theirs)

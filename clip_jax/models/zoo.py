@@ -174,6 +174,12 @@ MODELS: dict[str, CLIPConfig] = {
         ConvNetConfig(48, 4, (64, 128, 256)),
         TextConfig(width=128, layers=1, heads=2, context_length=24),
     ),
+    # One that open_clip and transformers can load when it is exported.
+    "ViT-48": CLIPConfig(
+        256,
+        ViTConfig(48, 8, 192, 4, 3),
+        TextConfig(width=128, layers=1, heads=2, context_length=24),
+    ),
     # open_clip: ResNet.
     "RN50-quickgelu": openai(1024, RN50, TEXT_512),
     "RN101-quickgelu": openai(512, RN101, TEXT_512),

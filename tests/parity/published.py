@@ -2,8 +2,7 @@
 
 Models are built by open_clip or transformers from a seed, moved off their special starts, saved
 in a published format by the library itself, loaded with `clip_jax.load`, and both towers compared
-on the same pictures and tokens. `python tests/parity/published.py [NAME ...]` prints the table of the
-full-size models.
+on the same pictures and tokens. `python tests/parity/published.py [NAME ...]` prints the table.
 """
 
 import copy

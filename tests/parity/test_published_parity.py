@@ -187,3 +187,31 @@ def test_a_shorter_context_is_interpolated_as_open_clip_does(tmp_path):
     shorter.load_state_dict(state, strict=False)
     clip = clip_jax.load(path, context_length=40)
     assert max(difference(shorter.eval(), clip)[:2]) < LIMIT
+
+
+@pytest.mark.parametrize("to", ["open_clip", "hf"])
+def test_a_model_trained_here_gives_the_same_features_there(to, tmp_path, monkeypatch):
+    """A real run on real shards with its own tokenizer, exported and loaded by the library."""
+    from pairs import write_pairs
+
+    from clip_jax import train
+    from clip_jax.config import default, resolve
+    from clip_jax.tokenizers.train import train as train_tokenizer
+
+    pattern = write_pairs(tmp_path / "pairs")
+    model_path = str(tmp_path / "t.model")
+    train_tokenizer(str(tmp_path / "pairs" / "names.txt"), model_path, 280)
+    c = default()
+    c.model.name, c.train.steps, c.train.batch_size = "ViT-48", 6, 16
+    c.data.train, c.data.tokenizer = pattern, model_path
+    assert train.run(resolve(c), str(tmp_path / "run")) == 0
+    convert(str(tmp_path / "run"), str(tmp_path / "out"), to=to)
+    if to == "hf":
+        model = transformers.CLIPModel.from_pretrained(tmp_path / "out")
+    else:
+        model = open_clip.create_model(f"local-dir:{tmp_path / 'out'}")
+    clip = clip_jax.load(tmp_path / "run")
+    again = clip_jax.load(tmp_path / "out")
+    assert again.tokenize(["red dot"]).tolist() == clip.tokenize(["red dot"]).tolist()
+    for loaded in (clip, again):
+        assert max(difference(model.eval(), loaded)[:2]) < LIMIT
