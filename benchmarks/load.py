@@ -51,7 +51,7 @@ def measured(work: Callable[[], object]) -> tuple[float, int]:
 
     def watch() -> None:
         nonlocal most
-        while not done.wait(0.005):
+        while not done.wait(0.05):
             most = max(most, own_memory())
 
     watcher = threading.Thread(target=watch)

@@ -1,7 +1,9 @@
 """A loaded model for notebooks and commands: jitted `encode_image` / `encode_text`, `classify`."""
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -231,15 +233,18 @@ def load(
 def place_arrays(checkpoint: Checkpoint, mesh: Mesh | None) -> dict[str, Any]:
     """A checkpoint's variables on the first device, or over a mesh by the rules of `sharding`.
 
-    One array at a time is on the host, so that a model larger than it can be loaded.
+    Only a few arrays at a time are on the host, so that a model larger than it can be loaded.
     """
 
-    def put(path: str, array: np.ndarray) -> jax.Array:
+    def put(path: str) -> jax.Array:
+        array = checkpoint.arrays[path]()
         if mesh is None:
             return jax.device_put(array, jax.devices()[0])
         return jax.device_put(array, NamedSharding(mesh, partition_spec(path, array.shape, mesh)))
 
-    return to_variables({path: put(path, read()) for path, read in checkpoint.arrays.items()})
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        arrays = dict(zip(checkpoint.arrays, pool.map(put, checkpoint.arrays), strict=True))
+    return to_variables(arrays)
 
 
 def variable_shapes(config: CLIPConfig, mesh: Mesh | None) -> dict[str, Any]:

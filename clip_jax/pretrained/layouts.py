@@ -40,11 +40,11 @@ def aligned(shape: Shape, dtype: np.dtype) -> np.ndarray:
 def transposed(x: np.ndarray) -> np.ndarray:
     """A matrix's transpose in C order, copied in blocks that stay in the cache.
 
-    A plain strided copy of a large matrix misses the cache at nearly every element: five times as
+    A plain strided copy of a large matrix misses the cache at nearly every element: six times as
     slow at 4,096 x 1,024.
     """
     made = aligned(x.shape[::-1], x.dtype)
-    rows, columns = 32, 256
+    rows, columns = 16, 1024
     for i in range(0, x.shape[0], rows):
         for j in range(0, x.shape[1], columns):
             made[j : j + columns, i : i + rows] = x[i : i + rows, j : j + columns].T
