@@ -19,14 +19,14 @@ from clip_jax.errors import UserError
 from clip_jax.evaluation.zero_shot import class_embeddings
 from clip_jax.models.clip import CLIP, CLIPConfig, unit_length
 from clip_jax.models.zoo import model_config
-from clip_jax.pretrained.load import Checkpoint, read_checkpoint, resized
+from clip_jax.pretrained.load import Checkpoint, read_checkpoint, resized, tokenizer_family
 from clip_jax.pretrained.own import is_work_folder, read_weights
 from clip_jax.pretrained.tags import family_preprocess
 from clip_jax.pretrained.trees import to_variables
 from clip_jax.sharding import partition_spec, tree_shardings
 from clip_jax.state import init_variables
 from clip_jax.step import make_encoders
-from clip_jax.tokenizers import TokenizerSpec, make_tokenizer, tokenizer_spec
+from clip_jax.tokenizers import TokenizerSpec, make_tokenizer, tokenizer_from_file
 from clip_jax.typing import Tokenizer
 from clip_jax.workdir import WEIGHTS, Description, read_description
 
@@ -220,7 +220,8 @@ def load(
         checkpoint = read_checkpoint(path, model)
     checkpoint = resized(checkpoint, image_size, context_length)
     if tokenizer is not None:
-        checkpoint = dataclasses.replace(checkpoint, tokenizer=tokenizer_spec(tokenizer))
+        spec = tokenizer_from_file(tokenizer, tokenizer_family(checkpoint.config))
+        checkpoint = dataclasses.replace(checkpoint, tokenizer=spec)
     return LoadedCLIP(
         checkpoint.name,
         checkpoint.config,

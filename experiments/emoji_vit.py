@@ -17,5 +17,6 @@ def get_config() -> ml_collections.ConfigDict:
     """What differs from the emoji run."""
     c = emoji.get_config()
     c.model.name = "ViT-48"
-    c.optim.learning_rate = 1e-3
+    c.train.steps = 1000
+    c.optim.learning_rate = 2e-3
     return c

@@ -25,6 +25,7 @@ from clip_jax.pretrained.layouts import to_ours, to_theirs
 from clip_jax.pretrained.load import array_shapes, read_checkpoint
 from clip_jax.pretrained.tags import find_pretrained, list_pretrained
 from clip_jax.pretrained.trees import from_variables, to_variables
+from clip_jax.tokenizers import train_sentencepiece
 
 GOLDEN = Path(__file__).parent / "golden" / "published"
 FILES = {
@@ -89,6 +90,18 @@ def test_a_model_without_its_tokenizer_says_so(tmp_path):
         clip.tokenize("a dog")
     with pytest.raises(UserError, match=r"encode_text takes \[batch, 10\]"):
         clip.encode_text(np.zeros((1, 6), np.int32))
+
+
+def test_a_given_tokenizer_is_used_as_the_family_was_trained_with_it(tmp_path):
+    """SigLIP's captions lose their punctuation and are padded with the end token."""
+    captions = ["a dog", "two cats and a dog", "red hat"] * 9
+    train_sentencepiece(captions, tmp_path / "x.model", 273)
+    clip = clip_jax.load(FILES["hf_siglip"], tokenizer=str(tmp_path / "x.model"))
+    assert clip.tokenizer_spec.clean == "canonicalize"
+    assert clip.tokenize("A dog!").tolist() == clip.tokenize("a dog").tolist()
+    assert clip.tokenize("a dog").shape == (1, 10)
+    with pytest.raises(UserError, match=r"cannot read the SentencePiece model .*nowhere\.model"):
+        clip_jax.load(FILES["hf_siglip"], tokenizer=str(tmp_path / "nowhere.model"))
 
 
 @pytest.mark.parametrize(

@@ -177,7 +177,7 @@ MODELS: dict[str, CLIPConfig] = {
     # One that open_clip and transformers can load when it is exported.
     "ViT-48": CLIPConfig(
         256,
-        ViTConfig(48, 8, 192, 4, 3),
+        ViTConfig(48, 8, 128, 2, 2),
         TextConfig(width=128, layers=1, heads=2, context_length=24),
     ),
     # open_clip: ResNet.

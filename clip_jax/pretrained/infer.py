@@ -61,10 +61,8 @@ def find_naming(arrays: Iterable[str], where: str) -> str:
     if any(name.startswith("text_decoder.") for name in names):
         raise UserError(f"{where}: it holds a CoCa model, a family that is not supported")
     if any(name.startswith("visual.trunk.") for name in names):
-        if "visual.trunk.attn_pool.latent" in names and "text.text_projection.weight" in names:
+        if {"visual.trunk.attn_pool.latent", "text.ln_final.weight"} <= names:
             return "open_clip_siglip"
-        if "visual.trunk.attn_pool.latent" in names and "text.ln_final.weight" in names:
-            return "open_clip_siglip"  # without a text projection
         raise UserError(f"{where}: its image tower is one of timm's that is not supported")
     nested = "text.token_embedding.weight" in names
     if "visual.layer1.0.conv1.weight" in names:

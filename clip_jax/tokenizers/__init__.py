@@ -1,7 +1,7 @@
 """Text to token ids: CLIP's byte-pair encoding, SentencePiece models, Hugging Face's files."""
 
 from clip_jax.tokenizers.clip_bpe import make_clip_tokenizer
-from clip_jax.tokenizers.folder import tokenizer_from_folder
+from clip_jax.tokenizers.folder import tokenizer_from_file, tokenizer_from_folder
 from clip_jax.tokenizers.huggingface import make_hf_tokenizer
 from clip_jax.tokenizers.sentencepiece import make_sentencepiece_tokenizer, train_sentencepiece
 from clip_jax.tokenizers.spec import (
@@ -20,6 +20,7 @@ __all__ = [
     "make_tokenizer",
     "spec_from_json",
     "spec_to_json",
+    "tokenizer_from_file",
     "tokenizer_from_folder",
     "tokenizer_spec",
     "train_sentencepiece",

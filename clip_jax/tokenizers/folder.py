@@ -15,7 +15,7 @@ from clip_jax.tokenizers.huggingface import (
     read_tokenizer_json,
 )
 from clip_jax.tokenizers.sentencepiece import make_sentencepiece_tokenizer, piece_ids
-from clip_jax.tokenizers.spec import TokenizerSpec
+from clip_jax.tokenizers.spec import TokenizerSpec, tokenizer_spec
 
 SENTENCEPIECE_FILES = ("spiece.model", "tokenizer.model")
 # Files that name a tokenizer and do not suffice: BERT's words lack the rules, XLM-R's model has
@@ -97,6 +97,23 @@ def tokenizer_from_folder(
             "tokenizer.json there (`AutoTokenizer.from_pretrained(...).save_pretrained(...)`)"
         )
     return None
+
+
+def tokenizer_from_file(path: str | Path, family: str) -> TokenizerSpec:
+    """A `tokenizer.json` or SentencePiece `.model`, used as a family of models was trained with it.
+
+    Args:
+      path: the file, or "clip" for CLIP's own BPE.
+      family: a name of `FAMILIES`.
+
+    Raises UserError for another ending, and for a file that is missing or damaged.
+    """
+    spec, facts = tokenizer_spec(str(path)), FAMILIES[family]
+    if spec.kind == "clip":
+        return spec
+    if spec.kind == "sentencepiece":
+        return _sentencepiece_spec(Path(path), {}, facts, facts.clean)
+    return _huggingface_spec(Path(path), {}, facts, facts.clean, facts.strip_sep)
 
 
 def is_openai_bpe(folder: Path) -> bool:
