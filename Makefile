@@ -57,8 +57,9 @@ format: $(VENV)/.installed ## format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/.installed ## measure the loss, dense against tiled
+bench: $(VENV)/.installed ## measure the loss, dense against tiled, and loading a ViT-L/14
 	$(BIN)/python -m benchmarks.loss
+	$(BIN)/python -m benchmarks.load
 
 clean: ## delete the environment, the data and the runs
 	rm -rf $(VENV) $(PARITY) data runs build dist *.egg-info

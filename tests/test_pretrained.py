@@ -227,6 +227,14 @@ def test_keys_and_shapes_that_do_not_fit_are_named(tmp_path):
         clip_jax.load(edited(copied("hf_clip", tmp_path), reshaped))
 
 
+def test_an_array_that_is_there_twice_is_refused(tmp_path):
+    def doubled(arrays):
+        arrays["module.visual.proj"] = arrays["visual.proj"] + 1
+
+    with pytest.raises(UserError, match="some arrays twice"):
+        clip_jax.load(edited(copied("open_clip", tmp_path), doubled))
+
+
 def test_a_bare_file_has_to_be_named(tmp_path):
     bare = tmp_path / "weights.safetensors"
     shutil.copy(GOLDEN / "open_clip" / "open_clip_model.safetensors", bare)

@@ -119,7 +119,10 @@ def read_arrays(path: Path) -> Arrays:
         arrays = read_torch(path)
     else:
         raise UserError(f"{path}: give a .pt, .bin, .safetensors or .npz file, or a folder")
-    return {_WRAPPERS.sub("", name): array for name, array in arrays.items()}
+    made = {_WRAPPERS.sub("", name): array for name, array in arrays.items()}
+    if len(made) < len(arrays):
+        raise UserError(f"{path}: it has some arrays twice, with and without `module.` before them")
+    return made
 
 
 def unstack(arrays: Arrays) -> Arrays:
