@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tarfile
 import threading
-import time
 from collections import Counter
 
 import data_cases
@@ -83,9 +82,8 @@ def test_any_step_can_be_the_first(indexes):
 
 
 def test_a_far_step_needs_no_walk_to_it(indexes):
-    begin = time.monotonic()
+    """A walk of a million million steps would never end."""
     first = take(indexes, 1, start_step=10**12)
-    assert time.monotonic() - begin < 20
     assert_same(take(indexes, 2, start_step=10**12 - 1)[1:], first)
 
 
@@ -289,17 +287,16 @@ from clip_jax.data.loader import make_train_loader
 from clip_jax.data.sources import index_shards
 with make_train_loader(
     index_shards({[index.path for index in indexes]!r}), ToyTokenizer(), image_size=8,
-    context_length=16, batch_size=400, seed=0, num_streams=4, threads=2, prefetch=500) as loader:
+    context_length=16, batch_size=400, seed=0, num_streams=4, threads=2, prefetch=5000) as loader:
     next(loader)
     raise KeyboardInterrupt
 """
-    begin = time.monotonic()
+    # Decoding the whole queue would take minutes: it would run into the limit.
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == -signal.SIGINT
     assert done.stderr.strip().endswith("KeyboardInterrupt") and done.stderr.count("Error") == 0
-    assert time.monotonic() - begin < 15  # decoding the whole queue would take 40 s
 
 
 @settings(max_examples=60, deadline=None)
