@@ -183,12 +183,11 @@ def create(name: str, seed: int = 0) -> LoadedCLIP:
     """
     config = model_config(name)
     variables = jax.jit(lambda: init_variables(CLIP(config), seed))()
-    clip_vocabulary = config.text.vocab_size == model_config("ViT-B/32").text.vocab_size
     return LoadedCLIP(
         name,
         config,
         variables,
-        tokenizer_spec=TokenizerSpec() if clip_vocabulary else None,
+        tokenizer_spec=TokenizerSpec() if tokenizer_family(config) == "clip" else None,
         preprocessing=family_preprocess(name),
     )
 
@@ -205,6 +204,8 @@ def load(
     """A run's model, or a published one in any format; see `clip_jax.load`."""
     if is_work_folder(path):
         description = read_description(path)
+        spec = _chosen_tokenizer(tokenizer, description.model, description.tokenizer)
+        description = dataclasses.replace(description, tokenizer=spec)
         if not (Path(path) / WEIGHTS).is_file():
             if image_size or context_length:
                 raise UserError(f"{path} is a run: its sizes are its own; convert it first")
@@ -218,10 +219,9 @@ def load(
         )
     else:
         checkpoint = read_checkpoint(path, model)
-    checkpoint = resized(checkpoint, image_size, context_length)
-    if tokenizer is not None:
-        spec = tokenizer_from_file(tokenizer, tokenizer_family(checkpoint.config))
+        spec = _chosen_tokenizer(tokenizer, checkpoint.config, checkpoint.tokenizer)
         checkpoint = dataclasses.replace(checkpoint, tokenizer=spec)
+    checkpoint = resized(checkpoint, image_size, context_length)
     return LoadedCLIP(
         checkpoint.name,
         checkpoint.config,
@@ -229,6 +229,13 @@ def load(
         tokenizer_spec=checkpoint.tokenizer,
         preprocessing=checkpoint.preprocess,
     )
+
+
+def _chosen_tokenizer(
+    given: str | None, config: CLIPConfig, own: TokenizerSpec | None
+) -> TokenizerSpec | None:
+    """The one that was given to `load`, or else the checkpoint's own."""
+    return own if given is None else tokenizer_from_file(given, tokenizer_family(config))
 
 
 def place_arrays(checkpoint: Checkpoint, mesh: Mesh | None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from clip_jax.data.images import OPENAI, Preprocess
 from clip_jax.data.preprocess import preprocess_from_json, preprocess_to_json
-from clip_jax.errors import UserError
+from clip_jax.errors import UserError, short
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.convnet import ConvNetConfig
 from clip_jax.models.resnet import ResNetConfig
@@ -116,4 +116,4 @@ def read_description(workdir: str | Path) -> Description:
             f"{workdir} is not a work folder: it has no {FILE}; give the --workdir of a run"
         ) from None
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {error})") from None
+        raise UserError(f"{path} is damaged ({short(error)})") from None

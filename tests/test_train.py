@@ -191,6 +191,7 @@ def test_a_run_learns_evaluates_and_loads(data, tmp_path, loss, steps, capsys):
     again = evaluate_workdir(str(tmp_path), templates=["{}"])
     assert json.loads((tmp_path / "eval.json").read_text()) == results and "acc1" in again
     assert clip.tokenizer.vocab_size == 280
+    assert clip_jax.load(tmp_path, tokenizer="clip").tokenizer.vocab_size == 49_408
     tokens = clip.tokenize(NAMES)
     assert clip.encode_text(tokens).shape == (12, 16)
 

@@ -140,7 +140,26 @@ def to_ours(
     Raises:
       UserError: keys are missing or unexpected, or a shape differs.
     """
-    places = {path: place(path, naming) for path in shapes}
+    return _readers(source, shapes, {path: place(path, naming) for path in shapes}, about)
+
+
+def own_arrays(
+    source: Mapping[str, np.ndarray], shapes: Mapping[str, Shape], about: str
+) -> dict[str, Callable[[], np.ndarray]]:
+    """`to_ours` for a file under our own names.
+
+    Raises:
+      UserError: keys are missing or unexpected, or a shape differs.
+    """
+    return _readers(source, shapes, {path: Place(path, "same") for path in shapes}, about)
+
+
+def _readers(
+    source: Mapping[str, np.ndarray],
+    shapes: Mapping[str, Shape],
+    places: Mapping[str, Place],
+    about: str,
+) -> dict[str, Callable[[], np.ndarray]]:
     check_keys(source, places, about)
     check_shapes(source, places, shapes, about)
 
@@ -155,24 +174,6 @@ def to_ours(
         return read
 
     return {path: make(path, where) for path, where in places.items()}
-
-
-def own_arrays(
-    source: Mapping[str, np.ndarray], shapes: Mapping[str, Shape], about: str
-) -> dict[str, Callable[[], np.ndarray]]:
-    """`to_ours` for a file under our own names.
-
-    Raises:
-      UserError: keys are missing or unexpected, or a shape differs.
-    """
-    places = {path: Place(path, "same") for path in shapes}
-    check_keys(source, places, about)
-    check_shapes(source, places, shapes, about)
-
-    def make(path: str) -> Callable[[], np.ndarray]:
-        return lambda: np.asarray(source[path], np.float32).reshape(shapes[path])
-
-    return {path: make(path) for path in places}
 
 
 def to_theirs(arrays: Mapping[str, np.ndarray], naming: str) -> dict[str, np.ndarray]:

@@ -21,7 +21,7 @@ from clip_jax.errors import UserError, short
 from clip_jax.models.clip import CLIP, CLIPConfig
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.vit import ViTConfig
-from clip_jax.models.zoo import model_config
+from clip_jax.models.zoo import GEMMA, model_config
 from clip_jax.pretrained import infer
 from clip_jax.pretrained.hf_config import config_from_hf
 from clip_jax.pretrained.layouts import to_ours
@@ -42,7 +42,7 @@ OPEN_CLIP_CONFIG, HF_CONFIG = "open_clip_config.json", "config.json"
 # In a folder, the first of these that is there holds the weights.
 OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 HF_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
-CLIP_VOCABULARY, GEMMA_VOCABULARY = 49_408, 256_000
+CLIP_VOCABULARY = 49_408
 TORCH_ENDINGS = (".pt", ".pth", ".bin", ".ckpt")
 # What a training run or a compiler puts before every name.
 _WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
@@ -195,7 +195,7 @@ def _finish(
         if found is None or infer.signature_of(config) == found:
             raise
         raise UserError(f"{error}; its sizes are nearest to {infer.nearest_model(found)}") from None
-    if tokenizer is None and config.text.vocab_size == CLIP_VOCABULARY:
+    if tokenizer is None and tokenizer_family(config) == "clip":
         tokenizer = TokenizerSpec()
     return Checkpoint(name, config, ours, preprocess, tokenizer)
 
@@ -287,7 +287,7 @@ def tokenizer_family(config: CLIPConfig) -> str:
     if text.pool == "last":
         if config.init_logit_bias is None:
             return "clipa"
-        return "siglip2" if text.vocab_size == GEMMA_VOCABULARY else "siglip"
+        return "siglip2" if text.vocab_size == GEMMA else "siglip"
     return "clip" if text.vocab_size == CLIP_VOCABULARY else "metaclip2"
 
 
