@@ -22,6 +22,21 @@ class ModelSection:
     """A row of `clip_jax.list_models()`."""
     dtype: str = "float32"
     """Of activations and matrix products, float32 or bfloat16; parameters stay float32."""
+    init_from: str = ""
+    """A checkpoint to start from: what `clip_jax.load` takes; empty starts from random weights."""
+    image_size: int = 0
+    """Side of the pictures, pixels; 0 is the model's own."""
+    context_length: int = 0
+    """Tokens of a caption; 0 is the model's own."""
+    patch_dropout: float = 0.0
+    """Share of a training picture's patches that are left out (FLIP, arXiv:2212.00794)."""
+    attention: str = "auto"
+    """"xla", "cudnn" (NVIDIA GPUs), or "auto": cudnn where it can run, xla elsewhere."""
+    remat: str = "none"
+    """What the backward pass computes again instead of keeping: "none", all but matrix products
+    ("dots"), the inside of every block ("blocks"), or whole towers ("full")."""
+    scan: bool = False
+    """Compile a tower's block once and loop over it: for deep models; the same numbers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,10 +49,17 @@ class TrainSection:
     """Passes over the training data; steps = epochs * pairs / batch_size, rounded down."""
     batch_size: int = 256
     """Pairs in a global batch."""
+    microbatch_size: int = 0
+    """Pairs of the global batch that the towers hold at once (GradCache, arXiv:2101.06983): the
+    gradient of the whole batch in the memory of this many. 0 takes the batch whole."""
+    freeze: str = ""
+    """The tower that stays as it is, "image" (LiT, arXiv:2111.07991) or "text"; empty is none."""
+    ema_decay: float = 0.0
+    """Of the parameters' moving average, which evaluation and `load` then use; 0 is none."""
     loss: str = "softmax"
     """"softmax" (InfoNCE, the CLIP paper) or "sigmoid" (SigLIP)."""
-    loss_tile: int = 1024
-    """Most columns of the logits in memory at a time."""
+    loss_tile: int = 0
+    """Most columns of the logits in memory at a time; 0 chooses by the batch and the devices."""
     mask_equal_captions: bool = False
     """Leave pairs with the same caption out of the negatives."""
     log_every: int = 10
@@ -48,6 +70,8 @@ class TrainSection:
 class OptimSection:
     """AdamW with decoupled decay, warm-up and cosine (paper, section 2.5 and table 18)."""
 
+    name: str = "adamw"
+    """"adamw", "lion", "adafactor" or "muon"."""
     learning_rate: float = 5e-4
     """At the end of the warm-up."""
     warmup_steps: int = 2000
@@ -202,30 +226,76 @@ def resolve(config: ml_collections.ConfigDict) -> Config:
       UserError: a key is unknown or missing, a value has another type, or fields contradict.
     """
     c: Config = _section(Config, config.to_dict(), "")
-    t, o, d, m = c.train, c.optim, c.data, c.mesh
+    _check_model(c.model)
+    _check_train(c.train)
+    _check_optim(c.optim)
+    _check_data(c.data, c.train.batch_size)
+    _check_mesh(c.mesh)
+    _check_eval(c.eval)
+    _require(c.checkpoint.every > 0 and c.checkpoint.keep > 0, "config.checkpoint: both above 0")
+    return c
+
+
+def _one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
+    known = ", ".join(f'"{choice}"' for choice in choices)
+    _require(value in choices, f"config.{key} is {value!r}; it is one of {known}")
+
+
+def _above_zero(prefix: str, section: Any, *keys: str) -> None:
+    for key in keys:
+        value = getattr(section, key)
+        _require(value > 0, f"config.{prefix}.{key} is {value:g}; it must be above 0")
+
+
+def _not_negative(prefix: str, section: Any, *keys: str) -> None:
+    for key in keys:
+        value = getattr(section, key)
+        _require(value >= 0, f"config.{prefix}.{key} is {value:g}; it must not be negative")
+
+
+def _check_model(m: ModelSection) -> None:
+    _one_of("model.dtype", m.dtype, ("float32", "bfloat16"))
+    _one_of("model.attention", m.attention, ("auto", "xla", "cudnn"))
+    _one_of("model.remat", m.remat, ("none", "dots", "blocks", "full"))
+    _not_negative("model", m, "image_size", "context_length")
+    _require(
+        0 <= m.patch_dropout < 1,
+        f"config.model.patch_dropout is {m.patch_dropout:g}; it takes 0 <= share < 1",
+    )
+
+
+def _check_train(t: TrainSection) -> None:
     _require(
         (t.steps > 0) != (t.epochs > 0),
         f"config.train.steps is {t.steps} and config.train.epochs is {t.epochs:g}; "
         "give exactly one of them, above 0",
     )
-    _require(t.batch_size > 0, f"config.train.batch_size is {t.batch_size}; it must be above 0")
-    _require(t.loss_tile > 0, f"config.train.loss_tile is {t.loss_tile}; it must be above 0")
-    _require(t.log_every > 0, f"config.train.log_every is {t.log_every}; it must be above 0")
+    _above_zero("train", t, "batch_size", "log_every")
+    _not_negative("train", t, "microbatch_size", "loss_tile")
     _require(
-        t.loss in ("softmax", "sigmoid"),
-        f'config.train.loss is {t.loss!r}; it is "softmax" or "sigmoid"',
+        t.microbatch_size == 0 or t.batch_size % t.microbatch_size == 0,
+        f"config.train.batch_size {t.batch_size} is not a multiple of "
+        f"config.train.microbatch_size {t.microbatch_size}; change one of them",
     )
+    _one_of("train.loss", t.loss, ("softmax", "sigmoid"))
+    _one_of("train.freeze", t.freeze, ("", "image", "text"))
     _require(
-        c.model.dtype in ("float32", "bfloat16"),
-        f'config.model.dtype is {c.model.dtype!r}; it is "float32" or "bfloat16"',
+        0 <= t.ema_decay < 1, f"config.train.ema_decay is {t.ema_decay:g}; it takes 0 <= decay < 1"
     )
+
+
+def _check_optim(o: OptimSection) -> None:
+    _one_of("optim.name", o.name, ("adamw", "lion", "adafactor", "muon"))
     _require(
         o.max_logit_scale >= 1, f"config.optim.max_logit_scale is {o.max_logit_scale:g}; at least 1"
     )
-    _require(d.streams > 0, f"config.data.streams is {d.streams}; it must be above 0")
+
+
+def _check_data(d: DataSection, batch_size: int) -> None:
+    _above_zero("data", d, "streams", "threads", "window")
     _require(
-        t.batch_size % d.streams == 0,
-        f"config.train.batch_size {t.batch_size} is not a multiple of config.data.streams "
+        batch_size % d.streams == 0,
+        f"config.train.batch_size {batch_size} is not a multiple of config.data.streams "
         f"{d.streams}: every stream gives an equal share of a batch; change one of them",
     )
     _require(
@@ -240,19 +310,19 @@ def resolve(config: ml_collections.ConfigDict) -> Config:
         all(0 <= amount <= 1 for amount in d.color_jitter),
         f"config.data.color_jitter is {d.color_jitter}; each takes 0 to 1",
     )
-    _require(d.threads > 0, f"config.data.threads is {d.threads}; it must be above 0")
-    _require(d.window > 0, f"config.data.window is {d.window}; it must be above 0")
-    for name in ("fsdp", "tensor"):
-        size = getattr(m, name)
-        _require(size > 0, f"config.mesh.{name} is {size}; it must be above 0")
+
+
+def _check_mesh(m: MeshSection) -> None:
+    _above_zero("mesh", m, "fsdp", "tensor")
     _require(m.data > 0 or m.data == -1, f"config.mesh.data is {m.data}; above 0, or -1 for all")
+
+
+def _check_eval(e: EvalSection) -> None:
     _require(
-        not c.eval.data or bool(c.eval.classnames),
-        f"config.eval.data is {c.eval.data!r} but config.eval.classnames names no file",
+        not e.data or bool(e.classnames),
+        f"config.eval.data is {e.data!r} but config.eval.classnames names no file",
     )
     _require(
-        all("{}" in template for template in c.eval.templates),
-        f"config.eval.templates is {c.eval.templates}; every template needs a {{}}",
+        all("{}" in template for template in e.templates),
+        f"config.eval.templates is {e.templates}; every template needs a {{}}",
     )
-    _require(c.checkpoint.every > 0 and c.checkpoint.keep > 0, "config.checkpoint: both above 0")
-    return c
