@@ -7,8 +7,9 @@ also casts another dtype silently and knows nothing of the data: `meta` holds a 
 
 A checkpoint has three items: `model` (parameters and batch statistics), `train` (the step and
 the optimiser's state) and `meta` (JSON); a run that keeps moving averages has them in a fourth,
-`ema`, laid out as `model`. The data order is a function of the step alone, so it
-needs no state of its own.
+`ema`, laid out as `model`. The data order is a function of the step alone, so it needs no state of
+its own. A checkpoint with its blocks stacked for a loop restores into a model that has them one by
+one, and the other way round.
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from clip_jax.errors import UserError
+from clip_jax.models.stack import stack_layers, unstack_layers
 from clip_jax.sharding import path_name
 from clip_jax.state import TrainState
 
@@ -149,14 +151,17 @@ class Checkpoints:
         except (OSError, ValueError, AttributeError):
             return None
 
-    def _refuse_other_arrays(self, meta: dict[str, Any], shapes: dict[str, Any]) -> None:
-        saved = {name for name in meta["digests"] if name.split("/")[0] in shapes}
-        wanted = {path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)}
-        if saved != wanted:
+    def _as_saved(self, meta: dict[str, Any], shapes: dict[str, Any]) -> dict[str, Any]:
+        """The shapes in the layout of the checkpoint: blocks stacked or one by one."""
+        saved = frozenset(name for name in meta["digests"] if name.split("/")[0] in shapes)
+        found = _with_names(shapes, saved)
+        if _names(found) != saved:
             raise UserError(
                 f"the checkpoints in {self.folder} hold other arrays than this model and "
-                f"optimiser have, the first is {min(saved ^ wanted)}; choose another --workdir"
+                f"optimiser have, the first is {min(saved ^ _names(found))}; choose another "
+                "--workdir"
             )
+        return found
 
     def _restore(self, shapes: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:
         steps = self.steps()
@@ -166,15 +171,15 @@ class Checkpoints:
             if meta is None:
                 fault = "its meta item is missing or unreadable"
             else:
-                self._refuse_other_arrays(meta, shapes)
+                as_saved = self._as_saved(meta, shapes)
                 try:
-                    items = self._read(step, shapes)
+                    items = self._read(step, as_saved)
                     fault = _first_difference(items, meta["digests"])
                 except Exception as error:  # Orbax raises many kinds for a damaged file
                     fault = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
             if fault is None:
                 assert meta is not None
-                return items, meta
+                return _laid_out_as(items, shapes), meta
             self._set_aside(step, fault)
         if steps:
             raise UserError(
@@ -215,6 +220,32 @@ def _items(state: TrainState) -> dict[str, Any]:
         "train": {"step": state.step, "opt_state": state.opt_state},
     }
     return items | {"ema": state.ema} if state.ema else items
+
+
+def _names(tree: Any) -> frozenset[str]:
+    return frozenset(path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree))
+
+
+def _with_names(items: dict[str, Any], names: frozenset[str]) -> dict[str, Any]:
+    """The items, each part's blocks stacked or one by one, whichever has these names."""
+
+    def layout(item: str, key: str, part: Any) -> Any:
+        forms = (part, stack_layers(part), unstack_layers(part))
+        return next((form for form in forms if _names({item: {key: form}}) <= names), part)
+
+    return {
+        item: {key: layout(item, key, part) for key, part in parts.items()}
+        for item, parts in items.items()
+    }
+
+
+def _laid_out_as(items: dict[str, Any], shapes: dict[str, Any]) -> dict[str, Any]:
+    """The items in the layout and the shardings of `shapes`."""
+    names = _names(shapes)
+    if _names(items) == names:
+        return items
+    shardings = jax.tree.map(lambda x: x.sharding, shapes)
+    return jax.jit(lambda tree: _with_names(tree, names), out_shardings=shardings)(items)
 
 
 def _first_difference(items: dict[str, Any], digests: dict[str, int]) -> str | None:
