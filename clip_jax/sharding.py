@@ -30,6 +30,9 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"(conv\d|downsample_0)/kernel$", P(None, None, None, "fsdp")),
 )
 
+FACTORED = re.compile(r"(^|/)v_(row|col)/")
+"""Adafactor's rows and columns: an axis less than their parameter, small, and whole everywhere."""
+
 
 def path_name(path: tuple) -> str:
     """A tree path as names joined by slashes."""
@@ -38,7 +41,8 @@ def path_name(path: tuple) -> str:
 
 def partition_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     """The first row that matches, without the axes that do not divide their dimension."""
-    for pattern, spec in RULES:
+    rules = () if FACTORED.search(name) else RULES
+    for pattern, spec in rules:
         if re.search(pattern, name) and len(spec) == len(shape):
             return P(
                 *(

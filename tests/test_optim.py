@@ -1,6 +1,8 @@
 """The optimiser: AdamW by hand, what decays, the schedule, and the temperature's clip."""
 
+import dataclasses
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +10,18 @@ import numpy as np
 import optax
 import pytest
 from flax import traverse_util
-from tiny import TINY
+from tiny import TINY, VIT
 
 from clip_jax.models.clip import CLIP
-from clip_jax.optim import clip_logit_scale, decay_mask, make_optimizer, make_schedule
+from clip_jax.optim import (
+    SCALERS,
+    clip_logit_scale,
+    decay_mask,
+    make_optimizer,
+    make_schedule,
+    muon_matrix,
+    path_of,
+)
 from clip_jax.state import init_variables
 
 
@@ -101,3 +111,170 @@ def test_gradient_clipping_scales_the_whole_gradient():
     a, _ = first.update(grads, first.init(params), params)
     b, _ = second.update(clipped, second.init(params), params)
     np.testing.assert_allclose(a["kernel"], b["kernel"], rtol=1e-6)
+
+
+OPTIMIZERS = list(SCALERS)
+
+
+def flat(tree):
+    return {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def random_like(tree, seed):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32), tree)
+
+
+def updates_of(name, params, gradients, **changes):
+    """The updates of several steps at a learning rate of 1, without decay."""
+    optimizer = make_optimizer(lambda s: 1.0, name=name, **options(weight_decay=0.0, **changes))
+
+    def run(gradients):
+        state, made = optimizer.init(params), []
+        for gradient in gradients:
+            updates, state = optimizer.update(gradient, state, params)
+            made.append(updates)
+        return made
+
+    return jax.jit(run)(gradients)
+
+
+def test_lion_equals_the_formula():
+    params = {"kernel": jnp.zeros((5, 3))}
+    gradients = [random_like(params, seed) for seed in range(3)]
+    made = updates_of("lion", params, gradients)
+    momentum = np.zeros((5, 3))
+    for gradient, update in zip(gradients, made, strict=True):
+        g = np.asarray(gradient["kernel"], np.float64)
+        np.testing.assert_array_equal(update["kernel"], -np.sign(0.9 * momentum + 0.1 * g))
+        momentum = 0.98 * momentum + 0.02 * g
+
+
+def test_adafactor_equals_the_formula():
+    """Rows and columns of a matrix; a vector, and a matrix that is too small, as it is."""
+    params = {"kernel": jnp.zeros((40, 64)), "bias": jnp.zeros(40), "small": jnp.zeros((31, 64))}
+    gradients = [random_like(params, seed) for seed in range(4)]
+    made = updates_of("adafactor", params, gradients, beta2=0.6)
+    row, column = np.zeros(40), np.zeros(64)
+    whole = {"bias": np.zeros(40), "small": np.zeros((31, 64))}
+    momentum = {k: np.zeros(v.shape) for k, v in params.items()}
+    for step, (gradient, update) in enumerate(zip(gradients, made, strict=True)):
+        decay = min(0.6, 1 - (step + 1) ** -0.8)
+        g = {k: np.asarray(v, np.float64) for k, v in gradient.items()}
+        row = decay * row + (1 - decay) * (g["kernel"] ** 2).mean(1)
+        column = decay * column + (1 - decay) * (g["kernel"] ** 2).mean(0)
+        scaled = {"kernel": g["kernel"] / np.sqrt(np.outer(row, column) / row.mean())}
+        for k in whole:
+            whole[k] = decay * whole[k] + (1 - decay) * g[k] ** 2
+            scaled[k] = g[k] / np.sqrt(whole[k])
+        for k in params:
+            momentum[k] = 0.9 * momentum[k] + 0.1 * scaled[k]
+            # Momentum is kept in bfloat16: half a unit of 8 bits, of numbers up to 1, each step.
+            np.testing.assert_allclose(update[k], -momentum[k], atol=2**-8)
+
+
+def test_adafactors_state_is_small():
+    params = {"kernel": jnp.zeros((512, 256))}
+    adam = make_optimizer(lambda s: 1.0, **options()).init(params)
+    adafactor = make_optimizer(lambda s: 1.0, name="adafactor", **options()).init(params)
+    size = 512 * 256
+    assert sum(x.nbytes for x in jax.tree.leaves(adam)) >= 8 * size
+    # Momentum of two bytes, one row and one column.
+    assert sum(x.nbytes for x in jax.tree.leaves(adafactor)) < 2 * size + 4 * (512 + 256) + 100
+
+
+def newton_schulz(g_IO):
+    """Five steps of Jordan's quintic iteration, in float64."""
+    x = g_IO / np.linalg.norm(g_IO)
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "matrix"),
+    [
+        ("text/transformer/resblocks_0/attn/q_proj/kernel", (12, 2, 5), (12, 10)),
+        ("text/transformer/resblocks_0/attn/out_proj/kernel", (2, 5, 12), (10, 12)),
+        ("visual/transformer/resblocks_0/mlp/c_fc/kernel", (6, 24), (6, 24)),
+        ("visual/layer1_0/conv2/kernel", (3, 3, 4, 5), (36, 5)),
+        ("visual/attnpool/k_proj/kernel", (12, 2, 5), (12, 10)),
+    ],
+)
+def test_muon_orthogonalises_the_matrix_a_kernel_is(path, shape, matrix):
+    params = traverse_util.unflatten_dict({path: jnp.zeros(shape)}, sep="/")
+    gradient = random_like(params, 1)
+    (update,) = updates_of("muon", params, [gradient])
+    g_IO = np.asarray(flat(gradient)[path], np.float64).reshape(matrix)
+    want = -0.2 * np.sqrt(max(matrix)) * newton_schulz(g_IO).reshape(shape)
+    # Twenty float32 products of numbers up to 1.
+    np.testing.assert_allclose(flat(update)[path], want, atol=2e-5)
+    # So large is an update of Adam: singular values come out between 0.7 and 1.2.
+    assert 0.1 < np.sqrt(np.mean(want**2)) < 0.25
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_muon_leaves_embeddings_heads_and_vectors_to_adam(name):
+    params = jax.eval_shape(lambda: init_variables(CLIP(TINY[name]), 0))["params"]
+    hidden = {path for path in flat(params) if muon_matrix(path) is not None}
+    inputs = {"visual/conv1/kernel"}
+    heads = {"visual/attnpool/c_proj/kernel"}
+    assert hidden == {p for p in flat(params) if p.endswith("/kernel")} - inputs - heads
+    state = make_optimizer(lambda s: 1.0, name="muon", **options())
+    adam = flat(jax.eval_shape(state.init, params)[1].inner_states["adam"].inner_state.nu)
+    assert set(adam) == set(flat(params)) - hidden
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_stacked_layers_are_updated_as_single_ones(optimizer):
+    """A tower whose layers lie in one array each, as a scan has them: the same numbers."""
+    # To Adafactor a stack of so many vectors would pass for a matrix.
+    layers = 33 if optimizer == "adafactor" else 3
+    shapes = {
+        "attn": {"q_proj": {"kernel": (34, 2, 17), "bias": (2, 17)}},
+        "mlp": {"c_fc": {"kernel": (34, 40), "bias": (40,)}},
+        "ln_1": {"scale": (34,)},
+    }
+    zeros = partial(np.zeros, dtype=np.float32)
+    one = jax.tree.map(zeros, shapes, is_leaf=lambda s: isinstance(s, tuple))
+    single = {"transformer": {f"resblocks_{i}": one for i in range(layers)}}
+
+    def stacked(tree):
+        blocks = [tree["transformer"][f"resblocks_{i}"] for i in range(layers)]
+        return {"transformer": {"resblocks": jax.tree.map(lambda *x: np.stack(x), *blocks)}}
+
+    gradients = [random_like(single, seed) for seed in range(2)]
+    want = updates_of(optimizer, single, gradients)
+    got = updates_of(optimizer, stacked(single), [stacked(g) for g in gradients])
+    # The same products in batches: float32 rounding of numbers up to 1, and of bfloat16's momentum
+    # in Adafactor, whose rounding a last bit may turn.
+    equal = partial(np.testing.assert_allclose, atol=2**-8 if optimizer == "adafactor" else 2e-6)
+    jax.tree.map(equal, got, [stacked(w) for w in want])
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_without_a_gradient_only_the_decay_is_left(optimizer):
+    vision, text = (dataclasses.replace(tower, layers=1) for tower in (VIT.vision, VIT.text))
+    model = CLIP(dataclasses.replace(VIT, vision=vision, text=text))
+    params = random_like(jax.eval_shape(lambda: init_variables(model, 0))["params"], 0)
+    made = make_optimizer(lambda s: 0.1, name=optimizer, **options(weight_decay=0.5))
+    zero = jax.tree.map(np.zeros_like, params)
+    updates, _ = jax.jit(lambda: made.update(zero, made.init(params), params))()
+    mask = flat(decay_mask(params))
+    for path, update in flat(updates).items():
+        want = -0.1 * 0.5 * flat(params)[path] if mask[path] else np.zeros(update.shape)
+        np.testing.assert_allclose(update, want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimizer_holds_the_temperature(optimizer):
+    params = {"logit_scale": jnp.array(4.5), "visual": {"proj": jnp.ones((4, 4))}}
+    made = make_optimizer(lambda s: 0.3, name=optimizer, **options())
+    state, update = made.init(params), jax.jit(made.update)
+    for _ in range(5):
+        gradient = {"logit_scale": jnp.array(-1.0), "visual": {"proj": jnp.ones((4, 4))}}
+        updates, state = update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+    # One float32 rounding of a number near 4.6.
+    assert float(params["logit_scale"]) == pytest.approx(math.log(100), abs=5e-7)
