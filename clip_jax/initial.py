@@ -7,6 +7,7 @@ else has to match.
 
 import dataclasses
 import functools
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -33,6 +35,7 @@ from clip_jax.pretrained.load import (
 from clip_jax.pretrained.own import is_work_folder, read_weights
 from clip_jax.pretrained.trees import to_variables
 from clip_jax.sharding import partition_spec, path_name
+from clip_jax.state import TrainState, make_state
 from clip_jax.tokenizers import TokenizerSpec, make_tokenizer, tokenizer_from_file
 from clip_jax.workdir import WEIGHTS, read_description
 
@@ -127,8 +130,8 @@ def started_from(origin: Origin, sizes: CLIPConfig) -> CLIPConfig:
     """
     own = origin.checkpoint.config
     # `origin_tokenizer` has checked the vocabulary; a text tower may have room for more.
-    vocabulary = {"vocab_size": own.text.vocab_size, "eot_id": own.text.eot_id}
-    sizes = dataclasses.replace(sizes, text=dataclasses.replace(sizes.text, **vocabulary))
+    text = dataclasses.replace(sizes.text, vocab_size=own.text.vocab_size, eot_id=own.text.eot_id)
+    sizes = dataclasses.replace(sizes, text=text)
     made = dataclasses.replace(
         own,
         vision=dataclasses.replace(own.vision, image_size=sizes.vision.image_size),
@@ -156,6 +159,39 @@ def _field(config: CLIPConfig, name: str) -> Any:
 
 def _said(value: Any) -> str:
     return "not there" if value is None else str(list(value) if isinstance(value, tuple) else value)
+
+
+def start_state(
+    origin: Origin,
+    config: CLIPConfig,
+    optimizer: optax.GradientTransformation,
+    shapes: TrainState,
+    mesh: Mesh,
+    *,
+    freeze: str,
+    max_logit_scale: float,
+) -> TrainState:
+    """A state before its first step, laid out as `shapes`, with the checkpoint's weights.
+
+    Raises:
+      UserError: the checkpoint's temperature is beyond the run's limit.
+    """
+    wanted = {"params": shapes.params, "batch_stats": shapes.batch_stats}
+    variables = place_origin(origin, config, wanted, mesh)
+    scale = math.exp(float(variables["params"]["logit_scale"]))
+    # OpenAI's models end on the limit itself, a float32's rounding above or below it.
+    if scale > max_logit_scale * (1 + 1e-5):
+        raise UserError(
+            f"the scale of {origin.path} is {scale:.1f}, above config.optim.max_logit_scale "
+            f"{max_logit_scale:g}; raise that, or the first step would change it"
+        )
+
+    def make(variables: dict[str, Any]) -> TrainState:
+        return make_state(variables, optimizer, freeze=freeze, ema=bool(shapes.ema))
+
+    shardings = jax.tree.map(lambda x: x.sharding, shapes)
+    # Donated: the state holds these very arrays, not a second copy.
+    return jax.jit(make, donate_argnums=0, out_shardings=shardings)(variables)
 
 
 def place_origin(
