@@ -10,8 +10,10 @@ import numpy as np
 import optax
 import pytest
 from flax import traverse_util
+from test_step import make_all, one_device_mesh, run
 from tiny import TINY, VIT
 
+from clip_jax.mesh import make_mesh
 from clip_jax.models.clip import CLIP
 from clip_jax.optim import (
     SCALERS,
@@ -114,6 +116,12 @@ def test_gradient_clipping_scales_the_whole_gradient():
 
 
 OPTIMIZERS = list(SCALERS)
+# One layer, and wide enough that Adafactor keeps rows and columns of most matrices.
+SMALL = dataclasses.replace(
+    VIT,
+    vision=dataclasses.replace(VIT.vision, layers=1),
+    text=dataclasses.replace(VIT.text, layers=1),
+)
 
 
 def flat(tree):
@@ -255,9 +263,7 @@ def test_stacked_layers_are_updated_as_single_ones(optimizer):
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_without_a_gradient_only_the_decay_is_left(optimizer):
-    vision, text = (dataclasses.replace(tower, layers=1) for tower in (VIT.vision, VIT.text))
-    model = CLIP(dataclasses.replace(VIT, vision=vision, text=text))
-    params = random_like(jax.eval_shape(lambda: init_variables(model, 0))["params"], 0)
+    params = random_like(jax.eval_shape(lambda: init_variables(CLIP(SMALL), 0))["params"], 0)
     made = make_optimizer(lambda s: 0.1, name=optimizer, **options(weight_decay=0.5))
     zero = jax.tree.map(np.zeros_like, params)
     updates, _ = jax.jit(lambda: made.update(zero, made.init(params), params))()
@@ -278,3 +284,41 @@ def test_every_optimizer_holds_the_temperature(optimizer):
         params = optax.apply_updates(params, updates)
     # One float32 rounding of a number near 4.6.
     assert float(params["logit_scale"]) == pytest.approx(math.log(100), abs=5e-7)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimizer_learns_alike_on_any_mesh(optimizer):
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    state, metrics, losses = run(SMALL, mesh, steps=30, optimizer=optimizer)
+    _, _, want = run(SMALL, one_device_mesh(), steps=5, optimizer=optimizer)
+    # Float32 sums in another order.
+    np.testing.assert_allclose(losses[:5], want, rtol=1e-5)
+    assert losses[-1] < 0.6 * losses[0] and bool(metrics["finite"])
+    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(state.opt_state))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_optimizers_state_is_split_as_the_parameters_are(optimizer):
+    state, _ = make_all(SMALL, make_mesh(data=2, fsdp=2, tensor=2), optimizer=optimizer)
+    params = flat(state.params)
+    as_large = 0
+    for name, leaf in flat(state.opt_state).items():
+        param = next((params[p] for p in params if name.endswith("/" + p)), None)
+        if param is not None and leaf.shape == param.shape:
+            assert leaf.sharding.is_equivalent_to(param.sharding, leaf.ndim), name
+            as_large += 1
+        else:
+            # Counters, and Adafactor's rows and columns.
+            assert leaf.size <= 64 * max(SMALL.vision.mlp_width, SMALL.text.mlp_width) ** 0.5, name
+    assert as_large >= len(params)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_frozen_tower_stays_as_it_is(optimizer):
+    mesh = make_mesh(data=8, fsdp=1, tensor=1)
+    before = jax.device_get(make_all(SMALL, mesh, optimizer=optimizer, freeze="image")[0].params)
+    state, _, _ = run(SMALL, mesh, steps=2, optimizer=optimizer, freeze="image")
+    jax.tree.map(np.testing.assert_array_equal, before["visual"], state.params["visual"])
+    assert not any("visual" in name for name in flat(state.opt_state))
+    changed = state.params["text"]["text_projection"] != before["text"]["text_projection"]
+    assert bool(changed.any())
