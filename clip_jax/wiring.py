@@ -115,7 +115,7 @@ def wire(config: Config, steps: int, workdir: str | None = None) -> Wiring:
         sizes = dataclasses.replace(sizes, init_logit_scale=math.log(10.0), init_logit_bias=-10.0)
     if origin:
         sizes = started_from(origin, sizes)
-    model = CLIP(sizes, dtype=jnp.dtype(config.model.dtype))
+    model = CLIP(sizes, dtype=jnp.dtype(m.dtype), attention=m.attention, remat=m.remat, scan=m.scan)
     o = dataclasses.asdict(config.optim)
     schedule = make_schedule(o.pop("learning_rate"), o.pop("warmup_steps"), steps)
     optimizer = make_optimizer(schedule, **o)
