@@ -282,15 +282,22 @@ def by_path(variables: Mapping[str, Any]) -> dict[str, Any]:
 def place_arrays(
     arrays: Mapping[str, Reader], shapes: Mapping[str, Any], *, threads: int = THREADS
 ) -> dict[str, Any]:
-    """Variables laid out as `shapes`, made from arrays by path.
+    """Variables laid out as `shapes`, made from arrays by path, every layer by itself.
 
     Only as many arrays as there are threads are on the host at a time, and of each device's part
     no more than that part is sent: a model larger than the host can be placed.
     """
     wanted = by_path(shapes)
 
+    def read(path: str, shape: tuple[int, ...]) -> Any:
+        before, stack, after = path.partition("/resblocks/")
+        if not stack:
+            return arrays[path]()
+        layers = [arrays[f"{before}/resblocks_{i}/{after}"]() for i in range(shape[0])]
+        return (jnp if isinstance(layers[0], jax.Array) else np).stack(layers)
+
     def put(path: str) -> jax.Array:
-        value, sharding = arrays[path](), wanted[path].sharding
+        value, sharding = read(path, wanted[path].shape), wanted[path].sharding
         if isinstance(value, jax.Array):
             return jax.device_put(value, sharding)
         # Unlike `device_put`, it asks no other process whether its array is the same.

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
+from optax import MaskedNode
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 NOT_DECAYED = (
@@ -105,31 +106,64 @@ def scale_by_adafactor(*, momentum: float, beta2_cap: float) -> optax.GradientTr
     rms = optax.scale_by_factored_rms(
         min_dim_size_to_factor=FACTORED_FROM, decay_rate=0.8, decay_rate_fn=decay
     )
-
-    # Of stacked layers each is factored by itself: a stack of biases is no matrix.
-    def labels(params):
-        return jax.tree_util.tree_map_with_path(
-            lambda path, _: "stack" if "/resblocks/" in path_of(path) else "one", params
-        )
-
     return optax.chain(
-        optax.partition({"one": rms, "stack": layer_by_layer(rms)}, labels),
+        layer_by_layer(rms),
         optax.ema(momentum, debias=False, accumulator_dtype=jnp.bfloat16),
     )
 
 
-def layer_by_layer(transformation: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The transformation of every layer's own, where all parameters have an axis of layers."""
+def layer_by_layer(rms: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`scale_by_factored_rms` that takes a stack of layers for what it is, not for one array.
+
+    Else a stack of vectors would be factored as a matrix, and a scan over layers would train
+    differently. The state has the parameters' structure either way, so that a checkpoint can be
+    read with its layers stacked or single.
+    """
 
     def init(params):
-        return jax.vmap(transformation.init)(params) if jax.tree.leaves(params) else ()
+        single, stacked = split_stacks(params)
+        state = rms.init(single)
+        if not jax.tree.leaves(stacked):
+            return state
+        layer = jax.eval_shape(rms.init, jax.tree.map(lambda x: x[0], stacked))
+        # Where nothing is kept optax has one zero.
+        axes = jax.tree.map(lambda x: None if x.shape in ((), (1,)) else 0, layer)
+        return joined(state, jax.vmap(rms.init, out_axes=axes)(stacked))
 
-    def update(updates, state, params=None):
-        if not jax.tree.leaves(updates):
-            return updates, state
-        return jax.vmap(transformation.update)(updates, state, params)
+    def update(updates, state, params):
+        (single, stacked), parts = split_stacks(updates), split_stacks(params)
+        states = split_stacks(state)
+        made, new = rms.update(single, states[0], parts[0])
+        if not jax.tree.leaves(stacked):
+            return made, new
+        of_stack = states[1]._replace(count=state.count)
+        axes = jax.tree.map(lambda x: 0 if x.ndim > 1 else None, of_stack)
+        mapped = jax.vmap(rms.update, in_axes=(0, axes, 0), out_axes=(0, axes))
+        made_of_stack, new_of_stack = mapped(stacked, of_stack, parts[1])
+        return joined(made, made_of_stack), joined(new, new_of_stack)
 
     return optax.GradientTransformation(init, update)
+
+
+def split_stacks(tree):
+    """The tree with its single parameters, and with its stacks of layers; the others masked."""
+
+    def keep(stacks: bool):
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: x if ("/resblocks/" in path_of(path)) == stacks else MaskedNode(), tree
+        )
+
+    return keep(False), keep(True)
+
+
+def joined(single, stacked):
+    """The inverse of `split_stacks`."""
+    return jax.tree.map(
+        lambda x, y: y if isinstance(x, MaskedNode) else x,
+        single,
+        stacked,
+        is_leaf=lambda x: isinstance(x, MaskedNode),
+    )
 
 
 def muon_matrix(path: str) -> MuonDimensionNumbers | None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from functools import partial
 
 import jax
@@ -119,7 +120,7 @@ OPTIMIZERS = list(SCALERS)
 # One layer, and wide enough that Adafactor keeps rows and columns of most matrices.
 SMALL = dataclasses.replace(
     VIT,
-    vision=dataclasses.replace(VIT.vision, layers=1),
+    vision=dataclasses.replace(VIT.vision, image_size=16, layers=1),
     text=dataclasses.replace(VIT.text, layers=1),
 )
 
@@ -259,6 +260,10 @@ def test_stacked_layers_are_updated_as_single_ones(optimizer):
     # in Adafactor, whose rounding a last bit may turn.
     equal = partial(np.testing.assert_allclose, atol=2**-8 if optimizer == "adafactor" else 2e-6)
     jax.tree.map(equal, got, [stacked(w) for w in want])
+    # And the state: a checkpoint's layers can be stacked or taken apart.
+    init = make_optimizer(lambda s: 1.0, name=optimizer, **options()).init
+    names = [flat(jax.eval_shape(init, params)) for params in (stacked(single), single)]
+    assert set(names[0]) == {re.sub(r"resblocks_\d+", "resblocks", name) for name in names[1]}
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -289,10 +294,10 @@ def test_every_optimizer_holds_the_temperature(optimizer):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimizer_learns_alike_on_any_mesh(optimizer):
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
-    state, metrics, losses = run(SMALL, mesh, steps=30, optimizer=optimizer)
-    _, _, want = run(SMALL, one_device_mesh(), steps=5, optimizer=optimizer)
+    state, metrics, losses = run(SMALL, mesh, steps=24, optimizer=optimizer)
+    _, _, want = run(SMALL, one_device_mesh(), steps=4, optimizer=optimizer)
     # Float32 sums in another order.
-    np.testing.assert_allclose(losses[:5], want, rtol=1e-5)
+    np.testing.assert_allclose(losses[:4], want, rtol=1e-5)
     assert losses[-1] < 0.6 * losses[0] and bool(metrics["finite"])
     assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(state.opt_state))
 
