@@ -114,10 +114,15 @@ def origin_tokenizer(origin: Origin, given: str) -> TokenizerSpec:
     if own is not None:
         fits = own.file is not None and Path(own.file).read_bytes() == Path(given).read_bytes()
     if not fits:
+        advice = (
+            "give the one it was trained with"
+            if own is None
+            else ('leave it at "clip" to take the checkpoint\'s own')
+        )
         raise UserError(
             f"config.data.tokenizer {given} ({tokenizer.vocab_size:,} entries, end token "
             f"{tokenizer.eot_id}) is not the tokenizer of {origin.path} ({text.vocab_size:,} "
-            f'entries, end token {text.eot_id}); leave it at "clip" to take the checkpoint\'s own'
+            f"entries, end token {text.eot_id}); {advice}"
         )
     return own or spec
 
@@ -139,9 +144,10 @@ def started_from(origin: Origin, sizes: CLIPConfig) -> CLIPConfig:
         init_logit_scale=sizes.init_logit_scale,
         init_logit_bias=sizes.init_logit_bias,
     )
-    found, wanted = array_shapes(made), array_shapes(sizes)
-    found |= {field: _field(made, field) for field in ALIKE}
-    wanted |= {field: _field(sizes, field) for field in ALIKE}
+    found, wanted = (
+        {**array_shapes(config), **{field: _field(config, field) for field in ALIKE}}
+        for config in (made, sizes)
+    )
     for name in sorted(found.keys() | wanted.keys()):
         if found.get(name) != wanted.get(name):
             raise UserError(
