@@ -16,7 +16,7 @@ from clip_jax.data.images import IMAGE_MEAN, IMAGE_STD
 from clip_jax.data.loader import Loader, make_train_loader
 from clip_jax.data.sources import ShardIndex
 from clip_jax.losses import make_loss
-from clip_jax.mesh import batch_shards, check_batch_size, make_mesh
+from clip_jax.mesh import batch_part, batch_shards, check_batch_size, make_mesh
 from clip_jax.models.clip import CLIP, CLIPConfig
 from clip_jax.models.flops import image_flops, text_flops
 from clip_jax.models.zoo import model_config
@@ -136,6 +136,7 @@ def make_step(config: Config, w: Wiring) -> TrainStep:
 def make_loader(config: Config, w: Wiring, indexes: list[ShardIndex], start: int) -> Loader:
     """This process's batches from step `start` on."""
     d = config.data
+    part, parts = batch_part(w.mesh)
     return make_train_loader(
         indexes,
         w.tokenizer,
@@ -146,8 +147,8 @@ def make_loader(config: Config, w: Wiring, indexes: list[ShardIndex], start: int
         start_step=start,
         num_streams=d.streams,
         window=d.window,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=part,
+        process_count=parts,
         threads=d.threads,
         crop_scale=d.crop_scale,
         crop_ratio=d.crop_ratio,
