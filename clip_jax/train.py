@@ -120,7 +120,7 @@ def restore_or_init(
         if restored is not None:
             distributed.tell(f"going on from step {restored[1]['step']} of {folder}")
             return restored[0]
-    return init_state(w.model, w.optimizer, w.shapes, config.seed)
+    return init_state(w.model, w.optimizer, w.shapes, config.seed, freeze=config.train.freeze)
 
 
 def _summary(config: Config, w: Wiring, indexes: list[ShardIndex], pairs: int, steps: int) -> str:
