@@ -204,6 +204,12 @@ def train_loop(
         for batch, said in announced(loader, steps - start, announce):
             length, stopped = (int(n) for n in said.max(axis=0))
             if stopped:
+                others = [i for i, asked in enumerate(said[:, 1]) if asked and i]
+                if others:
+                    name = signal.Signals(stopped).name
+                    distributed.tell(
+                        f"{name} on process {others[0]}: saving step {step}, then exiting"
+                    )
                 break
             distributed.rearm()
             batch["text"] = batch["text"][:, :length]

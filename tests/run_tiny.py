@@ -15,7 +15,7 @@ from clip_jax.tokenizers.train import train as train_tokenizer
 ROOT = Path(__file__).parent.parent
 TWO = ROOT / "experiments/launch/two_processes.sh"
 
-_EXPERIMENT = '''
+_EXPERIMENT = """
 import dataclasses
 
 from clip_jax.config import default
@@ -43,7 +43,7 @@ def get_config():
     c.data.tokenizer = "{folder}/t.model"
     c.data.threads = 2
     return c
-'''
+"""
 
 
 def write_experiment(folder: Path, **pairs) -> Path:
@@ -75,13 +75,17 @@ def command(experiment: Path, workdir: Path, *args: str) -> list[str]:
     return ["--config", str(experiment), "--workdir", str(workdir), *args]
 
 
-def one(experiment: Path, workdir: Path, *args: str, devices: int = 8) -> subprocess.CompletedProcess:
+def one(
+    experiment: Path, workdir: Path, *args: str, devices: int = 8
+) -> subprocess.CompletedProcess:
     """One process to its end."""
     line = [sys.executable, "-m", "clip_jax.main", *command(experiment, workdir, *args)]
     return subprocess.run(line, cwd=ROOT, env=environment(devices), capture_output=True, text=True)
 
 
-def two(experiment: Path, workdir: Path, *args: str, devices: int = 4) -> subprocess.CompletedProcess:
+def two(
+    experiment: Path, workdir: Path, *args: str, devices: int = 4
+) -> subprocess.CompletedProcess:
     """Two processes, as `two_processes.sh` starts them, to their end."""
     extra = {"PYTHON": sys.executable, "DEVICES": str(devices), "PORT": str(free_port())}
     return subprocess.run(
@@ -93,15 +97,20 @@ def two(experiment: Path, workdir: Path, *args: str, devices: int = 4) -> subpro
     )
 
 
-def start_two(experiment: Path, workdir: Path, *args: str, devices: int = 2):
-    """Two processes that a test can signal one by one; their output is in `workdir`.N.log."""
+def start_two(
+    experiment: Path, workdir: Path, *args: str, second: tuple[str, ...] = (), devices: int = 2
+) -> list[subprocess.Popen]:
+    """Two processes that a test can signal one by one; their output is in `workdir`.N.log.
+
+    `second` are arguments of the second process only.
+    """
     port, processes = free_port(), []
     for index in range(2):
         line = [sys.executable, "-m", "clip_jax.main", "--coordinator", f"localhost:{port}"]
         line += ["--num_processes", "2", "--process_id", str(index)]
         with log(workdir, index).open("w") as out:
             process = subprocess.Popen(
-                [*line, *command(experiment, workdir, *args)],
+                [*line, *command(experiment, workdir, *args, *(second if index else ()))],
                 cwd=ROOT,
                 env=environment(devices),
                 stdout=out,
