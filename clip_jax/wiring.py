@@ -24,7 +24,7 @@ from clip_jax.initial import (
     started_from,
 )
 from clip_jax.losses import make_loss
-from clip_jax.mesh import batch_shards, check_batch_size, make_mesh
+from clip_jax.mesh import batch_part, batch_shards, check_batch_size, make_mesh
 from clip_jax.models.clip import CLIP, CLIPConfig
 from clip_jax.models.convnet import ConvNetConfig
 from clip_jax.models.flops import image_flops, text_flops
@@ -231,6 +231,7 @@ def patches(config: Config, sizes: CLIPConfig) -> int:
 def make_loader(config: Config, w: Wiring, indexes: list[ShardIndex], start: int) -> Loader:
     """This process's batches from step `start` on."""
     d = config.data
+    part, parts = batch_part(w.mesh)
     return make_train_loader(
         indexes,
         w.tokenizer,
@@ -241,8 +242,8 @@ def make_loader(config: Config, w: Wiring, indexes: list[ShardIndex], start: int
         start_step=start,
         num_streams=d.streams,
         window=d.window,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=part,
+        process_count=parts,
         threads=d.threads,
         crop_scale=d.crop_scale,
         crop_ratio=d.crop_ratio,
