@@ -30,6 +30,9 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"(conv\d|downsample_0)/kernel$", P(None, None, None, "fsdp")),
 )
 
+FACTORED = re.compile(r"(^|/)v_(row|col)/")
+"""Adafactor's rows and columns: an axis less than their parameter, small, and whole everywhere."""
+
 
 def path_name(path: tuple) -> str:
     """A tree path as names joined by slashes."""
@@ -44,7 +47,8 @@ def partition_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     """
     if "/resblocks/" in name and shape:
         return P(None, *partition_spec(name.replace("/resblocks/", "/"), shape[1:], mesh))
-    for pattern, spec in RULES:
+    rules = () if FACTORED.search(name) else RULES
+    for pattern, spec in rules:
         if re.search(pattern, name) and len(spec) == len(shape):
             return P(
                 *(

@@ -15,11 +15,11 @@ from clip_jax.data.loader import Batch, trim_to_bucket
 from clip_jax.data.sources import ShardIndex, expand, fingerprint, incomplete, index_shards
 from clip_jax.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED, UserError
 from clip_jax.evaluate import evaluate_workdir
+from clip_jax.initial import start_state
 from clip_jax.mesh import place_batch
 from clip_jax.report import Report
 from clip_jax.signals import catch_signals
 from clip_jax.state import TrainState, init_state, parameter_counts
-from clip_jax.tokenizers import tokenizer_spec
 from clip_jax.wiring import Wiring, make_loader, make_step, run_fingerprint, wire
 from clip_jax.workdir import Description, write_description
 
@@ -40,7 +40,7 @@ def run(config: Config, workdir: str) -> int:
             f"config.train.epochs {config.train.epochs:g} over {pairs:,} pairs is not one step of "
             f"config.train.batch_size {config.train.batch_size}; raise the one or lower the other"
         )
-    w = wire(config, steps)
+    w = wire(config, steps, workdir)
     print(_summary(config, w, indexes, pairs, steps), flush=True)
 
     identity = run_fingerprint(config, w, fingerprint(indexes), pairs)
@@ -53,7 +53,8 @@ def run(config: Config, workdir: str) -> int:
             Description(
                 config.model.name,
                 w.model.config,
-                tokenizer_spec(config.data.tokenizer),
+                w.tokenizer_spec,
+                w.preprocess,
                 config=dataclasses.asdict(config),
             ),
         )
@@ -85,10 +86,10 @@ def make_workdir(workdir: str) -> Path:
 def restore_or_init(
     config: Config, w: Wiring, checkpoints: Checkpoints, identity: dict[str, Any], folder: Path
 ) -> TrainState:
-    """The newest whole checkpoint's state, or a fresh one.
+    """The newest whole checkpoint's state, or a fresh one, from config.model.init_from if set.
 
     Raises:
-      UserError: the checkpoint belongs to another run.
+      UserError: the checkpoint belongs to another run, or the one to start from cannot be used.
     """
     meta = checkpoints.latest_meta()
     if meta is not None:
@@ -97,7 +98,19 @@ def restore_or_init(
         if restored is not None:
             print(f"going on from step {restored[1]['step']} of {folder}", flush=True)
             return restored[0]
-    return init_state(w.model, w.optimizer, w.shapes, config.seed, freeze=config.train.freeze)
+    freeze = config.train.freeze
+    if w.origin is None:
+        return init_state(w.model, w.optimizer, w.shapes, config.seed, freeze=freeze)
+    print(f"starting from {w.origin.path}", flush=True)
+    return start_state(
+        w.origin,
+        w.model.config,
+        w.optimizer,
+        w.shapes,
+        w.mesh,
+        freeze=freeze,
+        max_logit_scale=config.optim.max_logit_scale,
+    )
 
 
 def _summary(config: Config, w: Wiring, indexes: list[ShardIndex], pairs: int, steps: int) -> str:

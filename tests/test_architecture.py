@@ -17,7 +17,7 @@ LEVELS = [
     {"sharding", "workdir"},
     {"state", "evaluation"},
     {"checkpoint", "pretrained"},
-    {"step"},
+    {"step", "initial"},
     {"api", "wiring"},
     {"evaluate", "convert", "report"},
     {"train"},
