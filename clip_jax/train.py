@@ -12,7 +12,8 @@ import numpy as np
 from clip_jax.checkpoint import Checkpoints, check_fingerprint
 from clip_jax.config import Config
 from clip_jax.data.loader import Batch, trim_to_bucket
-from clip_jax.data.sources import ShardIndex, expand, fingerprint, incomplete, index_shards
+from clip_jax.data.opening import TrainingData
+from clip_jax.data.sources import fingerprint, incomplete
 from clip_jax.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED, UserError
 from clip_jax.evaluate import evaluate_workdir
 from clip_jax.mesh import place_batch
@@ -20,7 +21,15 @@ from clip_jax.report import Report
 from clip_jax.signals import catch_signals
 from clip_jax.state import TrainState, init_state, parameter_counts
 from clip_jax.tokenizers import tokenizer_spec
-from clip_jax.wiring import Wiring, make_loader, make_step, run_fingerprint, wire
+from clip_jax.wiring import (
+    Wiring,
+    make_loader,
+    make_step,
+    open_data,
+    run_fingerprint,
+    steps_of_run,
+    wire,
+)
 from clip_jax.workdir import Description, write_description
 
 
@@ -32,18 +41,18 @@ def run(config: Config, workdir: str) -> int:
     """
     if not config.data.train:
         raise UserError("config.data.train is empty; give tar shards, e.g. data/{00000..00009}.tar")
-    indexes = index_shards(expand(config.data.train))
-    pairs = sum(len(index) for index in indexes)
-    steps = config.train.steps or int(config.train.epochs * pairs / config.train.batch_size)
+    data = open_data(config, workdir)
+    pairs = sum(len(index) for index in data.indexes)
+    steps = steps_of_run(config, pairs)
     if steps < 1:
         raise UserError(
             f"config.train.epochs {config.train.epochs:g} over {pairs:,} pairs is not one step of "
             f"config.train.batch_size {config.train.batch_size}; raise the one or lower the other"
         )
     w = wire(config, steps)
-    print(_summary(config, w, indexes, pairs, steps), flush=True)
+    print(_summary(config, w, data, pairs, steps), flush=True)
 
-    identity = run_fingerprint(config, w, fingerprint(indexes), pairs)
+    identity = run_fingerprint(config, w, fingerprint(data.indexes), pairs)
     folder = make_workdir(workdir)
     checkpoints = Checkpoints(folder, keep=config.checkpoint.keep)
     try:
@@ -57,7 +66,7 @@ def run(config: Config, workdir: str) -> int:
                 config=dataclasses.asdict(config),
             ),
         )
-        code = train_loop(config, w, indexes, state, steps, checkpoints, identity, folder)
+        code = train_loop(config, w, data, state, steps, checkpoints, identity, folder)
     finally:
         checkpoints.close()
     if code == 0 and config.eval.data:
@@ -100,19 +109,23 @@ def restore_or_init(
     return init_state(w.model, w.optimizer, w.shapes, config.seed, freeze=config.train.freeze)
 
 
-def _summary(config: Config, w: Wiring, indexes: list[ShardIndex], pairs: int, steps: int) -> str:
+def _summary(config: Config, w: Wiring, data: TrainingData, pairs: int, steps: int) -> str:
     counts = parameter_counts(w.shapes.params)
     epochs = steps * config.train.batch_size / pairs
     lines = [
-        f"{pairs:,} pairs in {len(indexes)} shards; {steps:,} steps of "
+        f"{pairs:,} pairs in {len(data.indexes)} shards; {steps:,} steps of "
         f"{config.train.batch_size:,} pairs are {epochs:.1f} epochs",
         f"{config.model.name}: image tower {counts['image']:,} parameters, text tower "
         f"{counts['text']:,}; {jax.device_count()} {jax.devices()[0].device_kind} device(s), "
         + " x ".join(f"{axis}={n}" for axis, n in w.mesh.shape.items()),
     ]
     lines += [
+        f"shards left out: {n} {cause.replace('_', ' ')}, listed in skipped.jsonl"
+        for cause, n in data.log.shards.items()
+    ]
+    lines += [
         f"{len(keys)} samples have {cause.replace('_', ' ')} and are left out, first {keys[0]}"
-        for cause, keys in incomplete(indexes).items()
+        for cause, keys in incomplete(data.indexes).items()
     ]
     return "\n".join(lines)
 
@@ -130,7 +143,7 @@ def device_part(batch: Batch) -> dict[str, np.ndarray]:
 def train_loop(
     config: Config,
     w: Wiring,
-    indexes: list[ShardIndex],
+    data: TrainingData,
     state: TrainState,
     steps: int,
     checkpoints: Checkpoints,
@@ -146,7 +159,7 @@ def train_loop(
     train_step = make_step(config, w)
     with (
         Report(config, w, steps, start, folder) as report,
-        make_loader(config, w, indexes, start) as loader,
+        make_loader(config, w, data, start) as loader,
         catch_signals() as stop,
     ):
         pending: tuple[int, dict[str, jax.Array], list[str]] | None = None

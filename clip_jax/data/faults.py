@@ -4,7 +4,6 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import TextIO
 
 from clip_jax.errors import UserError
 
@@ -32,17 +31,19 @@ class SkipLog:
         self.shards: Counter[str] = Counter()
         self._max_fraction = max_fraction
         self._path = path
-        self._file: TextIO | None = None
         self._listed: set[str] = set()
+        self._first = ""
 
     def sample(self, cause: str, key: str, detail: str) -> None:
         """Take in one row that could not be used."""
         self.counts[cause] += 1
+        self._first = self._first or f"{key}: {detail}"
         self._list(cause, key, detail)
 
     def shard(self, cause: str, name: str, detail: str) -> None:
         """Take in a shard that is left out."""
         self.shards[cause] += 1
+        self._first = self._first or detail
         self._list(cause, name, detail)
 
     def check_rows(self, rows: int) -> None:
@@ -57,29 +58,23 @@ class SkipLog:
         if skipped > self._max_fraction * shards:
             raise self._too_many(self.shards, skipped, shards, "shards")
 
-    def close(self) -> None:
-        """Closes the list."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
     def _list(self, cause: str, name: str, detail: str) -> None:
         if self._path is None or name in self._listed or len(self._listed) >= MAX_LINES:
             return
         self._listed.add(name)
-        if self._file is None:
-            # The list goes on after a resume; a sample may then stand in it twice.
-            self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
+        self._path.parent.mkdir(parents=True, exist_ok=True)
         record = {"cause": cause, "name": name, "detail": detail[:500]}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        # The list goes on after a resume; a sample may then stand in it twice.
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
 
     def _too_many(self, counts: Counter[str], skipped: int, of: int, what: str) -> UserError:
         table = ", ".join(f"{n} {cause}" for cause, n in counts.most_common())
         where = f" (listed in {self._path})" if self._path is not None else ""
         return UserError(
-            f"{skipped:,} of {of:,} {what} could not be used: {table}{where}; mend the data or"
-            f" raise config.data.max_skip_fraction, now {self._max_fraction:g}"
+            f"{skipped:,} of {of:,} {what} could not be used: {table}{where}; first"
+            f" {self._first[:300]}; mend the data or raise"
+            f" config.data.max_skip_fraction, now {self._max_fraction:g}"
         )
 
 

@@ -103,7 +103,6 @@ class Loader(Iterator[Batch]):
     def close(self) -> None:
         """Ends the threads; a picture that is being decoded is finished first."""
         self._iterator.close()
-        self._log.close()
 
     def __enter__(self) -> "Loader":
         return self

@@ -1,11 +1,37 @@
 """From what the config says of the training data to indexed shards, source by source."""
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from clip_jax.data.faults import SkipLog, on_shard_error
 from clip_jax.data.samples import ShardIndex
 from clip_jax.data.sources import expand, index_shards
 from clip_jax.data.views import filtered, parse_filter, without_repeats
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The shards of every source, and the account of what is skipped in them."""
+
+    sources: list[list[ShardIndex]]
+    log: SkipLog
+
+    @property
+    def indexes(self) -> list[ShardIndex]:
+        """All shards, in one line."""
+        return [shard for source in self.sources for shard in source]
+
+    @property
+    def shards_per_source(self) -> list[int]:
+        """How many of `indexes` belong to each source."""
+        return [len(source) for source in self.sources]
+
+
+def steps_of_one_pass(pairs: int, batch_size: int, num_streams: int) -> int:
+    """Batches until the longest stream has given every sample once."""
+    longest = math.ceil(pairs / num_streams)
+    return math.ceil(longest / (batch_size // num_streams))
 
 
 def open_sources(
