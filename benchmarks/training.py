@@ -23,8 +23,8 @@ from benchmarks import both
 from benchmarks.turns import arguments, ratio, report, seconds, spread, take_turns
 from clip_jax.api import LoadedCLIP
 from clip_jax.config import default, resolve
-from clip_jax.metrics import measure_matmul_flops, peak_flops
 from clip_jax.mesh import place_batch
+from clip_jax.metrics import measure_matmul_flops, peak_flops
 from clip_jax.models.flops import train_flops_per_pair
 from clip_jax.state import TrainState, state_shapes
 from clip_jax.wiring import Wiring, make_step, wire

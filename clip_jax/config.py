@@ -6,6 +6,7 @@ An experiment file returns `default()` with its differences. `main` turns that i
 
 import dataclasses
 import difflib
+import types
 import typing
 from typing import Any
 
@@ -91,8 +92,22 @@ class OptimSection:
 class DataSection:
     """Where pairs come from and what is done to them."""
 
-    train: str = ""
-    """Tar shards: a path, a brace pattern, a glob, a folder, or several joined by "::"."""
+    train: str | tuple[str, ...] = ""
+    """A source, or a tuple of them: tar shards, tables, records, a folder, a URL or tfds:NAME, by
+    path, brace range, glob, or several joined by "::"; see docs/data.md."""
+    weights: tuple[float, ...] = ()
+    """Shares of a batch that the sources in `train` have; empty takes every pair alike."""
+    filter: str = ""
+    """Conditions on a sample's fields, such as "width>=200,similarity>0.3"; the samples that do
+    not meet them are not in the data."""
+    unique_keys: bool = False
+    """Keep only the first sample of every key."""
+    repeat: bool = True
+    """Begin again when every pair was seen; off, the run is one pass and needs train.epochs 1."""
+    max_skip_fraction: float = 0.1
+    """Largest share of samples, and of shards, that may be unreadable before the run ends."""
+    max_pixels: int = 89_478_485
+    """Pictures with more are skipped before they are decoded."""
     tokenizer: str = "clip"
     """"clip", or the path of a sentencepiece .model file."""
     streams: int = 8
@@ -107,6 +122,10 @@ class DataSection:
     """Share of the picture's area that a training crop keeps."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Width over height of a training crop."""
+    flip: float = 0.0
+    """Share of training pictures that are mirrored."""
+    grayscale: float = 0.0
+    """Share of training pictures that lose their colours."""
     color_jitter: tuple[float, float, float] = (0.0, 0.0, 0.0)
     """Most by which a training picture's brightness, contrast and saturation change, in 0..1."""
 
@@ -162,7 +181,10 @@ class Config:
 
 def default() -> ml_collections.ConfigDict:
     """Every field at its default, locked: an unknown key is an error."""
-    return ml_collections.ConfigDict(dataclasses.asdict(Config())).lock()
+    config = ml_collections.ConfigDict(dataclasses.asdict(Config()))
+    # One string or a tuple of them, which a typed field could not change between.
+    config.data.train = ml_collections.FieldReference(config.data.train, field_type=object)
+    return config.lock()
 
 
 def known_keys() -> list[str]:
@@ -199,6 +221,10 @@ def _field(kind: Any, value: Any, key: str) -> Any:
         if not isinstance(value, dict):
             raise UserError(f"config.{key} is {value!r}; it is a section with fields of its own")
         return _section(typing.cast(type, kind), value, key + ".")
+    if isinstance(kind, types.UnionType):
+        kind = next(
+            (k for k in typing.get_args(kind) if k is type(value)), typing.get_args(kind)[1]
+        )
     if typing.get_origin(kind) is tuple:
         item = typing.get_args(kind)[0]
         if isinstance(value, str) or not hasattr(value, "__len__"):
@@ -230,6 +256,11 @@ def resolve(config: ml_collections.ConfigDict) -> Config:
     _check_train(c.train)
     _check_optim(c.optim)
     _check_data(c.data, c.train.batch_size)
+    _require(
+        c.data.repeat or (c.train.epochs == 1 and not c.data.weights),
+        "config.data.repeat is off, which is one pass: set config.train.epochs to 1,"
+        " config.train.steps to 0 and give no config.data.weights",
+    )
     _check_mesh(c.mesh)
     _check_eval(c.eval)
     _require(c.checkpoint.every > 0 and c.checkpoint.keep > 0, "config.checkpoint: both above 0")
@@ -298,6 +329,16 @@ def _check_data(d: DataSection, batch_size: int) -> None:
         f"config.train.batch_size {batch_size} is not a multiple of config.data.streams "
         f"{d.streams}: every stream gives an equal share of a batch; change one of them",
     )
+    sources = 1 if isinstance(d.train, str) else len(d.train)
+    _require(
+        len(d.weights) in (0, sources) and all(w > 0 for w in d.weights),
+        f"config.data.weights is {d.weights} for {sources} sources in config.data.train; give one"
+        " above 0 for each, or none",
+    )
+    for key in ("flip", "grayscale", "max_skip_fraction"):
+        share = getattr(d, key)
+        _require(0 <= share <= 1, f"config.data.{key} is {share:g}; it takes 0 to 1")
+    _above_zero("data", d, "max_pixels")
     _require(
         0 < d.crop_scale[0] <= d.crop_scale[1] <= 1,
         f"config.data.crop_scale is {d.crop_scale}; it takes 0 < low <= high <= 1",

@@ -15,7 +15,8 @@ from clip_jax import distributed
 from clip_jax.checkpoint import Checkpoints, check_fingerprint
 from clip_jax.config import Config
 from clip_jax.data.loader import Batch, bucket_length
-from clip_jax.data.sources import ShardIndex, expand, fingerprint, incomplete, index_shards
+from clip_jax.data.opening import TrainingData
+from clip_jax.data.sources import fingerprint, incomplete
 from clip_jax.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED, UserError
 from clip_jax.evaluate import evaluate_workdir
 from clip_jax.initial import start_state
@@ -23,7 +24,15 @@ from clip_jax.mesh import batch_part, place_batch
 from clip_jax.report import Report
 from clip_jax.signals import catch_signals
 from clip_jax.state import TrainState, init_state, parameter_counts
-from clip_jax.wiring import Wiring, make_loader, make_step, run_fingerprint, wire
+from clip_jax.wiring import (
+    Wiring,
+    make_loader,
+    make_step,
+    open_data,
+    run_fingerprint,
+    steps_of_run,
+    wire,
+)
 from clip_jax.workdir import Description, write_description
 
 
@@ -35,9 +44,9 @@ def run(config: Config, workdir: str) -> int:
     """
     if not config.data.train:
         raise UserError("config.data.train is empty; give tar shards, e.g. data/{00000..00009}.tar")
-    indexes = index_shards(expand(config.data.train))
-    pairs = sum(len(index) for index in indexes)
-    steps = config.train.steps or int(config.train.epochs * pairs / config.train.batch_size)
+    data = open_data(config, workdir)
+    pairs = sum(len(index) for index in data.indexes)
+    steps = steps_of_run(config, pairs)
     if steps < 1:
         raise UserError(
             f"config.train.epochs {config.train.epochs:g} over {pairs:,} pairs is not one step of "
@@ -45,9 +54,9 @@ def run(config: Config, workdir: str) -> int:
         )
     w = wire(config, steps, workdir)
     check_streams(config.data.streams, batch_part(w.mesh)[1])
-    identity = run_fingerprint(config, w, fingerprint(indexes), pairs)
+    identity = run_fingerprint(config, w, fingerprint(data.indexes), pairs)
     distributed.agree(identity | {"its config": dataclasses.asdict(config)})
-    distributed.tell(_summary(config, w, indexes, pairs, steps))
+    distributed.tell(_summary(config, w, data, pairs, steps))
     folder = make_workdir(workdir)
     checkpoints = Checkpoints(folder, keep=config.checkpoint.keep)
     try:
@@ -63,7 +72,7 @@ def run(config: Config, workdir: str) -> int:
                     config=dataclasses.asdict(config),
                 ),
             )
-        code = train_loop(config, w, indexes, state, steps, checkpoints, identity, folder)
+        code = train_loop(config, w, data, state, steps, checkpoints, identity, folder)
     finally:
         checkpoints.close()
     distributed.stand_by()
@@ -136,19 +145,23 @@ def restore_or_init(
     )
 
 
-def _summary(config: Config, w: Wiring, indexes: list[ShardIndex], pairs: int, steps: int) -> str:
+def _summary(config: Config, w: Wiring, data: TrainingData, pairs: int, steps: int) -> str:
     counts = parameter_counts(w.shapes.params)
     epochs = steps * config.train.batch_size / pairs
     lines = [
-        f"{pairs:,} pairs in {len(indexes)} shards; {steps:,} steps of "
+        f"{pairs:,} pairs in {len(data.indexes)} shards; {steps:,} steps of "
         f"{config.train.batch_size:,} pairs are {epochs:.1f} epochs",
         f"{config.model.name}: image tower {counts['image']:,} parameters, text tower "
         f"{counts['text']:,}; {jax.device_count()} {jax.devices()[0].device_kind} device(s), "
         + " x ".join(f"{axis}={n}" for axis, n in w.mesh.shape.items()),
     ]
     lines += [
+        f"shards left out: {n} {cause.replace('_', ' ')}, listed in skipped.jsonl"
+        for cause, n in data.log.shards.items()
+    ]
+    lines += [
         f"{len(keys)} samples have {cause.replace('_', ' ')} and are left out, first {keys[0]}"
-        for cause, keys in incomplete(indexes).items()
+        for cause, keys in incomplete(data.indexes).items()
     ]
     return "\n".join(lines)
 
@@ -185,7 +198,7 @@ def announced(
 def train_loop(
     config: Config,
     w: Wiring,
-    indexes: list[ShardIndex],
+    data: TrainingData,
     state: TrainState,
     steps: int,
     checkpoints: Checkpoints,
@@ -202,7 +215,7 @@ def train_loop(
     train_step = make_step(config, w)
     with (
         Report(config, w, steps, start, folder) as report,
-        make_loader(config, w, indexes, start) as loader,
+        make_loader(config, w, data, start) as loader,
         catch_signals(distributed.tell) as stop,
     ):
 
