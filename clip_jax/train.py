@@ -16,7 +16,8 @@ from clip_jax.data.sources import ShardIndex, expand, fingerprint, incomplete, i
 from clip_jax.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED, UserError
 from clip_jax.evaluate import evaluate_workdir
 from clip_jax.mesh import place_batch
-from clip_jax.report import Report
+from clip_jax.progress import Report
+from clip_jax.report import report
 from clip_jax.signals import catch_signals
 from clip_jax.state import TrainState, init_state, parameter_counts
 from clip_jax.tokenizers import tokenizer_spec
@@ -62,6 +63,8 @@ def run(config: Config, workdir: str) -> int:
         checkpoints.close()
     if code == 0 and config.eval.data:
         print(evaluate_workdir(workdir), flush=True)
+        if jax.process_index() == 0:
+            print(report([workdir]), flush=True)
     return code
 
 

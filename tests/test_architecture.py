@@ -16,10 +16,10 @@ LEVELS = [
     | {"signals"},
     {"sharding", "workdir"},
     {"state", "evaluation"},
-    {"checkpoint", "pretrained"},
+    {"checkpoint", "pretrained", "report_page"},
     {"step"},
     {"api", "wiring"},
-    {"evaluate", "convert", "report"},
+    {"evaluate", "convert", "progress", "report"},
     {"train"},
     {"main"},
 ]

@@ -168,12 +168,16 @@ def make_eval_loader(
     context_length: int,
     batch_size: int,
     preprocess: Preprocess = OPENAI,
+    start_step: int = 0,
+    stop_step: int | None = None,
     process_index: int = 0,
     process_count: int = 1,
     threads: int = 8,
     prefetch: int = 2,
 ) -> Loader:
     """Every sample once, in the order of the shards, through `images.eval_transform`.
+
+    `start_step` and `stop_step` take a part of the batches, by their numbers.
 
     The last batch is filled up with rows of `ok=False` and an empty key. A sample needs no
     caption here when it has a label; of several captions `text` holds the first.
@@ -205,9 +209,9 @@ def make_eval_loader(
         evaluation=True,
     )
     num_steps = -(-total // batch_size)
-    return _make_loader(
-        rows_at, reader, rows=rows, steps=(0, num_steps), threads=threads, prefetch=prefetch
-    )
+    stop = num_steps if stop_step is None else min(stop_step, num_steps)
+    steps = (min(start_step, stop), stop)
+    return _make_loader(rows_at, reader, rows=rows, steps=steps, threads=threads, prefetch=prefetch)
 
 
 def _make_loader(
