@@ -21,7 +21,8 @@ from clip_jax.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED, UserE
 from clip_jax.evaluate import evaluate_workdir
 from clip_jax.initial import start_state
 from clip_jax.mesh import batch_part, place_batch
-from clip_jax.report import Report
+from clip_jax.progress import Report
+from clip_jax.report import report
 from clip_jax.signals import catch_signals
 from clip_jax.state import TrainState, init_state, parameter_counts
 from clip_jax.wiring import (
@@ -79,6 +80,7 @@ def run(config: Config, workdir: str) -> int:
     if code == 0 and config.eval.data and distributed.is_first():
         # Process 0 reads the checkpoint again, onto its first device; the others wait at the end.
         print(evaluate_workdir(workdir), flush=True)
+        print(report([workdir]), flush=True)
     return code
 
 

@@ -16,10 +16,10 @@ LEVELS = [
     | {"signals", "distributed"},
     {"sharding", "workdir"},
     {"state", "evaluation"},
-    {"checkpoint", "pretrained"},
+    {"checkpoint", "pretrained", "report_page"},
     {"step", "initial"},
     {"api", "wiring"},
-    {"evaluate", "convert", "report"},
+    {"evaluate", "convert", "progress", "report"},
     {"train"},
     {"main"},
 ]
