@@ -15,13 +15,11 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 # JAX would take most of a GPU's memory at once and leave PyTorch none.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 
@@ -186,12 +184,3 @@ def make_torch_step(
         return loss.item()
 
     return step
-
-
-def jax_variables(loaded: LoadedCLIP) -> dict[str, Any]:
-    """The parameters as modules take them."""
-    return {"params": loaded.params, "batch_stats": loaded.batch_stats}
-
-
-def compute_dtype(options: argparse.Namespace) -> jnp.dtype:
-    return jnp.dtype(options.dtype)

@@ -189,7 +189,7 @@ def make_step(config: Config, w: Wiring) -> TrainStep:
     loss_fn = make_loss(
         config.train.loss,
         mesh=w.mesh,
-        tile_size=config.train.loss_tile or 1024,
+        tile_size=config.train.loss_tile,
         mask_equal_captions=config.train.mask_equal_captions,
     )
     return make_train_step(
