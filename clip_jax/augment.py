@@ -1,10 +1,13 @@
-"""Colour changes of a training batch, on the device, as a function of the seed and the step.
+"""What chance does to a training batch on the device, as a function of the seed and the step.
 
-Brightness, contrast and saturation as torchvision's `adjust_*` functions define them, always in
+The draws are arrays with a row a picture, made for the whole batch at once; what uses them is pure.
+So a micro-batch takes its rows of them, twice if need be, and no mesh changes what a picture gets.
+
+Brightness, contrast and saturation are as torchvision's `adjust_*` functions define them, always in
 this order (torchvision's ColorJitter draws the order too).
 """
 
-from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +15,53 @@ from jaxtyping import Array, Float, Int
 
 from clip_jax.typing import Images
 
-ColorJitter = Callable[[Images, Int[Array, ""]], Images]
-"""(images in 0..1, the step) -> images in 0..1."""
-
 # ITU-R 601-2 luma, as torchvision rounds it.
 _LUMA = (0.2989, 0.587, 0.114)
+
+
+@runtime_checkable
+class DrawFn(Protocol):
+    """The draws of one step."""
+
+    def __call__(self, step: Int[Array, ""], batch_size: int) -> dict[str, jax.Array]:
+        """By name, for every row of the batch; a kind of chance that is off has no entry.
+
+        colors_B3: float32, factors of brightness, contrast and saturation.
+        kept_Bl: int32, the patches that stay, in their order.
+        """
+        ...
+
+
+def make_draws(
+    *,
+    seed: int,
+    color_jitter: tuple[float, float, float] = (0.0, 0.0, 0.0),
+    patches: int = 0,
+    patch_dropout: float = 0.0,
+) -> DrawFn:
+    """The draws of a run.
+
+    Args:
+      seed: the run's; a step draws the same on any mesh and after a resume.
+      color_jitter: brightness, contrast and saturation change by at most these, in 0..1.
+      patches: of one picture.
+      patch_dropout: the share of them that is left out; at least one stays.
+    """
+
+    def draw(step: Int[Array, ""], batch_size: int) -> dict[str, jax.Array]:
+        key = jax.random.fold_in(jax.random.key(seed), step)
+        draws: dict[str, jax.Array] = {}
+        if any(color_jitter):
+            changes_B3 = jax.random.uniform(key, (batch_size, 3), minval=-1, maxval=1)
+            draws["colors_B3"] = 1 + changes_B3 * jnp.array(color_jitter)
+        if patch_dropout:
+            kept = max(1, int(patches * (1 - patch_dropout)))
+            noise_BL = jax.random.uniform(jax.random.fold_in(key, 1), (batch_size, patches))
+            _, kept_Bl = jax.lax.top_k(noise_BL, kept)
+            draws["kept_Bl"] = jnp.sort(kept_Bl, axis=1)
+        return draws
+
+    return draw
 
 
 def adjust_colors(images_BHWC: Images, factors_B3: Float[Array, "B 3"]) -> Images:
@@ -37,21 +82,3 @@ def adjust_colors(images_BHWC: Images, factors_B3: Float[Array, "B 3"]) -> Image
 def _grey(images_BHWC: Images) -> Float[Array, "B H W 1"]:
     # Not a matrix product: an accelerator would round one.
     return jnp.sum(images_BHWC * jnp.array(_LUMA), axis=-1, keepdims=True)
-
-
-def make_color_jitter(amounts: tuple[float, float, float], *, seed: int) -> ColorJitter:
-    """Random factors within 1 - amount and 1 + amount, drawn anew for every picture and step.
-
-    Args:
-      amounts: of brightness, contrast and saturation, in 0..1; all 0 leaves every picture as it is.
-      seed: the run's; a step draws the same on any mesh and after a resume.
-    """
-    if not any(amounts):
-        return lambda images_BHWC, step: images_BHWC
-
-    def color_jitter(images_BHWC: Images, step: Int[Array, ""]) -> Images:
-        key = jax.random.fold_in(jax.random.key(seed), step)
-        draws_B3 = jax.random.uniform(key, (images_BHWC.shape[0], 3), minval=-1, maxval=1)
-        return adjust_colors(images_BHWC, 1 + draws_B3 * jnp.array(amounts))
-
-    return color_jitter

@@ -6,7 +6,8 @@ reading; a checkpoint that fails is moved to `quarantine/` and the one before it
 also casts another dtype silently and knows nothing of the data: `meta` holds a fingerprint too.
 
 A checkpoint has three items: `model` (parameters and batch statistics), `train` (the step and
-the optimiser's state) and `meta` (JSON). The data order is a function of the step alone, so it
+the optimiser's state) and `meta` (JSON); a run that keeps moving averages has them in a fourth,
+`ema`, laid out as `model`. The data order is a function of the step alone, so it
 needs no state of its own.
 """
 
@@ -88,21 +89,16 @@ class Checkpoints:
         """Start saving the state after `step` updates; a step saved already is left alone."""
         if step in self._manager.all_steps():
             return
-        model, train = _items(state)
+        items = _items(state)
         meta = {
             "format": FORMAT,
             "step": step,
             "fingerprint": fingerprint,
-            "digests": tree_digests({"model": model, "train": train}),
+            "digests": tree_digests(items),
         }
+        args = {name: ocp.args.StandardSave(item) for name, item in items.items()}
         self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                model=ocp.args.StandardSave(model),
-                train=ocp.args.StandardSave(train),
-                meta=ocp.args.JsonSave(meta),
-            ),
-            force=True,
+            step, args=ocp.args.Composite(**args, meta=ocp.args.JsonSave(meta)), force=True
         )
 
     def restore(self, shapes: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
@@ -114,8 +110,7 @@ class Checkpoints:
           UserError: there were checkpoints and none of them is whole, or they hold the arrays of
             another model or optimiser.
         """
-        model, train = _items(shapes)
-        found = self._restore({"model": model, "train": train})
+        found = self._restore(_items(shapes))
         if found is None:
             return None
         items, meta = found
@@ -124,13 +119,20 @@ class Checkpoints:
             params=items["model"]["params"],
             batch_stats=items["model"]["batch_stats"],
             opt_state=items["train"]["opt_state"],
+            ema=items.get("ema", {}),
         )
         return state, meta
 
     def restore_model(self, shapes: Any) -> tuple[Any, dict[str, Any]] | None:
-        """The newest undamaged `{"params", "batch_stats"}` and its meta."""
-        found = self._restore({"model": shapes})
-        return None if found is None else (found[0]["model"], found[1])
+        """The newest undamaged `{"params", "batch_stats"}` and its meta.
+
+        The moving averages where the run keeps them: they are what it is trained for.
+        """
+        meta = self.latest_meta()
+        averaged = meta is not None and any(name.startswith("ema/") for name in meta["digests"])
+        item = "ema" if averaged else "model"
+        found = self._restore({item: shapes})
+        return None if found is None else (found[0][item], found[1])
 
     def latest_meta(self) -> dict[str, Any] | None:
         """The meta item of the newest checkpoint that has a readable one."""
@@ -207,9 +209,12 @@ class Checkpoints:
         self._manager.close()
 
 
-def _items(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
-    model = {"params": state.params, "batch_stats": state.batch_stats}
-    return model, {"step": state.step, "opt_state": state.opt_state}
+def _items(state: TrainState) -> dict[str, Any]:
+    items = {
+        "model": {"params": state.params, "batch_stats": state.batch_stats},
+        "train": {"step": state.step, "opt_state": state.opt_state},
+    }
+    return items | {"ema": state.ema} if state.ema else items
 
 
 def _first_difference(items: dict[str, Any], digests: dict[str, int]) -> str | None:

@@ -38,12 +38,12 @@ def batch_shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def check_batch_size(batch_size: int, mesh: Mesh) -> None:
-    """Raises UserError when the mesh does not divide a global batch evenly."""
+def check_batch_size(name: str, batch_size: int, mesh: Mesh) -> None:
+    """Raises UserError when the mesh does not divide a batch evenly; `name` is its field's."""
     shards = batch_shards(mesh)
     if batch_size % shards:
         raise UserError(
-            f"config.train.batch_size {batch_size} is not a multiple of data x fsdp = "
+            f"{name} {batch_size} is not a multiple of data x fsdp = "
             f"{mesh.shape['data']} x {mesh.shape['fsdp']} = {shards} devices; "
             f"the nearest that is: {max(shards, batch_size // shards * shards)}"
         )

@@ -11,6 +11,10 @@ from jax.sharding import Mesh
 
 from clip_jax.models.clip import CLIP
 from clip_jax.sharding import tree_shardings
+from clip_jax.typing import Params
+
+FROZEN = {"": (), "image": ("visual",), "text": ("text",)}
+"""The parameters' top names that a run with `freeze` leaves as they are."""
 
 
 @flax.struct.dataclass
@@ -21,13 +25,21 @@ class TrainState:
       step: int32 scalar.
       params: the model's parameters, float32.
       batch_stats: a ResNet's running statistics; empty for a ViT.
-      opt_state: the optimiser's.
+      opt_state: the optimiser's, of the parameters that are trained.
+      ema: the moving averages {"params", "batch_stats"}; empty where none is kept.
     """
 
     step: jax.Array
     params: Any
     batch_stats: Any
     opt_state: Any
+    ema: Any
+
+
+def split_frozen(params: Params, freeze: str) -> tuple[Params, Params]:
+    """Parameters that are trained, and those that stay; `a | b` is the whole again."""
+    trained = {name: tree for name, tree in params.items() if name not in FROZEN[freeze]}
+    return trained, {name: tree for name, tree in params.items() if name not in trained}
 
 
 def init_variables(model: CLIP, seed: int) -> dict[str, Any]:
@@ -38,9 +50,37 @@ def init_variables(model: CLIP, seed: int) -> dict[str, Any]:
     return dict(model.init(jax.random.key(seed), images_BHWC, tokens_BL))
 
 
-def state_shapes(model: CLIP, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def make_state(
+    variables: dict[str, Any],
+    optimizer: optax.GradientTransformation,
+    *,
+    freeze: str = "",
+    ema: bool = False,
+) -> TrainState:
+    """A state before its first step; traceable."""
+    params, batch_stats = variables["params"], variables.get("batch_stats", {})
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        batch_stats=batch_stats,
+        opt_state=optimizer.init(split_frozen(params, freeze)[0]),
+        # Arrays of their own: the step donates its state, and one buffer cannot be given twice.
+        ema=jax.tree.map(jnp.copy, {"params": params, "batch_stats": batch_stats}) if ema else {},
+    )
+
+
+def state_shapes(
+    model: CLIP,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    freeze: str = "",
+    ema: bool = False,
+) -> TrainState:
     """A state of ShapeDtypeStructs with their shardings; allocates nothing."""
-    shapes = jax.eval_shape(lambda: _init(model, optimizer, 0))
+    shapes = jax.eval_shape(
+        lambda: make_state(init_variables(model, 0), optimizer, freeze=freeze, ema=ema)
+    )
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         shapes,
@@ -49,22 +89,21 @@ def state_shapes(model: CLIP, optimizer: optax.GradientTransformation, mesh: Mes
 
 
 def init_state(
-    model: CLIP, optimizer: optax.GradientTransformation, shapes: TrainState, seed: int
+    model: CLIP,
+    optimizer: optax.GradientTransformation,
+    shapes: TrainState,
+    seed: int,
+    *,
+    freeze: str = "",
 ) -> TrainState:
     """A fresh state laid out as `shapes`, each device making its own part of it."""
     shardings = jax.tree.map(lambda x: x.sharding, shapes)
-    return jax.jit(lambda: _init(model, optimizer, seed), out_shardings=shardings)()
 
+    def make() -> TrainState:
+        variables = init_variables(model, seed)
+        return make_state(variables, optimizer, freeze=freeze, ema=bool(shapes.ema))
 
-def _init(model: CLIP, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    variables = init_variables(model, seed)
-    params = variables["params"]
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        batch_stats=variables.get("batch_stats", {}),
-        opt_state=optimizer.init(params),
-    )
+    return jax.jit(make, out_shardings=shardings)()
 
 
 def parameter_counts(params: Any) -> dict[str, int]:

@@ -97,7 +97,7 @@ def restore_or_init(
         if restored is not None:
             print(f"going on from step {restored[1]['step']} of {folder}", flush=True)
             return restored[0]
-    return init_state(w.model, w.optimizer, w.shapes, config.seed)
+    return init_state(w.model, w.optimizer, w.shapes, config.seed, freeze=config.train.freeze)
 
 
 def _summary(config: Config, w: Wiring, indexes: list[ShardIndex], pairs: int, steps: int) -> str:

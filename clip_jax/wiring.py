@@ -10,15 +10,17 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from clip_jax.augment import make_color_jitter
+from clip_jax.augment import make_draws
 from clip_jax.config import Config
 from clip_jax.data.images import IMAGE_MEAN, IMAGE_STD
 from clip_jax.data.loader import Loader, make_train_loader
 from clip_jax.data.sources import ShardIndex
+from clip_jax.errors import UserError
 from clip_jax.losses import make_loss
 from clip_jax.mesh import batch_shards, check_batch_size, make_mesh
 from clip_jax.models.clip import CLIP, CLIPConfig
 from clip_jax.models.flops import image_flops, text_flops
+from clip_jax.models.vit import ViTConfig
 from clip_jax.models.zoo import model_config
 from clip_jax.optim import make_optimizer, make_schedule
 from clip_jax.state import TrainState, device_bytes, parameter_counts, state_shapes
@@ -56,7 +58,9 @@ def wire(config: Config, steps: int) -> Wiring:
       UserError: the model, the tokenizer or the mesh does not fit the config.
     """
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
-    check_batch_size(config.train.batch_size, mesh)
+    check_batch_size("config.train.batch_size", config.train.batch_size, mesh)
+    if config.train.microbatch_size:
+        check_batch_size("config.train.microbatch_size", config.train.microbatch_size, mesh)
     tokenizer = make_tokenizer(config.data.tokenizer)
     sizes = sized_model(config.model.name, tokenizer)
     if config.train.loss == "sigmoid":
@@ -66,7 +70,8 @@ def wire(config: Config, steps: int) -> Wiring:
     o = dataclasses.asdict(config.optim)
     schedule = make_schedule(o.pop("learning_rate"), o.pop("warmup_steps"), steps)
     optimizer = make_optimizer(schedule, **o)
-    shapes = state_shapes(model, optimizer, mesh)
+    t = config.train
+    shapes = state_shapes(model, optimizer, mesh, freeze=t.freeze, ema=t.ema_decay > 0)
     return Wiring(mesh, tokenizer, model, schedule, optimizer, shapes)
 
 
@@ -110,6 +115,15 @@ def run_fingerprint(config: Config, w: Wiring, data: str, pairs: int) -> dict[st
         "config.data.color_jitter": list(config.data.color_jitter),
         "the number of training pairs": pairs,
         "the training data's fingerprint": data,
+    } | {
+        # Only where set: runs older than these fields go on.
+        key: value
+        for key, value in (
+            ("config.model.patch_dropout", config.model.patch_dropout),
+            ("config.train.freeze", config.train.freeze),
+            ("config.train.ema_decay", config.train.ema_decay),
+        )
+        if value
     }
 
 
@@ -127,10 +141,41 @@ def make_step(config: Config, w: Wiring) -> TrainStep:
         w.optimizer,
         w.schedule,
         w.shapes,
+        mesh=w.mesh,
         image_mean=IMAGE_MEAN,
         image_std=IMAGE_STD,
-        color_jitter=make_color_jitter(config.data.color_jitter, seed=config.seed),
+        draws=make_draws(
+            seed=config.seed,
+            color_jitter=config.data.color_jitter,
+            patches=patches(config, w.model.config),
+            patch_dropout=config.model.patch_dropout,
+        ),
+        microbatch_size=config.train.microbatch_size,
+        freeze=config.train.freeze,
+        ema_decay=config.train.ema_decay,
     )
+
+
+def patches(config: Config, sizes: CLIPConfig) -> int:
+    """Patches of a picture, for patch dropout.
+
+    Raises:
+      UserError: patches are to be dropped and the image tower has none, or is frozen.
+    """
+    vision = sizes.vision
+    if isinstance(vision, ViTConfig):
+        if config.model.patch_dropout and config.train.freeze == "image":
+            raise UserError(
+                "config.model.patch_dropout is set and config.train.freeze is 'image': a frozen "
+                "tower sees whole pictures; leave one of them out"
+            )
+        return vision.grid_size**2
+    if config.model.patch_dropout:
+        raise UserError(
+            f"config.model.patch_dropout is set and {config.model.name} has no patches to drop; "
+            "take a ViT or set it to 0"
+        )
+    return 0
 
 
 def make_loader(config: Config, w: Wiring, indexes: list[ShardIndex], start: int) -> Loader:

@@ -4,9 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from clip_jax.augment import adjust_colors, make_color_jitter
-from clip_jax.mesh import make_mesh, place_batch
+from clip_jax.augment import adjust_colors, make_draws
+from clip_jax.mesh import make_mesh
 
 
 @pytest.fixture(scope="module")
@@ -37,21 +41,35 @@ def test_values_stay_in_range(images):
     assert float(out.min()) == 0 and float(out.max()) == 1
 
 
-def test_draws_hang_on_seed_and_step_and_not_on_the_mesh(images):
-    amounts = (0.3, 0.3, 0.3)
-    jitter = jax.jit(make_color_jitter(amounts, seed=1))
-    first = np.asarray(jitter(images, jnp.int32(4)))
-    np.testing.assert_array_equal(first, jitter(images, jnp.int32(4)))
-    assert not np.array_equal(first, jitter(images, jnp.int32(5)))
-    assert not np.array_equal(first, make_color_jitter(amounts, seed=2)(images, jnp.int32(4)))
-    mesh = make_mesh(data=2, fsdp=2, tensor=2)
-    split = jitter(place_batch({"image": np.asarray(images)}, mesh)["image"], jnp.int32(4))
-    # The mean of a picture is one float32 sum of 90 values, in the compiler's order.
-    np.testing.assert_allclose(split, first, atol=1e-6)
-    # Each picture has its own draws.
-    ratios = np.asarray(jitter(jnp.full((8, 4, 4, 3), 0.5), jnp.int32(4)))[:, 0, 0, 0]
-    assert len(set(ratios.tolist())) == 8
+def test_draws_hang_on_seed_and_step_and_not_on_the_mesh():
+    options = {"color_jitter": (0.3, 0.3, 0.3), "patches": 49, "patch_dropout": 0.5}
+    draw = make_draws(seed=1, **options)
+    first = draw(jnp.int32(4), 8)
+    rows = NamedSharding(make_mesh(data=2, fsdp=2, tensor=2), P(("data", "fsdp")))
+    split = jax.jit(lambda step: draw(step, 8), out_shardings=rows)(jnp.int32(4))
+    jax.tree.map(np.testing.assert_array_equal, split, first)
+    others = draw(jnp.int32(5), 8), make_draws(seed=2, **options)(jnp.int32(4), 8)
+    for name, x in first.items():
+        assert all(not np.array_equal(x, other[name]) for other in others)
+        # Each picture has its own draws.
+        assert len(np.unique(np.asarray(x), axis=0)) == 8
 
 
-def test_none_is_the_same_array(images):
-    assert make_color_jitter((0.0, 0.0, 0.0), seed=0)(images, jnp.int32(1)) is images
+def test_what_is_off_draws_nothing():
+    assert make_draws(seed=0)(jnp.int32(1), 8) == {}
+
+
+@given(patches=st.integers(1, 64), share=st.floats(0.01, 0.99), step=st.integers(0, 1000))
+@settings(max_examples=20, deadline=None)
+def test_patches_that_stay_are_distinct_and_of_the_promised_number(patches, share, step):
+    draw = make_draws(seed=0, patches=patches, patch_dropout=share)
+    kept_Bl = np.asarray(draw(jnp.int32(step), 3)["kept_Bl"])
+    assert kept_Bl.shape == (3, max(1, int(patches * (1 - share))))
+    assert (np.diff(kept_Bl, axis=1) > 0).all() and kept_Bl.min() >= 0 and kept_Bl.max() < patches
+
+
+def test_every_patch_stays_as_often_as_another():
+    kept = make_draws(seed=0, patches=10, patch_dropout=0.5)(jnp.int32(0), 4000)["kept_Bl"]
+    counts = np.bincount(np.asarray(kept).ravel(), minlength=10)
+    # 4,000 draws at one half: a standard deviation of 32; five of them.
+    assert abs(counts - 2000).max() < 160

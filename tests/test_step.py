@@ -9,7 +9,7 @@ import pytest
 from test_models import make_tokens
 from tiny import CONVNET, RESNET, TINY, VIT
 
-from clip_jax.augment import make_color_jitter
+from clip_jax.augment import make_draws
 from clip_jax.losses import make_loss
 from clip_jax.mesh import check_batch_size, make_mesh, place_batch
 from clip_jax.models.clip import CLIP
@@ -32,7 +32,9 @@ def make_batch(config, seed=0):
     }
 
 
-def make_all(config, mesh, *, loss="softmax", dtype=jnp.float32, jitter=False):
+def make_all(
+    config, mesh, *, loss="softmax", dtype=jnp.float32, jitter=False, patch_dropout=0.0, **options
+):
     bias = -10.0 if loss == "sigmoid" else None
     model = CLIP(dataclasses.replace(config, init_logit_bias=bias), dtype=dtype)
     schedule = make_schedule(1e-3, 5, 40)
@@ -45,7 +47,10 @@ def make_all(config, mesh, *, loss="softmax", dtype=jnp.float32, jitter=False):
         clip_norm=0.0,
         max_logit_scale=100.0,
     )
-    shapes = state_shapes(model, optimizer, mesh)
+    freeze = options.get("freeze", "")
+    shapes = state_shapes(
+        model, optimizer, mesh, freeze=freeze, ema=options.get("ema_decay", 0.0) > 0
+    )
     loss_fn = make_loss(loss, mesh=mesh, tile_size=8, mask_equal_captions=True)
     half = (0.5, 0.5, 0.5)
     step = make_train_step(
@@ -56,9 +61,16 @@ def make_all(config, mesh, *, loss="softmax", dtype=jnp.float32, jitter=False):
         shapes,
         image_mean=half,
         image_std=half,
-        color_jitter=make_color_jitter((0.2, 0.2, 0.2) if jitter else (0.0, 0.0, 0.0), seed=0),
+        mesh=mesh,
+        draws=make_draws(
+            seed=0,
+            color_jitter=(0.2, 0.2, 0.2) if jitter else (0.0, 0.0, 0.0),
+            patches=config.vision.grid_size**2 if patch_dropout else 0,
+            patch_dropout=patch_dropout,
+        ),
+        **options,
     )
-    return init_state(model, optimizer, shapes, seed=0), step
+    return init_state(model, optimizer, shapes, seed=0, freeze=freeze), step
 
 
 def one_device_mesh():
@@ -183,4 +195,4 @@ def test_mesh_mistakes_name_the_numbers():
     with pytest.raises(UserError, match=r"3 x 2 x 1 .* = 6 devices and there are 8"):
         make_mesh(data=3, fsdp=2, tensor=1)
     with pytest.raises(UserError, match=r"batch_size 100 is not a multiple .* = 8 .*: 96"):
-        check_batch_size(100, make_mesh(data=-1, fsdp=1, tensor=1))
+        check_batch_size("config.train.batch_size", 100, make_mesh(data=-1, fsdp=1, tensor=1))

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from clip_jax.errors import UserError
 from clip_jax.models.convnet import ConvNet, ConvNetConfig
+from clip_jax.models.execution import Execution, remat_tower
 from clip_jax.models.resnet import ModifiedResNet, ResNetConfig
 from clip_jax.models.text import TextConfig, TextTransformer
 from clip_jax.models.vit import VisionTransformer, ViTConfig
@@ -60,18 +61,26 @@ class CLIP(nn.Module):
 
     Attributes:
       config: the sizes.
-      read_early: compute each tower's last block at the one position that is read (exact).
-      dtype: of activations and matrix products; parameters stay float32.
+      read_early, dtype, attention, remat, scan: how it is computed; see `Execution`.
     """
 
     config: CLIPConfig
     read_early: bool = True
     dtype: DTypeLike = jnp.float32
+    attention: str = "auto"
+    remat: str = "none"
+    scan: bool = False
+
+    @property
+    def how(self) -> Execution:
+        """How both towers are computed."""
+        return Execution(self.read_early, self.dtype, self.attention, self.remat, self.scan)
 
     def setup(self) -> None:
         c = self.config
         self.visual = self._image_tower()
-        self.text = TextTransformer(c.text, c.embed_dim, self.read_early, self.dtype)
+        text = remat_tower(TextTransformer, self.how)
+        self.text = text(c.text, c.embed_dim, self.how)
         constant = nn.initializers.constant
         self.logit_scale = self.param("logit_scale", constant(c.init_logit_scale), ())
         if c.init_logit_bias is not None:
@@ -79,20 +88,27 @@ class CLIP(nn.Module):
 
     def _image_tower(self) -> nn.Module:
         c = self.config
-        if isinstance(c.vision, ResNetConfig):
-            return ModifiedResNet(c.vision, c.embed_dim, self.dtype)
-        if isinstance(c.vision, ConvNetConfig):
-            return ConvNet(c.vision, c.embed_dim, self.dtype)
-        return VisionTransformer(c.vision, c.embed_dim, self.read_early, self.dtype)
+        towers = {
+            ViTConfig: VisionTransformer,
+            ResNetConfig: ModifiedResNet,
+            ConvNetConfig: ConvNet,
+        }
+        tower = remat_tower(towers[type(c.vision)], self.how, static_argnums=(2,))
+        return tower(c.vision, c.embed_dim, self.how)
 
     def encode_image(
         self,
         images_BHWC: Float[Array, "B H W 3"],
         train: bool = False,
         ok_B: Bool[Array, " B"] | None = None,
+        kept_Bl: Int[Array, "B l"] | None = None,
     ) -> Float[Array, "B D"]:
-        """Image features, not of unit length; rows not `ok` have no part in batch statistics."""
-        return self.visual(images_BHWC, train, ok_B)
+        """Image features, not of unit length.
+
+        Rows not `ok` have no part in batch statistics. `kept_Bl`: the numbers of the patches that
+        an image transformer sees of each picture; None is all. The class token always stays.
+        """
+        return self.visual(images_BHWC, train, ok_B, kept_Bl)
 
     def encode_text(self, tokens_BL: Int[Array, "B L"]) -> Float[Array, "B D"]:
         """Text features, not of unit length."""
@@ -104,8 +120,14 @@ class CLIP(nn.Module):
         tokens_BL: Int[Array, "B L"],
         train: bool = False,
         ok_B: Bool[Array, " B"] | None = None,
+        kept_Bl: Int[Array, "B l"] | None = None,
     ) -> tuple[Float[Array, "B D"], Float[Array, "B D"]]:
         """Image and text features of unit length, float32."""
-        image_features = unit_length(self.encode_image(images_BHWC, train, ok_B))
+        image_features = unit_length(self.encode_image(images_BHWC, train, ok_B, kept_Bl))
         text_features = unit_length(self.encode_text(tokens_BL))
         return image_features, text_features
+
+
+def unrolled(model: CLIP) -> CLIP:
+    """The same model with every block's parameters by themselves; `stack_layers` leads back."""
+    return model.clone(scan=False)

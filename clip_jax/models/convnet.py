@@ -9,11 +9,10 @@ it matters what is where: the mean over the places names fewer of them right.
 import dataclasses
 
 import flax.linen as nn
-import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from clip_jax.models.convolution import batch_norm, conv, statistics_mask
+from clip_jax.models.execution import PLAIN, Execution, remat_block
 from clip_jax.models.layers import LayerNorm, normal, torch_uniform
 
 
@@ -42,7 +41,7 @@ class ConvNet(nn.Module):
 
     config: ConvNetConfig
     embed_dim: int
-    dtype: DTypeLike = jnp.float32
+    how: Execution = PLAIN
 
     @nn.compact
     def __call__(
@@ -50,32 +49,43 @@ class ConvNet(nn.Module):
         images_BHWC: Float[Array, "B H W 3"],
         train: bool = False,
         ok_B: Bool[Array, " B"] | None = None,
+        kept_Bl: None = None,
     ) -> Float[Array, "B D"]:
         """Features of normalised images, not of unit length.
 
         With `train` the statistics of the batch's good rows are used (all are where `ok_B` is
         None), and the running ones updated where the caller makes `batch_stats` mutable.
+        `kept_Bl` is of the transformers: there are no patches to choose here.
         """
+        del kept_Bl
         mask = statistics_mask(ok_B)
-        first, *rest = self.config.features
-        size = self.config.patch_size
-        x_BHWD = nn.Conv(
-            first,
-            (size, size),
-            strides=(size, size),
-            padding="VALID",
-            use_bias=False,
-            kernel_init=torch_uniform(3 * size * size),
-            dtype=self.dtype,
-            name="conv1",
-        )(images_BHWC)
-        x_BHWD = nn.relu(batch_norm(train, dtype=self.dtype, name="bn1")(x_BHWD, mask=mask))
-        for i, features in enumerate(rest, start=2):
-            fan_in = x_BHWD.shape[-1]
-            x_BHWD = conv(features, 3, fan_in, stride=2, dtype=self.dtype, name=f"conv{i}")(x_BHWD)
-            norm = batch_norm(train, dtype=self.dtype, name=f"bn{i}")
-            x_BHWD = nn.relu(norm(x_BHWD, mask=mask))
+        stage = remat_block(ConvNet._stage, self.how, (2, 4))
+        x_BHWD = images_BHWC
+        for number in range(1, len(self.config.features) + 1):
+            x_BHWD = stage(self, x_BHWD, number, mask, train)
         x_BD = LayerNorm(name="ln_post")(x_BHWD.reshape(x_BHWD.shape[0], -1))
         width = x_BD.shape[-1]
         projection_DD = self.param("proj", normal(width**-0.5), (width, self.embed_dim))
         return x_BD @ projection_DD.astype(x_BD.dtype)
+
+    def _stage(self, x_BHWD: Array, number: int, mask: Array | None, train: bool) -> Array:
+        """Convolution `number`, of patches where it is the first, with its batch norm and ReLU."""
+        features, dtype = self.config.features[number - 1], self.how.dtype
+        if number == 1:
+            size = self.config.patch_size
+            x_BHWD = nn.Conv(
+                features,
+                (size, size),
+                strides=(size, size),
+                padding="VALID",
+                use_bias=False,
+                kernel_init=torch_uniform(3 * size * size),
+                dtype=dtype,
+                name="conv1",
+            )(x_BHWD)
+        else:
+            fan_in = x_BHWD.shape[-1]
+            name = f"conv{number}"
+            x_BHWD = conv(features, 3, fan_in, stride=2, dtype=dtype, name=name)(x_BHWD)
+        norm = batch_norm(train, dtype=dtype, name=f"bn{number}")
+        return nn.relu(norm(x_BHWD, mask=mask))

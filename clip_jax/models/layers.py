@@ -1,7 +1,7 @@
 """The pieces both transformers share: activations, initialisers, attention, one residual block."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from clip_jax.errors import UserError
+from clip_jax.models.attention import attend
+from clip_jax.models.execution import Execution, remat_block
 
 Initializer = Callable[..., jax.Array]
 
@@ -32,12 +33,6 @@ def gelu_tanh(x: Array) -> Array:
 
 
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu, "gelu_tanh": gelu_tanh}
-
-
-def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
-    """Refuse a config's field that is none of its choices."""
-    if value not in choices:
-        raise UserError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
 
 
 def uniform(bound: float) -> Initializer:
@@ -128,7 +123,7 @@ class Attention(nn.Module):
 
     heads: int
     block_init: BlockInit
-    dtype: DTypeLike
+    how: Execution
 
     @nn.compact
     def __call__(
@@ -146,21 +141,26 @@ class Attention(nn.Module):
             return nn.DenseGeneral(
                 (self.heads, width // self.heads),
                 kernel_init=self.block_init.attention_in,
-                dtype=self.dtype,
+                dtype=self.how.dtype,
                 name=name,
             )
 
         q_BLNK = project("q_proj")(query_BLD)
         k_BLNK = project("k_proj")(x_BLD)
         v_BLNK = project("v_proj")(x_BLD)
-        y_BLNK = jax.nn.dot_product_attention(
-            q_BLNK, k_BLNK, v_BLNK, is_causal=is_causal, key_value_seq_lengths=visible_B
+        y_BLNK = attend(
+            q_BLNK,
+            k_BLNK,
+            v_BLNK,
+            is_causal=is_causal,
+            visible_B=visible_B,
+            kernel=self.how.attention,
         )
         return nn.DenseGeneral(
             width,
             axis=(-2, -1),
             kernel_init=self.block_init.attention_out,
-            dtype=self.dtype,
+            dtype=self.how.dtype,
             name="out_proj",
         )(y_BLNK)
 
@@ -234,7 +234,7 @@ class ResidualBlock(nn.Module):
     """Pre-LN attention and MLP, each with a residual connection."""
 
     config: BlockConfig
-    dtype: DTypeLike
+    how: Execution
 
     @nn.compact
     def __call__(self, x_BLD: Array, read_at_B: Int[Array, " B"] | None = None) -> Array:
@@ -244,7 +244,7 @@ class ResidualBlock(nn.Module):
         rows through keys and values alone: its query, out-projection and MLP are its own.
         """
         c = self.config
-        attention = Attention(c.heads, c.init, self.dtype, name="attn")
+        attention = Attention(c.heads, c.init, self.how, name="attn")
         h_BLD = LayerNorm(c.norm_eps, name="ln_1")(x_BLD)
         if read_at_B is None:
             y_BLD = attention(h_BLD, h_BLD, is_causal=c.is_causal)
@@ -253,7 +253,7 @@ class ResidualBlock(nn.Module):
             y_BLD = attention(read_rows(h_BLD, read_at_B), h_BLD, visible_B=visible_B)
             x_BLD = read_rows(x_BLD, read_at_B)
         x_BLD = x_BLD + self._scaled(y_BLD, "ls_1")
-        mlp = MLP(c.mlp_width, c.activation, c.init, self.dtype, name="mlp")
+        mlp = MLP(c.mlp_width, c.activation, c.init, self.how.dtype, name="mlp")
         y_BLD = mlp(LayerNorm(c.norm_eps, name="ln_2")(x_BLD))
         return x_BLD + self._scaled(y_BLD, "ls_2")
 
@@ -265,25 +265,42 @@ class ResidualBlock(nn.Module):
 class Transformer(nn.Module):
     """A stack of residual blocks.
 
-    Attributes:
-      read_early: where one position is read, compute the last block only there. False is the
-        plain form the tests compare with.
+    With `how.scan` all blocks but the last are one block in a loop, `resblocks`, its parameters
+    those of `resblocks_0`, `resblocks_1`, ... stacked. The last keeps its own name and parameters:
+    it may be computed at one position, which the loop's body cannot be.
     """
 
     layers: int
     block: BlockConfig
-    read_early: bool
-    dtype: DTypeLike
+    how: Execution
 
     @nn.compact
     def __call__(
         self, x_BLD: Float[Array, "B L D"], read_at_B: Int[Array, " B"] | None = None
     ) -> Float[Array, "B l D"]:
-        """All rows, or with `read_at_B` that one of every sequence: l is L or 1."""
-        for i in range(self.layers):
-            block = ResidualBlock(self.block, self.dtype, name=f"resblocks_{i}")
-            is_last = i == self.layers - 1
-            x_BLD = block(x_BLD, read_at_B if self.read_early and is_last else None)
-        if read_at_B is not None and not self.read_early:
+        """All rows, or with `read_at_B` that one of every sequence: l is L or 1.
+
+        Without `how.read_early` the whole last block is computed and then read: the plain form.
+        """
+        last = self.layers - 1
+        if self.how.scan and last > 0:
+            x_BLD = self._loop(x_BLD, last)
+        block = remat_block(ResidualBlock, self.how)
+        for i in range(0 if not self.how.scan else last, last):
+            x_BLD = block(self.block, self.how, name=f"resblocks_{i}")(x_BLD)
+        early_at_B = read_at_B if self.how.read_early else None
+        x_BLD = block(self.block, self.how, name=f"resblocks_{last}")(x_BLD, early_at_B)
+        if read_at_B is not None and not self.how.read_early:
             x_BLD = read_rows(x_BLD, read_at_B)
+        return x_BLD
+
+    def _loop(self, x_BLD: Float[Array, "B L D"], times: int) -> Float[Array, "B L D"]:
+        loop = nn.scan(
+            lambda block, x_BLD, _: (block(x_BLD), None),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=times,
+        )
+        block = remat_block(ResidualBlock, self.how, looped=True)
+        x_BLD, _ = loop(block(self.block, self.how, name="resblocks"), x_BLD, None)
         return x_BLD

@@ -7,12 +7,13 @@ pool, every stride an average pool (in the shortcut too), and attention pooling 
 import dataclasses
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from clip_jax.models.attention import attend
 from clip_jax.models.convolution import batch_norm, conv, statistics_mask
+from clip_jax.models.execution import PLAIN, Execution, remat_block
 from clip_jax.models.layers import normal, torch_uniform
 
 EXPANSION = 4  # a bottleneck's output features over its inner ones
@@ -88,7 +89,7 @@ class AttentionPool(nn.Module):
 
     heads: int
     embed_dim: int
-    dtype: DTypeLike
+    how: Execution
 
     @nn.compact
     def __call__(self, x_BHWD: Array) -> Float[Array, "B D"]:
@@ -104,19 +105,19 @@ class AttentionPool(nn.Module):
                 (self.heads, features // self.heads),
                 kernel_init=normal(std),
                 bias_init=torch_uniform(features),
-                dtype=self.dtype,
+                dtype=self.how.dtype,
                 name=name,
             )
 
         q_B1NK = project("q_proj")(x_BLD[:, :1])
         k_BLNK, v_BLNK = project("k_proj")(x_BLD), project("v_proj")(x_BLD)
-        y_B1NK = jax.nn.dot_product_attention(q_B1NK, k_BLNK, v_BLNK)
+        y_B1NK = attend(q_B1NK, k_BLNK, v_BLNK, kernel=self.how.attention)
         return nn.DenseGeneral(
             self.embed_dim,
             axis=(-2, -1),
             kernel_init=normal(std),
             bias_init=torch_uniform(features),
-            dtype=self.dtype,
+            dtype=self.how.dtype,
             name="c_proj",
         )(y_B1NK)[:, 0]
 
@@ -126,7 +127,7 @@ class ModifiedResNet(nn.Module):
 
     config: ResNetConfig
     embed_dim: int
-    dtype: DTypeLike = jnp.float32
+    how: Execution = PLAIN
 
     @nn.compact
     def __call__(
@@ -134,23 +135,32 @@ class ModifiedResNet(nn.Module):
         images_BHWC: Float[Array, "B H W 3"],
         train: bool = False,
         ok_B: Bool[Array, " B"] | None = None,
+        kept_Bl: None = None,
     ) -> Float[Array, "B D"]:
         """Features of normalised images, not of unit length.
 
         With `train` the statistics of the batch's good rows are used (all are where `ok_B` is
         None), and the running ones updated where the caller makes `batch_stats` mutable.
+        `kept_Bl` is of the transformers: there are no patches to choose here.
         """
+        del kept_Bl
         mask = statistics_mask(ok_B)
         c = self.config
-        x = images_BHWC.astype(self.dtype)
-        half = c.width // 2
-        for i, (features, stride) in enumerate([(half, 2), (half, 1), (c.width, 1)], start=1):
-            x = conv(features, 3, x.shape[-1], stride=stride, dtype=self.dtype, name=f"conv{i}")(x)
-            x = nn.relu(batch_norm(train, dtype=self.dtype, name=f"bn{i}")(x, mask=mask))
-        x = average_pool(x, 2)
+        stem = remat_block(ModifiedResNet._stem, self.how, (2,))
+        x = stem(self, images_BHWC.astype(self.how.dtype), train, mask)
+        block = remat_block(Bottleneck, self.how, (2,))
         for stage, blocks in enumerate(c.layers):
             for i in range(blocks):
                 stride = 2 if stage > 0 and i == 0 else 1
                 name = f"layer{stage + 1}_{i}"
-                x = Bottleneck(c.width * 2**stage, stride, self.dtype, name=name)(x, train, mask)
-        return AttentionPool(c.heads, self.embed_dim, self.dtype, name="attnpool")(x)
+                x = block(c.width * 2**stage, stride, self.how.dtype, name=name)(x, train, mask)
+        return AttentionPool(c.heads, self.embed_dim, self.how, name="attnpool")(x)
+
+    def _stem(self, x: Array, train: bool, mask: Array | None) -> Array:
+        """Three convolutions and a pool: a quarter of the side."""
+        width, dtype = self.config.width, self.how.dtype
+        sizes = [(width // 2, 2), (width // 2, 1), (width, 1)]
+        for i, (features, stride) in enumerate(sizes, start=1):
+            x = conv(features, 3, x.shape[-1], stride=stride, dtype=dtype, name=f"conv{i}")(x)
+            x = nn.relu(batch_norm(train, dtype=dtype, name=f"bn{i}")(x, mask=mask))
+        return average_pool(x, 2)

@@ -4,16 +4,15 @@ import dataclasses
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from clip_jax.models.execution import PLAIN, Execution, check_choice
 from clip_jax.models.layers import (
     ACTIVATIONS,
     LAYER_NORM_EPS,
     BlockConfig,
     LayerNorm,
     Transformer,
-    check_choice,
     normal,
     text_block_init,
 )
@@ -88,8 +87,7 @@ class TextTransformer(nn.Module):
 
     config: TextConfig
     embed_dim: int
-    read_early: bool = True
-    dtype: DTypeLike = jnp.float32
+    how: Execution = PLAIN
 
     @nn.compact
     def __call__(self, tokens_BL: Int[Array, "B L"]) -> Float[Array, "B D"]:
@@ -100,7 +98,7 @@ class TextTransformer(nn.Module):
             c.vocab_size,
             c.width,
             embedding_init=normal(0.02),
-            dtype=self.dtype,
+            dtype=self.how.dtype,
             name="token_embedding",
         )(tokens_BL)
         shape = (c.context_length, c.width)
@@ -119,7 +117,7 @@ class TextTransformer(nn.Module):
             read_at_B = end_positions(tokens_BL, c.eot_id)
         else:
             read_at_B = jnp.full(batch, length - 1, jnp.int32)
-        transformer = Transformer(c.layers, block, self.read_early, self.dtype, name="transformer")
+        transformer = Transformer(c.layers, block, self.how, name="transformer")
         x_BD = transformer(x_BLD, read_at_B)[:, 0]
         # Layer norm works on each row alone, so it may follow the read instead of preceding it.
         x_BD = LayerNorm(c.norm_eps, name="ln_final")(x_BD)

@@ -4,17 +4,16 @@ import dataclasses
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from clip_jax.errors import UserError
+from clip_jax.models.execution import PLAIN, Execution, check_choice
 from clip_jax.models.layers import (
     ACTIVATIONS,
     LAYER_NORM_EPS,
     BlockConfig,
     LayerNorm,
     Transformer,
-    check_choice,
     normal,
     timm_block_init,
     torch_uniform,
@@ -101,8 +100,7 @@ class VisionTransformer(nn.Module):
 
     config: ViTConfig
     embed_dim: int
-    read_early: bool = True
-    dtype: DTypeLike = jnp.float32
+    how: Execution = PLAIN
 
     @nn.compact
     def __call__(
@@ -110,16 +108,20 @@ class VisionTransformer(nn.Module):
         images_BHWC: Float[Array, "B H W 3"],
         train: bool = False,
         ok_B: Bool[Array, " B"] | None = None,
+        kept_Bl: Int[Array, "B l"] | None = None,
     ) -> Float[Array, "B D"]:
-        """Features of normalised images, not of unit length; `train` and `ok_B` change nothing."""
+        """Features of normalised images, not of unit length; `train` and `ok_B` change nothing.
+
+        With `kept_Bl` those patches of each picture alone are seen (FLIP, Li et al. 2022).
+        """
         del train, ok_B
         c = self.config
         x_BLD = self._embed(images_BHWC)
+        if kept_Bl is not None:
+            x_BLD = self._keep(x_BLD, kept_Bl)
         if c.pre_norm:
             x_BLD = LayerNorm(c.norm_eps, name="ln_pre")(x_BLD)
-        transformer = Transformer(
-            c.layers, c.block, self.read_early, self.dtype, name="transformer"
-        )
+        transformer = Transformer(c.layers, c.block, self.how, name="transformer")
         norm = LayerNorm(c.norm_eps, name="ln_post")
         if c.pool == "token":
             first_B = jnp.zeros(x_BLD.shape[0], jnp.int32)
@@ -132,7 +134,7 @@ class VisionTransformer(nn.Module):
             x_BD = norm(x_BD) if c.norm_after_pool else x_BD
         else:
             x_BLD = self._patches(norm(transformer(x_BLD)))
-            x_BD = MAPHead(c.block, self.dtype, name="attn_pool")(x_BLD)
+            x_BD = MAPHead(c.block, self.how, name="attn_pool")(x_BLD)
         if not c.project:
             return x_BD
         projection_DD = self.param("proj", normal(c.width**-0.5), (c.width, self.embed_dim))
@@ -150,7 +152,7 @@ class VisionTransformer(nn.Module):
             use_bias=c.patch_bias,
             kernel_init=torch_uniform(3 * size * size),
             bias_init=torch_uniform(3 * size * size),
-            dtype=self.dtype,
+            dtype=self.how.dtype,
             name="conv1",
         )(images_BHWC)
         batch = x_BHWD.shape[0]
@@ -163,6 +165,15 @@ class VisionTransformer(nn.Module):
         position_init = normal(0.02) if c.pool == "map" else small  # timm's, OpenAI's
         position_LD = self.param("positional_embedding", position_init, (c.length, c.width))
         return x_BLD + position_LD.astype(x_BLD.dtype)
+
+    def _keep(
+        self, x_BLD: Float[Array, "B L D"], kept_Bl: Int[Array, "B l"]
+    ) -> Float[Array, "B k D"]:
+        """The class token, and the patches of these numbers in this order."""
+        kept_BlD = jnp.take_along_axis(self._patches(x_BLD), kept_Bl[:, :, None], axis=1)
+        if not self.config.class_token:
+            return kept_BlD
+        return jnp.concatenate([x_BLD[:, :1], kept_BlD], axis=1)
 
     def _patches(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B l D"]:
         """The rows behind the class token."""

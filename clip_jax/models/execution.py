@@ -1,0 +1,88 @@
+"""How a model is computed, as opposed to what it computes: nothing here changes its features.
+
+Each choice is equal to the plain form to rounding, and tested against it in values and gradients.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.extend.core import primitives
+from jax.typing import DTypeLike
+
+from clip_jax.errors import UserError
+
+ATTENTION = ("auto", "xla", "cudnn")
+REMAT = ("none", "dots", "blocks", "full")
+
+
+def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    """Refuse a field that is none of its choices."""
+    if value not in choices:
+        raise UserError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """How both towers are computed.
+
+    Attributes:
+      read_early: compute each tower's last block at the one position that is read.
+      dtype: of activations and matrix products; parameters stay float32.
+      attention: "xla", "cudnn" (NVIDIA GPUs), or "auto": cudnn where it can run.
+      remat: what the backward pass computes again instead of keeping it; the later, the less
+        memory. "none"; all but matrix products and convolutions ("dots"); all inside a block
+        ("blocks"); whole towers, and their blocks once more while a tower is gone through
+        ("full"), so that one tower's blocks' inputs are there at a time.
+      scan: a transformer's blocks but the last are one block in a loop, their parameters stacked
+        (`models.stack`).
+    """
+
+    read_early: bool = True
+    dtype: DTypeLike = jnp.float32
+    attention: str = "auto"
+    remat: str = "none"
+    scan: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("attention", self.attention, ATTENTION)
+        check_choice("remat", self.remat, REMAT)
+
+
+PLAIN = Execution()
+
+
+def is_product(primitive: Any, *_: Any, **params: Any) -> bool:
+    """A `jax.checkpoint` policy: keep what matrix products and convolutions return.
+
+    Products with batch dimensions, which attention alone has, are computed again: their result
+    grows with the square of the length and costs little.
+    """
+    if primitive is primitives.dot_general_p:
+        (_, _), (batch, _) = params["dimension_numbers"]
+        return not batch
+    return primitive is primitives.conv_general_dilated_p
+
+
+def remat_block(
+    block: Callable[..., Any], how: Execution, static_argnums: tuple[int, ...] = (), *, looped=False
+) -> Callable[..., Any]:
+    """A block's module, or a function of one, computed again in the backward pass as `how` says.
+
+    `static_argnums` counts the module itself as 0. In the body of a loop the compiler cannot undo
+    the recomputation by merging it with the forward pass, and need not be kept from it.
+    """
+    if how.remat == "none":
+        return block
+    policy = is_product if how.remat == "dots" else jax.checkpoint_policies.nothing_saveable
+    return nn.remat(block, policy=policy, prevent_cse=not looped, static_argnums=static_argnums)
+
+
+def remat_tower(
+    tower: Callable[..., Any], how: Execution, static_argnums: tuple[int, ...] = ()
+) -> Callable[..., Any]:
+    """A tower's module, computed again from its inputs where `how.remat` is "full"."""
+    return nn.remat(tower, static_argnums=static_argnums) if how.remat == "full" else tower
