@@ -1,16 +1,23 @@
 """Where every parameter lies: one table from its path to a PartitionSpec.
 
 Modules know nothing of meshes. A row that names an axis which does not divide the dimension
-leaves that dimension whole. The optimiser's moments have their parameter's path as their ending
-and are laid out by the same rows.
+leaves that dimension whole. Where `fsdp` is then not used, it splits the largest dimension it
+divides: gains, biases and embeddings too, which on many devices would outweigh a share of the
+matrices. The optimiser's moments have their parameter's path as their ending and are laid out by
+the same rows.
 """
 
 import re
+from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
+from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from clip_jax.mesh import BATCH_AXES
 
 RULES: tuple[tuple[str, P], ...] = (
     # Attention: heads over `tensor`, the width over `fsdp`.
@@ -37,16 +44,28 @@ def path_name(path: tuple) -> str:
 
 
 def partition_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
-    """The first row that matches, without the axes that do not divide their dimension."""
+    """The first row that matches, without the axes that do not divide their dimension.
+
+    Blocks that run in a loop have their parameters stacked: a whole axis of layers goes before.
+    """
+    row: tuple[str | None, ...] = (None,) * len(shape)
     for pattern, spec in RULES:
-        if re.search(pattern, name) and len(spec) == len(shape):
-            return P(
-                *(
-                    axis if axis and size % mesh.shape[axis] == 0 else None
-                    for axis, size in zip(spec, shape, strict=True)
-                )
-            )
-    return P()
+        whole = len(shape) - len(spec)
+        if re.search(pattern, name) and whole in ((0, 1) if "resblocks/" in name else (0,)):
+            row = (None,) * whole + tuple(spec)
+            break
+    axes = [
+        axis if axis and size % mesh.shape[axis] == 0 else None
+        for axis, size in zip(row, shape, strict=True)
+    ]
+    if "fsdp" not in axes and mesh.shape["fsdp"] > 1:
+        # Never the axis of layers: a loop takes one of them at a time.
+        first = 1 if "resblocks/" in name else 0
+        free = [i for i, axis in enumerate(axes) if axis is None and i >= first]
+        fits = [i for i in free if shape[i] and shape[i] % mesh.shape["fsdp"] == 0]
+        if fits:
+            axes[max(fits, key=lambda i: shape[i])] = "fsdp"
+    return P(*axes) if any(axes) else P()
 
 
 def tree_shardings(tree: Any, mesh: Mesh) -> Any:
@@ -54,3 +73,24 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda path, x: NamedSharding(mesh, partition_spec(path_name(path), x.shape, mesh)), tree
     )
+
+
+def rows_stay_split(mesh: Mesh) -> Callable[..., Any]:
+    """For `flax.linen.intercept_methods`: what any module returns keeps its rows split.
+
+    Left to itself, the partitioner meets a batch and a matrix that are both split over `fsdp`, and
+    may split the features of the activations instead of gathering the matrix: then activations
+    travel, which are far larger. Other dimensions stay free, for `tensor`.
+    """
+
+    def split(x: Any) -> Any:
+        if not isinstance(x, jax.Array) or x.ndim < 2:
+            return x
+        spec = P(BATCH_AXES, *[P.UNCONSTRAINED] * (x.ndim - 1))
+        return lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+    def interceptor(next_method, args, kwargs, context: nn.module.InterceptorContext):
+        del context
+        return jax.tree.map(split, next_method(*args, **kwargs))
+
+    return interceptor

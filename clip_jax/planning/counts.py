@@ -4,6 +4,8 @@ import math
 import re
 from typing import NamedTuple
 
+import numpy as np
+
 from clip_jax.planning.hlo import Instruction, Program, Visit, visits
 
 COLLECTIVES = (
@@ -32,9 +34,10 @@ def matmul_flops(program: Program) -> int:
 
 def _dot_flops(visit: Visit) -> int:
     left = visit.computation[visit.instruction.operands[0]].shapes[0].dims
-    contracted = _numbers(visit.instruction, "lhs_contracting_dims")
+    contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", visit.instruction.attributes)
+    axes = _numbers(contracted.group(1)) if contracted else ()
     output = math.prod(visit.instruction.shapes[0].dims)
-    return 2 * output * math.prod(left[axis] for axis in contracted)
+    return 2 * output * math.prod(left[axis] for axis in axes)
 
 
 def _convolution_flops(visit: Visit) -> int:
@@ -49,11 +52,6 @@ def _convolution_flops(visit: Visit) -> int:
     return 2 * output * math.prod(kernel) // output_features // zeros
 
 
-def _numbers(instruction: Instruction, key: str) -> list[int]:
-    found = re.search(rf"\b{key}=\{{([\d,]*)\}}", instruction.attributes)
-    return [int(n) for n in found.group(1).split(",") if n] if found else []
-
-
 class Collective(NamedTuple):
     """One exchange between devices.
 
@@ -61,8 +59,7 @@ class Collective(NamedTuple):
       kind: of `COLLECTIVES`.
       bytes: of its result on one device; of what goes in, for a reduce-scatter.
       largest: bytes of its largest array: the compiler joins small ones into one exchange.
-      group: devices that exchange with one another.
-      stride: between the numbers of two neighbours in a group.
+      group: the numbers of the devices that exchange with device 0.
       times: how often a step runs it.
       instruction: the line itself.
     """
@@ -70,17 +67,16 @@ class Collective(NamedTuple):
     kind: str
     bytes: int
     largest: int
-    group: int
-    stride: int
+    group: tuple[int, ...]
     times: int
     instruction: Instruction
 
     @property
     def wire_bytes(self) -> float:
         """What a device sends, once, by the algorithm that sends least (a ring)."""
-        share = (self.group - 1) / self.group
-        rounds = {"all-reduce": 2 * share, "collective-permute": 1.0}
-        return self.bytes * rounds.get(self.kind, share)
+        share = (len(self.group) - 1) / len(self.group)
+        factors = {"all-reduce": 2 * share, "collective-permute": 1.0}
+        return self.bytes * factors.get(self.kind, share)
 
 
 def collectives(program: Program, devices: int) -> list[Collective]:
@@ -89,60 +85,68 @@ def collectives(program: Program, devices: int) -> list[Collective]:
     for visit in visits(program):
         kind = visit.instruction.opcode.removesuffix("-start")
         if kind in COLLECTIVES:
-            group, stride = replica_group(visit.instruction.attributes, devices)
-            if group > 1:
-                found.append(_collective(kind, visit, group, stride))
+            group = replica_group(visit.instruction.attributes, devices)
+            if len(group) > 1:
+                found.append(_collective(kind, visit, group))
     return found
 
 
-def _collective(kind: str, visit: Visit, group: int, stride: int) -> Collective:
+def _collective(kind: str, visit: Visit, group: tuple[int, ...]) -> Collective:
     sizes = [shape.bytes for shape in visit.instruction.shapes]
     if kind == "reduce-scatter":
-        sizes = [group * size for size in sizes]
-    return Collective(kind, sum(sizes), max(sizes), group, stride, visit.times, visit.instruction)
+        sizes = [len(group) * size for size in sizes]
+    return Collective(kind, sum(sizes), max(sizes), group, visit.times, visit.instruction)
 
 
-def replica_group(attributes: str, devices: int) -> tuple[int, int]:
-    """(devices in a group, distance of its neighbours' numbers) of a collective.
+_COUNTED = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
 
-    XLA writes groups in three ways: as lists, as a reshaped and transposed count, and as axes of a
-    mesh.
+
+def replica_group(attributes: str, devices: int) -> tuple[int, ...]:
+    """The first group of a collective: the numbers of its devices.
+
+    XLA writes groups in four ways: as lists, as sources and targets, as a count that is reshaped
+    and transposed, and as axes of a mesh.
     """
-    pairs = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", attributes)
-    if pairs:
-        return devices, abs(int(pairs.group(2)) - int(pairs.group(1)))
-    lists = re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)
-    if lists:
-        first = [int(n) for n in lists.group(1).split(",")]
-        return len(first), first[1] - first[0] if len(first) > 1 else 1
-    counted = re.search(
-        r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes
-    )
-    if counted:
-        return _counted_group(int(counted.group(1)), counted.group(2), counted.group(3))
-    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes)
-    if mesh:
-        return _mesh_group(mesh.group(1), mesh.group(2))
-    return devices, 1
+    if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", attributes):
+        return _numbers(pairs.group(1)) + _numbers(pairs.group(2))
+    if lists := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
+        return _numbers(lists.group(1))
+    if counted := re.search(rf"replica_groups=\[\d+,(\d+)\]<={_COUNTED}", attributes):
+        ids = _counted(counted.group(2), counted.group(3))
+        return tuple(ids.reshape(-1, int(counted.group(1)))[0].tolist())
+    if mesh := re.search(
+        rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({_COUNTED}\))?\s*\{{([^}}]*)\}}",
+        attributes,
+    ):
+        axes, dims, order, named = mesh.groups()
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes)}
+        ids = _counted(dims or str(math.prod(sizes.values())), order)
+        return _along(ids, sizes, named)
+    return tuple(range(devices))
 
 
-def _counted_group(group: int, dims: str, order: str | None) -> tuple[int, int]:
-    sizes = [int(n) for n in dims.split(",")]
-    axes = [int(n) for n in order.split(",")] if order else list(range(len(sizes)))
-    # Groups run along the axes that come last: the innermost that has more than one step.
-    innermost = next((axis for axis in reversed(axes) if sizes[axis] > 1), axes[-1])
-    return group, math.prod(sizes[innermost + 1 :])
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in text.split(",") if n)
 
 
-def _mesh_group(axes: str, named: str) -> tuple[int, int]:
-    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes)}
-    names = list(sizes)
-    group, stride = 1, math.prod(sizes.values())
-    for name, before, part in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", named):
-        size = int(part) if part else sizes[name]
-        group *= size
-        inside = math.prod(sizes[other] for other in names[names.index(name) + 1 :])
-        # 'a':(2)4 is the part of 4 in axis a that comes after a part of 2.
-        inside *= sizes[name] // (int(before) * int(part)) if part else 1
-        stride = min(stride, inside) if size > 1 else stride
-    return group, stride
+def _counted(dims: str, order: str | None) -> np.ndarray:
+    """0, 1, 2, ... in this shape, its axes in this order."""
+    ids = np.arange(math.prod(_numbers(dims))).reshape(_numbers(dims))
+    return ids.transpose(_numbers(order)) if order else ids
+
+
+def _along(ids: np.ndarray, sizes: dict[str, int], named: str) -> tuple[int, ...]:
+    """The devices along the named axes of a mesh, from its first device on.
+
+    'a':(2)4 names that part of axis a which has 4 steps, below a part with 2.
+    """
+    parts = {
+        name: (int(before or 1), int(part or sizes[name]))
+        for name, before, part in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", named)
+    }
+    shape, place = [], []
+    for name, size in sizes.items():
+        before, part = parts.get(name, (size, 1))
+        shape += [before, part, size // before // part]
+        place += [0, slice(None), 0]
+    return tuple(ids.reshape(shape)[tuple(place)].ravel().tolist())
