@@ -90,7 +90,7 @@ def make_features(
                 rows["text"],
                 train,
                 rows["ok"],
-                *([rows["kept_Bl"]] if "kept_Bl" in rows else []),
+                rows.get("kept_Bl"),
                 mutable=["batch_stats"],
             )
         return z_image_BD, z_text_BD, updated.get("batch_stats", batch_stats)

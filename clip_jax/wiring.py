@@ -66,7 +66,8 @@ def wire(config: Config, steps: int) -> Wiring:
     if config.train.loss == "sigmoid":
         # Where SigLIP begins (arXiv:2303.15343, section 3.2).
         sizes = dataclasses.replace(sizes, init_logit_scale=math.log(10.0), init_logit_bias=-10.0)
-    model = CLIP(sizes, dtype=jnp.dtype(config.model.dtype))
+    m = config.model
+    model = CLIP(sizes, dtype=jnp.dtype(m.dtype), attention=m.attention, remat=m.remat, scan=m.scan)
     o = dataclasses.asdict(config.optim)
     schedule = make_schedule(o.pop("learning_rate"), o.pop("warmup_steps"), steps)
     optimizer = make_optimizer(schedule, **o)
