@@ -37,6 +37,9 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"(conv\d|downsample_0)/kernel$", P(None, None, None, "fsdp")),
 )
 
+FACTORED = re.compile(r"(^|/)v_(row|col)/")
+"""Adafactor's rows and columns: an axis less than their parameter, small, and whole everywhere."""
+
 
 def path_name(path: tuple) -> str:
     """A tree path as names joined by slashes."""
@@ -48,6 +51,8 @@ def partition_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
 
     Blocks that run in a loop have their parameters stacked: a whole axis of layers goes before.
     """
+    if FACTORED.search(name):
+        return P()
     row: tuple[str | None, ...] = (None,) * len(shape)
     for pattern, spec in RULES:
         whole = len(shape) - len(spec)

@@ -19,9 +19,10 @@ LEVELS = [
     {"checkpoint", "pretrained"},
     {"step"},
     {"api", "wiring"},
-    {"evaluate", "convert", "report"},
+    {"evaluate", "convert", "report", "planning"},
     {"train"},
     {"main"},
+    {"plan"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 FILES = sorted(PACKAGE.rglob("*.py"))

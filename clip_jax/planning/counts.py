@@ -2,7 +2,7 @@
 
 import math
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -144,7 +144,8 @@ def _along(ids: np.ndarray, sizes: dict[str, int], named: str) -> tuple[int, ...
         name: (int(before or 1), int(part or sizes[name]))
         for name, before, part in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", named)
     }
-    shape, place = [], []
+    shape: list[int] = []
+    place: list[Any] = []
     for name, size in sizes.items():
         before, part = parts.get(name, (size, 1))
         shape += [before, part, size // before // part]

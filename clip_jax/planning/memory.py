@@ -5,7 +5,7 @@ the result of one instruction, and the instruction's name says from which part o
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 
@@ -64,11 +64,10 @@ def measure_memory(
     kinds["metrics"] = stats.output_size_in_bytes - stats.alias_size_in_bytes
     kinds |= dict.fromkeys(TEMPORARIES, 0)
     origin = step_origin(shapes, embed_dim)
-    module = compiled.runtime_executable().hlo_modules()[0].as_serialized_hlo_module_proto()
+    executable: Any = compiled.runtime_executable()
+    module = executable.hlo_modules()[0].as_serialized_hlo_module_proto()
     peak = peak_buffers(stats.serialized_buffer_assignment_proto, instruction_names(module))
-    lines = {
-        name: line for lines in program.computations.values() for name, line in lines.items()
-    }
+    lines = {name: line for lines in program.computations.values() for name, line in lines.items()}
     for name, size in peak:
         kinds[kind_of(program, lines, name, origin)] += size
     # Constants, and the gaps between buffers of unlike sizes.
@@ -162,7 +161,7 @@ def instruction_names(module: bytes) -> dict[int, str]:
 
 def fields(message: bytes) -> Iterator[tuple[int, Any]]:
     """(number, value) of a protocol buffer's fields; what is not a number stays bytes."""
-    place = 0
+    place, value = 0, cast(Any, None)
     while place < len(message):
         key, place = _varint(message, place)
         kind = key & 7

@@ -24,6 +24,7 @@ class Facts:
     """What the compiled step of a run says; bytes and operations are one device's.
 
     Attributes:
+      mesh: devices along each axis.
       parameters: by tower.
       rows: of the batch, on one device.
       memory: by kind.
@@ -32,6 +33,7 @@ class Facts:
       exchanges: between devices.
     """
 
+    mesh: dict[str, int]
     parameters: dict[str, int]
     rows: int
     memory: Memory
@@ -77,6 +79,7 @@ def read_step(
     sizes, devices = w.model.config, w.mesh.size
     pairs = batch["ok"].shape[0]
     return Facts(
+        mesh=dict(w.mesh.shape),
         parameters=parameter_counts(shapes.params),
         rows=pairs // batch_shards(w.mesh),
         memory=measure_memory(compiled, program, shapes, sizes.embed_dim),
@@ -93,4 +96,3 @@ def loss_flops(pairs: int, shards: int, embed_dim: int) -> int:
     Devices along `tensor` hold copies of the rows and compute the loss each for itself.
     """
     return 4 * 2 * (pairs // shards) * pairs * embed_dim
-
