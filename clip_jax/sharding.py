@@ -49,27 +49,23 @@ def path_name(path: tuple) -> str:
 def partition_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     """The first row that matches, without the axes that do not divide their dimension.
 
-    Blocks that run in a loop have their parameters stacked: a whole axis of layers goes before.
+    Blocks in a loop have their parameters stacked; the axis of layers stays whole, because every
+    device needs every layer.
     """
+    if "/resblocks/" in name and shape:
+        return P(None, *partition_spec(name.replace("/resblocks/", "/"), shape[1:], mesh))
     if FACTORED.search(name):
         return P()
-    row: tuple[str | None, ...] = (None,) * len(shape)
+    axes: list[str | None] = [None] * len(shape)
     for pattern, spec in RULES:
-        whole = len(shape) - len(spec)
-        if re.search(pattern, name) and whole in ((0, 1) if "resblocks/" in name else (0,)):
-            row = (None,) * whole + tuple(spec)
+        if re.search(pattern, name) and len(spec) == len(shape):
+            sizes = zip(spec, shape, strict=True)
+            axes = [axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in sizes]
             break
-    axes = [
-        axis if axis and size % mesh.shape[axis] == 0 else None
-        for axis, size in zip(row, shape, strict=True)
-    ]
-    if "fsdp" not in axes and mesh.shape["fsdp"] > 1:
-        # Never the axis of layers: a loop takes one of them at a time.
-        first = 1 if "resblocks/" in name else 0
-        free = [i for i, axis in enumerate(axes) if axis is None and i >= first]
-        fits = [i for i in free if shape[i] and shape[i] % mesh.shape["fsdp"] == 0]
-        if fits:
-            axes[max(fits, key=lambda i: shape[i])] = "fsdp"
+    fsdp = mesh.shape["fsdp"]
+    fits = [i for i, size in enumerate(shape) if axes[i] is None and size and size % fsdp == 0]
+    if fsdp > 1 and "fsdp" not in axes and fits:
+        axes[max(fits, key=lambda i: shape[i])] = "fsdp"
     return P(*axes) if any(axes) else P()
 
 

@@ -13,11 +13,11 @@ PACKAGE = Path(__file__).parent.parent / "clip_jax"
 LEVELS = [
     {"errors", "typing"},
     {"models", "losses", "data", "tokenizers", "augment", "mesh", "optim", "metrics", "config"}
-    | {"signals"},
+    | {"signals", "distributed"},
     {"sharding", "workdir"},
     {"state", "evaluation"},
     {"checkpoint", "pretrained"},
-    {"step"},
+    {"step", "initial"},
     {"api", "wiring"},
     {"evaluate", "convert", "report", "planning"},
     {"train"},

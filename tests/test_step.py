@@ -42,6 +42,7 @@ def make_all(
     patch_dropout=0.0,
     remat="none",
     scan=False,
+    optimizer="adamw",
     **options,
 ):
     bias = -10.0 if loss == "sigmoid" else None
@@ -50,6 +51,7 @@ def make_all(
     schedule = make_schedule(1e-3, 5, 40)
     optimizer = make_optimizer(
         schedule,
+        name=optimizer,
         weight_decay=0.2,
         beta1=0.9,
         beta2=0.98,

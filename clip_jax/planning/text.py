@@ -70,8 +70,8 @@ def _head(facts: Facts, config: Config, device_name: str) -> Iterator[str]:
     )
     yield (
         f"{_devices(facts)} x {device_name}: {mesh_text(facts.mesh)}; batch "
-        f"{config.train.batch_size:,}, {facts.rows} pairs a device; {m.dtype}, remat={m.remat}, scan={m.scan}, "
-        f"microbatch_size={config.train.microbatch_size}"
+        f"{config.train.batch_size:,}, {facts.rows} pairs a device; {m.dtype}, remat={m.remat}, "
+        f"scan={m.scan}, microbatch_size={config.train.microbatch_size}"
     )
 
 
