@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from clip_jax.mesh import BATCH_AXES
+from clip_jax.typing import Params
 
 RULES: tuple[tuple[str, P], ...] = (
     # Attention: heads over `tensor`, the width over `fsdp`.
@@ -74,6 +75,20 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda path, x: NamedSharding(mesh, partition_spec(path_name(path), x.shape, mesh)), tree
     )
+
+
+def with_whole_table(params: Params, mesh: Mesh) -> Params:
+    """Parameters whose token embedding is gathered before it is read.
+
+    Read while its features are split, it would give every device those features of all the
+    batch's tokens, to be exchanged afterwards.
+    """
+
+    def gather(path: tuple, x: jax.Array) -> jax.Array:
+        is_table = path_name(path).endswith("token_embedding/embedding")
+        return lax.with_sharding_constraint(x, NamedSharding(mesh, P())) if is_table else x
+
+    return jax.tree_util.tree_map_with_path(gather, params)
 
 
 def rows_stay_split(mesh: Mesh) -> Callable[..., Any]:

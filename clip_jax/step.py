@@ -15,7 +15,7 @@ from clip_jax.augment import DrawFn, adjust_colors
 from clip_jax.losses import LossFn, LossOutput
 from clip_jax.mesh import BATCH_AXES, batch_shards
 from clip_jax.models.clip import CLIP
-from clip_jax.sharding import rows_stay_split
+from clip_jax.sharding import rows_stay_split, with_whole_table
 from clip_jax.state import TrainState, split_frozen
 from clip_jax.typing import Features, Params
 
@@ -85,7 +85,7 @@ def make_features(
             images_BHWC = adjust_colors(images_BHWC, rows["colors_B3"])
         with nn.intercept_methods(split):
             (z_image_BD, z_text_BD), updated = model.apply(
-                {"params": params, "batch_stats": batch_stats},
+                {"params": with_whole_table(params, mesh), "batch_stats": batch_stats},
                 normalize_images(images_BHWC, image_mean, image_std),
                 rows["text"],
                 train,

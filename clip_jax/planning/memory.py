@@ -57,7 +57,7 @@ def measure_memory(
         "parameters": device_bytes(shapes.params),
         "optimiser": device_bytes(shapes.opt_state),
         "moving averages": device_bytes(shapes.ema),
-        "batch statistics": device_bytes((shapes.batch_stats, shapes.step)),
+        "step, batch statistics": device_bytes((shapes.step, shapes.batch_stats)),
     }
     # Arrays that the step does not read, captions' numbers mostly, are no arguments of the program.
     kinds["batch"] = stats.argument_size_in_bytes - sum(kinds.values())

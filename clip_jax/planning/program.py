@@ -5,11 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from clip_jax.config import Config
 from clip_jax.mesh import BATCH_AXES, batch_shards
+from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.flops import train_flops_per_pair
 from clip_jax.planning.counts import Collective, collectives, matmul_flops
 from clip_jax.planning.hlo import parse_program
@@ -42,10 +43,12 @@ class Facts:
     exchanges: list[Collective]
 
 
-def batch_shapes(w: Wiring, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+def batch_shapes(
+    mesh: Mesh, config: CLIPConfig, batch_size: int
+) -> dict[str, jax.ShapeDtypeStruct]:
     """A global batch as the step takes it, texts at their full length."""
-    sharding = NamedSharding(w.mesh, P(BATCH_AXES))
-    size, length = w.model.config.vision.image_size, w.model.config.text.context_length
+    sharding = NamedSharding(mesh, P(BATCH_AXES))
+    size, length = config.vision.image_size, config.text.context_length
     arrays: dict[str, tuple[tuple[int, ...], Any]] = {
         "image": ((batch_size, size, size, 3), jnp.uint8),
         "text": ((batch_size, length), jnp.int32),
@@ -65,7 +68,7 @@ def compile_run(config: Config, steps: int) -> Facts:
       UserError: the config does not fit the devices.
     """
     w = wire(config, steps)
-    batch = batch_shapes(w, config.train.batch_size)
+    batch = batch_shapes(w.mesh, w.model.config, config.train.batch_size)
     return read_step(make_step(config, w), w.shapes, batch, w)
 
 

@@ -98,8 +98,8 @@ def _operations(facts: Facts, config: Config) -> Iterator[str]:
     yield f"  {'a step':<24}{total / 1e15:>12,.2f} PFLOP on all devices"
     yield f"  {'a pair':<24}{total / config.train.batch_size / 1e9:>12,.1f} GFLOP"
     yield (
-        f"  {'of these needed':<24}{100 * hand / total:>12.1f} % by hand count; the rest is "
-        "computed again, or by several devices"
+        f"  {'by hand count':<24}{hand / 1e15:>12,.2f} PFLOP are needed: the program does "
+        f"{total / hand:.3f} times that"
     )
 
 
