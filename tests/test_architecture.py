@@ -19,9 +19,10 @@ LEVELS = [
     {"checkpoint", "pretrained", "report_page"},
     {"step", "initial"},
     {"api", "wiring"},
-    {"evaluate", "convert", "progress", "report"},
+    {"evaluate", "convert", "progress", "report", "planning"},
     {"train"},
     {"main"},
+    {"plan"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 FILES = sorted(PACKAGE.rglob("*.py"))
