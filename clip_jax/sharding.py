@@ -40,7 +40,13 @@ def path_name(path: tuple) -> str:
 
 
 def partition_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
-    """The first row that matches, without the axes that do not divide their dimension."""
+    """The first row that matches, without the axes that do not divide their dimension.
+
+    Blocks in a loop have their parameters stacked; the axis of layers stays whole, because every
+    device needs every layer.
+    """
+    if "/resblocks/" in name and shape:
+        return P(None, *partition_spec(name.replace("/resblocks/", "/"), shape[1:], mesh))
     rules = () if FACTORED.search(name) else RULES
     for pattern, spec in rules:
         if re.search(pattern, name) and len(spec) == len(shape):

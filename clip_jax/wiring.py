@@ -13,9 +13,10 @@ from jax.sharding import Mesh
 
 from clip_jax.augment import make_draws
 from clip_jax.config import Config
+from clip_jax.data.faults import SKIPPED, SkipLog
 from clip_jax.data.images import OPENAI, Preprocess
 from clip_jax.data.loader import Loader, make_train_loader
-from clip_jax.data.sources import ShardIndex
+from clip_jax.data.opening import TrainingData, open_sources, steps_of_one_pass
 from clip_jax.errors import UserError
 from clip_jax.initial import (
     Origin,
@@ -25,7 +26,7 @@ from clip_jax.initial import (
     started_from,
 )
 from clip_jax.losses import make_loss
-from clip_jax.mesh import batch_shards, check_batch_size, make_mesh
+from clip_jax.mesh import batch_part, batch_shards, check_batch_size, make_mesh
 from clip_jax.models.clip import CLIP, CLIPConfig
 from clip_jax.models.convnet import ConvNetConfig
 from clip_jax.models.flops import image_flops, text_flops
@@ -169,6 +170,11 @@ def run_fingerprint(config: Config, w: Wiring, data: str, pairs: int) -> dict[st
         "config.data.crop_scale": list(config.data.crop_scale),
         "config.data.crop_ratio": list(config.data.crop_ratio),
         "config.data.color_jitter": list(config.data.color_jitter),
+        "config.data.flip": config.data.flip,
+        "config.data.grayscale": config.data.grayscale,
+        "config.data.weights": list(config.data.weights),
+        "config.data.repeat": config.data.repeat,
+        "config.data.filter": config.data.filter,
         "the number of training pairs": pairs,
         "the training data's fingerprint": data,
     } | {
@@ -235,11 +241,32 @@ def patches(config: Config, sizes: CLIPConfig) -> int:
     return 0
 
 
-def make_loader(config: Config, w: Wiring, indexes: list[ShardIndex], start: int) -> Loader:
+def open_data(config: Config, workdir: str) -> TrainingData:
+    """The training data, indexed; what is skipped goes to `skipped.jsonl` in the work folder.
+
+    Raises:
+      UserError: a source cannot be read, or too many of its shards.
+    """
+    d = config.data
+    log = SkipLog(Path(workdir) / SKIPPED, d.max_skip_fraction)
+    sources = open_sources(d.train, where=d.filter, unique_keys=d.unique_keys, log=log)
+    return TrainingData(sources, log)
+
+
+def steps_of_run(config: Config, pairs: int) -> int:
+    """The optimiser steps that the config asks for on data of so many pairs."""
+    t = config.train
+    if not config.data.repeat:
+        return steps_of_one_pass(pairs, t.batch_size, config.data.streams)
+    return t.steps or int(t.epochs * pairs / t.batch_size)
+
+
+def make_loader(config: Config, w: Wiring, data: TrainingData, start: int) -> Loader:
     """This process's batches from step `start` on."""
     d = config.data
+    part, parts = batch_part(w.mesh)
     return make_train_loader(
-        indexes,
+        data.indexes,
         w.tokenizer,
         image_size=w.model.config.vision.image_size,
         context_length=w.model.config.text.context_length,
@@ -248,10 +275,17 @@ def make_loader(config: Config, w: Wiring, indexes: list[ShardIndex], start: int
         start_step=start,
         num_streams=d.streams,
         window=d.window,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=part,
+        process_count=parts,
         threads=d.threads,
         crop_scale=d.crop_scale,
         crop_ratio=d.crop_ratio,
+        flip=d.flip,
+        grayscale=d.grayscale,
         cache_bytes=d.cache_bytes,
+        repeat=d.repeat,
+        shards_per_source=data.shards_per_source,
+        weights=d.weights,
+        max_pixels=d.max_pixels,
+        log=data.log,
     )

@@ -13,13 +13,13 @@ PACKAGE = Path(__file__).parent.parent / "clip_jax"
 LEVELS = [
     {"errors", "typing"},
     {"models", "losses", "data", "tokenizers", "augment", "mesh", "optim", "metrics", "config"}
-    | {"signals"},
+    | {"signals", "distributed"},
     {"sharding", "workdir"},
     {"state", "evaluation"},
-    {"checkpoint", "pretrained"},
+    {"checkpoint", "pretrained", "report_page"},
     {"step", "initial"},
     {"api", "wiring"},
-    {"evaluate", "convert", "report"},
+    {"evaluate", "convert", "progress", "report"},
     {"train"},
     {"main"},
 ]
