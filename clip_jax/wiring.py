@@ -95,6 +95,7 @@ def wire(config: Config, steps: int, workdir: str | None = None) -> Wiring:
     """Build what a run of this many steps needs, allocating nothing on devices.
 
     A run in `workdir` that goes on needs the checkpoint it began from no more: it has its own.
+    Without a `workdir` nothing is run, and a checkpoint to start from may be yet to come.
 
     Raises:
       UserError: the model, the tokenizer, the mesh or the checkpoint does not fit the config.
@@ -105,7 +106,7 @@ def wire(config: Config, steps: int, workdir: str | None = None) -> Wiring:
         check_batch_size("config.train.microbatch_size", config.train.microbatch_size, mesh)
     m, given = config.model, config.data.tokenizer
     origin, preprocess = None, OPENAI
-    if m.init_from:
+    if m.init_from and (workdir is not None or Path(m.init_from).exists()):
         goes_on = workdir is not None and has_checkpoints(workdir)
         origin = read_origin(str(workdir) if goes_on else m.init_from, m.name)
         preprocess = origin.checkpoint.preprocess
@@ -139,6 +140,11 @@ def describe(config: Config) -> str:
         json.dumps(dataclasses.asdict(config), indent=2),
         f"model       {config.model.name}: image tower {counts['image']:,} parameters, "
         f"text tower {counts['text']:,}, in all {counts['total']:,}",
+        *(
+            [f"start       {config.model.init_from}" + ("" if w.origin else ", which is not there")]
+            if config.model.init_from
+            else []
+        ),
         f"forward     {image_flops(c) / 1e9:.2f} GFLOP an image, "
         f"{text_flops(c, length) / 1e9:.2f} GFLOP a caption of {length} tokens",
         f"mesh        {mesh} over {jax.device_count()} {jax.devices()[0].device_kind} devices",

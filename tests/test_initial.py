@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -23,6 +24,7 @@ from clip_jax.initial import place_origin, read_origin, started_from
 from clip_jax.mesh import make_mesh
 from clip_jax.models import zoo
 from clip_jax.models.clip import CLIP
+from clip_jax.pretrained.load import resized
 from clip_jax.pretrained.resize import resize_image_positions, resize_text_positions
 from clip_jax.pretrained.trees import from_variables
 from clip_jax.state import state_shapes
@@ -157,7 +159,7 @@ def test_a_longer_run_grows_the_positions_of_a_short_one(data, short, tmp_path, 
     want = from_variables(clip.params, clip.batch_stats)
     image, text = "visual/positional_embedding", "text/positional_embedding"
     want[image] = resize_image_positions(want[image], (2, 2), (4, 4))
-    want[text] = resize_text_positions(want[text], 16)
+    want[text] = np.concatenate([want[text], np.repeat(want[text][-1:], 8, axis=0)])
     for path in want:
         np.testing.assert_array_equal(got[path], want[path])
 
@@ -166,6 +168,28 @@ def test_a_longer_run_grows_the_positions_of_a_short_one(data, short, tmp_path, 
     assert about.preprocess == before.preprocess == w.preprocess
     assert clip_jax.load(tmp_path).preprocessing.mean == (0.4, 0.5, 0.6)
     assert Path(about.tokenizer.file).read_bytes() == Path(before.tokenizer.file).read_bytes()
+
+
+def test_captions_that_fitted_have_the_features_they_had(data, short):
+    """However long the captions of the next run: its tower is causal and read at the end token."""
+    w = wiring.wire(make_config(data, model__init_from=str(short)), 1)
+    clip = clip_jax.load(short)
+    texts = ["red square", "a dot"]
+    grown = w.model.apply(start_of(w), jnp.asarray(w.tokenizer(texts, 16)), method="encode_text")
+    want = clip.encode_text(clip.tokenize(texts), normalize=False)
+    # Float32 sums over rows of another length.
+    np.testing.assert_allclose(grown, want, atol=1e-5)
+
+
+def test_a_tower_that_sees_its_padding_is_interpolated():
+    positions = np.random.default_rng(0).standard_normal((10, 32)).astype(np.float32)
+    origin = read_origin(str(FILES["hf_siglip"]), "any")
+    arrays = dict(origin.checkpoint.arrays)
+    arrays["text/positional_embedding"] = lambda: positions
+    grown = resized(
+        dataclasses.replace(origin.checkpoint, arrays=arrays), None, 16, grow_text=True
+    ).arrays["text/positional_embedding"]()
+    np.testing.assert_array_equal(grown, resize_text_positions(positions, 16))
 
 
 @pytest.mark.parametrize("to", ["own", "hf", "open_clip"])
