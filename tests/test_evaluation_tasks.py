@@ -268,3 +268,39 @@ def test_shipped_names_and_templates():
     # Every shipped list is fit for use.
     for name in shipped_templates():
         assert load_templates(name)
+
+
+def test_evaluation_during_a_run_compiles_once_and_follows_the_parameters(tmp_path):
+    import jax
+
+    from clip_jax.evaluation.during import make_evaluator
+
+    write_shards(tmp_path, [20], side=SIDE)
+    (tmp_path / "names.txt").write_text("".join(f"name {i}\n" for i in range(7)))
+    request = Request(data=str(tmp_path), classnames=str(tmp_path / "names.txt"), batch_size=8)
+    traced = []
+
+    @jax.jit
+    def image(variables, images):
+        traced.append(images.shape)
+        return (images.reshape(len(images), -1) / 255.0) @ variables["params"]["image"]
+
+    @jax.jit
+    def text(variables, tokens):
+        z = variables["params"]["text"][tokens]
+        return (z * (tokens > 0)[..., None]).sum(axis=1)
+
+    evaluate = make_evaluator(
+        image, text, request, make_mesh(data=8, fsdp=1, tensor=1), scale=lambda v: 10.0,
+        tokenizer=ToyTokenizer(), image_size=SIDE, context_length=16, shards=8,
+    )  # fmt: skip
+    first = evaluate({"params": {"image": WEIGHTS, "text": WORDS}})
+    second = evaluate({"params": {"image": -WEIGHTS, "text": WORDS}})
+    assert len(traced) == 1 and first != second
+    alone = Encoders(
+        encode_image, encode_text, ToyTokenizer(), image_size=SIDE, context_length=16, scale=10.0
+    )
+    results = run_evaluation(alone, request, folder=tmp_path / "out", progress=False)
+    expected = results[0]["metrics"] | results[1]["metrics"]
+    # Sums of float32 numbers in another order; ranks are the same.
+    assert first == pytest.approx(expected, abs=1e-6)

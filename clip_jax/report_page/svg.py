@@ -178,13 +178,14 @@ def number(value: float, *, percent: bool = False) -> str:
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round numbers from at or below `low` to at or above `high`."""
-    if high <= low:
-        high = low + (abs(low) or 1.0)
+    # Numbers that cannot be told apart, or are as good as 0, get an axis all the same.
+    if high - low <= max(1e-9 * max(abs(low), abs(high)), 1e-30):
+        high = low + max(abs(low), 1e-30) if abs(low) > 1e-30 else 1.0
     raw = (high - low) / count
     unit = 10 ** math.floor(math.log10(raw))
     step = next(m * unit for m in (1, 2, 2.5, 5, 10) if m * unit >= raw * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, last + 1)]
+    return [round(i * step / unit, 6) * unit for i in range(first, last + 1)]
 
 
 def log_ticks(low: float, high: float) -> list[float]:
