@@ -59,6 +59,8 @@ def make_run(
     params = jax.tree.map(jnp.copy, loaded.params)
     params = stack_layers(params) if model.scan else params
     state = init_state(model, w.optimizer, w.shapes, seed=0).replace(params=params)
+    # Laid out as the step returns it, or the second call would compile again.
+    state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, w.shapes))
     batch = {
         "image": images,
         "text": tokens,
