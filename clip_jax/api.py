@@ -1,29 +1,25 @@
 """A loaded model for notebooks and commands: jitted `encode_image` / `encode_text`, `classify`."""
 
 import dataclasses
-import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from PIL import Image
 
-from clip_jax.checkpoint import Checkpoints
 from clip_jax.data.images import OPENAI, Preprocess, eval_transform
 from clip_jax.errors import UserError
 from clip_jax.evaluation.zero_shot import class_embeddings
+from clip_jax.initial import place_arrays, restore_run, variable_shapes
 from clip_jax.models.clip import CLIP, CLIPConfig, unit_length
 from clip_jax.models.zoo import model_config
 from clip_jax.pretrained.load import Checkpoint, read_checkpoint, resized, tokenizer_family
 from clip_jax.pretrained.own import is_work_folder, read_weights
 from clip_jax.pretrained.tags import family_preprocess
-from clip_jax.pretrained.trees import to_variables
-from clip_jax.sharding import partition_spec, tree_shardings
 from clip_jax.state import init_variables
 from clip_jax.step import make_encoders
 from clip_jax.tokenizers import TokenizerSpec, make_tokenizer, tokenizer_from_file
@@ -225,7 +221,7 @@ def load(
     return LoadedCLIP(
         checkpoint.name,
         checkpoint.config,
-        place_arrays(checkpoint, mesh),
+        place_arrays(checkpoint.arrays, variable_shapes(checkpoint.config, mesh)),
         tokenizer_spec=checkpoint.tokenizer,
         preprocessing=checkpoint.preprocess,
     )
@@ -238,51 +234,12 @@ def _chosen_tokenizer(
     return own if given is None else tokenizer_from_file(given, tokenizer_family(config))
 
 
-def place_arrays(checkpoint: Checkpoint, mesh: Mesh | None) -> dict[str, Any]:
-    """A checkpoint's variables on the first device, or over a mesh by the rules of `sharding`.
-
-    Only a few arrays at a time are on the host, so that a model larger than it can be loaded.
-    """
-
-    def put(path: str) -> jax.Array:
-        array = checkpoint.arrays[path]()
-        if mesh is None:
-            return jax.device_put(array, jax.devices()[0])
-        return jax.device_put(array, NamedSharding(mesh, partition_spec(path, array.shape, mesh)))
-
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        arrays = dict(zip(checkpoint.arrays, pool.map(put, checkpoint.arrays), strict=True))
-    return to_variables(arrays)
-
-
-def variable_shapes(config: CLIPConfig, mesh: Mesh | None) -> dict[str, Any]:
-    """ShapeDtypeStructs of a model's variables with their shardings; allocates nothing."""
-    made = jax.eval_shape(lambda: init_variables(CLIP(config), 0))
-    shapes = {"params": made["params"], "batch_stats": made.get("batch_stats", {})}
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shardings = (
-        jax.tree.map(lambda x: device, shapes) if mesh is None else tree_shardings(shapes, mesh)
-    )
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        shapes,
-        shardings,
-    )
-
-
 def _load_run(path: str | Path, description: Description, mesh: Mesh | None) -> LoadedCLIP:
     """The newest undamaged checkpoint of a run."""
-    checkpoints = Checkpoints(path, read_only=True)
-    try:
-        found = checkpoints.restore_model(variable_shapes(description.model, mesh))
-    finally:
-        checkpoints.close()
-    if found is None:
-        raise UserError(f"{path} has no checkpoint yet; train until the first one is saved")
     return LoadedCLIP(
         description.model_name,
         description.model,
-        found[0],
+        restore_run(path, variable_shapes(description.model, mesh)),
         tokenizer_spec=description.tokenizer,
         preprocessing=description.preprocess,
     )

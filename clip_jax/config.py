@@ -24,7 +24,9 @@ class ModelSection:
     dtype: str = "float32"
     """Of activations and matrix products, float32 or bfloat16; parameters stay float32."""
     init_from: str = ""
-    """A checkpoint to start from: what `clip_jax.load` takes; empty starts from random weights."""
+    """A checkpoint to start from: what `clip_jax.load` takes; empty starts from random weights.
+    Its model is `name`, of any picture size and context length; its preprocessing and tokenizer
+    become the run's."""
     image_size: int = 0
     """Side of the pictures, pixels; 0 is the model's own."""
     context_length: int = 0
@@ -69,7 +71,10 @@ class TrainSection:
 
 @dataclasses.dataclass(frozen=True)
 class OptimSection:
-    """AdamW with decoupled decay, warm-up and cosine (paper, section 2.5 and table 18)."""
+    """AdamW with decoupled decay, warm-up and cosine (paper, section 2.5 and table 18).
+
+    What the numbers mean to another optimiser, `clip_jax.optim.make_optimizer` says.
+    """
 
     name: str = "adamw"
     """"adamw", "lion", "adafactor" or "muon"."""
@@ -109,7 +114,8 @@ class DataSection:
     max_pixels: int = 89_478_485
     """Pictures with more are skipped before they are decoded."""
     tokenizer: str = "clip"
-    """"clip", or the path of a sentencepiece .model file."""
+    """"clip", or the path of a sentencepiece .model file. With `model.init_from`, "clip" stands for
+    the checkpoint's own."""
     streams: int = 8
     """Parallel streams of samples; a multiple of every number of hosts the run may use."""
     window: int = 8
@@ -144,15 +150,27 @@ class MeshSection:
 
 @dataclasses.dataclass(frozen=True)
 class EvalSection:
-    """Zero-shot classification and retrieval at the end of a run; empty `data` means none."""
+    """Evaluation at a run's end and, every `every` steps, during it; empty `data` means none."""
 
     data: str = ""
-    """Tar shards with .cls members, named like `data.train`."""
+    """Tar shards, named like `data.train`; classification needs their .cls members."""
     classnames: str = ""
-    """File of class names: one a line, or a JSON list."""
+    """File of class names, one a line or a JSON list, or a shipped data set ("imagenet1k"); empty
+    leaves classification out."""
     templates: tuple[str, ...] = ("a photo of a {}.",)
-    """Prompts whose embeddings are averaged; {} is the class name."""
+    """Prompts whose embeddings are averaged; {} is the class name. A name ("imagenet_7",
+    "imagenet_80", "food101") stands for its shipped list."""
+    tasks: tuple[str, ...] = ("zeroshot_classification", "zeroshot_retrieval")
+    """Those, "linear_probe", "knn" and "few_shot"."""
+    train_data: str = ""
+    """Labelled shards that "linear_probe", "knn" and "few_shot" learn from."""
+    every: int = 0
+    """Steps between two evaluations during the run; 0 evaluates at its end alone."""
+    best: str = ""
+    """The metric whose best checkpoint is kept beside the newest, "acc1" say; needs `every`."""
     batch_size: int = 256
+    ablate: tuple[str, ...] = ()
+    """Templates (or names of lists) that the report compares, each by itself, at the run's end."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -358,12 +376,30 @@ def _check_mesh(m: MeshSection) -> None:
     _require(m.data > 0 or m.data == -1, f"config.mesh.data is {m.data}; above 0, or -1 for all")
 
 
+EVAL_TASKS = ("zeroshot_classification", "zeroshot_retrieval", "linear_probe", "knn", "few_shot")
+
+
 def _check_eval(e: EvalSection) -> None:
+    _above_zero("eval", e, "batch_size")
+    _not_negative("eval", e, "every")
+    for task in e.tasks:
+        _one_of("eval.tasks", task, EVAL_TASKS)
+    learning = [task for task in e.tasks if task in EVAL_TASKS[2:]]
     _require(
-        not e.data or bool(e.classnames),
-        f"config.eval.data is {e.data!r} but config.eval.classnames names no file",
+        not learning or bool(e.train_data),
+        f"config.eval.tasks has {learning[:1]} but config.eval.train_data names no shards",
     )
     _require(
-        all("{}" in template for template in e.templates),
+        not e.data or bool(e.classnames) or EVAL_TASKS[0] not in e.tasks,
+        f"config.eval.data is {e.data!r} but config.eval.classnames names no file; "
+        "name one, or leave zeroshot_classification out of config.eval.tasks",
+    )
+    # One word can be the name of a list.
+    _require(
+        all("{}" in t or (t and not set(t) & set(" {")) for t in (*e.templates, *e.ablate)),
         f"config.eval.templates is {e.templates}; every template needs a {{}}",
+    )
+    _require(
+        not e.best or e.every > 0,
+        f"config.eval.best is {e.best!r} but config.eval.every is 0; say how often to evaluate",
     )

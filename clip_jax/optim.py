@@ -1,10 +1,18 @@
-"""AdamW as the paper trains with it, and the temperature's clip, both as optax transformations."""
+"""Optimisers, what decays, the schedule, and the temperature's clip, as optax transformations.
+
+Every optimiser is the same chain with another middle: clip the gradient's norm, scale it (the row
+of `SCALERS`), add decoupled decay, multiply by the schedule, project the temperature.
+"""
 
 import math
+import re
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import optax
+from optax import MaskedNode
+from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 NOT_DECAYED = (
     *("scale", "gamma"),
@@ -13,6 +21,32 @@ NOT_DECAYED = (
     *("class_embedding", "probe"),
 )
 """Leaf names of gains, biases, the temperature, and learned tokens: vectors like a bias."""
+
+FACTORED_FROM = 32
+"""Smallest side of a matrix whose second moment Adafactor keeps as rows and columns."""
+
+MUON_MOMENTUM = 0.95
+MUON_RMS = 0.2
+"""Root mean square of a Muon update before the learning rate: that of an update of Adam, so that
+both kinds of parameters share learning rate and decay (Liu et al. 2025, arXiv:2502.16982, 2.2)."""
+
+MUON_MATRICES: tuple[tuple[str, MuonDimensionNumbers], ...] = (
+    # Paths that Muon trains, and which axes are the input and the output of the matrix. Axes count
+    # from the end: an axis of stacked layers in front of them makes a batch of matrices.
+    (r"(attn|attnpool)/[qkv]_proj/kernel$", MuonDimensionNumbers((-3,), (-2, -1))),
+    (r"attn/out_proj/kernel$", MuonDimensionNumbers((-3, -2), (-1,))),
+    (r"mlp/(c_fc|c_proj)/kernel$", MuonDimensionNumbers((-2,), (-1,))),
+    # All convolutions but the one that sees the picture.
+    (
+        r"^(?!visual/conv1/).*(conv\d|downsample_0)/kernel$",
+        MuonDimensionNumbers((-4, -3, -2), (-1,)),
+    ),
+)
+
+
+def path_of(path: tuple) -> str:
+    """A parameter's path as names joined by slashes."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def leaf_name(path: tuple) -> str:
@@ -59,9 +93,141 @@ def clip_logit_scale(max_scale: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
+def scale_by_adafactor(*, momentum: float, beta2_cap: float) -> optax.GradientTransformation:
+    """Adafactor as big_vision trains with it (Zhai et al. 2021, arXiv:2106.04560, section 3.4).
+
+    Rows and columns instead of a matrix's second moment, whose decay grows towards `beta2_cap`;
+    momentum in bfloat16; no scaling by the parameter's size and no clip of an update's size.
+    """
+
+    def decay(step, exponent):
+        return jnp.minimum(beta2_cap, 1 - (step + 1.0) ** -exponent)
+
+    rms = optax.scale_by_factored_rms(
+        min_dim_size_to_factor=FACTORED_FROM, decay_rate=0.8, decay_rate_fn=decay
+    )
+    return optax.chain(
+        layer_by_layer(rms),
+        optax.ema(momentum, debias=False, accumulator_dtype=jnp.bfloat16),
+    )
+
+
+def layer_by_layer(rms: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`scale_by_factored_rms` that takes a stack of layers for what it is, not for one array.
+
+    Else a stack of vectors would be factored as a matrix, and a scan over layers would train
+    differently. The state has the parameters' structure either way, so that a checkpoint can be
+    read with its layers stacked or single.
+    """
+
+    def init(params):
+        single, stacked = split_stacks(params)
+        state = rms.init(single)
+        if not jax.tree.leaves(stacked):
+            return state
+        layer = jax.eval_shape(rms.init, jax.tree.map(lambda x: x[0], stacked))
+        # Where nothing is kept optax has one zero.
+        axes = jax.tree.map(lambda x: None if x.shape in ((), (1,)) else 0, layer)
+        return joined(state, jax.vmap(rms.init, out_axes=axes)(stacked))
+
+    def update(updates, state, params):
+        (single, stacked), parts = split_stacks(updates), split_stacks(params)
+        states = split_stacks(state)
+        made, new = rms.update(single, states[0], parts[0])
+        if not jax.tree.leaves(stacked):
+            return made, new
+        of_stack = states[1]._replace(count=state.count)
+        axes = jax.tree.map(lambda x: 0 if x.ndim > 1 else None, of_stack)
+        mapped = jax.vmap(rms.update, in_axes=(0, axes, 0), out_axes=(0, axes))
+        made_of_stack, new_of_stack = mapped(stacked, of_stack, parts[1])
+        return joined(made, made_of_stack), joined(new, new_of_stack)
+
+    return optax.GradientTransformation(init, update)
+
+
+def split_stacks(tree):
+    """The tree with its single parameters, and with its stacks of layers; the others masked."""
+
+    def keep(stacks: bool):
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: x if ("/resblocks/" in path_of(path)) == stacks else MaskedNode(), tree
+        )
+
+    return keep(False), keep(True)
+
+
+def joined(single, stacked):
+    """The inverse of `split_stacks`."""
+    return jax.tree.map(
+        lambda x, y: y if isinstance(x, MaskedNode) else x,
+        single,
+        stacked,
+        is_leaf=lambda x: isinstance(x, MaskedNode),
+    )
+
+
+def muon_matrix(path: str) -> MuonDimensionNumbers | None:
+    """Which axes make a parameter the matrix that Muon orthogonalises; None leaves it to Adam."""
+    return next((axes for pattern, axes in MUON_MATRICES if re.search(pattern, path)), None)
+
+
+def scale_by_muon_or_adam(
+    *, beta1: float, beta2: float, eps: float
+) -> optax.GradientTransformation:
+    """Muon for the matrices inside the towers, Adam for everything else.
+
+    Muon is for hidden layers: Jordan (kellerjordan.github.io/posts/muon, github.com/KellerJordan/
+    Muon) leaves embeddings, output heads, gains, biases and the first convolution to Adam. Here
+    those are the token, class and position embeddings, the patches' convolution, and what projects
+    into the shared space.
+    """
+
+    def axes(tree):
+        return jax.tree_util.tree_map_with_path(lambda path, _: muon_matrix(path_of(path)), tree)
+
+    def labels(params):
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: "adam" if muon_matrix(path_of(path)) is None else "muon", params
+        )
+
+    muon = scale_by_muon(beta=MUON_MOMENTUM, weight_dimension_numbers=axes)
+    adam = optax.scale_by_adam(b1=beta1, b2=beta2, eps=eps)
+    return optax.partition(
+        {"muon": optax.chain(muon, scale_to_rms(MUON_RMS)), "adam": adam}, labels
+    )
+
+
+def scale_to_rms(rms: float) -> optax.GradientTransformation:
+    """Give orthogonalised matrices one root mean square, whatever their shape.
+
+    An orthogonal [in, out] has min(in, out) singular values of 1, so its root mean square is
+    max(in, out)^-1/2.
+    """
+
+    def update(updates, state, params=None):
+        def scale(path, update):
+            sides = muon_matrix(path_of(path)) or ()
+            longest = max(math.prod(update.shape[axis] for axis in side) for side in sides)
+            return rms * math.sqrt(longest) * update
+
+        return jax.tree_util.tree_map_with_path(scale, updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+SCALERS: dict[str, Callable[[float, float, float], optax.GradientTransformation]] = {
+    # Each of (beta1, beta2, eps).
+    "adamw": lambda b1, b2, eps: optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
+    "lion": lambda b1, b2, eps: optax.scale_by_lion(b1=b1, b2=b2),
+    "adafactor": lambda b1, b2, eps: scale_by_adafactor(momentum=b1, beta2_cap=b2),
+    "muon": lambda b1, b2, eps: scale_by_muon_or_adam(beta1=b1, beta2=b2, eps=eps),
+}
+
+
 def make_optimizer(
     schedule: optax.Schedule,
     *,
+    name: str = "adamw",
     weight_decay: float,
     beta1: float,
     beta2: float,
@@ -69,10 +235,22 @@ def make_optimizer(
     clip_norm: float,
     max_logit_scale: float,
 ) -> optax.GradientTransformation:
-    """AdamW with decoupled decay; `clip_norm` 0 leaves gradients alone."""
+    """An optimiser with decoupled decay; `clip_norm` 0 leaves gradients alone.
+
+    The decay is multiplied by the learning rate, as PyTorch's AdamW does it.
+
+    Args:
+      schedule: the learning rate of a step.
+      name: a key of `SCALERS`. "lion" (Chen et al. 2023, arXiv:2302.06675) wants a learning rate 3
+        to 10 times lower than AdamW's and a decay as many times higher; "adafactor" and "muon"
+        take AdamW's.
+      beta1, beta2, eps: of Adam. In Lion they weigh the gradient of the update and of the
+        momentum. In Adafactor beta1 is the momentum and beta2 the highest decay of the second
+        moment. In Muon they belong to the parameters that Adam trains.
+    """
     return optax.chain(
         optax.clip_by_global_norm(clip_norm) if clip_norm > 0 else optax.identity(),
-        optax.scale_by_adam(b1=beta1, b2=beta2, eps=eps),
+        SCALERS[name](beta1, beta2, eps),
         optax.add_decayed_weights(weight_decay, mask=decay_mask),
         optax.scale_by_learning_rate(schedule),
         clip_logit_scale(max_logit_scale),

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from clip_jax.models.clip import CLIP
+from clip_jax.models.clip import CLIP, unrolled
+from clip_jax.models.stack import stack_layers
 from clip_jax.sharding import tree_shardings
 from clip_jax.typing import Params
 
@@ -47,7 +48,9 @@ def init_variables(model: CLIP, seed: int) -> dict[str, Any]:
     size, length = model.config.vision.image_size, model.config.text.context_length
     images_BHWC = jnp.zeros((1, size, size, 3))
     tokens_BL = jnp.zeros((1, length), jnp.int32)
-    return dict(model.init(jax.random.key(seed), images_BHWC, tokens_BL))
+    # A flax loop draws other numbers for its layers than the layers by themselves.
+    variables = dict(unrolled(model).init(jax.random.key(seed), images_BHWC, tokens_BL))
+    return stack_layers(variables) if model.scan else variables
 
 
 def make_state(

@@ -14,68 +14,117 @@ from jax.sharding import Mesh
 from clip_jax.augment import make_draws
 from clip_jax.config import Config
 from clip_jax.data.faults import SKIPPED, SkipLog
-from clip_jax.data.images import IMAGE_MEAN, IMAGE_STD
+from clip_jax.data.images import OPENAI, Preprocess
 from clip_jax.data.loader import Loader, make_train_loader
 from clip_jax.data.opening import TrainingData, open_sources, steps_of_one_pass
 from clip_jax.errors import UserError
+from clip_jax.initial import (
+    Origin,
+    has_checkpoints,
+    origin_tokenizer,
+    read_origin,
+    started_from,
+)
 from clip_jax.losses import make_loss
-from clip_jax.mesh import batch_shards, check_batch_size, make_mesh
+from clip_jax.mesh import batch_part, batch_shards, check_batch_size, make_mesh
 from clip_jax.models.clip import CLIP, CLIPConfig
+from clip_jax.models.convnet import ConvNetConfig
 from clip_jax.models.flops import image_flops, text_flops
+from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.vit import ViTConfig
 from clip_jax.models.zoo import model_config
 from clip_jax.optim import make_optimizer, make_schedule
 from clip_jax.state import TrainState, device_bytes, parameter_counts, state_shapes
 from clip_jax.step import TrainStep, make_train_step
-from clip_jax.tokenizers import make_tokenizer
+from clip_jax.tokenizers import TokenizerSpec, make_tokenizer, tokenizer_spec
 from clip_jax.typing import Tokenizer
 from clip_jax.workdir import model_to_json
 
 
 @dataclasses.dataclass(frozen=True)
 class Wiring:
-    """The parts of a run that need no data: model, optimiser, mesh and the state's layout."""
+    """The parts of a run that need no data: model, optimiser, mesh and the state's layout.
+
+    Attributes:
+      tokenizer_spec, preprocess: what the trained model is used with; a checkpoint's own, where the
+        run starts from one.
+      origin: that checkpoint.
+    """
 
     mesh: Mesh
+    tokenizer_spec: TokenizerSpec
     tokenizer: Tokenizer
     model: CLIP
     schedule: optax.Schedule
     optimizer: optax.GradientTransformation
     shapes: TrainState
+    preprocess: Preprocess = OPENAI
+    origin: Origin | None = None
 
 
-def sized_model(name: str, tokenizer: Tokenizer) -> CLIPConfig:
-    """A row of the zoo, its text tower sized for a tokenizer."""
-    config = model_config(name)
-    text = dataclasses.replace(
-        config.text, vocab_size=tokenizer.vocab_size, eot_id=tokenizer.eot_id
-    )
-    return dataclasses.replace(config, text=text)
-
-
-def wire(config: Config, steps: int) -> Wiring:
-    """Build what a run of this many steps needs, allocating nothing on devices.
+def sized_model(
+    name: str, tokenizer: Tokenizer, *, image_size: int = 0, context_length: int = 0
+) -> CLIPConfig:
+    """A row of the zoo, its text tower sized for a tokenizer; sizes of 0 are the row's own.
 
     Raises:
-      UserError: the model, the tokenizer or the mesh does not fit the config.
+      UserError: the image tower does not take pictures of that size.
+    """
+    config = model_config(name)
+    vision = config.vision
+    text = dataclasses.replace(
+        config.text,
+        vocab_size=tokenizer.vocab_size,
+        eot_id=tokenizer.eot_id,
+        context_length=context_length or config.text.context_length,
+    )
+    if image_size and image_size != vision.image_size:
+        if isinstance(vision, ConvNetConfig):
+            takes = f"{vision.image_size} alone"
+        elif isinstance(vision, ResNetConfig):
+            takes = "" if image_size % 32 == 0 else "multiples of 32"
+        else:
+            takes = "" if image_size >= vision.patch_size else f"{vision.patch_size} or more"
+        if takes:
+            raise UserError(f"config.model.image_size is {image_size}; {name} takes {takes}")
+        vision = dataclasses.replace(vision, image_size=image_size)
+    return dataclasses.replace(config, vision=vision, text=text)
+
+
+def wire(config: Config, steps: int, workdir: str | None = None) -> Wiring:
+    """Build what a run of this many steps needs, allocating nothing on devices.
+
+    A run in `workdir` that goes on needs the checkpoint it began from no more: it has its own.
+    Without a `workdir` nothing is run, and a checkpoint to start from may be yet to come.
+
+    Raises:
+      UserError: the model, the tokenizer, the mesh or the checkpoint does not fit the config.
     """
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
     check_batch_size("config.train.batch_size", config.train.batch_size, mesh)
     if config.train.microbatch_size:
         check_batch_size("config.train.microbatch_size", config.train.microbatch_size, mesh)
-    tokenizer = make_tokenizer(config.data.tokenizer)
-    sizes = sized_model(config.model.name, tokenizer)
+    m, given = config.model, config.data.tokenizer
+    origin, preprocess = None, OPENAI
+    if m.init_from and (workdir is not None or Path(m.init_from).exists()):
+        goes_on = workdir is not None and has_checkpoints(workdir)
+        origin = read_origin(str(workdir) if goes_on else m.init_from, m.name)
+        preprocess = origin.checkpoint.preprocess
+    spec = origin_tokenizer(origin, given) if origin else tokenizer_spec(given)
+    tokenizer = make_tokenizer(spec)
+    sizes = sized_model(m.name, tokenizer, image_size=m.image_size, context_length=m.context_length)
     if config.train.loss == "sigmoid":
         # Where SigLIP begins (arXiv:2303.15343, section 3.2).
         sizes = dataclasses.replace(sizes, init_logit_scale=math.log(10.0), init_logit_bias=-10.0)
-    m = config.model
+    if origin:
+        sizes = started_from(origin, sizes)
     model = CLIP(sizes, dtype=jnp.dtype(m.dtype), attention=m.attention, remat=m.remat, scan=m.scan)
     o = dataclasses.asdict(config.optim)
     schedule = make_schedule(o.pop("learning_rate"), o.pop("warmup_steps"), steps)
     optimizer = make_optimizer(schedule, **o)
     t = config.train
     shapes = state_shapes(model, optimizer, mesh, freeze=t.freeze, ema=t.ema_decay > 0)
-    return Wiring(mesh, tokenizer, model, schedule, optimizer, shapes)
+    return Wiring(mesh, spec, tokenizer, model, schedule, optimizer, shapes, preprocess, origin)
 
 
 def describe(config: Config) -> str:
@@ -91,6 +140,11 @@ def describe(config: Config) -> str:
         json.dumps(dataclasses.asdict(config), indent=2),
         f"model       {config.model.name}: image tower {counts['image']:,} parameters, "
         f"text tower {counts['text']:,}, in all {counts['total']:,}",
+        *(
+            [f"start       {config.model.init_from}" + ("" if w.origin else ", which is not there")]
+            if config.model.init_from
+            else []
+        ),
         f"forward     {image_flops(c) / 1e9:.2f} GFLOP an image, "
         f"{text_flops(c, length) / 1e9:.2f} GFLOP a caption of {length} tokens",
         f"mesh        {mesh} over {jax.device_count()} {jax.devices()[0].device_kind} devices",
@@ -127,6 +181,7 @@ def run_fingerprint(config: Config, w: Wiring, data: str, pairs: int) -> dict[st
         # Only where set: runs older than these fields go on.
         key: value
         for key, value in (
+            ("config.model.init_from", config.model.init_from),
             ("config.model.patch_dropout", config.model.patch_dropout),
             ("config.train.freeze", config.train.freeze),
             ("config.train.ema_decay", config.train.ema_decay),
@@ -140,7 +195,7 @@ def make_step(config: Config, w: Wiring) -> TrainStep:
     loss_fn = make_loss(
         config.train.loss,
         mesh=w.mesh,
-        tile_size=config.train.loss_tile or 1024,
+        tile_size=config.train.loss_tile,
         mask_equal_captions=config.train.mask_equal_captions,
     )
     return make_train_step(
@@ -150,8 +205,8 @@ def make_step(config: Config, w: Wiring) -> TrainStep:
         w.schedule,
         w.shapes,
         mesh=w.mesh,
-        image_mean=IMAGE_MEAN,
-        image_std=IMAGE_STD,
+        image_mean=w.preprocess.mean,
+        image_std=w.preprocess.std,
         draws=make_draws(
             seed=config.seed,
             color_jitter=config.data.color_jitter,
@@ -209,6 +264,7 @@ def steps_of_run(config: Config, pairs: int) -> int:
 def make_loader(config: Config, w: Wiring, data: TrainingData, start: int) -> Loader:
     """This process's batches from step `start` on."""
     d = config.data
+    part, parts = batch_part(w.mesh)
     return make_train_loader(
         data.indexes,
         w.tokenizer,
@@ -219,8 +275,8 @@ def make_loader(config: Config, w: Wiring, data: TrainingData, start: int) -> Lo
         start_step=start,
         num_streams=d.streams,
         window=d.window,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=part,
+        process_count=parts,
         threads=d.threads,
         crop_scale=d.crop_scale,
         crop_ratio=d.crop_ratio,

@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from clip_jax.errors import UserError
 from clip_jax.losses import FORMS, LOSSES, make_loss
-from clip_jax.losses.tiled import tile_columns
+from clip_jax.losses.tiled import tile_rows
 
 ROWS, FEATURES = 24, 16
 SCALE, BIAS = 20.0, -3.0
@@ -318,7 +318,7 @@ def test_one_gather_one_reduce_scatter_and_no_matrix(name):
     assert [x.split("{")[0] for x in gathers] == [f"f32[{rows},{FEATURES}]"]
     assert [kind for _, kind in results].count("reduce-scatter") == 1
     share = rows // devices
-    assert f"[{share},{tile_size}]" in text  # the tiles are there,
+    assert f"[{tile_size},{tile_size}]" in text  # the tiles are there,
     assert f"[{rows},{rows}]" not in text and f"[{share},{rows}]" not in text  # and no more
     assert executable.memory_analysis().temp_size_in_bytes < share * rows * 4
 
@@ -326,7 +326,7 @@ def test_one_gather_one_reduce_scatter_and_no_matrix(name):
 @settings(max_examples=50, deadline=None)
 @given(rows=st.integers(1, 5000), tile_size=st.integers(1, 6000))
 def test_tiles_hold_every_column_with_little_padding(rows, tile_size):
-    tiles, columns = tile_columns(rows, tile_size)
+    tiles, columns = tile_rows(rows, tile_size)
     assert columns <= tile_size
     assert 0 <= tiles * columns - rows < tiles
     assert tiles == -(-rows // tile_size)
@@ -340,8 +340,8 @@ def test_mistakes_are_named():
         make_loss("softmax", mesh=mesh, mask_equal_captions=True, form="ring")
     with pytest.raises(UserError, match=r"\['batch'\] are not in the mesh"):
         make_loss("softmax", mesh=mesh, mask_equal_captions=True, batch_axes=("batch",))
-    with pytest.raises(UserError, match="tile_size is 0"):
-        make_loss("softmax", mesh=mesh, mask_equal_captions=True, tile_size=0)
+    with pytest.raises(UserError, match="tile_size is -1"):
+        make_loss("softmax", mesh=mesh, mask_equal_captions=True, tile_size=-1)
     loss_fn = make_loss("softmax", mesh=mesh, mask_equal_captions=True)
     z_image, z_text, ok, caption_id = make_batch("none", rows=6)
     with pytest.raises(UserError, match=r"6 rows does not split over 4 devices \(data x fsdp\)"):

@@ -33,13 +33,25 @@ def make_batch(config, seed=0):
 
 
 def make_all(
-    config, mesh, *, loss="softmax", dtype=jnp.float32, jitter=False, patch_dropout=0.0, **options
+    config,
+    mesh,
+    *,
+    loss="softmax",
+    dtype=jnp.float32,
+    jitter=False,
+    patch_dropout=0.0,
+    remat="none",
+    scan=False,
+    optimizer="adamw",
+    **options,
 ):
     bias = -10.0 if loss == "sigmoid" else None
-    model = CLIP(dataclasses.replace(config, init_logit_bias=bias), dtype=dtype)
+    sizes = dataclasses.replace(config, init_logit_bias=bias)
+    model = CLIP(sizes, dtype=dtype, remat=remat, scan=scan)
     schedule = make_schedule(1e-3, 5, 40)
     optimizer = make_optimizer(
         schedule,
+        name=optimizer,
         weight_decay=0.2,
         beta1=0.9,
         beta2=0.98,

@@ -7,6 +7,7 @@ import pytest
 from test_step import B, make_all, make_batch, one_device_mesh, run
 from tiny import CONVNET, RESNET, VIT
 
+from clip_jax.checkpoint import Checkpoints
 from clip_jax.mesh import make_mesh, place_batch
 from clip_jax.step import make_cached_gradient, make_whole_gradient
 
@@ -147,3 +148,19 @@ def test_what_is_not_finite_does_not_reach_the_averages():
     state, metrics = step(state, place_batch(make_batch(VIT), mesh))
     assert not bool(metrics["finite"])
     jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(state.ema))
+
+
+def test_averages_are_saved_and_are_what_a_run_is_loaded_as(tmp_path):
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    state, step = make_all(CONVNET, mesh, ema_decay=0.5)
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+    state, _ = step(state, place_batch(make_batch(CONVNET), mesh))
+    saver = Checkpoints(tmp_path)
+    saver.save(state, 1, {})
+    restored, _ = saver.restore(shapes)
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
+    model, _ = saver.restore_model({"params": shapes.params, "batch_stats": shapes.batch_stats})
+    saver.close()
+    jax.tree.map(np.testing.assert_array_equal, model, state.ema)

@@ -229,6 +229,8 @@ def make_eval_loader(
     context_length: int,
     batch_size: int,
     preprocess: Preprocess = OPENAI,
+    start_step: int = 0,
+    stop_step: int | None = None,
     process_index: int = 0,
     process_count: int = 1,
     threads: int = 8,
@@ -237,6 +239,8 @@ def make_eval_loader(
     log: SkipLog | None = None,
 ) -> Loader:
     """Every sample once, in the order of the shards, through `images.eval_transform`.
+
+    `start_step` and `stop_step` take a part of the batches, by their numbers.
 
     The last batch is filled up with rows of `ok=False` and an empty key. A sample needs no
     caption here when it has a label; of several captions `text` holds the first.
@@ -269,11 +273,12 @@ def make_eval_loader(
         evaluation=True,
     )
     num_steps = -(-total // batch_size)
+    stop = num_steps if stop_step is None else min(stop_step, num_steps)
     return _make_loader(
         rows_at,
         reader,
         rows=rows,
-        steps=(0, num_steps),
+        steps=(min(start_step, stop), stop),
         threads=threads,
         prefetch=prefetch,
         log=log,

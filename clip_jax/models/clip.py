@@ -9,9 +9,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from clip_jax.errors import UserError
+from clip_jax.models.attention import Accelerator, Kernel, choose_kernel
 from clip_jax.models.convnet import ConvNet, ConvNetConfig
 from clip_jax.models.execution import Execution, remat_tower
-from clip_jax.models.resnet import ModifiedResNet, ResNetConfig
+from clip_jax.models.resnet import HEAD_SIZE, ModifiedResNet, ResNetConfig
 from clip_jax.models.text import TextConfig, TextTransformer
 from clip_jax.models.vit import VisionTransformer, ViTConfig
 
@@ -131,3 +132,28 @@ class CLIP(nn.Module):
 def unrolled(model: CLIP) -> CLIP:
     """The same model with every block's parameters by themselves; `stack_layers` leads back."""
     return model.clone(scan=False)
+
+
+def attention_line(model: CLIP, on: Accelerator, kept_patches: int | None = None) -> str:
+    """What each tower's attention is computed by, for a line to the user.
+
+    Raises:
+      UserError: a tower cannot have the kernel that the model asks for.
+    """
+    vision, text = model.config.vision, model.config.text
+    image = "none"
+    if isinstance(vision, ResNetConfig):
+        image = str(_kernel(model, on, HEAD_SIZE, 1, vision.grid_size**2 + 1))
+    if isinstance(vision, ViTConfig):
+        length = vision.length if kept_patches is None else kept_patches + vision.class_token
+        image = str(_kernel(model, on, vision.width // vision.heads, length, length))
+    length = text.context_length
+    words = str(_kernel(model, on, text.width // text.heads, length, length))
+    causal = ", causal" if text.causal else ""
+    return f"attention: image tower {image}, text tower {words}{causal}"
+
+
+def _kernel(model: CLIP, on: Accelerator, head_size: int, queries: int, keys: int) -> Kernel:
+    return choose_kernel(
+        model.attention, on, dtype=model.dtype, head_size=head_size, queries=queries, keys=keys
+    )

@@ -154,7 +154,7 @@ class Attention(nn.Module):
             v_BLNK,
             is_causal=is_causal,
             visible_B=visible_B,
-            kernel=self.how.attention,
+            wanted=self.how.attention,
         )
         return nn.DenseGeneral(
             width,

@@ -111,7 +111,7 @@ class AttentionPool(nn.Module):
 
         q_B1NK = project("q_proj")(x_BLD[:, :1])
         k_BLNK, v_BLNK = project("k_proj")(x_BLD), project("v_proj")(x_BLD)
-        y_B1NK = attend(q_B1NK, k_BLNK, v_BLNK, kernel=self.how.attention)
+        y_B1NK = attend(q_B1NK, k_BLNK, v_BLNK, wanted=self.how.attention)
         return nn.DenseGeneral(
             self.embed_dim,
             axis=(-2, -1),

@@ -19,6 +19,7 @@ from clip_jax.data.images import OPENAI, SIGLIP, Preprocess
 from clip_jax.data.preprocess import preprocess_from_hf, preprocess_from_open_clip
 from clip_jax.errors import UserError, short
 from clip_jax.models.clip import CLIP, CLIPConfig
+from clip_jax.models.convnet import ConvNetConfig
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.vit import ViTConfig
 from clip_jax.models.zoo import GEMMA, model_config
@@ -27,7 +28,11 @@ from clip_jax.pretrained.hf_config import config_from_hf
 from clip_jax.pretrained.layouts import to_ours
 from clip_jax.pretrained.npz_file import read_npz
 from clip_jax.pretrained.open_clip_config import config_from_open_clip
-from clip_jax.pretrained.resize import resize_image_positions, resize_text_positions
+from clip_jax.pretrained.resize import (
+    extend_text_positions,
+    resize_image_positions,
+    resize_text_positions,
+)
 from clip_jax.pretrained.safetensors_file import read_safetensors
 from clip_jax.pretrained.tags import family_preprocess, find_pretrained
 from clip_jax.pretrained.torch_file import read_torch
@@ -201,11 +206,22 @@ def _finish(
 
 
 def resized(
-    checkpoint: Checkpoint, image_size: int | None, context_length: int | None
+    checkpoint: Checkpoint,
+    image_size: int | None,
+    context_length: int | None,
+    *,
+    grow_text: bool = False,
 ) -> Checkpoint:
     """The checkpoint for pictures or captions of another size, its positions interpolated.
 
-    As open_clip does it: bicubic over the grid of patches, linear over the text.
+    As open_clip does it: bicubic over the grid of patches, linear over the text. Longer texts are
+    for training on: a tower that is causal and read at the end token keeps the positions it has
+    and gets more behind them.
+
+    Args:
+      checkpoint: as it was published.
+      image_size, context_length: wanted; None keeps the checkpoint's.
+      grow_text: texts may become longer.
 
     Raises:
       UserError: the size is not a multiple of the patch, or the text would grow.
@@ -213,6 +229,8 @@ def resized(
     vision, text = checkpoint.config.vision, checkpoint.config.text
     arrays = dict(checkpoint.arrays)
     if image_size is not None and image_size != vision.image_size:
+        if isinstance(vision, ConvNetConfig):
+            raise UserError(f"{checkpoint.name} takes pictures of {vision.image_size} pixels alone")
         step = vision.patch_size if isinstance(vision, ViTConfig) else 32
         if image_size < step or (isinstance(vision, ResNetConfig) and image_size % step):
             raise UserError(f"image_size {image_size} is not a multiple of {step} pixels")
@@ -225,16 +243,16 @@ def resized(
             read(), (old.grid_size,) * 2, (vision.grid_size,) * 2, prefix
         )
     if context_length is not None and context_length != text.context_length:
-        if context_length > text.context_length or context_length < 2:
+        if context_length < 2 or (context_length > text.context_length and not grow_text):
             raise UserError(
                 f"context_length {context_length} is not between 2 and the checkpoint's "
                 f"{text.context_length}"
             )
         read_text = arrays["text/positional_embedding"]
+        grows = context_length > text.context_length
+        fit = extend_text_positions if grows and text.trimmable else resize_text_positions
         text = dataclasses.replace(text, context_length=context_length)
-        arrays["text/positional_embedding"] = lambda: resize_text_positions(
-            read_text(), context_length
-        )
+        arrays["text/positional_embedding"] = lambda: fit(read_text(), context_length)
     config = dataclasses.replace(checkpoint.config, vision=vision, text=text)
     return dataclasses.replace(checkpoint, config=config, arrays=arrays)
 
