@@ -57,9 +57,14 @@ format: $(VENV)/.installed ## format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/.installed ## measure the loss, dense against tiled, and loading a ViT-L/14
-	$(BIN)/python -m benchmarks.loss
-	$(BIN)/python -m benchmarks.load
+bench: $(PARITY)/.installed ## measure training, encoding, the loss, GradCache and loading beside open_clip
+	$(PARITY)/bin/python -m benchmarks.training
+	$(PARITY)/bin/python -m benchmarks.encoding
+	$(PARITY)/bin/python -m benchmarks.loss
+	$(PARITY)/bin/python -m benchmarks.gradcache
+	$(PARITY)/bin/python -m benchmarks.step_parts
+	$(PARITY)/bin/python -m benchmarks.load
+	$(PARITY)/bin/python -m benchmarks.tokenizer
 
 clean: ## delete the environment, the data and the runs
 	rm -rf $(VENV) $(PARITY) data runs build dist *.egg-info
