@@ -160,8 +160,6 @@ class EvalSection:
     """Labelled shards that "linear_probe", "knn" and "few_shot" learn from."""
     every: int = 0
     """Steps between two evaluations during the run; 0 evaluates at its end alone."""
-    best: str = ""
-    """The metric whose best checkpoint is kept beside the newest, "acc1" say; needs `every`."""
     batch_size: int = 256
     ablate: tuple[str, ...] = ()
     """Templates (or names of lists) that the report compares, each by itself, at the run's end."""
@@ -392,8 +390,4 @@ def _check_eval(e: EvalSection) -> None:
     _require(
         all("{}" in t or (t and not set(t) & set(" {")) for t in (*e.templates, *e.ablate)),
         f"config.eval.templates is {e.templates}; every template needs a {{}}",
-    )
-    _require(
-        not e.best or e.every > 0,
-        f"config.eval.best is {e.best!r} but config.eval.every is 0; say how often to evaluate",
     )
