@@ -24,9 +24,7 @@ class ModelSection:
     dtype: str = "float32"
     """Of activations and matrix products, float32 or bfloat16; parameters stay float32."""
     init_from: str = ""
-    """A checkpoint to start from: what `clip_jax.load` takes; empty starts from random weights.
-    Its model is `name`, of any picture size and context length; its preprocessing and tokenizer
-    become the run's."""
+    """A checkpoint to start from, as `clip_jax.load` takes it (`initial.py`); empty is random."""
     image_size: int = 0
     """Side of the pictures, pixels; 0 is the model's own."""
     context_length: int = 0
@@ -71,13 +69,10 @@ class TrainSection:
 
 @dataclasses.dataclass(frozen=True)
 class OptimSection:
-    """AdamW with decoupled decay, warm-up and cosine (paper, section 2.5 and table 18).
-
-    What the numbers mean to another optimiser, `clip_jax.optim.make_optimizer` says.
-    """
+    """AdamW with decoupled decay, warm-up and cosine (paper, section 2.5 and table 18)."""
 
     name: str = "adamw"
-    """"adamw", "lion", "adafactor" or "muon"."""
+    """"adamw", "lion", "adafactor" or "muon": see `optim.make_optimizer` for the numbers."""
     learning_rate: float = 5e-4
     """At the end of the warm-up."""
     warmup_steps: int = 2000
@@ -114,8 +109,7 @@ class DataSection:
     max_pixels: int = 89_478_485
     """Pictures with more are skipped before they are decoded."""
     tokenizer: str = "clip"
-    """"clip", or the path of a sentencepiece .model file. With `model.init_from`, "clip" stands for
-    the checkpoint's own."""
+    """"clip" (with `model.init_from`: the checkpoint's own), or a sentencepiece .model file."""
     streams: int = 8
     """Parallel streams of samples; a multiple of every number of hosts the run may use."""
     window: int = 8
