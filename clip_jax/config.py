@@ -24,9 +24,7 @@ class ModelSection:
     dtype: str = "float32"
     """Of activations and matrix products, float32 or bfloat16; parameters stay float32."""
     init_from: str = ""
-    """A checkpoint to start from: what `clip_jax.load` takes; empty starts from random weights.
-    Its model is `name`, of any picture size and context length; its preprocessing and tokenizer
-    become the run's."""
+    """A checkpoint to start from, as `clip_jax.load` takes it (`initial.py`); empty is random."""
     image_size: int = 0
     """Side of the pictures, pixels; 0 is the model's own."""
     context_length: int = 0
@@ -71,13 +69,10 @@ class TrainSection:
 
 @dataclasses.dataclass(frozen=True)
 class OptimSection:
-    """AdamW with decoupled decay, warm-up and cosine (paper, section 2.5 and table 18).
-
-    What the numbers mean to another optimiser, `clip_jax.optim.make_optimizer` says.
-    """
+    """AdamW with decoupled decay, warm-up and cosine (paper, section 2.5 and table 18)."""
 
     name: str = "adamw"
-    """"adamw", "lion", "adafactor" or "muon"."""
+    """"adamw", "lion", "adafactor" or "muon": see `optim.make_optimizer` for the numbers."""
     learning_rate: float = 5e-4
     """At the end of the warm-up."""
     warmup_steps: int = 2000
@@ -114,8 +109,7 @@ class DataSection:
     max_pixels: int = 89_478_485
     """Pictures with more are skipped before they are decoded."""
     tokenizer: str = "clip"
-    """"clip", or the path of a sentencepiece .model file. With `model.init_from`, "clip" stands for
-    the checkpoint's own."""
+    """"clip" (with `model.init_from`: the checkpoint's own), or a sentencepiece .model file."""
     streams: int = 8
     """Parallel streams of samples; a multiple of every number of hosts the run may use."""
     window: int = 8
@@ -166,8 +160,6 @@ class EvalSection:
     """Labelled shards that "linear_probe", "knn" and "few_shot" learn from."""
     every: int = 0
     """Steps between two evaluations during the run; 0 evaluates at its end alone."""
-    best: str = ""
-    """The metric whose best checkpoint is kept beside the newest, "acc1" say; needs `every`."""
     batch_size: int = 256
     ablate: tuple[str, ...] = ()
     """Templates (or names of lists) that the report compares, each by itself, at the run's end."""
@@ -398,8 +390,4 @@ def _check_eval(e: EvalSection) -> None:
     _require(
         all("{}" in t or (t and not set(t) & set(" {")) for t in (*e.templates, *e.ablate)),
         f"config.eval.templates is {e.templates}; every template needs a {{}}",
-    )
-    _require(
-        not e.best or e.every > 0,
-        f"config.eval.best is {e.best!r} but config.eval.every is 0; say how often to evaluate",
     )

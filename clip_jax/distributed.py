@@ -21,7 +21,6 @@ import sys
 import threading
 import time
 import traceback
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -29,11 +28,16 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax._src import clusters
 from jax._src.distributed import global_state
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from clip_jax.cluster import (
+    alone_on_its_machine,
+    check_flags,
+    detected_processes,
+    wait_for,
+)
 from clip_jax.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_USAGE, UserError, short
 
 # Keys of the coordination service.
@@ -45,6 +49,8 @@ _FAREWELL_SECONDS = 5.0
 _BEAT_SECONDS = 5.0
 
 _rounds = itertools.count()
+_ending = threading.Event()
+"""Set when this process has said why it ends, so that its watch has nothing to add."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,18 +108,20 @@ def join(
       UserError: the arguments are half of what is needed, or the others cannot be reached.
     """
     global _limits
-    _check_flags(coordinator, processes, index)
-    if processes == 1 or (processes is None and _detected_processes() < 2):
+    check_flags(coordinator, processes, index)
+    if processes == 1 or (processes is None and detected_processes() < 2):
         return
     if coordinator is not None and device_ids is None:
         device_ids = []  # all of the machine's
-    elif device_ids is None and _alone_on_its_machine(os.environ):
+    elif device_ids is None and alone_on_its_machine(os.environ):
         # JAX would take one device a process under SLURM and Open MPI; ours drives them all.
         device_ids = []
     _limits = limits
     # JAX's own notifier would swallow SIGTERM; `signals.py` and the host loop handle it.
     jax.config.update("jax_enable_preemption_service", False)
     try:
+        if coordinator is not None and index:
+            wait_for(coordinator, limits.init)  # JAX's own wait ends in an abort with a stack
         jax.distributed.initialize(
             coordinator,
             processes,
@@ -123,7 +131,7 @@ def join(
             # Ours comes first, with a sentence; JAX's aborts with a stack.
             heartbeat_timeout_seconds=limits.heartbeat + 30,
         )
-    except Exception as error:  # gRPC's, the resolver's, a cluster's own
+    except Exception as error:  # gRPC's, the socket's, a cluster's own
         where = global_state.coordinator_address or coordinator or "unknown"
         raise UserError(
             f"not all processes joined within {limits.init} s (coordinator {where}): start all of "
@@ -131,52 +139,6 @@ def join(
         ) from None
     _arm()
     threading.Thread(target=_watch, name="clip_jax_watch", daemon=True).start()
-
-
-def _check_flags(coordinator: str | None, processes: int | None, index: int | None) -> None:
-    given = {"--coordinator": coordinator, "--num_processes": processes, "--process_id": index}
-    if processes == 1 and coordinator is None:
-        return
-    missing = [flag for flag, value in given.items() if value is None]
-    if missing and len(missing) < len(given):
-        raise UserError(
-            f"{', '.join(given)} go together, and {' and '.join(missing)} "
-            f"{'is' if len(missing) == 1 else 'are'} missing; give all three, or none on a cluster"
-        )
-    if coordinator is None or processes is None or index is None:
-        return
-    host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdigit():
-        raise UserError(f"--coordinator {coordinator} is not HOST:PORT, such as node0:9876")
-    if not 0 <= index < processes:
-        raise UserError(
-            f"--process_id {index} is not among --num_processes {processes}: they count from 0"
-        )
-
-
-def _detected_processes() -> int:
-    """The processes that the cluster's environment speaks of; 1 without a cluster."""
-    kinds = [kind for kind in clusters.ClusterEnv._cluster_types if not kind.opt_in_only_method]
-    for kind in kinds:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Kubernetes without its package
-                if kind.is_env_present():
-                    return kind.get_process_count()
-        except Exception as error:  # whatever the cluster's interface raises
-            raise UserError(
-                f"this looks like {kind.__name__} and its processes cannot be counted "
-                f"({short(error)[:300]}); give --coordinator, --num_processes and --process_id, or "
-                "--num_processes 1 for a run by itself"
-            ) from None
-    return 1
-
-
-def _alone_on_its_machine(environment: Mapping[str, str]) -> bool:
-    """Whether SLURM or Open MPI started one process a machine."""
-    if "OMPI_COMM_WORLD_LOCAL_SIZE" in environment:
-        return environment["OMPI_COMM_WORLD_LOCAL_SIZE"] == "1"
-    return environment.get("SLURM_NTASKS") == environment.get("SLURM_STEP_NUM_NODES", "")
 
 
 # --- What processes tell each other
@@ -317,6 +279,11 @@ def ending_together() -> Iterator[None]:
         _fail(str(error), EXIT_USAGE)
     except KeyboardInterrupt:
         _fail("interrupted", EXIT_INTERRUPTED)
+    except jax.errors.JaxRuntimeError as error:
+        # A collective breaks when a process is gone, before the watch can know which: let it say.
+        time.sleep(_limits.heartbeat + 2 * min(_BEAT_SECONDS, _limits.heartbeat))
+        traceback.print_exc()
+        _fail(short(error), EXIT_ERROR)
     except Exception as error:
         traceback.print_exc()
         _fail(short(error), EXIT_ERROR)
@@ -324,6 +291,7 @@ def ending_together() -> Iterator[None]:
 
 def _fail(reason: str, code: int) -> None:
     """Print the reason, tell the others, and end this process."""
+    _ending.set()
     print(f"error: process {process_index()}: {reason}", file=sys.stderr, flush=True)
     _post(f"process {process_index()} failed: {reason}")
     _leave(code)
@@ -364,7 +332,7 @@ def _watch() -> None:
             if "DEADLINE_EXCEEDED" in str(error):
                 continue
             word = "process 0, the coordinator, cannot be reached any more: it has died"
-        if word == _WELL:
+        if word == _WELL or _ending.is_set():
             return
         print(f"error: process {process_index()} ends: {word}", file=sys.stderr, flush=True)
         _leave(EXIT_ERROR)

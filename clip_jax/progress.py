@@ -72,6 +72,13 @@ class Report:
             distributed.tell(progress_line(step, self._steps, values, rate, left))
         return True
 
+    def evaluated(self, step: int, metrics: dict[str, float]) -> None:
+        """Write and print what an evaluation during the run found."""
+        if self._writer is not None:
+            self._writer.write(step, {f"eval/{name}": value for name, value in metrics.items()})
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        distributed.tell(f"step {step} evaluated:  {shown}")
+
     def __enter__(self) -> "Report":
         return self
 

@@ -60,8 +60,10 @@ def partition_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     axes: list[str | None] = [None] * len(shape)
     for pattern, spec in RULES:
         if re.search(pattern, name) and len(spec) == len(shape):
-            sizes = zip(spec, shape, strict=True)
-            axes = [axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in sizes]
+            axes = [
+                axis if axis and mesh.shape[axis] > 1 and size % mesh.shape[axis] == 0 else None
+                for axis, size in zip(spec, shape, strict=True)
+            ]
             break
     fsdp = mesh.shape["fsdp"]
     fits = [i for i, size in enumerate(shape) if axes[i] is None and size and size % fsdp == 0]

@@ -27,6 +27,7 @@ from clip_jax.signals import catch_signals
 from clip_jax.state import TrainState, init_state, parameter_counts
 from clip_jax.wiring import (
     Wiring,
+    make_evaluation,
     make_loader,
     make_step,
     open_data,
@@ -197,6 +198,11 @@ def announced(
             yield batch, said.result()
 
 
+def evaluated_part(state: TrainState) -> dict[str, Any]:
+    """The moving averages where the run keeps them: they are what it is trained for."""
+    return state.ema or {"params": state.params, "batch_stats": state.batch_stats}
+
+
 def train_loop(
     config: Config,
     w: Wiring,
@@ -214,7 +220,7 @@ def train_loop(
     the captions are, and whether one of them was asked to stop.
     """
     start = int(state.step)
-    train_step = make_step(config, w)
+    train_step, evaluate = make_step(config, w), make_evaluation(config, w)
     with (
         Report(config, w, steps, start, folder) as report,
         make_loader(config, w, data, start) as loader,
@@ -255,6 +261,8 @@ def train_loop(
                 pending = None
                 if not bad:
                     checkpoints.save(state, step, identity)
+            if evaluate is not None and step % config.eval.every == 0 and step < steps and not bad:
+                report.evaluated(step, evaluate(evaluated_part(state)))
             if bad:
                 break
         if pending is not None and not bad:

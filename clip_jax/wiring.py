@@ -18,6 +18,8 @@ from clip_jax.data.images import OPENAI, Preprocess
 from clip_jax.data.loader import Loader, make_train_loader
 from clip_jax.data.opening import TrainingData, open_sources, steps_of_one_pass
 from clip_jax.errors import UserError
+from clip_jax.evaluation.during import Evaluator, make_evaluator
+from clip_jax.evaluation.run import Request
 from clip_jax.initial import (
     Origin,
     has_checkpoints,
@@ -35,7 +37,7 @@ from clip_jax.models.vit import ViTConfig
 from clip_jax.models.zoo import model_config
 from clip_jax.optim import make_optimizer, make_schedule
 from clip_jax.state import TrainState, device_bytes, parameter_counts, state_shapes
-from clip_jax.step import TrainStep, make_train_step
+from clip_jax.step import TrainStep, make_encoders, make_train_step
 from clip_jax.tokenizers import TokenizerSpec, make_tokenizer, tokenizer_spec
 from clip_jax.typing import Tokenizer
 from clip_jax.workdir import model_to_json
@@ -239,6 +241,36 @@ def patches(config: Config, sizes: CLIPConfig) -> int:
             "take a ViT or set it to 0"
         )
     return 0
+
+
+def make_evaluation(config: Config, w: Wiring) -> Evaluator | None:
+    """What `config.eval.every` runs during a run, over the run's mesh; None where it is 0."""
+    e = config.eval
+    if not e.data or not e.every:
+        return None
+    encode_image, encode_text = make_encoders(
+        w.model, image_mean=w.preprocess.mean, image_std=w.preprocess.std
+    )
+    request = Request(
+        data=e.data,
+        classnames=e.classnames,
+        templates=e.templates,
+        tasks=e.tasks,
+        train_data=e.train_data,
+        batch_size=e.batch_size,
+    )
+    return make_evaluator(
+        encode_image,
+        encode_text,
+        request,
+        w.mesh,
+        scale=lambda variables: math.exp(float(variables["params"]["logit_scale"])),
+        tokenizer=w.tokenizer,
+        image_size=w.model.config.vision.image_size,
+        context_length=w.model.config.text.context_length,
+        preprocess=w.preprocess,
+        shards=batch_shards(w.mesh),
+    )
 
 
 def open_data(config: Config, workdir: str) -> TrainingData:

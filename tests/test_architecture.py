@@ -13,8 +13,8 @@ PACKAGE = Path(__file__).parent.parent / "clip_jax"
 LEVELS = [
     {"errors", "typing"},
     {"models", "losses", "data", "tokenizers", "augment", "mesh", "optim", "metrics", "config"}
-    | {"signals", "distributed"},
-    {"sharding", "workdir"},
+    | {"signals", "cluster"},
+    {"sharding", "workdir", "distributed"},
     {"state", "evaluation"},
     {"checkpoint", "pretrained", "report_page"},
     {"step", "initial"},

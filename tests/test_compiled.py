@@ -27,7 +27,7 @@ FORMS = {
     "fsdp and tensor": ((2, 2, 2), {}),
     "fsdp, looped, micro-batches": ((1, 8, 1), LOOPED | {"microbatch_size": 16}),
 }
-SLOW = ("fsdp, looped, micro-batches",)
+SLOW = ("fsdp and tensor", "fsdp, looped, micro-batches")
 
 
 def shallow(config, layers):
@@ -104,10 +104,11 @@ def test_fsdp_gathers_one_matrix_at_a_time_and_no_activations(form):
 def test_every_gradient_is_summed_over_all_rows(form):
     """By all-reduce and a cut on CPUs, whose compiler makes no reduce-scatter of the two."""
     step = step_of(form)
-    summed = [dims for dims, _ in arrays(step, "all-reduce")]
+    # The compiler may hold a matrix the other way round.
+    summed = [sorted(dims) for dims, _ in arrays(step, "all-reduce")]
     for path, x in jax.tree_util.tree_leaves_with_path(step.shapes.params):
         if x.ndim > 1:
-            assert squeezed(x.shape) in summed, path_name(path)
+            assert sorted(squeezed(x.shape)) in summed, path_name(path)
 
 
 def optimizer_of(name="adamw"):
@@ -143,9 +144,9 @@ def test_every_leaf_that_can_be_is_split(name, scan):
         assert not (stacked and spec and spec[0])
         if any(n % 2 == 0 for n in x.shape[stacked:]) and "bias" not in label:
             assert "fsdp" in spec, label
-        if any(
-            part in label for part in ("q_proj", "c_fc", "out_proj/kernel", "mlp/c_proj/kernel")
-        ):
+        over_heads = ("q_proj", "c_fc", "out_proj/kernel", "mlp/c_proj/kernel")
+        # 179 is the odd hidden width of the tiny SigLIP.
+        if any(part in label for part in over_heads) and 179 not in x.shape:
             assert "tensor" in spec, label
 
 
@@ -167,17 +168,25 @@ def test_an_axis_that_divides_nothing_leaves_the_array_whole():
     # With one device along `fsdp` nothing is split over it.
     one = jax.sharding.AbstractMesh((8, 1, 1), AXES)
     assert partition_spec("text/ln_final/scale", (64,), one) == jax.P()
+    assert partition_spec("mlp/c_fc/kernel", (64, 128), one) == jax.P()
 
 
 def two_block_loss(mesh, *, recompute):
     """The usual form: both modalities gathered, and a [b, B] block for each direction."""
 
-    def direction(z_bD, z_all_BD, scale, own_b):
-        logits_bB = scale * z_bD @ z_all_BD.T
-        own = jnp.take_along_axis(logits_bB, own_b[:, None], axis=1)[:, 0]
-        return jnp.sum(jax.nn.logsumexp(logits_bB, axis=1) - own)
+    def some_rows(rows, z_all_BD, scale):
+        z_rD, own_r = rows
+        logits_rB = scale * z_rD @ z_all_BD.T
+        own = jnp.take_along_axis(logits_rB, own_r[:, None], axis=1)[:, 0]
+        return jnp.sum(jax.nn.logsumexp(logits_rB, axis=1) - own)
 
-    direction = jax.checkpoint(direction) if recompute else direction
+    def direction(z_bD, z_all_BD, scale, own_b):
+        if not recompute:
+            return some_rows((z_bD, own_b), z_all_BD, scale)
+        # A quarter of the rows at a time, and computed again in the backward pass.
+        parts = z_bD.reshape(4, -1, z_bD.shape[1]), own_b.reshape(4, -1)
+        part = jax.checkpoint(lambda rows: some_rows(rows, z_all_BD, scale))
+        return jnp.sum(lax.map(part, parts))
 
     def local(z_image_bD, z_text_bD, scale):
         images_BD, texts_BD = (

@@ -41,6 +41,7 @@ def told(text: str) -> list[str]:
     return [line for line in text.splitlines() if line and not line.startswith("[Gloo]")]
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(experiment, tmp_path):
     done = two(experiment, tmp_path / "two", FSDP, "--config.train.steps=3")
     assert done.returncode == 0, done.stderr

@@ -84,6 +84,24 @@ def _tiny():
     return dataclasses.replace(VIT, vision=dataclasses.replace(VIT.vision, layers=1), text=text)
 
 
+def test_evaluation_during_a_run_changes_no_loss(data, uninterrupted, tmp_path, capsys):
+    folder, pattern = data
+    config = make_config(
+        data,
+        eval__data=pattern,
+        eval__classnames=str(folder / "names.txt"),
+        eval__every=5,
+    )
+    assert train.run(config, str(tmp_path)) == 0
+    lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    found = {line["step"]: line for line in lines if "eval/acc1" in line}
+    assert list(found) == [5, 10]
+    assert 0 <= found[5]["eval/acc1"] <= 1 and "eval/image_retrieval_recall@5" in found[10]
+    assert "step 5 evaluated:" in capsys.readouterr().out
+    kept = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    assert kept == losses(uninterrupted)
+
+
 def stop_at(monkeypatch, step, number=signal.SIGTERM):
     """Raise a signal while the metrics of a step are read."""
     original = progress.Report.step

@@ -29,7 +29,8 @@ def smallest_crop(
     area = scale[0] * width * height
     least_width = max(math.sqrt(area * ratio[0]), area / height)
     least_height = max(math.sqrt(area / ratio[1]), area / width)
-    return min(least_width, width, height * ratio[1]), min(least_height, height, width / ratio[0])
+    least_width = min(least_width, float(width), height * ratio[1])
+    return least_width, min(least_height, float(height), width / ratio[0])
 
 
 def eighths(

@@ -40,18 +40,25 @@ class Origin(NamedTuple):
 
     Attributes:
       embed_dim: features of the shared space.
+      rows: of the batch that a device's towers hold at once.
       whole, split: the dimensions of the parameters, sorted; as they are and as one device's part.
     """
 
     embed_dim: int
+    rows: int
     whole: frozenset[tuple[int, ...]]
     split: frozenset[tuple[int, ...]]
 
 
 def measure_memory(
-    compiled: jax.stages.Compiled, program: Program, shapes: TrainState, embed_dim: int
+    compiled: jax.stages.Compiled,
+    program: Program,
+    shapes: TrainState,
+    *,
+    embed_dim: int,
+    rows: int,
 ) -> Memory:
-    """The memory of a compiled step whose state is laid out as `shapes`."""
+    """The memory of a compiled step; for the arguments after `program` see `Origin`."""
     stats: Any = compiled.memory_analysis()
     kinds = {
         "parameters": device_bytes(shapes.params),
@@ -63,7 +70,7 @@ def measure_memory(
     kinds["batch"] = stats.argument_size_in_bytes - sum(kinds.values())
     kinds["metrics"] = stats.output_size_in_bytes - stats.alias_size_in_bytes
     kinds |= dict.fromkeys(TEMPORARIES, 0)
-    origin = step_origin(shapes, embed_dim)
+    origin = step_origin(shapes, embed_dim, rows)
     executable: Any = compiled.runtime_executable()
     module = executable.hlo_modules()[0].as_serialized_hlo_module_proto()
     peak = peak_buffers(stats.serialized_buffer_assignment_proto, instruction_names(module))
@@ -75,12 +82,13 @@ def measure_memory(
     return Memory({k: size for k, size in kinds.items() if size}, sum(kinds.values()))
 
 
-def step_origin(shapes: TrainState, embed_dim: int) -> Origin:
+def step_origin(shapes: TrainState, embed_dim: int, rows: int) -> Origin:
     """Of a state with this layout."""
     leaves = jax.tree.leaves(shapes.params)
     large = [x for x in leaves if x.ndim > 1]
     return Origin(
         embed_dim,
+        rows,
         frozenset(tuple(sorted(x.shape)) for x in large),
         frozenset(tuple(sorted(x.sharding.shard_shape(x.shape))) for x in leaves),
     )
@@ -99,7 +107,9 @@ def kind_of(program: Program, lines: dict[str, Instruction], name: str, origin: 
         return "gradients"
     if dims in origin.whole:
         return "copies of parameters"
-    return "activations" if "CLIP" in came_from else "other temporaries"
+    # What a loop keeps of its passes has no name; it has the batch's rows among its dimensions.
+    of_rows = any(n and n % origin.rows == 0 for n in dims)
+    return "activations" if "CLIP" in came_from or of_rows else "other temporaries"
 
 
 def op_name(

@@ -15,9 +15,8 @@ from clip_jax.models.flops import train_flops_per_pair
 from clip_jax.planning.counts import Collective, collectives, matmul_flops
 from clip_jax.planning.hlo import parse_program
 from clip_jax.planning.memory import Memory, measure_memory
-from clip_jax.state import TrainState, parameter_counts
-from clip_jax.step import TrainStep
-from clip_jax.wiring import Wiring, make_step, wire
+from clip_jax.state import parameter_counts
+from clip_jax.wiring import make_step, wire
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,28 +67,25 @@ def compile_run(config: Config, steps: int) -> Facts:
       UserError: the config does not fit the devices.
     """
     w = wire(config, steps)
-    batch = batch_shapes(w.mesh, w.model.config, config.train.batch_size)
-    return read_step(make_step(config, w), w.shapes, batch, w)
-
-
-def read_step(
-    step: TrainStep, shapes: TrainState, batch: dict[str, jax.ShapeDtypeStruct], w: Wiring
-) -> Facts:
-    """Compile a step for arrays of these shapes, and read the program."""
-    jitted: Any = step
-    compiled = jitted.lower(shapes, batch).compile()
+    sizes, pairs, shards = w.model.config, config.train.batch_size, batch_shards(w.mesh)
+    jitted: Any = make_step(config, w)
+    compiled = jitted.lower(w.shapes, batch_shapes(w.mesh, sizes, pairs)).compile()
     program = parse_program(compiled.as_text())
-    sizes, devices = w.model.config, w.mesh.size
-    pairs = batch["ok"].shape[0]
+    pair_flops = train_flops_per_pair(sizes, sizes.text.context_length)
     return Facts(
         mesh=dict(w.mesh.shape),
-        parameters=parameter_counts(shapes.params),
-        rows=pairs // batch_shards(w.mesh),
-        memory=measure_memory(compiled, program, shapes, sizes.embed_dim),
+        parameters=parameter_counts(w.shapes.params),
+        rows=pairs // shards,
+        memory=measure_memory(
+            compiled,
+            program,
+            w.shapes,
+            embed_dim=sizes.embed_dim,
+            rows=(config.train.microbatch_size or pairs) // shards,
+        ),
         flops=matmul_flops(program),
-        hand_flops=pairs * train_flops_per_pair(sizes, batch["text"].shape[1]) / devices
-        + loss_flops(pairs, batch_shards(w.mesh), sizes.embed_dim),
-        exchanges=collectives(program, devices),
+        hand_flops=pairs * pair_flops / w.mesh.size + loss_flops(pairs, shards, sizes.embed_dim),
+        exchanges=collectives(program, w.mesh.size),
     )
 
 
