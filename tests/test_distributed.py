@@ -4,6 +4,7 @@ import collections
 import os
 import random
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from run_tiny import ROOT, log, losses, one, start_two, two, write_experiment
 
-from clip_jax import distributed, train
+from clip_jax import cluster, distributed, train
 from clip_jax.errors import EXIT_ERROR, EXIT_TERMINATED, EXIT_USAGE, UserError
 from clip_jax.mesh import AXES, batch_part, make_mesh
 from clip_jax.models.clip import CLIP
@@ -234,6 +235,7 @@ def joined(monkeypatch):
         if name.startswith(("SLURM_", "OMPI_", "TPU_", "KUBERNETES_")):
             monkeypatch.delenv(name)
     monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: calls.append(a))
+    monkeypatch.setattr(distributed, "wait_for", lambda address, seconds: None)
     monkeypatch.setattr(distributed, "_arm", lambda: None)
     monkeypatch.setattr(distributed, "_watch", lambda: None)
     monkeypatch.setattr(jax.config, "update", lambda *a: None)
@@ -286,6 +288,14 @@ def test_flags_go_before_the_environment(joined, monkeypatch):
     distributed.join("node0:1", 2, 1)
     distributed.join("node0:1", 2, 1, [0, 1])
     assert joined == [("node0:1", 2, 1, []), ("node0:1", 2, 1, [0, 1])]
+
+
+def test_a_coordinator_is_waited_for_until_it_listens():
+    with socket.create_server(("localhost", 0)) as server:
+        address = f"localhost:{server.getsockname()[1]}"
+        cluster.wait_for(address, 5)
+    with pytest.raises(OSError, match="refused"):
+        cluster.wait_for(address, 0)
 
 
 def test_a_strange_cluster_is_one_line(joined, monkeypatch):
