@@ -77,6 +77,7 @@ def test_tuning_goes_on_from_another_run(folder):
     assert clip_jax.load(folder / "emoji_finetune").config.vision.image_size == 64
 
 
+@pytest.mark.slow
 def test_clipa_goes_from_short_to_full(folder):
     short = train_experiment("clipa_short", folder, steps=40)
     full = train_experiment("clipa_full", folder, steps=20)

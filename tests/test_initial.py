@@ -147,6 +147,7 @@ def test_layers_are_stacked_for_a_scan():
         np.testing.assert_array_equal(stack[layer], arrays[path])
 
 
+@pytest.mark.slow
 def test_a_longer_run_grows_the_positions_of_a_short_one(data, short, tmp_path, capsys):
     config = make_config(data, model__init_from=str(short))
     assert train.run(config, str(tmp_path)) == 0
@@ -193,6 +194,7 @@ def test_a_tower_that_sees_its_padding_is_interpolated():
     np.testing.assert_array_equal(grown, resize_text_positions(positions, 16))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["own", "hf", "open_clip"])
 def test_a_converted_run_is_the_same_start(data, short, tmp_path, to):
     convert(str(short), str(tmp_path / "made"), to=to)
@@ -246,6 +248,7 @@ def siglip(data, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
 def test_siglips_scale_and_bias(data, siglip, tmp_path, loss):
     """The sigmoid loss goes on with both; to the softmax the bias is nothing, and it stays."""
