@@ -29,8 +29,8 @@ from orbax.checkpoint import checkpoint_managers
 from clip_jax.distributed import from_first, gather, is_first, process_count, process_index, tell
 from clip_jax.errors import UserError
 from clip_jax.models.stack import stack_layers, unstack_layers
-from clip_jax.sharding import path_name
 from clip_jax.state import TrainState
+from clip_jax.typing import path_name
 
 FORMAT = 1
 FOLDER = "checkpoints"

@@ -93,7 +93,8 @@ def evaluate_model(model: str, request: "Request", out: str | Path, **load: Any)
     """Evaluate what `clip_jax.load` reads; returns the table to print."""
     import jax
 
-    from clip_jax.evaluation.run import CONFUSION, CURVE, GRID, RESULTS, run_evaluation, table
+    from clip_jax.evaluation.results import CONFUSION, CURVE, GRID, RESULTS, table
+    from clip_jax.evaluation.run import run_evaluation
 
     start = time.perf_counter()
     clip, mesh = load_over_devices(model, **load)

@@ -34,9 +34,10 @@ from clip_jax.pretrained.load import (
 )
 from clip_jax.pretrained.own import is_work_folder, read_weights
 from clip_jax.pretrained.trees import to_variables
-from clip_jax.sharding import partition_spec, path_name
+from clip_jax.sharding import partition_spec
 from clip_jax.state import TrainState, make_state
 from clip_jax.tokenizers import TokenizerSpec, make_tokenizer, tokenizer_from_file
+from clip_jax.typing import path_name
 from clip_jax.workdir import WEIGHTS, read_description
 
 Reader = Callable[[], Any]

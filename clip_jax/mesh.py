@@ -33,6 +33,11 @@ def make_mesh(*, data: int, fsdp: int, tensor: int) -> Mesh:
     return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+def mesh_text(shape: Mapping[str, int]) -> str:
+    """data=32 x fsdp=8 x tensor=1; `shape` is a mesh's."""
+    return " x ".join(f"{axis}={shape[axis]}" for axis in AXES)
+
+
 def batch_shards(mesh: Mesh) -> int:
     """In how many parts the rows of a batch are split."""
     return mesh.shape["data"] * mesh.shape["fsdp"]

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from tensorboardX import SummaryWriter
 
 from clip_jax.errors import UserError
+from clip_jax.files import whole_file
 
 
 class Peak(NamedTuple):
@@ -159,13 +160,10 @@ class MetricsWriter:
             the middle of writing is dropped.
         """
         workdir = Path(workdir)
-        workdir.mkdir(parents=True, exist_ok=True)
         self.path = workdir / "metrics.jsonl"
         kept = [] if resume_step is None else read_lines_until(self.path, resume_step)
-        # A new file put in the old one's place: killed in between, the old one is whole.
-        temporary = self.path.with_suffix(".jsonl.tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        temporary.replace(self.path)
+        with whole_file(self.path) as partial:
+            partial.write_text("".join(kept), encoding="utf-8")
         self._file = self.path.open("a", encoding="utf-8")
         # TensorBoard forgets what earlier files of the folder say from this step on.
         purge_step = 0 if resume_step is None else resume_step + 1

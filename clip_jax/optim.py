@@ -14,6 +14,8 @@ import optax
 from optax import MaskedNode
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
+from clip_jax.typing import path_name
+
 NOT_DECAYED = (
     *("scale", "gamma"),
     *("bias", "text_projection_bias"),
@@ -42,11 +44,6 @@ MUON_MATRICES: tuple[tuple[str, MuonDimensionNumbers], ...] = (
         MuonDimensionNumbers((-4, -3, -2), (-1,)),
     ),
 )
-
-
-def path_of(path: tuple) -> str:
-    """A parameter's path as names joined by slashes."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def leaf_name(path: tuple) -> str:
@@ -150,7 +147,8 @@ def split_stacks(tree):
 
     def keep(stacks: bool):
         return jax.tree_util.tree_map_with_path(
-            lambda path, x: x if ("/resblocks/" in path_of(path)) == stacks else MaskedNode(), tree
+            lambda path, x: x if ("/resblocks/" in path_name(path)) == stacks else MaskedNode(),
+            tree,
         )
 
     return keep(False), keep(True)
@@ -183,11 +181,11 @@ def scale_by_muon_or_adam(
     """
 
     def axes(tree):
-        return jax.tree_util.tree_map_with_path(lambda path, _: muon_matrix(path_of(path)), tree)
+        return jax.tree_util.tree_map_with_path(lambda path, _: muon_matrix(path_name(path)), tree)
 
     def labels(params):
         return jax.tree_util.tree_map_with_path(
-            lambda path, _: "adam" if muon_matrix(path_of(path)) is None else "muon", params
+            lambda path, _: "adam" if muon_matrix(path_name(path)) is None else "muon", params
         )
 
     muon = scale_by_muon(beta=MUON_MOMENTUM, weight_dimension_numbers=axes)
@@ -206,7 +204,7 @@ def scale_to_rms(rms: float) -> optax.GradientTransformation:
 
     def update(updates, state, params=None):
         def scale(path, update):
-            sides = muon_matrix(path_of(path)) or ()
+            sides = muon_matrix(path_name(path)) or ()
             longest = max(math.prod(update.shape[axis] for axis in side) for side in sides)
             return rms * math.sqrt(longest) * update
 

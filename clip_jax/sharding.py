@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from clip_jax.mesh import BATCH_AXES
-from clip_jax.typing import Params
+from clip_jax.typing import Params, path_name
 
 RULES: tuple[tuple[str, P], ...] = (
     # Attention: heads over `tensor`, the width over `fsdp`.
@@ -40,11 +40,6 @@ RULES: tuple[tuple[str, P], ...] = (
 
 FACTORED = re.compile(r"(^|/)v_(row|col)/")
 """Adafactor's rows and columns: an axis less than their parameter, small, and whole everywhere."""
-
-
-def path_name(path: tuple) -> str:
-    """A tree path as names joined by slashes."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def partition_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:

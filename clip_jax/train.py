@@ -20,7 +20,7 @@ from clip_jax.data.sources import fingerprint, incomplete
 from clip_jax.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED, UserError
 from clip_jax.evaluate import evaluate_workdir
 from clip_jax.initial import start_state
-from clip_jax.mesh import batch_part, place_batch
+from clip_jax.mesh import batch_part, mesh_text, place_batch
 from clip_jax.progress import Report
 from clip_jax.report import report
 from clip_jax.signals import catch_signals
@@ -156,7 +156,7 @@ def _summary(config: Config, w: Wiring, data: TrainingData, pairs: int, steps: i
         f"{config.train.batch_size:,} pairs are {epochs:.1f} epochs",
         f"{config.model.name}: image tower {counts['image']:,} parameters, text tower "
         f"{counts['text']:,}; {jax.device_count()} {jax.devices()[0].device_kind} device(s), "
-        + " x ".join(f"{axis}={n}" for axis, n in w.mesh.shape.items()),
+        + mesh_text(w.mesh.shape),
     ]
     lines += [
         f"shards left out: {n} {cause.replace('_', ' ')}, listed in skipped.jsonl"

@@ -20,6 +20,7 @@ T  prompt templates
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
+import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt
 
@@ -32,6 +33,11 @@ Tokens = Int[Array | np.ndarray, "B L"]
 Features = Float[Array, "B D"]
 Rows = Bool[Array, " B"]
 Scalar = Float[Array, ""]
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """Where a leaf lies in a tree of parameters, its names joined by slashes: visual/proj."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 @runtime_checkable

@@ -28,7 +28,7 @@ from clip_jax.initial import (
     started_from,
 )
 from clip_jax.losses import make_loss
-from clip_jax.mesh import batch_part, batch_shards, check_batch_size, make_mesh
+from clip_jax.mesh import batch_part, batch_shards, check_batch_size, make_mesh, mesh_text
 from clip_jax.models.clip import CLIP, CLIPConfig
 from clip_jax.models.convnet import ConvNetConfig
 from clip_jax.models.flops import image_flops, text_flops
@@ -136,7 +136,6 @@ def describe(config: Config) -> str:
     c = w.model.config
     rows = config.train.batch_size // batch_shards(w.mesh)
     size, length = c.vision.image_size, c.text.context_length
-    mesh = " x ".join(f"{axis}={n}" for axis, n in w.mesh.shape.items())
     mib = 1 / 2**20
     lines = [
         json.dumps(dataclasses.asdict(config), indent=2),
@@ -149,7 +148,8 @@ def describe(config: Config) -> str:
         ),
         f"forward     {image_flops(c) / 1e9:.2f} GFLOP an image, "
         f"{text_flops(c, length) / 1e9:.2f} GFLOP a caption of {length} tokens",
-        f"mesh        {mesh} over {jax.device_count()} {jax.devices()[0].device_kind} devices",
+        f"mesh        {mesh_text(w.mesh.shape)} over {jax.device_count()} "
+        f"{jax.devices()[0].device_kind} devices",
         f"per device  {rows} pairs of the global batch of {config.train.batch_size:,}",
         f"            parameters {device_bytes(w.shapes.params) * mib:,.1f} MiB, "
         f"optimiser {device_bytes(w.shapes.opt_state) * mib:,.1f} MiB, "

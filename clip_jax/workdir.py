@@ -10,6 +10,7 @@ from typing import Any
 from clip_jax.data.images import OPENAI, Preprocess
 from clip_jax.data.preprocess import preprocess_from_json, preprocess_to_json
 from clip_jax.errors import UserError, short
+from clip_jax.files import whole_file
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.convnet import ConvNetConfig
 from clip_jax.models.resnet import ResNetConfig
@@ -82,9 +83,8 @@ def write_description(workdir: Path, description: Description) -> Description:
         "preprocess": preprocess_to_json(description.preprocess),
         "config": description.config,
     }
-    part = workdir / (FILE + ".part")
-    part.write_text(json.dumps(made, indent=2) + "\n")
-    part.rename(workdir / FILE)
+    with whole_file(workdir / FILE) as partial:
+        partial.write_text(json.dumps(made, indent=2) + "\n")
     return description
 
 

@@ -17,8 +17,9 @@ from clip_jax.models.zoo import model_config
 from clip_jax.optim import make_optimizer, make_schedule
 from clip_jax.planning.counts import matmul_flops
 from clip_jax.planning.hlo import parse_program
-from clip_jax.sharding import partition_spec, path_name
+from clip_jax.sharding import partition_spec
 from clip_jax.state import device_bytes, state_shapes
+from clip_jax.typing import path_name
 
 PAIRS = 80  # no other dimension is that long
 LOOPED = {"scan": True, "remat": "blocks"}

@@ -17,8 +17,8 @@ from clip_jax.evaluation.evaluate import evaluate
 from clip_jax.evaluation.features import encode_padded, unit_rows
 from clip_jax.evaluation.pictures import GREEN, loss_curve, prediction_grid
 from clip_jax.evaluation.prompts import load_class_names, load_templates
+from clip_jax.evaluation.results import write_results
 from clip_jax.evaluation.retrieval import retrieval_metrics
-from clip_jax.evaluation.run import write_results
 from clip_jax.evaluation.zero_shot import class_embeddings, top_classes, zero_shot_metrics
 
 D = 16

@@ -23,9 +23,9 @@ from clip_jax.optim import (
     make_optimizer,
     make_schedule,
     muon_matrix,
-    path_of,
 )
 from clip_jax.state import init_variables, state_shapes
+from clip_jax.typing import path_name
 
 
 def options(**changes):
@@ -126,7 +126,7 @@ SMALL = dataclasses.replace(
 
 
 def flat(tree):
-    return {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def random_like(tree, seed):

@@ -27,9 +27,10 @@ from clip_jax.planning.counts import collectives, matmul_flops, replica_group
 from clip_jax.planning.estimate import USABLE, advice, gigabytes, run_steps, step_times
 from clip_jax.planning.hardware import DEVICES, find_device
 from clip_jax.planning.hlo import parse_program, trip_count, visits
-from clip_jax.planning.memory import Memory, fields, measure_memory, numbers
+from clip_jax.planning.memory import Memory, measure_memory
 from clip_jax.planning.program import Facts, loss_flops
 from clip_jax.planning.text import plan_text
+from clip_jax.protobuf import fields, varints
 from clip_jax.state import device_bytes
 
 
@@ -362,10 +363,10 @@ def test_numbers_of_a_protocol_buffer(values):
         return bytes([b | 128 for b in low[:-1]] + low[-1:])
 
     packed = b"".join(map(varint, values))
-    assert numbers(packed) == values
+    assert varints(packed) == values
     message = b"".join(varint(5 << 3) + varint(v) for v in values)
     message += varint(7 << 3 | 2) + varint(len(packed)) + packed
     message += varint(9 << 3 | 1) + np.float64(1).tobytes() + varint(10 << 3 | 5) + bytes(4)
-    *read, text, double, single = fields(message)
+    *read, text, double, single = [(number, value) for number, _, value in fields(message)]
     assert read == [(5, v) for v in values] and text == (7, packed)
     assert double == (9, np.float64(1).tobytes()) and single == (10, bytes(4))

@@ -11,8 +11,8 @@ from tiny import SIGLIP, TEXT, TINY
 
 from clip_jax.models.clip import CLIP, unrolled
 from clip_jax.models.stack import stack_layers, unstack_layers
-from clip_jax.sharding import path_name
 from clip_jax.state import init_variables
+from clip_jax.typing import path_name
 
 # As the others, with three blocks where they have two: a stack of one would hide its axis.
 DEEP = {

@@ -7,7 +7,7 @@ a Feature, which is one of bytes (1), floats (2, packed) or integers (3, packed)
 import os
 import struct
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,12 +24,12 @@ from clip_jax.data.samples import (
     whole_label,
 )
 from clip_jax.errors import UserError, short
+from clip_jax.protobuf import BYTES, fields, varints
 
 IMAGE_FEATURES = ("image", "image/encoded", "jpg", "jpeg", "png", "webp", "image_bytes", "img")
 CAPTION_FEATURES = ("caption", "text", "txt", "title", "captions", "caption/text", "image/caption")
 LABEL_FEATURES = ("label", "cls", "image/class/label", "class")
 
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _MASK_DELTA = 0xA282EAD8
 
 
@@ -41,9 +41,9 @@ def parse_example(data: bytes) -> dict[str, list[Any]]:
     """
     try:
         features: dict[str, list[Any]] = {}
-        for _, wire, body in _fields(memoryview(data), wanted=1):
-            if wire == _BYTES:
-                for _, _, entry in _fields(body, wanted=1):
+        for _, wire, body in fields(data, wanted=1):
+            if wire == BYTES:
+                for _, _, entry in fields(body, wanted=1):
                     name, values = _map_entry(entry)
                     features[name] = values
         return features
@@ -51,73 +51,30 @@ def parse_example(data: bytes) -> dict[str, list[Any]]:
         raise Unusable("broken_record", f"not a tf.train.Example ({short(e)})") from e
 
 
-def _fields(data: memoryview, wanted: int | None = None) -> Iterator[tuple[int, int, Any]]:
-    """(number, wire type, value) of every field, or of those with one number."""
-    at = 0
-    while at < len(data):
-        tag, at = _varint(data, at)
-        number, wire = tag >> 3, tag & 7
-        value: Any
-        if wire == _VARINT:
-            value, at = _varint(data, at)
-        elif wire in (_FIXED64, _FIXED32):
-            length = 8 if wire == _FIXED64 else 4
-            value, at = data[at : at + length], at + length
-        elif wire == _BYTES:
-            length, at = _varint(data, at)
-            value, at = data[at : at + length], at + length
-        else:
-            raise ValueError(f"wire type {wire}")
-        if at > len(data):
-            raise ValueError("a field runs past the end")
-        if wanted is None or number == wanted:
-            yield number, wire, value
-
-
-def _varint(data: memoryview, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[at]
-        value |= (byte & 0x7F) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 0x80:
-            return value, at
-        if shift > 63:
-            raise ValueError("a varint of more than ten bytes")
-
-
 def _map_entry(entry: memoryview) -> tuple[str, list[Any]]:
     name = ""
     values: list[Any] = []
-    for number, _, body in _fields(entry):
+    for number, _, body in fields(entry):
         if number == 1:
             name = bytes(body).decode("utf-8")
         elif number == 2:
-            for kind, _, value_list in _fields(body):
+            for kind, _, value_list in fields(body):
                 values += _VALUES[kind](value_list) if kind in _VALUES else []
     return name, values
 
 
 def _bytes_list(body: memoryview) -> list[bytes]:
-    return [bytes(value) for _, _, value in _fields(body, wanted=1)]
+    return [bytes(value) for _, _, value in fields(body, wanted=1)]
 
 
 def _float_list(body: memoryview) -> list[float]:
     # Packed or one by one, the bytes of a float are the same.
-    parts = [bytes(value) for _, _, value in _fields(body, wanted=1)]
+    parts = [bytes(value) for _, _, value in fields(body, wanted=1)]
     return np.frombuffer(b"".join(parts), "<f4").tolist()
 
 
 def _int_list(body: memoryview) -> list[int]:
-    values: list[int] = []
-    for _, wire, value in _fields(body, wanted=1):
-        if wire == _VARINT:
-            values.append(value)
-            continue
-        at = 0
-        while at < len(value):
-            number, at = _varint(value, at)
-            values.append(number)
+    values = [v for _, _, value in fields(body, wanted=1) for v in varints(value)]
     return [v - (1 << 64) if v >> 63 else v for v in values]
 
 

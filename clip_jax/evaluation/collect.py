@@ -7,7 +7,6 @@ prompts encodes no picture again.
 
 import dataclasses
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from tqdm import tqdm
 
 from clip_jax.errors import UserError
 from clip_jax.evaluation.features import EncodeImage, EncodeText, encode_padded, unit_rows
+from clip_jax.files import whole_file
 from clip_jax.typing import Tokenizer
 
 Batches = Iterable[Mapping[str, Any]]
@@ -215,13 +215,10 @@ _LISTS = ("keys", "captions", "skipped")
 
 
 def _store(part: FeatureSet, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     rest = json.dumps({name: getattr(part, name) for name in _LISTS})
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
+    with whole_file(path) as partial, partial.open("wb") as file:
         arrays = {name: getattr(part, name) for name in _ARRAYS}
         np.savez(file, rest=np.frombuffer(rest.encode(), np.uint8), **arrays)
-    os.replace(partial, path)
 
 
 def _read(path: Path) -> FeatureSet:

@@ -7,7 +7,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from clip_jax.evaluation.features import Encoders, image_encoder_over, text_encoder_over
-from clip_jax.evaluation.run import Request, make_subject
+from clip_jax.evaluation.run import Request, make_subject, open_request
 from clip_jax.evaluation.tasks import TASKS, check_tasks
 
 # (variables, rows) -> features, jitted: `step.make_encoders` makes both.
@@ -32,9 +32,10 @@ def make_evaluator(
 
     Args:
       scale: the factor between cosines and logits, of the variables.
+      request: its data is indexed here, once.
       encoders: the other fields of `features.Encoders`: tokenizer, sizes, preprocess, shards.
     """
-    tasks = check_tasks(request.tasks)
+    tasks, sources = check_tasks(request.tasks), open_request(request)
 
     def evaluate(variables: Mapping[str, Any]) -> dict[str, float]:
         made = Encoders(
@@ -43,7 +44,7 @@ def make_evaluator(
             scale=scale(variables),
             **encoders,
         )
-        subject = make_subject(made, request, None, mesh, progress=False)
+        subject = make_subject(made, request, sources, None, mesh, progress=False)
         return named_metrics({task: TASKS[task](subject) for task in tasks})
 
     return evaluate

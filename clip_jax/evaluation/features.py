@@ -1,7 +1,7 @@
 """What every evaluator does with an encoder: call it on equal batches, take unit vectors."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -77,6 +77,16 @@ def _fill_up(rows: np.ndarray, multiple: int) -> np.ndarray:
     return np.pad(rows, ((0, missing), *((0, 0),) * (rows.ndim - 1)), mode="edge")
 
 
+def equal_blocks(rows: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, int]]:
+    """`size` rows at a time, and how many of them count.
+
+    The last block is filled up with its last row: a jitted function meets one shape only.
+    """
+    for start in range(0, len(rows), size):
+        block = rows[start : start + size]
+        yield _fill_up(block, size), len(block)
+
+
 def _fetch(z_BD: jax.Array) -> np.ndarray:
     if jax.process_count() == 1:
         return np.asarray(z_BD)
@@ -101,13 +111,6 @@ def unit_rows(z_BD: Any) -> Float32[np.ndarray, "B D"]:
 def encode_padded(
     encode_text: EncodeText, tokens_BL: np.ndarray, batch_size: int
 ) -> Float32[np.ndarray, "B D"]:
-    """Unit features of any number of token rows, encoded `batch_size` at a time.
-
-    The last batch is filled up with its last row: a jitted encoder meets one shape only.
-    """
-    parts = []
-    for start in range(0, len(tokens_BL), batch_size):
-        part_bL = tokens_BL[start : start + batch_size]
-        padded_bL = np.pad(part_bL, ((0, batch_size - len(part_bL)), (0, 0)), mode="edge")
-        parts.append(unit_rows(encode_text(padded_bL))[: len(part_bL)])
-    return np.concatenate(parts)
+    """Unit features of any number of token rows, encoded `batch_size` at a time."""
+    blocks = equal_blocks(tokens_BL, batch_size)
+    return np.concatenate([unit_rows(encode_text(block_bL))[:used] for block_bL, used in blocks])

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Float32, Int
 
+from clip_jax.evaluation.features import equal_blocks
+
 # Similarities of one block: 64 MiB in float32.
 BLOCK_SCORES = 1 << 24
 
@@ -24,14 +26,11 @@ def neighbour_votes(
     (Wu et al. 2018, arXiv:1805.01978, section 3.4; k 20 and 0.07 are DINO's)."""
     k = min(k, len(train_ND))
     block = max(1, min(len(z_BD), BLOCK_SCORES // len(train_ND)))
+    train, labels = jnp.asarray(train_ND), jnp.asarray(label_N, jnp.int32)
     parts = []
-    for start in range(0, len(z_BD), block):
-        part_bD = z_BD[start : start + block]
-        padded_bD = np.pad(part_bD, ((0, block - len(part_bD)), (0, 0)))
-        votes = _votes(
-            padded_bD, train_ND, label_N.astype(np.int32), temperature, k=k, num_classes=num_classes
-        )
-        parts.append(np.asarray(votes)[: len(part_bD)])
+    for part_bD, used in equal_blocks(z_BD, block):
+        votes = _votes(part_bD, train, labels, temperature, k=k, num_classes=num_classes)
+        parts.append(np.asarray(votes)[:used])
     return np.concatenate(parts)
 
 

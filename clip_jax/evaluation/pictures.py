@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Container, Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from clip_jax.errors import UserError
+from clip_jax.files import whole_file
 
 # Lengths in pixels.
 IMAGE_SIDE = 192
@@ -119,10 +119,8 @@ def _fit(
 
 
 def _save(page: Image.Image, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    page.save(partial, format="PNG")
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        page.save(partial, format="PNG")
     return path
 
 
@@ -171,10 +169,8 @@ def loss_curve(metrics_jsonl_path: str | Path, png_path: str | Path) -> Path:
         if label == "learning rate":
             axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     path = Path(png_path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, format="png")
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        figure.savefig(partial, format="png")
     return path
 
 

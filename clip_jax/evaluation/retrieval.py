@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from clip_jax.evaluation.features import equal_blocks
+
 # Scores of one block: 64 MiB in float32, whatever the number of pairs.
 BLOCK_SCORES = 1 << 24
 
@@ -104,14 +106,11 @@ def _best_ranks(
     rows = max(1, min(len(queries_BD), BLOCK_SCORES // len(candidates_BD)))
     candidates = jnp.asarray(candidates_BD)
     ranks = []
-    for start in range(0, len(queries_BD), rows):
-        block_bD = queries_BD[start : start + rows]
+    for number, (block_bD, used) in enumerate(equal_blocks(queries_BD, rows)):
         right_bB = np.zeros((rows, len(candidates_BD)), bool)
-        for row in range(len(block_bD)):
-            right_bB[row, right(start + row)] = True
-        # Filled up to one shape, so that one program serves all blocks.
-        padded_bD = np.pad(block_bD, ((0, rows - len(block_bD)), (0, 0)))
-        ranks.append(np.asarray(_ranks(padded_bD, candidates, right_bB))[: len(block_bD)])
+        for row in range(used):
+            right_bB[row, right(number * rows + row)] = True
+        ranks.append(np.asarray(_ranks(block_bD, candidates, right_bB))[:used])
     return np.concatenate(ranks)
 
 

@@ -5,7 +5,6 @@ A folder holds `eval.json`, `predictions.png`, `confusion.csv` and, for a run, `
 """
 
 import contextlib
-import csv
 import dataclasses
 import hashlib
 import json
@@ -30,6 +29,14 @@ from clip_jax.evaluation.evaluate import draw_examples, result_rows
 from clip_jax.evaluation.features import Encoders
 from clip_jax.evaluation.pictures import loss_curve, prediction_grid
 from clip_jax.evaluation.prompts import load_class_names, load_templates
+from clip_jax.evaluation.results import (
+    CONFUSION,
+    CURVE,
+    GRID,
+    RESULTS,
+    write_confusion,
+    write_results,
+)
 from clip_jax.evaluation.tasks import (
     LEARNING,
     RETRIEVAL,
@@ -40,8 +47,8 @@ from clip_jax.evaluation.tasks import (
     check_tasks,
 )
 from clip_jax.evaluation.zero_shot import class_embeddings, rank_classes
+from clip_jax.files import whole_file
 
-RESULTS, GRID, CURVE, CONFUSION = "eval.json", "predictions.png", "loss.png", "confusion.csv"
 FEATURES = "features"
 PART_ROWS = 8192
 
@@ -72,6 +79,33 @@ class Request:
     confuse_equal_captions: bool = False
 
 
+@dataclasses.dataclass(frozen=True)
+class Sources:
+    """The shards of a request's data, indexed; empty where it names none or no task needs them."""
+
+    test: Sequence[ShardIndex]
+    train: Sequence[ShardIndex] = ()
+    validation: Sequence[ShardIndex] = ()
+
+
+def open_request(request: Request) -> Sources:
+    """Index all the data that a request's tasks need.
+
+    Raises:
+      UserError: a source names nothing or cannot be read.
+    """
+
+    def indexed(pattern: str) -> Sequence[ShardIndex]:
+        return index_shards(expand(pattern)) if pattern else ()
+
+    learning = any(task in LEARNING for task in request.tasks)
+    return Sources(
+        indexed(request.data),
+        indexed(request.train_data if learning else ""),
+        indexed(request.val_data if learning else ""),
+    )
+
+
 def run_evaluation(
     encoders: Encoders,
     request: Request,
@@ -88,7 +122,8 @@ def run_evaluation(
       UserError: data or names are missing or do not fit each other.
     """
     folder = Path(folder)
-    subject = make_subject(encoders, request, folder / FEATURES, mesh, progress=progress)
+    sources = open_request(request)
+    subject = make_subject(encoders, request, sources, folder / FEATURES, mesh, progress=progress)
     outcomes = {task: TASKS[task](subject) for task in check_tasks(request.tasks)}
     about = {
         "dataset": request.dataset or Path(request.data).name,
@@ -99,13 +134,14 @@ def run_evaluation(
     results = result_rows(outcomes, about, len(subject.test))
     ablation = compare_templates(encoders, request, subject, folder / FEATURES)
     if jax.process_index() == 0:
-        _write(encoders, request, subject, outcomes, results, ablation, folder)
+        _write(encoders, request, sources.test, subject, outcomes, results, ablation, folder)
     return results
 
 
 def make_subject(
     encoders: Encoders,
     request: Request,
+    sources: Sources,
     store: Path | None,
     mesh: Mesh | None = None,
     *,
@@ -119,21 +155,19 @@ def make_subject(
             encoders, names, load_templates(request.templates), request.batch_size, store
         )
 
-    def features(pattern: str) -> FeatureSet | None:
-        if not pattern:
-            return None
-        return source_features(encoders, pattern, request.batch_size, store, progress=progress)
+    def features(indexes: Sequence[ShardIndex], pattern: str) -> FeatureSet:
+        title = Path(pattern).name
+        return source_features(
+            encoders, indexes, request.batch_size, store, title=title, progress=progress
+        )
 
-    test = features(request.data)
-    assert test is not None
-    learning = any(task in LEARNING for task in request.tasks)
     return Subject(
-        test,
+        features(sources.test, request.data),
         names,
         class_MD,
         encoders.scale,
-        features(request.train_data if learning else ""),
-        features(request.val_data if learning else ""),
+        features(sources.train, request.train_data) if sources.train else None,
+        features(sources.validation, request.val_data) if sources.validation else None,
         neighbours=request.neighbours,
         shots=request.shots,
         confuse_equal_captions=request.confuse_equal_captions,
@@ -143,14 +177,14 @@ def make_subject(
 
 def source_features(
     encoders: Encoders,
-    pattern: str,
+    indexes: Sequence[ShardIndex],
     batch_size: int,
     store: Path | None = None,
     *,
+    title: str,
     progress: bool = True,
 ) -> FeatureSet:
-    """The features of a data source; what `store` has of them already is not encoded again."""
-    indexes = index_shards(expand(pattern))
+    """The features of indexed data; what `store` has of them already is not encoded again."""
     batch_size = whole_batch(encoders, batch_size)
     folder = None if store is None else feature_folder(store, encoders, indexes, batch_size)
     _remove_others(folder)
@@ -179,7 +213,7 @@ def source_features(
             text_batch_size=batch_size,
             batches_per_part=max(1, PART_ROWS // batch_size),
             folder=folder,
-            title=Path(pattern).name,
+            title=title,
             progress=progress,
         )
 
@@ -233,14 +267,11 @@ def stored_class_embeddings(
         context_length=encoders.context_length,
     )
     if path is not None and jax.process_index() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
         for old in path.parent.glob("classes-*.npy"):
             if old.name.split("-")[1] != path.name.split("-")[1]:
                 old.unlink()
-        partial = path.with_name(path.name + ".partial")
-        with partial.open("wb") as file:
+        with whole_file(path) as partial, partial.open("wb") as file:
             np.save(file, class_MD)
-        os.replace(partial, path)
     return class_MD
 
 
@@ -307,17 +338,16 @@ def read_pictures(
 def _write(
     encoders: Encoders,
     request: Request,
+    indexes: Sequence[ShardIndex],
     subject: Subject,
     outcomes: dict[str, list[Outcome]],
     results: list[dict[str, Any]],
     ablation: list[dict[str, Any]],
     folder: Path,
 ) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     extra: dict[str, Any] = {"request": dataclasses.asdict(request), "ablation": ablation}
     extra["scale"] = encoders.scale
     extra["preprocess"] = preprocess_to_json(encoders.preprocess)
-    indexes = index_shards(expand(request.data))
     batch_size = whole_batch(encoders, request.batch_size)
     extra["features"] = feature_folder(Path(FEATURES), encoders, indexes, batch_size).as_posix()
     if outcomes.get(ZERO_SHOT):
@@ -334,54 +364,3 @@ def _write(
     write_results(results, subject.test.skipped, folder / RESULTS, **extra)
     if (folder / "metrics.jsonl").exists():
         loss_curve(folder / "metrics.jsonl", folder / CURVE)
-
-
-def write_confusion(details: dict[str, Any], subject: Subject, path: Path) -> None:
-    """The confusion matrix as rows (truth, guess, images) of those that are not 0, most first."""
-    label_B = subject.test.label_B[details["rows"]]
-    pairs = np.stack([label_B, details["top"][:, 0]], axis=1)
-    found, counts = np.unique(pairs, axis=0, return_counts=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["truth", "guess", "images"])
-        for i in np.argsort(-counts, kind="stable"):
-            truth, guess = (subject.class_names[m] for m in found[i])
-            writer.writerow([truth, guess, int(counts[i])])
-    os.replace(partial, path)
-
-
-def write_results(
-    results: Sequence[dict[str, Any]], skipped: dict[str, int], path: Path, **extra: Any
-) -> None:
-    """The results as one JSON file, whole or not at all; null stands for NaN."""
-    rows = [
-        result
-        | {"metrics": {k: None if math.isnan(v) else v for k, v in result["metrics"].items()}}
-        for result in results
-    ]
-    partial = path.with_name(path.name + ".partial")
-    text = json.dumps({"results": rows, "skipped": skipped} | extra, indent=2, ensure_ascii=False)
-    partial.write_text(text + "\n", encoding="utf-8")
-    os.replace(partial, path)
-
-
-# Figures that are no shares.
-COUNTS = ("C", "fewshot_k", "normalized", "k")
-
-
-def table(results: Sequence[dict[str, Any]], seconds: float) -> str:
-    """The results as lines to print, each share with its interval of 95 %."""
-    lines = [f"evaluation in {seconds:.0f} s:"]
-    for result in results:
-        lines.append(f"  {result['task']} on {result['dataset']}, {result['images']:,} pictures")
-        for name, value in result["metrics"].items():
-            if name in COUNTS:
-                lines.append(f"    {name:<28} {value:8.4g}")
-                continue
-            line = f"    {name:<28} {100 * value:6.2f} %"
-            if name in result["intervals"]:
-                low, high = result["intervals"][name]
-                line += f"   {100 * low:.1f} to {100 * high:.1f}"
-            lines.append(line)
-    return "\n".join(lines)

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Float32, Int
 
 from clip_jax.errors import UserError
-from clip_jax.evaluation.features import EncodeText, encode_padded, unit_rows
+from clip_jax.evaluation.features import EncodeText, encode_padded, equal_blocks, unit_rows
 from clip_jax.evaluation.prompts import check_templates
 from clip_jax.typing import Tokenizer
 
@@ -90,12 +90,10 @@ def rank_classes(
     k = min(k, len(class_MD))
     block = min(block, len(z_image_BD))
     tops, shares = [], []
-    for start in range(0, len(z_image_BD), block):
-        part_bD = z_image_BD[start : start + block]
-        padded_bD = np.pad(part_bD, ((0, block - len(part_bD)), (0, 0)))
-        top, share = top_classes(padded_bD, class_MD, logit_scale, k=k)
-        tops.append(np.asarray(top)[: len(part_bD)])
-        shares.append(np.asarray(share)[: len(part_bD)])
+    for part_bD, used in equal_blocks(z_image_BD, block):
+        top, share = top_classes(part_bD, class_MD, logit_scale, k=k)
+        tops.append(np.asarray(top)[:used])
+        shares.append(np.asarray(share)[:used])
     return np.concatenate(tops), np.concatenate(shares)
 
 

@@ -4,10 +4,10 @@ import math
 from typing import NamedTuple
 
 from clip_jax.config import Config
-from clip_jax.mesh import AXES
 from clip_jax.planning.counts import Collective
 from clip_jax.planning.hardware import Device
 from clip_jax.planning.program import Facts
+from clip_jax.wiring import steps_of_run
 
 USABLE = 0.9
 """Share of a device's memory that a program can have: its code, the runtime and gaps take some."""
@@ -137,14 +137,7 @@ def gigabytes(n: float) -> str:
 
 def run_steps(config: Config, pairs: int | None) -> int | None:
     """Optimiser steps of the whole run; None where that takes a number of pairs."""
-    if config.train.steps:
-        return config.train.steps
-    return None if pairs is None else int(config.train.epochs * pairs / config.train.batch_size)
-
-
-def mesh_text(mesh: dict[str, int]) -> str:
-    """data=32 x fsdp=8 x tensor=1."""
-    return " x ".join(f"{axis}={mesh[axis]}" for axis in AXES)
+    return (config.train.steps or None) if pairs is None else steps_of_run(config, pairs)
 
 
 def days(steps: int, seconds: float) -> float:

@@ -4,12 +4,12 @@ The compiler keeps one list of what is in memory at once when most is. Each buff
 the result of one instruction, and the instruction's name says from which part of the step it comes.
 """
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 
 from clip_jax.planning.hlo import Instruction, Program, called_computations
+from clip_jax.protobuf import Message, fields, varints
 from clip_jax.state import TrainState, device_bytes
 
 TEMPORARIES = (
@@ -139,19 +139,18 @@ def peak_buffers(assignment: bytes, names: dict[int, str]) -> list[tuple[str, in
     buffers: dict[int, tuple[str, int]] = {}
     skipped: set[int] = set()
     at_peak: dict[int, list[int]] = {}
-    for number, value in fields(assignment):
+    for number, _, value in fields(assignment):
         if number not in (1, 3, 5):
             continue
-        inner = list(fields(value))
-        first = dict(inner)
+        first = by_number(value)
         if number == 1:
-            defined = dict(fields(first.get(3, b"")))
+            defined = by_number(first.get(3, b""))
             buffers[first.get(1, 0)] = (names.get(defined.get(4, 0), ""), first.get(2, 0))
         elif number == 3:
             if any(first.get(flag) for flag in (3, 5, 7, 12)):
                 skipped.add(first.get(1, 0))
         else:
-            at_peak[first.get(1, 0)] = [n for k, v in inner if k == 2 for n in numbers(v)]
+            at_peak[first.get(1, 0)] = [n for _, _, v in fields(value, 2) for n in varints(v)]
     ids = [n for index, peak in at_peak.items() if index not in skipped for n in peak]
     return [buffers[n] for n in ids if n in buffers]
 
@@ -159,50 +158,13 @@ def peak_buffers(assignment: bytes, names: dict[int, str]) -> list[tuple[str, in
 def instruction_names(module: bytes) -> dict[int, str]:
     """Names by id, of XLA's HloModuleProto: computations 3, instructions 2, name 1, id 35."""
     names = {}
-    for number, computation in fields(module):
-        if number != 3:
-            continue
-        for inner, instruction in fields(computation):
-            if inner == 2:
-                found = dict(fields(instruction))
-                names[found.get(35, 0)] = found.get(1, b"").decode()
+    for _, _, computation in fields(module, 3):
+        for _, _, instruction in fields(computation, 2):
+            found = by_number(instruction)
+            names[found.get(35, 0)] = bytes(found.get(1, b"")).decode()
     return names
 
 
-def fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """(number, value) of a protocol buffer's fields; what is not a number stays bytes."""
-    place, value = 0, cast(Any, None)
-    while place < len(message):
-        key, place = _varint(message, place)
-        kind = key & 7
-        if kind == 0:
-            value, place = _varint(message, place)
-        else:
-            if kind == 2:
-                size, place = _varint(message, place)
-            else:
-                size = 8 if kind == 1 else 4
-            value, place = message[place : place + size], place + size
-        yield key >> 3, value
-
-
-def numbers(packed: bytes | int) -> list[int]:
-    """A repeated number, packed or single."""
-    if isinstance(packed, int):
-        return [packed]
-    found, place = [], 0
-    while place < len(packed):
-        value, place = _varint(packed, place)
-        found.append(value)
-    return found
-
-
-def _varint(message: bytes, place: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = message[place]
-        place += 1
-        value |= (byte & 127) << shift
-        shift += 7
-        if byte < 128:
-            return value, place
+def by_number(message: Message) -> dict[int, Any]:
+    """The fields of a message, of a repeated one the last."""
+    return {number: value for number, _, value in fields(message)}

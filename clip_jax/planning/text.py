@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 
 from clip_jax.config import Config
+from clip_jax.mesh import mesh_text
 from clip_jax.planning.counts import COLLECTIVES
 from clip_jax.planning.estimate import (
     USABLE,
@@ -12,7 +13,6 @@ from clip_jax.planning.estimate import (
     days,
     gigabytes,
     is_of_loss,
-    mesh_text,
     rounded,
     run_steps,
     step_times,

@@ -36,10 +36,10 @@ from clip_jax.pretrained.resize import (
 from clip_jax.pretrained.safetensors_file import read_safetensors
 from clip_jax.pretrained.tags import family_preprocess, find_pretrained
 from clip_jax.pretrained.torch_file import read_torch
-from clip_jax.sharding import path_name
 from clip_jax.state import init_variables
 from clip_jax.tokenizers.folder import tokenizer_from_folder
 from clip_jax.tokenizers.spec import TokenizerSpec
+from clip_jax.typing import path_name
 
 Arrays = Mapping[str, np.ndarray]
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from clip_jax.sharding import path_name
+from clip_jax.typing import path_name
 
 STATISTICS = ("mean", "var")  # the leaves of the collection batch_stats
 

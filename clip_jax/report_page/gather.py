@@ -17,7 +17,8 @@ from clip_jax.data.sources import expand, index_shards
 from clip_jax.errors import UserError
 from clip_jax.evaluation.collect import FeatureSet, join, stored_parts
 from clip_jax.evaluation.pictures import read_curves
-from clip_jax.evaluation.run import CONFUSION, RESULTS, read_pictures
+from clip_jax.evaluation.results import CONFUSION, RESULTS
+from clip_jax.evaluation.run import read_pictures
 
 THUMBNAIL = 72
 

@@ -1,11 +1,11 @@
 """The report: runs in, one self-contained HTML file out, which asks nothing of the network."""
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from clip_jax.files import whole_file
 from clip_jax.report_page import sections
 from clip_jax.report_page.gather import Run, read_run
 
@@ -20,10 +20,8 @@ def write_report(folders: Sequence[str | Path], out: str | Path | None = None) -
     """
     path = Path(out) if out else Path(folders[0]) / FILE
     page = render(unique_names([read_run(folder) for folder in folders]))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        partial.write_text(page, encoding="utf-8")
     return path
 
 

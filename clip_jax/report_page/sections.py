@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from html import escape
 
+from clip_jax.evaluation.results import COUNTS
 from clip_jax.report_page import look
 from clip_jax.report_page.gather import Run, thumbnails
 from clip_jax.report_page.svg import bar_chart, diagonal_chart, line_chart, scatter
@@ -19,7 +20,6 @@ CURVES = (
     ("learning rate", ("learning_rate",), False, False),
     ("gradient norm", ("grad_norm",), False, True),
 )
-SETTINGS = ("C", "fewshot_k", "normalized", "k")
 
 
 def section(title: str, about: str, body: str) -> str:
@@ -104,7 +104,7 @@ def _result_row(name: str, found: dict[int, tuple[float, tuple | None]], runs: i
             cells.append('<td class="n">-</td>')
             continue
         value, interval = found[i]
-        if name in SETTINGS:
+        if name in COUNTS:
             cells.append(f'<td class="n">{value:.4g}</td>')
             continue
         mark = " best" if len(found) > 1 and value == top else ""

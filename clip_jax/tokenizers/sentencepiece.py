@@ -1,7 +1,6 @@
 """SentencePiece tokenizers: train one on captions, read any `.model` (SigLIP's c4, mT5, ...)."""
 
 import io
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import numpy as np
 import sentencepiece as spm
 
 from clip_jax.errors import UserError
+from clip_jax.files import whole_file
 from clip_jax.tokenizers.clean import cleaner, encodable
 from clip_jax.tokenizers.rows import fill_rows
 
@@ -151,9 +151,7 @@ def train_sentencepiece(
         raise UserError(
             f"cannot train a SentencePiece model of vocab_size {vocab_size}: {reason}"
         ) from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(model.getvalue())
     # A reader never sees half a model.
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        partial.write_bytes(model.getvalue())
     return path
