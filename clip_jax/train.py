@@ -78,10 +78,11 @@ def run(config: Config, workdir: str) -> int:
     finally:
         checkpoints.close()
     distributed.stand_by()
-    if code == 0 and config.eval.data and distributed.is_first():
-        # Process 0 reads the checkpoint again, onto its first device; the others wait at the end.
-        print(evaluate_workdir(workdir), flush=True)
-        print(report([workdir]), flush=True)
+    if code == 0 and config.eval.data:
+        # On the devices of all processes, so all of them take part.
+        distributed.tell(evaluate_workdir(workdir))
+        if distributed.is_first():
+            distributed.tell(report([workdir]))
     return code
 
 

@@ -94,6 +94,7 @@ def two(
         env={**environment(devices), **extra},
         capture_output=True,
         text=True,
+        timeout=600,  # a hang is a failure
     )
 
 

@@ -1,11 +1,13 @@
 """Several processes as one run, by the real command line on loopback, and the parts of it alone."""
 
 import collections
+import json
 import os
 import random
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +15,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from run_tiny import ROOT, log, losses, one, start_two, two, write_experiment
+from run_tiny import ROOT, environment, log, losses, one, start_two, two, write_experiment
 
 from clip_jax import cluster, distributed, train
 from clip_jax.errors import EXIT_ERROR, EXIT_TERMINATED, EXIT_USAGE, UserError
@@ -69,6 +71,35 @@ def test_fifty_steps_on_two_processes_one_process_and_one_device(experiment, tmp
     # Float32 sums in another order, carried on over 50 steps.
     assert_same_losses(tmp_path / "two", tmp_path / "eight", 1e-5)
     assert_same_losses(tmp_path / "two", tmp_path / "one", 1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one(experiment, tmp_path):
+    """During the run and at its end; every process takes part, and the report follows."""
+    data = ["--config.eval.data", str(experiment.parent / "00001.tar")]
+    data += ["--config.eval.classnames", str(experiment.parent / "names.txt")]
+    done = two(
+        experiment, tmp_path / "two", "--config.train.steps=3", "--config.eval.every=2", *data
+    )
+    assert done.returncode == 0, done.stderr
+    lines = told(done.stdout)
+    assert lines[-1].startswith("report: ") and max(collections.Counter(lines).values()) == 1
+    assert sum(line.startswith("step 2 evaluated:") for line in lines) == 1
+
+    command = [sys.executable, "-m", "clip_jax.evaluate", "--model", str(tmp_path / "two")]
+    command += ["--out", str(tmp_path / "one")]
+    alone = subprocess.run(
+        command, cwd=ROOT, env=environment(devices=1), capture_output=True, text=True
+    )
+    assert alone.returncode == 0, alone.stderr
+    got, want = (
+        json.loads((tmp_path / name / "eval.json").read_text())["results"]
+        for name in ("two", "one")
+    )
+    for a, b in zip(got, want, strict=True):
+        assert a["task"] == b["task"] and a["images"] == b["images"] == 48
+        # The counts are the same; a confidence is a float32 sum in another order.
+        assert a["metrics"] == pytest.approx(b["metrics"], abs=1e-6)
 
 
 def wait_for(path: Path, text: str, processes: list[subprocess.Popen]) -> None:

@@ -94,6 +94,7 @@ def collect(
     Raises UserError when features are not finite, or when no picture could be used.
     """
     parts = stored_parts(folder)
+    parts = parts[: min(gather_json(len(parts)))]  # as far as every process sees them
     start = len(parts) * batches_per_part
     batches = batches_from(start)
     steps = getattr(batches, "num_steps", None)
@@ -198,7 +199,7 @@ def gather_json(value: Any) -> list[Any]:
 
 
 def stored_parts(folder: Path | None) -> list[FeatureSet]:
-    """The parts that are there without a gap, as far as every process sees them."""
+    """The parts that are there without a gap."""
     if folder is None:
         return []
     found: list[FeatureSet] = []
@@ -207,7 +208,7 @@ def stored_parts(folder: Path | None) -> list[FeatureSet]:
             found.append(_read(path))
         except (OSError, ValueError, KeyError):
             break  # cut off or damaged: made again
-    return found[: min(gather_json(len(found)))]
+    return found
 
 
 _ARRAYS = ("z_image_BD", "row_B", "label_B", "z_text_BD", "image_of_text")
