@@ -46,6 +46,8 @@ def run(config: Config, workdir: str) -> int:
     """
     if not config.data.train:
         raise UserError("config.data.train is empty; give tar shards, e.g. data/{00000..00009}.tar")
+    # First of all: what is wrong with the data is listed there.
+    folder = make_workdir(workdir)
     data = open_data(config, workdir)
     pairs = sum(len(index) for index in data.indexes)
     steps = steps_of_run(config, pairs)
@@ -59,7 +61,6 @@ def run(config: Config, workdir: str) -> int:
     identity = run_fingerprint(config, w, fingerprint(data.indexes), pairs)
     distributed.agree(identity | {"its config": dataclasses.asdict(config)})
     distributed.tell(_summary(config, w, data, pairs, steps))
-    folder = make_workdir(workdir)
     checkpoints = Checkpoints(folder, keep=config.checkpoint.keep)
     try:
         state = restore_or_init(config, w, checkpoints, identity, folder)

@@ -120,6 +120,7 @@ def wire(config: Config, steps: int, workdir: str | None = None) -> Wiring:
         sizes = dataclasses.replace(sizes, init_logit_scale=math.log(10.0), init_logit_bias=-10.0)
     if origin:
         sizes = started_from(origin, sizes)
+    check_patch_dropout(config, sizes)
     model = CLIP(sizes, dtype=jnp.dtype(m.dtype), attention=m.attention, remat=m.remat, scan=m.scan)
     o = dataclasses.asdict(config.optim)
     schedule = make_schedule(o.pop("learning_rate"), o.pop("warmup_steps"), steps)
@@ -194,6 +195,7 @@ def run_fingerprint(config: Config, w: Wiring, data: str, pairs: int) -> dict[st
 
 def make_step(config: Config, w: Wiring) -> TrainStep:
     """The jitted step of a run."""
+    vision = w.model.config.vision
     loss_fn = make_loss(
         config.train.loss,
         mesh=w.mesh,
@@ -212,7 +214,7 @@ def make_step(config: Config, w: Wiring) -> TrainStep:
         draws=make_draws(
             seed=config.seed,
             color_jitter=config.data.color_jitter,
-            patches=patches(config, w.model.config),
+            patches=vision.grid_size**2 if isinstance(vision, ViTConfig) else 0,
             patch_dropout=config.model.patch_dropout,
         ),
         microbatch_size=config.train.microbatch_size,
@@ -221,26 +223,20 @@ def make_step(config: Config, w: Wiring) -> TrainStep:
     )
 
 
-def patches(config: Config, sizes: CLIPConfig) -> int:
-    """Patches of a picture, for patch dropout.
-
-    Raises:
-      UserError: patches are to be dropped and the image tower has none, or is frozen.
-    """
-    vision = sizes.vision
-    if isinstance(vision, ViTConfig):
-        if config.model.patch_dropout and config.train.freeze == "image":
-            raise UserError(
-                "config.model.patch_dropout is set and config.train.freeze is 'image': a frozen "
-                "tower sees whole pictures; leave one of them out"
-            )
-        return vision.grid_size**2
-    if config.model.patch_dropout:
+def check_patch_dropout(config: Config, sizes: CLIPConfig) -> None:
+    """Raises UserError when patches are to be dropped that are not there, or must all be seen."""
+    if not config.model.patch_dropout:
+        return
+    if not isinstance(sizes.vision, ViTConfig):
         raise UserError(
             f"config.model.patch_dropout is set and {config.model.name} has no patches to drop; "
             "take a ViT or set it to 0"
         )
-    return 0
+    if config.train.freeze == "image":
+        raise UserError(
+            "config.model.patch_dropout is set and config.train.freeze is 'image': a frozen "
+            "tower sees whole pictures; leave one of them out"
+        )
 
 
 def make_evaluation(config: Config, w: Wiring) -> Evaluator | None:

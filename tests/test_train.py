@@ -10,27 +10,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pairs import NAMES, write_pairs
+from pairs import NAMES, run_losses, tiny_config, write_data
 from quick import QUICK
-from tiny import VIT
+from tiny import CONVNET, VIT
 
 import clip_jax
 from clip_jax import progress, train
-from clip_jax.config import default, resolve
 from clip_jax.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED, UserError
 from clip_jax.evaluate import evaluate_workdir
 from clip_jax.models import zoo
-from clip_jax.tokenizers.train import train as train_tokenizer
 
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pairs")
-    pattern = write_pairs(folder)
-    train_tokenizer(str(folder / "names.txt"), str(folder / "t.model"), 280)
-    return folder, pattern
+    return write_data(tmp_path_factory.mktemp("pairs"))
 
 
 @pytest.fixture(autouse=True)
@@ -41,33 +36,7 @@ def tiny_model(monkeypatch):
 
 
 def make_config(data, **changes):
-    folder, pattern = data
-    c = default()
-    c.model.name = "tiny"
-    c.train.steps = 12
-    c.train.batch_size = 16
-    c.train.mask_equal_captions = True
-    c.train.log_every = 1
-    c.optim.learning_rate = 3e-3
-    c.optim.warmup_steps = 2
-    c.data.train = pattern
-    c.data.tokenizer = str(folder / "t.model")
-    c.data.threads = 2
-    c.checkpoint.every = 5
-    for key, value in changes.items():
-        section, _, field = key.partition("__")
-        if field:
-            c[section][field] = value
-        else:
-            c[section] = value
-    return resolve(c)
-
-
-def losses(workdir):
-    lines = [
-        json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()
-    ]
-    return [(line["step"], line["loss"]) for line in lines]
+    return tiny_config(data, **{"train__steps": 12, "checkpoint__every": 5} | changes)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +68,7 @@ def test_evaluation_during_a_run_changes_no_loss(data, uninterrupted, tmp_path, 
     assert 0 <= found[5]["eval/acc1"] <= 1 and "eval/image_retrieval_recall@5" in found[10]
     assert "step 5 evaluated:" in capsys.readouterr().out
     kept = [(line["step"], line["loss"]) for line in lines if "loss" in line]
-    assert kept == losses(uninterrupted)
+    assert kept == run_losses(uninterrupted)
 
 
 def stop_at(monkeypatch, step, number=signal.SIGTERM):
@@ -124,11 +93,11 @@ def test_stopped_and_run_again_is_the_same_to_the_last_digit(
         stop_at(patch, 7, number)
         assert train.run(make_config(data), str(tmp_path)) == code
     assert "the same command goes on from there" in capsys.readouterr().out
-    stopped = losses(tmp_path)
+    stopped = run_losses(tmp_path)
     assert 7 <= stopped[-1][0] < 12
     assert train.run(make_config(data), str(tmp_path)) == 0
     assert f"going on from step {stopped[-1][0]}" in capsys.readouterr().out
-    assert losses(tmp_path) == losses(uninterrupted)
+    assert run_losses(tmp_path) == run_losses(uninterrupted)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
@@ -146,22 +115,22 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(data, uninterrupted, tmp_
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(progress.Report, "step", die)
         train.run(make_config(data), str(tmp_path))
-    assert losses(tmp_path)[-1][0] == 7
+    assert run_losses(tmp_path)[-1][0] == 7
     assert train.run(make_config(data), str(tmp_path)) == 0
-    assert losses(tmp_path) == losses(uninterrupted)
+    assert run_losses(tmp_path) == run_losses(uninterrupted)
 
 
 def test_finished_runs_do_nothing_more(data, uninterrupted):
-    before = losses(uninterrupted)
+    before = run_losses(uninterrupted)
     assert train.run(make_config(data), str(uninterrupted)) == 0
-    assert losses(uninterrupted) == before
+    assert run_losses(uninterrupted) == before
 
 
 @pytest.mark.parametrize("fsdp,tensor", [(2, 2), (4, 1)])
 def test_another_mesh_gives_the_same_losses(data, uninterrupted, tmp_path, fsdp, tensor):
     config = make_config(data, mesh__fsdp=fsdp, mesh__tensor=tensor)
     assert train.run(config, str(tmp_path)) == 0
-    got, want = np.array(losses(tmp_path)), np.array(losses(uninterrupted))
+    got, want = np.array(run_losses(tmp_path)), np.array(run_losses(uninterrupted))
     # Float32 sums in another order, over 12 steps.
     np.testing.assert_allclose(got[:, 1], want[:, 1], rtol=1e-5)
 
@@ -256,7 +225,7 @@ def test_not_finite_stops_with_the_step_the_keys_and_the_last_checkpoint(
     told = json.loads((tmp_path / "not_finite.json").read_text())
     assert told["step"] == 8 and len(told["keys"]) == 16
     assert told["keys"][0] in line and told["keys"][0].count("/") == 1
-    assert losses(tmp_path)[-1][0] == 7
+    assert run_losses(tmp_path)[-1][0] == 7
 
 
 @pytest.mark.parametrize(
@@ -292,9 +261,28 @@ def test_a_work_folder_that_cannot_be(data, tmp_path, monkeypatch):
     for bad in (file, file / "below"):
         with pytest.raises(UserError, match=f"--workdir {bad} cannot be made .*; give another"):
             train.run(make_config(data), str(bad))
+        # Shards that are left out would be listed there.
+        missing = make_config(data, data__train=f"{data[0]}/{{00000..00002}}.tar")
+        with pytest.raises(UserError, match=f"--workdir {bad} cannot be made .*; give another"):
+            train.run(missing, str(bad))
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
     with pytest.raises(UserError, match="cannot be written to"):
         train.run(make_config(data), str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model__name": "tiny-conv"}, "tiny-conv has no patches to drop"),
+        ({"train__freeze": "image"}, "a frozen tower sees whole pictures"),
+    ],
+)
+def test_patches_that_cannot_be_dropped(data, tmp_path, monkeypatch, changes, message):
+    """Said before anything of the run is written."""
+    monkeypatch.setitem(zoo.MODELS, "tiny-conv", CONVNET)
+    with pytest.raises(UserError, match=message):
+        train.run(make_config(data, model__patch_dropout=0.5, **changes), str(tmp_path))
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_shard_cut_in_half(data, tmp_path):
