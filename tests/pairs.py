@@ -1,11 +1,15 @@
-"""A small image-text set in genuine shards, written with the webdataset library."""
+"""A small image-text set in genuine shards, written with the webdataset library, and runs on it."""
 
 import io
+import json
 from pathlib import Path
 
 import numpy as np
 import webdataset
 from PIL import Image
+
+from clip_jax.config import Config, default, resolve
+from clip_jax.tokenizers.train import train as train_tokenizer
 
 COLOURS = ("red", "green", "blue", "black")
 SHAPES = ("square", "bar", "dot")
@@ -43,3 +47,39 @@ def write_pairs(folder: Path, *, shards: int = 2, samples: int = 48) -> str:
                 )
     (folder / "names.txt").write_text("\n".join(NAMES) + "\n")
     return f"{folder}/{{00000..{shards - 1:05d}}}.tar"
+
+
+def write_data(folder: Path, **pairs: int) -> tuple[Path, str]:
+    """Pairs and a tokenizer `t.model` of their names; (folder, the data pattern)."""
+    pattern = write_pairs(folder, **pairs)
+    train_tokenizer(str(folder / "names.txt"), str(folder / "t.model"), 280)
+    return folder, pattern
+
+
+def tiny_config(data: tuple[Path, str], **changes) -> Config:
+    """A run of the model "tiny" on `write_data`'s; `train__loss="sigmoid"` sets a field."""
+    folder, pattern = data
+    c = default()
+    c.model.name = "tiny"
+    c.train.steps = 3
+    c.train.batch_size = 16
+    c.train.mask_equal_captions = True
+    c.train.log_every = 1
+    c.optim.learning_rate = 3e-3
+    c.optim.warmup_steps = 2
+    c.data.train = pattern
+    c.data.tokenizer = str(folder / "t.model")
+    c.data.threads = 2
+    for key, value in changes.items():
+        section, _, field = key.partition("__")
+        if field:
+            c[section][field] = value
+        else:
+            c[section] = value
+    return resolve(c)
+
+
+def run_losses(workdir: str | Path) -> list[tuple[int, float]]:
+    """(step, loss) of every step that a run told of."""
+    lines = (Path(workdir) / "metrics.jsonl").read_text().splitlines()
+    return [(line["step"], line["loss"]) for line in map(json.loads, lines)]

@@ -1,16 +1,13 @@
 """Runs of a tiny model through the real command line, in one process or in two."""
 
-import json
 import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
-from pairs import write_pairs
+from pairs import write_data
 from quick import QUICK
-
-from clip_jax.tokenizers.train import train as train_tokenizer
 
 ROOT = Path(__file__).parent.parent
 TWO = ROOT / "experiments/launch/two_processes.sh"
@@ -48,8 +45,7 @@ def get_config():
 
 def write_experiment(folder: Path, **pairs) -> Path:
     """Data, a tokenizer, and an experiment file that names them."""
-    pattern = write_pairs(folder, **pairs)
-    train_tokenizer(str(folder / "names.txt"), str(folder / "t.model"), 280)
+    _, pattern = write_data(folder, **pairs)
     path = folder / "experiment.py"
     text = _EXPERIMENT.replace("{pattern}", pattern).replace("{folder}", str(folder))
     path.write_text(text)
@@ -123,8 +119,3 @@ def start_two(
 
 def log(workdir: Path, index: int) -> Path:
     return workdir.with_name(f"{workdir.name}.{index}.log")
-
-
-def losses(workdir: Path) -> list[tuple[int, float]]:
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line["loss"]) for line in lines]

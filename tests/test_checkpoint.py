@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import VIT
+from tiny import ADAMW, VIT
 
 from clip_jax.checkpoint import Checkpoints, check_fingerprint, tree_digests
 from clip_jax.errors import UserError
@@ -19,15 +19,7 @@ from clip_jax.optim import make_optimizer
 from clip_jax.state import init_state, state_shapes
 
 MODEL = CLIP(VIT)
-OPTIMIZER = make_optimizer(
-    lambda step: 1e-3,
-    weight_decay=0.2,
-    beta1=0.9,
-    beta2=0.98,
-    eps=1e-6,
-    clip_norm=0.0,
-    max_logit_scale=100.0,
-)
+OPTIMIZER = make_optimizer(lambda step: 1e-3, **ADAMW)
 
 
 @pytest.fixture(scope="module")
@@ -120,15 +112,7 @@ def test_all_damaged_is_one_line(tmp_path, state, shapes):
 def test_other_arrays_are_not_taken_for_damage(tmp_path, state, shapes):
     saver = Checkpoints(tmp_path)
     saver.save(state, 1, {})
-    other = make_optimizer(
-        lambda step: 1e-3,
-        weight_decay=0.0,
-        beta1=0.9,
-        beta2=0.98,
-        eps=1e-6,
-        clip_norm=1.0,
-        max_logit_scale=100.0,
-    )
+    other = make_optimizer(lambda step: 1e-3, **ADAMW | {"weight_decay": 0.0, "clip_norm": 1.0})
     assert saver.restore(state_shapes(MODEL, other, shapes.step.sharding.mesh)) is not None
     with pytest.raises(UserError, match="other arrays than this model and optimiser"):
         saver.restore(shapes.replace(opt_state={"momentum": shapes.step}))

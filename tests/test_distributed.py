@@ -15,7 +15,9 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from run_tiny import ROOT, environment, log, losses, one, start_two, two, write_experiment
+from pairs import run_losses
+from run_tiny import ROOT, environment, log, one, start_two, two, write_experiment
+from tiny import ADAMW
 
 from clip_jax import cluster, distributed, train
 from clip_jax.errors import EXIT_ERROR, EXIT_TERMINATED, EXIT_USAGE, UserError
@@ -34,7 +36,7 @@ def experiment(tmp_path_factory):
 
 
 def assert_same_losses(a, b, rtol):
-    a, b = losses(a), losses(b)
+    a, b = run_losses(a), run_losses(b)
     assert [step for step, _ in a] == [step for step, _ in b]
     np.testing.assert_allclose([x for _, x in a], [x for _, x in b], rtol=rtol)
 
@@ -149,7 +151,7 @@ def test_sigterm_on_one_of_two_saves_one_step_in_both(experiment, whole, tmp_pat
     subprocess.run(["cp", "-r", workdir, other], check=True)
     codes, lines = outcome(start_two(experiment, workdir, *RUN), workdir)
     assert codes == [0, 0] and f"going on from step {step} of {workdir}" in lines[0], lines
-    assert losses(workdir) == losses(whole)
+    assert run_losses(workdir) == run_losses(whole)
     # One process with other devices: float32 sums in another order, over the steps that are left.
     assert one(experiment, other, *RUN[1:], devices=2).returncode == 0
     assert_same_losses(other, whole, 1e-5)
@@ -167,7 +169,7 @@ def test_what_one_process_cannot_read_both_set_aside(experiment, whole, tmp_path
     assert sum("checkpoint 40 is damaged and moved to" in line for line in lines[0]) == 1
     assert f"going on from step 30 of {workdir}" in lines[0]
     assert [p.name for p in (workdir / "quarantine").iterdir()] == ["40"]
-    assert losses(workdir) == losses(whole)
+    assert run_losses(workdir) == run_losses(whole)
 
 
 @pytest.mark.slow
@@ -220,15 +222,7 @@ def test_nobody_there_is_one_line(experiment, tmp_path):
 @pytest.mark.slow
 def test_a_big_model_is_made_in_parts():
     """ViT-L/14 over 8 devices: the program that makes it holds an eighth, and little on top."""
-    optimizer = make_optimizer(
-        lambda step: 1e-3,
-        weight_decay=0.2,
-        beta1=0.9,
-        beta2=0.98,
-        eps=1e-6,
-        clip_norm=0.0,
-        max_logit_scale=100.0,
-    )
+    optimizer = make_optimizer(lambda step: 1e-3, **ADAMW)
     model = CLIP(model_config("ViT-L/14"))
     shapes = state_shapes(model, optimizer, make_mesh(data=1, fsdp=8, tensor=1))
     shardings = jax.tree.map(lambda x: x.sharding, shapes)

@@ -2,21 +2,19 @@
 
 import dataclasses
 import importlib
-import json
 import shutil
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from pairs import write_pairs
+from pairs import run_losses, write_data
 from tiny import VIT
 
 import clip_jax
 from clip_jax import train
 from clip_jax.config import resolve
 from clip_jax.models import zoo
-from clip_jax.tokenizers.train import train as train_tokenizer
 
 # What each is there for is also tested in seconds elsewhere; here the whole file runs.
 FRESH = ["flip", "siglip", "lion", "adafactor", "muon", "ema"]
@@ -25,9 +23,7 @@ FRESH = ["flip", "siglip", "lion", "adafactor", "muon", "ema"]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Data, a tokenizer and a tiny model; the runs that others start from come to lie here."""
-    made = tmp_path_factory.mktemp("experiments")
-    write_pairs(made)
-    train_tokenizer(str(made / "names.txt"), str(made / "t.model"), 280)
+    made, _ = write_data(tmp_path_factory.mktemp("experiments"))
     text = dataclasses.replace(VIT.text, layers=1, context_length=16)
     vision = dataclasses.replace(VIT.vision, layers=1)
     with pytest.MonkeyPatch.context() as patch:
@@ -50,8 +46,7 @@ def train_experiment(name, folder, *, steps):
         c.model.init_from = str(folder / Path(c.model.init_from).name)
     workdir = folder / f"emoji_{name}"
     assert train.run(resolve(c), str(workdir)) == 0
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["loss"] for line in lines]
+    return [loss for _, loss in run_losses(workdir)]
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from test_step import make_all, make_batch, one_device_mesh
+from steps import make_all, make_batch, one_device_mesh
 from tiny import VIT
 
 from clip_jax.mesh import make_mesh, place_batch

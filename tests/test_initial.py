@@ -1,7 +1,6 @@
 """Starting from a checkpoint: every array in its place, and what belongs to weights with them."""
 
 import dataclasses
-import json
 import math
 import shutil
 from pathlib import Path
@@ -11,12 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from pairs import write_pairs
+from pairs import run_losses, tiny_config, write_data
 from tiny import CONVNET, RESNET, SIGLIP, VIT
 
 import clip_jax
 from clip_jax import train, wiring
-from clip_jax.config import default, resolve
 from clip_jax.convert import convert
 from clip_jax.data.images import Preprocess
 from clip_jax.errors import UserError
@@ -45,9 +43,7 @@ def of_layers(config, layers=1):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pairs")
-    pattern = write_pairs(folder)
-    train_tokenizer(str(folder / "names.txt"), str(folder / "t.model"), 280)
+    folder, pattern = write_data(tmp_path_factory.mktemp("pairs"))
     train_tokenizer(str(folder / "names.txt"), str(folder / "other.model"), 278)
     return folder, pattern
 
@@ -62,35 +58,15 @@ def tiny_models():
         yield
 
 
-def make_config(data, **changes):
-    folder, pattern = data
-    c = default()
-    c.model.name = "tiny"
-    c.train.steps = 3
-    c.train.batch_size = 16
-    c.train.mask_equal_captions = True
-    c.train.log_every = 1
-    c.optim.learning_rate = 3e-3
-    c.optim.warmup_steps = 2
-    c.data.train = pattern
-    c.data.tokenizer = str(folder / "t.model")
-    c.data.threads = 2
-    for key, value in changes.items():
-        section, _, field = key.partition("__")
-        c[section][field] = value
-    return resolve(c)
-
-
 def losses(workdir):
-    lines = (Path(workdir) / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["loss"] for line in lines]
+    return [loss for _, loss in run_losses(workdir)]
 
 
 @pytest.fixture(scope="module")
 def short(data, tmp_path_factory):
     """A run on small pictures and short captions, with pictures of its own kind."""
     workdir = tmp_path_factory.mktemp("short")
-    config = make_config(data, model__image_size=16, model__context_length=8)
+    config = tiny_config(data, model__image_size=16, model__context_length=8)
     assert train.run(config, str(workdir)) == 0
     kind = Preprocess("squash", "bilinear", (0.4, 0.5, 0.6), (0.3, 0.2, 0.1))
     write_description(workdir, dataclasses.replace(read_description(workdir), preprocess=kind))
@@ -149,7 +125,7 @@ def test_layers_are_stacked_for_a_scan():
 
 @pytest.mark.slow
 def test_a_longer_run_grows_the_positions_of_a_short_one(data, short, tmp_path, capsys):
-    config = make_config(data, model__init_from=str(short))
+    config = tiny_config(data, model__init_from=str(short))
     assert train.run(config, str(tmp_path)) == 0
     assert f"starting from {short}" in capsys.readouterr().out
 
@@ -173,7 +149,7 @@ def test_a_longer_run_grows_the_positions_of_a_short_one(data, short, tmp_path, 
 
 def test_captions_that_fitted_have_the_features_they_had(data, short):
     """However long the captions of the next run: its tower is causal and read at the end token."""
-    w = wiring.wire(make_config(data, model__init_from=str(short)), 1)
+    w = wiring.wire(tiny_config(data, model__init_from=str(short)), 1)
     clip = clip_jax.load(short)
     texts = ["red", "a dot"]
     assert clip.tokenize(texts)[:, -1].tolist() == [w.tokenizer.pad_id] * 2  # not cut
@@ -198,7 +174,7 @@ def test_a_tower_that_sees_its_padding_is_interpolated():
 @pytest.mark.parametrize("to", ["own", "hf", "open_clip"])
 def test_a_converted_run_is_the_same_start(data, short, tmp_path, to):
     convert(str(short), str(tmp_path / "made"), to=to)
-    config = make_config(
+    config = tiny_config(
         data, model__init_from=str(tmp_path / "made"), model__image_size=16, model__context_length=8
     )
     w = wiring.wire(config, 1)
@@ -218,7 +194,7 @@ def test_the_first_loss_is_that_of_the_weights(data, short, tmp_path):
     sizes = {"model__image_size": 16, "model__context_length": 8, "train__steps": 1}
     convert(str(short), str(tmp_path / "made"), to="own")
     for name, source in (("again", short), ("other", tmp_path / "made")):
-        config = make_config(data, model__init_from=str(source), **sizes)
+        config = tiny_config(data, model__init_from=str(source), **sizes)
         assert train.run(config, str(tmp_path / name)) == 0
     assert losses(tmp_path / "again") == losses(tmp_path / "other")
     assert losses(tmp_path / "again")[0] < losses(short)[0]
@@ -227,23 +203,23 @@ def test_the_first_loss_is_that_of_the_weights(data, short, tmp_path):
 def test_a_run_that_goes_on_needs_its_origin_no_more(data, short, tmp_path, capsys):
     origin = tmp_path / "origin"
     shutil.copytree(short, origin)
-    config = make_config(data, model__init_from=str(origin), train__steps=2)
+    config = tiny_config(data, model__init_from=str(origin), train__steps=2)
     assert train.run(config, str(tmp_path / "run")) == 0
     shutil.rmtree(origin)
-    longer = make_config(data, model__init_from=str(origin), train__steps=3)
+    longer = tiny_config(data, model__init_from=str(origin), train__steps=3)
     assert train.run(longer, str(tmp_path / "run")) == 0
     assert "going on from step 2" in capsys.readouterr().out
     assert read_description(tmp_path / "run").preprocess.mean == (0.4, 0.5, 0.6)
     with pytest.raises(
         UserError, match=r"made with config.model.init_from = .* and now it is null"
     ):
-        train.run(make_config(data, train__steps=4), str(tmp_path / "run"))
+        train.run(tiny_config(data, train__steps=4), str(tmp_path / "run"))
 
 
 @pytest.fixture(scope="module")
 def siglip(data, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("siglip")
-    config = make_config(data, model__name="tiny-siglip", train__loss="sigmoid", train__steps=2)
+    config = tiny_config(data, model__name="tiny-siglip", train__loss="sigmoid", train__steps=2)
     assert train.run(config, str(workdir)) == 0
     return workdir
 
@@ -254,7 +230,7 @@ def test_siglips_scale_and_bias(data, siglip, tmp_path, loss):
     """The sigmoid loss goes on with both; to the softmax the bias is nothing, and it stays."""
     before = jax.device_get(clip_jax.load(siglip).params)
     assert before["logit_bias"] != -10.0
-    config = make_config(
+    config = tiny_config(
         data,
         model__name="tiny-siglip",
         model__init_from=str(siglip),
@@ -271,7 +247,7 @@ def test_siglips_scale_and_bias(data, siglip, tmp_path, loss):
 
 
 def test_a_sigmoid_run_starts_its_own_scale_where_there_is_no_bias(data, short):
-    config = make_config(data, model__init_from=str(short), train__loss="sigmoid")
+    config = tiny_config(data, model__init_from=str(short), train__loss="sigmoid")
     start = start_of(wiring.wire(config, 2))["params"]
     assert float(start["logit_bias"]) == -10.0
     assert float(start["logit_scale"]) == np.float32(math.log(10.0))
@@ -281,7 +257,7 @@ def test_a_model_without_a_bias_leaves_it_behind(data, siglip):
     with pytest.MonkeyPatch.context() as patch:
         plain = dataclasses.replace(zoo.MODELS["tiny-siglip"], init_logit_bias=None)
         patch.setitem(zoo.MODELS, "plain", plain)
-        config = make_config(data, model__name="plain", model__init_from=str(siglip))
+        config = tiny_config(data, model__name="plain", model__init_from=str(siglip))
         start = start_of(wiring.wire(config, 2))["params"]
     assert set(start) == {"visual", "text", "logit_scale"}
 
@@ -292,7 +268,7 @@ def test_mistakes_are_one_clear_line(data, short, tmp_path):
     def refuses(message, **changes):
         changes.setdefault("model__init_from", str(short))
         with pytest.raises(UserError, match=message) as caught:
-            train.run(make_config(data, **changes), str(tmp_path / "run"))
+            train.run(tiny_config(data, **changes), str(tmp_path / "run"))
         assert "\n" not in str(caught.value)
 
     other = str(folder / "other.model")
@@ -309,6 +285,6 @@ def test_mistakes_are_one_clear_line(data, short, tmp_path):
 
 
 def test_the_tokenizer_comes_from_the_checkpoint(data, short):
-    w = wiring.wire(make_config(data, data__tokenizer="clip", model__init_from=str(short)), 1)
+    w = wiring.wire(tiny_config(data, data__tokenizer="clip", model__init_from=str(short)), 1)
     assert w.tokenizer_spec == read_description(short).tokenizer
     assert w.tokenizer.vocab_size == 280

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 from flax import traverse_util
-from test_step import make_all, make_batch, one_device_mesh, run
+from steps import make_all, make_batch, one_device_mesh, run
 from tiny import TINY, VIT
 
 from clip_jax.mesh import make_mesh, place_batch

@@ -1,102 +1,15 @@
 """The step: the same on every mesh, nothing applied that is not finite, and it learns."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_models import make_tokens
+from steps import B, make_all, make_batch, one_device_mesh, run
 from tiny import CONVNET, RESNET, TINY, VIT
 
-from clip_jax.augment import make_draws
-from clip_jax.losses import make_loss
 from clip_jax.mesh import check_batch_size, make_mesh, place_batch
 from clip_jax.models.clip import CLIP
-from clip_jax.optim import make_optimizer, make_schedule
-from clip_jax.state import init_state, state_shapes
-from clip_jax.step import make_encoders, make_train_step
-
-B = 16
-MESHES = [(8, 1, 1), (2, 2, 2), (1, 4, 2), (4, 1, 2)]
-
-
-def make_batch(config, seed=0):
-    rng = np.random.default_rng(seed)
-    size = config.vision.image_size
-    return {
-        "image": rng.integers(0, 256, (B, size, size, 3)).astype(np.uint8),
-        "text": make_tokens(rng, B),
-        "caption_id": rng.integers(0, 12, B).astype(np.uint32),
-        "ok": np.arange(B) != 5,
-    }
-
-
-def make_all(
-    config,
-    mesh,
-    *,
-    loss="softmax",
-    dtype=jnp.float32,
-    jitter=False,
-    patch_dropout=0.0,
-    remat="none",
-    scan=False,
-    optimizer="adamw",
-    **options,
-):
-    bias = -10.0 if loss == "sigmoid" else None
-    sizes = dataclasses.replace(config, init_logit_bias=bias)
-    model = CLIP(sizes, dtype=dtype, remat=remat, scan=scan)
-    schedule = make_schedule(1e-3, 5, 40)
-    optimizer = make_optimizer(
-        schedule,
-        name=optimizer,
-        weight_decay=0.2,
-        beta1=0.9,
-        beta2=0.98,
-        eps=1e-6,
-        clip_norm=0.0,
-        max_logit_scale=100.0,
-    )
-    freeze = options.get("freeze", "")
-    shapes = state_shapes(
-        model, optimizer, mesh, freeze=freeze, ema=options.get("ema_decay", 0.0) > 0
-    )
-    loss_fn = make_loss(loss, mesh=mesh, tile_size=8, mask_equal_captions=True)
-    half = (0.5, 0.5, 0.5)
-    step = make_train_step(
-        model,
-        loss_fn,
-        optimizer,
-        schedule,
-        shapes,
-        image_mean=half,
-        image_std=half,
-        mesh=mesh,
-        draws=make_draws(
-            seed=0,
-            color_jitter=(0.2, 0.2, 0.2) if jitter else (0.0, 0.0, 0.0),
-            patches=config.vision.grid_size**2 if patch_dropout else 0,
-            patch_dropout=patch_dropout,
-        ),
-        **options,
-    )
-    return init_state(model, optimizer, shapes, seed=0, freeze=freeze), step
-
-
-def one_device_mesh():
-    devices = np.array(jax.devices()[:1]).reshape(1, 1, 1)
-    return jax.sharding.Mesh(devices, ("data", "fsdp", "tensor"))
-
-
-def run(config, mesh, steps=6, **kwargs):
-    state, step = make_all(config, mesh, **kwargs)
-    losses = []
-    for i in range(steps):
-        state, metrics = step(state, place_batch(make_batch(config, i % 2), mesh))
-        losses.append(float(metrics["loss"]))
-    return state, metrics, losses
+from clip_jax.step import make_encoders
 
 
 @pytest.fixture(

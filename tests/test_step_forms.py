@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_step import B, make_all, make_batch, one_device_mesh, run
+from steps import B, make_all, make_batch, one_device_mesh, run
 from tiny import CONVNET, VIT
 
 from clip_jax.checkpoint import Checkpoints
