@@ -8,7 +8,8 @@ Point = tuple[float, float]
 Series = tuple[str, Sequence[Point]]
 
 WIDTH, HEIGHT = 520, 260
-LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 40
+# On the right, half of the longest number under the axis.
+LEFT, RIGHT, TOP, BOTTOM = 58, 28, 12, 40
 # Points of a curve: more cannot be told apart at this width.
 MAX_POINTS = 400
 
