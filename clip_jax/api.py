@@ -1,6 +1,5 @@
 """A loaded model for notebooks and commands: jitted `encode_image` / `encode_text`, `classify`."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,17 +13,15 @@ from PIL import Image
 from clip_jax.data.images import OPENAI, Preprocess, eval_transform
 from clip_jax.errors import UserError
 from clip_jax.evaluation.zero_shot import class_embeddings
-from clip_jax.initial import place_arrays, restore_run, variable_shapes
+from clip_jax.initial import place_arrays, read_origin, restore_run, variable_shapes
 from clip_jax.models.clip import CLIP, CLIPConfig, unit_length
 from clip_jax.models.zoo import model_config
-from clip_jax.pretrained.load import Checkpoint, read_checkpoint, resized, tokenizer_family
-from clip_jax.pretrained.own import is_work_folder, read_weights
+from clip_jax.pretrained.load import resized, tokenizer_family
 from clip_jax.pretrained.tags import family_preprocess
 from clip_jax.state import init_variables
 from clip_jax.step import make_encoders
 from clip_jax.tokenizers import TokenizerSpec, make_tokenizer, tokenizer_from_file
 from clip_jax.typing import Tokenizer
-from clip_jax.workdir import WEIGHTS, Description, read_description
 
 TEXT_BATCH = 256
 
@@ -198,48 +195,21 @@ def load(
     mesh: Mesh | None = None,
 ) -> LoadedCLIP:
     """A run's model, or a published one in any format; see `clip_jax.load`."""
-    if is_work_folder(path):
-        description = read_description(path)
-        spec = _chosen_tokenizer(tokenizer, description.model, description.tokenizer)
-        description = dataclasses.replace(description, tokenizer=spec)
-        if not (Path(path) / WEIGHTS).is_file():
-            if image_size or context_length:
-                raise UserError(f"{path} is a run: its sizes are its own; convert it first")
-            return _load_run(path, description, mesh)
-        checkpoint = Checkpoint(
-            description.model_name,
-            description.model,
-            read_weights(Path(path) / WEIGHTS, description.model),
-            description.preprocess,
-            description.tokenizer,
-        )
+    checkpoint = read_origin(str(path), model).checkpoint
+    spec = checkpoint.tokenizer
+    if tokenizer is not None:
+        spec = tokenizer_from_file(tokenizer, tokenizer_family(checkpoint.config))
+    if checkpoint.arrays:
+        checkpoint = resized(checkpoint, image_size, context_length)
+        variables = place_arrays(checkpoint.arrays, variable_shapes(checkpoint.config, mesh))
+    elif image_size or context_length:
+        raise UserError(f"{path} is a run: its sizes are its own; convert it first")
     else:
-        checkpoint = read_checkpoint(path, model)
-        spec = _chosen_tokenizer(tokenizer, checkpoint.config, checkpoint.tokenizer)
-        checkpoint = dataclasses.replace(checkpoint, tokenizer=spec)
-    checkpoint = resized(checkpoint, image_size, context_length)
+        variables = restore_run(path, variable_shapes(checkpoint.config, mesh))
     return LoadedCLIP(
         checkpoint.name,
         checkpoint.config,
-        place_arrays(checkpoint.arrays, variable_shapes(checkpoint.config, mesh)),
-        tokenizer_spec=checkpoint.tokenizer,
+        variables,
+        tokenizer_spec=spec,
         preprocessing=checkpoint.preprocess,
-    )
-
-
-def _chosen_tokenizer(
-    given: str | None, config: CLIPConfig, own: TokenizerSpec | None
-) -> TokenizerSpec | None:
-    """The one that was given to `load`, or else the checkpoint's own."""
-    return own if given is None else tokenizer_from_file(given, tokenizer_family(config))
-
-
-def _load_run(path: str | Path, description: Description, mesh: Mesh | None) -> LoadedCLIP:
-    """The newest undamaged checkpoint of a run."""
-    return LoadedCLIP(
-        description.model_name,
-        description.model,
-        restore_run(path, variable_shapes(description.model, mesh)),
-        tokenizer_spec=description.tokenizer,
-        preprocessing=description.preprocess,
     )

@@ -62,12 +62,12 @@ class Origin:
     checkpoint: Checkpoint
 
 
-def read_origin(path: str, model: str) -> Origin:
+def read_origin(path: str, model: str | None) -> Origin:
     """Read what a checkpoint is; its arrays are read when they are placed.
 
     Args:
       path: what `clip_jax.load` takes.
-      model: the run's, which decides where a bare file does not say what it is.
+      model: decides where a bare file does not say what it is; a run's own, or None.
 
     Raises:
       UserError: nothing there can be read.
@@ -109,17 +109,14 @@ def origin_tokenizer(origin: Origin, given: str) -> TokenizerSpec:
         return own
     spec = tokenizer_from_file(given, tokenizer_family(origin.checkpoint.config))
     tokenizer = make_tokenizer(spec)
-    fits = tokenizer.vocab_size <= text.vocab_size
-    if text.pool == "end":
-        fits = fits and tokenizer.eot_id == text.eot_id
-    if own is not None:
+    if own is None:
+        ends_alike = text.pool != "end" or tokenizer.eot_id == text.eot_id
+        fits = tokenizer.vocab_size <= text.vocab_size and ends_alike
+        advice = "give the one it was trained with"
+    else:
         fits = own.file is not None and Path(own.file).read_bytes() == Path(given).read_bytes()
+        advice = 'leave it at "clip" to take the checkpoint\'s own'
     if not fits:
-        advice = (
-            "give the one it was trained with"
-            if own is None
-            else ('leave it at "clip" to take the checkpoint\'s own')
-        )
         raise UserError(
             f"config.data.tokenizer {given} ({tokenizer.vocab_size:,} entries, end token "
             f"{tokenizer.eot_id}) is not the tokenizer of {origin.path} ({text.vocab_size:,} "
