@@ -32,6 +32,11 @@ class DrawFn(Protocol):
         ...
 
 
+def kept_patches(patches: int, patch_dropout: float) -> int:
+    """How many of a picture's patches stay; one at least."""
+    return max(1, int(patches * (1 - patch_dropout)))
+
+
 def make_draws(
     *,
     seed: int,
@@ -55,7 +60,7 @@ def make_draws(
             changes_B3 = jax.random.uniform(key, (batch_size, 3), minval=-1, maxval=1)
             draws["colors_B3"] = 1 + changes_B3 * jnp.array(color_jitter)
         if patch_dropout:
-            kept = max(1, int(patches * (1 - patch_dropout)))
+            kept = kept_patches(patches, patch_dropout)
             noise_BL = jax.random.uniform(jax.random.fold_in(key, 1), (batch_size, patches))
             _, kept_Bl = jax.lax.top_k(noise_BL, kept)
             draws["kept_Bl"] = jnp.sort(kept_Bl, axis=1)

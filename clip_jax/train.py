@@ -27,6 +27,7 @@ from clip_jax.signals import catch_signals
 from clip_jax.state import TrainState, init_state, parameter_counts
 from clip_jax.wiring import (
     Wiring,
+    kernels,
     make_evaluation,
     make_loader,
     make_step,
@@ -159,6 +160,7 @@ def _summary(config: Config, w: Wiring, data: TrainingData, pairs: int, steps: i
         f"{config.model.name}: image tower {counts['image']:,} parameters, text tower "
         f"{counts['text']:,}; {jax.device_count()} {jax.devices()[0].device_kind} device(s), "
         + mesh_text(w.mesh.shape),
+        kernels(config, w),
     ]
     lines += [
         f"shards left out: {n} {cause.replace('_', ' ')}, listed in skipped.jsonl"

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from clip_jax.augment import make_draws
+from clip_jax.augment import kept_patches, make_draws
 from clip_jax.config import Config
 from clip_jax.data.faults import SKIPPED, SkipLog
 from clip_jax.data.images import OPENAI, Preprocess
@@ -29,7 +29,8 @@ from clip_jax.initial import (
 )
 from clip_jax.losses import make_loss
 from clip_jax.mesh import batch_part, batch_shards, check_batch_size, make_mesh, mesh_text
-from clip_jax.models.clip import CLIP, CLIPConfig
+from clip_jax.models.attention import this_accelerator
+from clip_jax.models.clip import CLIP, CLIPConfig, attention_line
 from clip_jax.models.convnet import ConvNetConfig
 from clip_jax.models.flops import image_flops, text_flops
 from clip_jax.models.resnet import ResNetConfig
@@ -128,6 +129,15 @@ def wire(config: Config, steps: int, workdir: str | None = None) -> Wiring:
     t = config.train
     shapes = state_shapes(model, optimizer, mesh, freeze=t.freeze, ema=t.ema_decay > 0)
     return Wiring(mesh, spec, tokenizer, model, schedule, optimizer, shapes, preprocess, origin)
+
+
+def kernels(config: Config, w: Wiring) -> str:
+    """One line on what computes the attention of each tower on these devices."""
+    vision, dropout = w.model.config.vision, config.model.patch_dropout
+    kept = None
+    if isinstance(vision, ViTConfig) and dropout:
+        kept = kept_patches(vision.grid_size**2, dropout)
+    return attention_line(w.model, this_accelerator(), kept)
 
 
 def describe(config: Config) -> str:

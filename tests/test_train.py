@@ -338,6 +338,7 @@ def test_command_line_to_the_end(data, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "step 2/2" in done.stdout
+    assert done.stdout.count("attention: image tower none, text tower xla") == 1
     missing = call("clip_jax.evaluate", "--workdir", workdir)
     assert missing.returncode == 2 and missing.stderr.startswith("error: ")
     assert "names no evaluation data; give --data" in missing.stderr
