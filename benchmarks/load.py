@@ -7,10 +7,8 @@ the page cache from the first turn on, for both. Memory is the process's own (Rs
 mapped file are not counted, since the system takes them back when it needs them.
 """
 
-import argparse
 import ctypes
 import gc
-import statistics
 import tempfile
 import threading
 import time
@@ -21,6 +19,7 @@ import jax
 import numpy as np
 
 import clip_jax
+from benchmarks.turns import arguments, ratio, report, spread
 from clip_jax.data.images import OPENAI
 from clip_jax.models.zoo import model_config
 from clip_jax.pretrained.export import WRITERS
@@ -66,21 +65,19 @@ def measured(work: Callable[[], object]) -> tuple[float, int]:
     return seconds, most - before
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Prints one table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__, warmup=0, repeats=5)
     parser.add_argument("--model", default="ViT-L/14")
-    parser.add_argument("--repeats", type=int, default=5)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     config = model_config(options.model)
     rng = np.random.default_rng(0)
     arrays = {
         path: rng.standard_normal(shape, np.float32) for path, shape in array_shapes(config).items()
     }
     about = Description(options.model, config, TokenizerSpec(), OPENAI)
-    print(f"{options.model}, {sum(x.nbytes for x in arrays.values()) / 2**20:,.0f} MiB of weights")
-    print("median of", options.repeats, "turns; memory above the start over the weights")
-    print(f"{'format':<10} {'read, s':>9} {'load, s':>9} {'ratio':>6} {'memory':>7}")
+    weights = sum(x.nbytes for x in arrays.values()) / 1e6
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         for form in WEIGHTS:
             (Path(folder) / form).mkdir()
@@ -88,7 +85,6 @@ def main() -> None:
         arrays.clear()
         for form, name in WEIGHTS.items():
             target = Path(folder) / form
-            size = (target / name).stat().st_size
             reads, loads, memory = [], [], []
             for _ in range(options.repeats):
                 reads.append(measured((target / name).read_bytes)[0])
@@ -96,12 +92,10 @@ def main() -> None:
                     lambda target=target: jax.block_until_ready(clip_jax.load(target).params)
                 )
                 loads.append(seconds)
-                memory.append(most / size)
-            read, load = statistics.median(reads), statistics.median(loads)
-            print(
-                f"{form:<10} {read:>9.2f} {load:>9.2f} {load / read:>6.2f} {max(memory):>7.2f}",
-                flush=True,
-            )
+                memory.append(most / (target / name).stat().st_size)
+            row = {"format": form, "read, s": spread(reads), "load, s": spread(loads)}
+            rows.append(row | {"load / read": ratio(loads, reads), "memory": max(memory)})
+    report("load", options, rows, weights_MB=weights, memory="most above the start / weights")
 
 
 if __name__ == "__main__":

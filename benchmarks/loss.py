@@ -1,21 +1,29 @@
-"""The dense loss against the tiled one, side by side in one process: time and memory.
+"""The loss alone over N, side by side in one process: time, memory, and FLOPs over 8 devices.
 
-    python -m benchmarks.loss --rows 1024 2048 4096 8192
+    python -m benchmarks.loss --rows 1024 4096 8192 --beyond 32768
 
-Each figure is one value and its gradients (features, scale, bias) on one device. The two forms take
-turns, so that whatever else the machine does falls on both. Memory is what the compiled program
-asks for beside its inputs and outputs; for the tiled form that includes the gathered texts.
+Each figure is one value and its gradients on one device. `dense` is the definition, one matrix of
+logits; `two-block` computes the matrix for each direction, as open_clip does on several devices;
+`tiled` is what training uses, tiles chosen by the rule; `open_clip` is its ClipLoss. At `--beyond`
+rows only `tiled` runs. Memory is what the compiled program asks for beside its inputs and outputs;
+PyTorch has no such count on a CPU. FLOPs are the compiler's count of one device's program of 8.
 """
 
 import argparse
-import statistics
-import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from clip_jax.losses import FORMS, LOSSES, make_loss
+from benchmarks.turns import arguments, ratio, report, spread, take_turns
+from clip_jax.losses import LOSSES, make_loss
+
+DEVICES = 8
+FLOP_ROWS = 1024
+"""Rows at which FLOPs are counted: one tile, for the compiler counts a loop's body once."""
 
 
 def make_inputs(rows: int, features: int, dtype: str) -> tuple:
@@ -31,59 +39,136 @@ def make_inputs(rows: int, features: int, dtype: str) -> tuple:
     return z_image_BD, z_text_BD, scale, bias, ok_B, caption_id_B
 
 
-def compile_form(name: str, form: str, tile_size: int, inputs: tuple) -> jax.stages.Compiled:
-    """Value and gradients on the first device alone, compiled."""
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "fsdp"))
-    loss_fn = make_loss(name, mesh=mesh, tile_size=tile_size, mask_equal_captions=True, form=form)
+def make_mesh(devices: int) -> Mesh:
+    return Mesh(np.array(jax.devices()[:devices]), ("data",))
 
-    def loss(*inputs):
-        return loss_fn(*inputs).loss
 
-    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3)))
+def two_block(mesh: Mesh) -> Callable:
+    """Each device's images against all texts, and its texts against all images (softmax)."""
+
+    def direction(a_bD, b_bD, scale):
+        b_BD = jax.lax.all_gather(b_bD, "data", tiled=True)
+        logits_bB = scale * jnp.einsum(
+            "bD,BD->bB", a_bD, b_BD, precision="highest", preferred_element_type=jnp.float32
+        )
+        own_b = jax.lax.axis_index("data") * len(a_bD) + jnp.arange(len(a_bD))
+        own_logit_b = jnp.take_along_axis(logits_bB, own_b[:, None], axis=1)[:, 0]
+        return jnp.mean(jax.nn.logsumexp(logits_bB, axis=1) - own_logit_b)
+
+    def local(z_image_bD, z_text_bD, scale):
+        mean = (
+            direction(z_image_bD, z_text_bD, scale) + direction(z_text_bD, z_image_bD, scale)
+        ) / 2
+        return jax.lax.pmean(mean, "data")
+
+    r, a = P("data"), P()
+    sharded = jax.shard_map(local, mesh=mesh, in_specs=(r, r, a), out_specs=a)
+    return lambda z_image_BD, z_text_BD, scale, *rest: sharded(z_image_BD, z_text_BD, scale)
+
+
+def losses_on(mesh: Mesh, options: argparse.Namespace) -> dict[str, Callable]:
+    """The forms by name, each as inputs -> loss."""
+
+    def ours(form: str, **how) -> Callable:
+        kinds = {"mesh": mesh, "batch_axes": ("data",), "mask_equal_captions": False}
+        loss_fn = make_loss(options.loss, form=form, **kinds, **how)
+        return lambda *inputs: loss_fn(*inputs).loss
+
+    forms = {"dense": ours("dense"), "tiled": ours("tiled", tile_size=options.tile_size)}
+    return forms | ({"two-block": two_block(mesh)} if options.loss == "softmax" else {})
+
+
+def compiled(loss: Callable, inputs: tuple, mesh: Mesh) -> jax.stages.Compiled:
+    """Value and gradients of features, scale and bias, rows split over the mesh."""
+    r, a = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3)), in_shardings=(r, r, a, a, r, r))
     return step.lower(*inputs).compile()
 
 
-def seconds(program: jax.stages.Compiled, inputs: tuple) -> float:
-    """One call, waited for."""
-    start = time.perf_counter()
-    jax.block_until_ready(program(*inputs))
-    return time.perf_counter() - start
+def count_flops(options: argparse.Namespace) -> list[dict]:
+    """FLOPs of a device's program across 8, and over the two-block form's."""
+    if len(jax.devices()) < DEVICES or options.loss != "softmax":
+        return []
+    mesh = make_mesh(DEVICES)
+    inputs = make_inputs(FLOP_ROWS, options.features, options.dtype)
+    forms = losses_on(mesh, options)
+    del forms["dense"]  # the compiler would split it as it likes
+    programs = {name: compiled(loss, inputs, mesh) for name, loss in forms.items()}
+    flops = {name: program.cost_analysis()["flops"] for name, program in programs.items()}
+    return [
+        {
+            "8 devices, 1,024 rows": name,
+            "MFLOP a device": flops[name] / 1e6,
+            "over two-block": flops[name] / flops["two-block"],
+        }
+        for name in flops
+    ]
 
 
-def main() -> None:
-    """Prints one table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
+def torch_loss(inputs: tuple) -> Callable[[], float] | None:
+    """open_clip's ClipLoss with its gradients, None where it is not installed."""
+    try:
+        from benchmarks.both import open_clip, torch
+    except ImportError:
+        return None
+    z_image, z_text, scale = (
+        torch.tensor(np.asarray(x, np.float32), requires_grad=True) for x in inputs[:3]
+    )
+    loss_fn = open_clip.ClipLoss()
+
+    def call() -> float:
+        z_image.grad = z_text.grad = scale.grad = None
+        loss = loss_fn(z_image, z_text, scale)
+        loss.backward()
+        return loss.item()
+
+    return call
+
+
+def measure(rows: int, options: argparse.Namespace, forms: list[str]) -> list[dict]:
+    """A row for each form at this N."""
+    mesh = make_mesh(1)
+    inputs = make_inputs(rows, options.features, options.dtype)
+    losses = losses_on(mesh, options)
+    programs = {name: compiled(losses[name], inputs, mesh) for name in forms if name in losses}
+    calls: dict[str, Callable] = {
+        name: (lambda program=program: float(jax.block_until_ready(program(*inputs))[0]))
+        for name, program in programs.items()
+    }
+    torch_call = torch_loss(inputs) if "open_clip" in forms and options.loss == "softmax" else None
+    calls |= {} if torch_call is None else {"open_clip": torch_call}
+    values = {name: call() for name, call in calls.items()}
+    repeats = options.repeats if len(calls) > 1 else min(options.repeats, 2)
+    times = take_turns(calls, warmup=0 if len(calls) == 1 else options.warmup, repeats=repeats)
+    table = []
+    for name in calls:
+        row = {"rows": rows, "form": name, "ms": spread(times[name]).scaled(1e3)}
+        row["over dense"] = str(ratio(times[name], times["dense"])) if "dense" in times else ""
+        known = name in programs
+        memory = programs[name].memory_analysis().temp_size_in_bytes / 1e6 if known else ""
+        table.append(row | {"MB": memory, "loss": f"{values[name]:.7f}"})
+    return table
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prints two tables."""
+    parser = arguments(__doc__, warmup=1, repeats=5)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1024, 4096, 8192])
+    parser.add_argument("--beyond", type=int, nargs="*", default=[32768])
     parser.add_argument("--features", type=int, default=512)
-    parser.add_argument("--tile-size", type=int, default=1024)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--tile-size", type=int, default=0, help="0 is the rule's choice")
     parser.add_argument("--loss", choices=sorted(LOSSES), default="softmax")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    options = parser.parse_args()
-
-    device = jax.devices()[0]
-    print(f"{device.device_kind}, {options.loss}, {options.features} features, {options.dtype}")
-    print("median of", options.repeats, "calls, and the quartiles around it")
-    print(f"{'rows':>6}  {'form':<6}  {'ms':>8}  {'quartiles':>17}  {'MiB':>8}  {'loss':>10}")
+    options = parser.parse_args(argv)
+    jax.config.update("jax_num_cpu_devices", DEVICES)
+    flops = count_flops(options)
+    table = []
     for rows in options.rows:
-        inputs = make_inputs(rows, options.features, options.dtype)
-        programs = {
-            form: compile_form(options.loss, form, options.tile_size, inputs) for form in FORMS
-        }
-        values = {form: float(program(*inputs)[0]) for form, program in programs.items()}
-        times: dict[str, list[float]] = {form: [] for form in FORMS}
-        for _ in range(options.repeats):
-            for form, program in programs.items():
-                times[form].append(1e3 * seconds(program, inputs))
-        for form, program in programs.items():
-            low, median, high = statistics.quantiles(times[form], n=4, method="inclusive")
-            memory = program.memory_analysis().temp_size_in_bytes / 2**20
-            spread = f"{low:.1f} - {high:.1f}"
-            print(
-                f"{rows:>6}  {form:<6}  {median:>8.1f}  {spread:>17}  {memory:>8.1f}"
-                f"  {values[form]:>10.6f}",
-                flush=True,
-            )
+        table += measure(rows, options, ["dense", "two-block", "tiled", "open_clip"])
+    for rows in options.beyond:
+        table += measure(rows, options, ["tiled"])
+    report("loss", options, table, device=jax.devices()[0].device_kind, loss=options.loss)
+    report("loss_flops", options, flops)
 
 
 if __name__ == "__main__":

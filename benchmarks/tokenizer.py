@@ -5,18 +5,16 @@
 The captions are made up to look like the web's: words drawn by rank (Zipf) from the merges, which
 are sorted by frequency, in three spellings, one in twenty unknown to the merges, with punctuation
 and numbers; one caption in ten has an accent, a curly quote, an emoji or an HTML entity. The two
-tokenizers take turns, so that whatever else the machine does falls on both; the best of the
-repeats counts. "fresh" is a new tokenizer on its first batch (making it is counted apart),
-"warm" the same batch again.
+tokenizers take turns, so that whatever else the machine does falls on both. "fresh" is a new
+tokenizer on its first batch (making it is counted apart), "warm" the same batch again.
 """
 
-import argparse
 import random
-import time
 from collections.abc import Callable
 
 import numpy as np
 
+from benchmarks.turns import arguments, ratio, report, spread, take_turns
 from clip_jax.tokenizers import make_clip_tokenizer
 from clip_jax.tokenizers.clip_bpe import END_OF_WORD, read_merges
 from clip_jax.typing import Tokenizer
@@ -54,47 +52,35 @@ def make_captions(number: int, seed: int = 0) -> list[str]:
     return captions
 
 
-def seconds(call: Callable) -> tuple[float, object]:
-    """One call and what it returned."""
-    start = time.perf_counter()
-    value = call()
-    return time.perf_counter() - start, value
-
-
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Prints one table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__, warmup=0, repeats=5)
     parser.add_argument("--captions", type=int, default=10_000)
-    parser.add_argument("--repeats", type=int, default=5)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     makers: dict[str, Callable[[], Tokenizer]] = {"clip_jax": make_clip_tokenizer}
     try:
-        from open_clip.tokenizer import SimpleTokenizer
+        from benchmarks.both import open_clip
     except ImportError:
         print("open_clip is not installed: clip_jax alone")
     else:
-        makers["open_clip"] = SimpleTokenizer
+        makers["open_clip"] = open_clip.tokenizer.SimpleTokenizer
     captions = make_captions(options.captions)
-    times: dict[tuple[str, str], list[float]] = {}
-    tokens = {}
-    for _ in range(options.repeats):
-        for name, make in makers.items():
-            took, tokenizer = seconds(make)
-            times.setdefault((name, "make"), []).append(took)
-            for state in ("fresh", "warm"):
-                took, tokens[name] = seconds(lambda call=tokenizer: call(captions))
-                times.setdefault((name, state), []).append(took)
-    best = {key: min(values) for key, values in times.items()}
-    mean = (tokens["clip_jax"] != 0).sum() / len(captions)
-    print(f"{len(captions):,} captions of {mean:.1f} ids, best of {options.repeats}")
-    print(f"{'':<10}" + "".join(f"{name + ' ms':>14}" for name in makers) + f"{'ratio':>8}")
+    made, tokens = {}, {}
+    calls = {}
+    for name, make in makers.items():
+        calls[name, "make"] = lambda name=name, make=make: made.__setitem__(name, make())
+        for state in ("fresh", "warm"):
+            calls[name, state] = lambda name=name: tokens.__setitem__(name, made[name](captions))
+    times = take_turns(calls, warmup=options.warmup, repeats=options.repeats)
+    rows = []
     for state in ("make", "fresh", "warm"):
-        row = [1e3 * best[name, state] for name in makers]
-        ratio = f"{row[1] / row[0]:>8.1f}" if len(row) > 1 else ""
-        print(f"{state:<10}" + "".join(f"{ms:>14.1f}" for ms in row) + ratio)
-    if "open_clip" in tokens:
-        same = (np.asarray(tokens["open_clip"]) == tokens["clip_jax"]).all()
-        print("ids equal:", bool(same))
+        row = {"": state} | {f"{name}, ms": spread(times[name, state]).scaled(1e3) for name in made}
+        if "open_clip" in made:
+            row["times faster"] = ratio(times["open_clip", state], times["clip_jax", state])
+        rows.append(row)
+    same = all(np.array_equal(np.asarray(t), tokens["clip_jax"]) for t in tokens.values())
+    ids = float((tokens["clip_jax"] != 0).sum() / len(captions))
+    report("tokenizer", options, rows, ids_a_caption=ids, ids_equal=same)
 
 
 if __name__ == "__main__":

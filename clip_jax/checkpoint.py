@@ -10,6 +10,9 @@ the optimiser's state) and `meta` (JSON); a run that keeps moving averages has t
 `ema`, laid out as `model`. The data order is a function of the step alone, so it needs no state of
 its own. A checkpoint with its blocks stacked for a loop restores into a model that has them one by
 one, and the other way round.
+
+With several processes all of them save and restore, each its own parts of the arrays, on a file
+system they share; process 0 alone renames and reads what decides for all.
 """
 
 import dataclasses
@@ -23,6 +26,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from clip_jax.distributed import from_first, gather, is_first, process_count, process_index, tell
 from clip_jax.errors import UserError
 from clip_jax.models.stack import stack_layers, unstack_layers
 from clip_jax.sharding import path_name
@@ -79,8 +83,18 @@ class Checkpoints:
             cleanup_tmp_directories=not self._read_only,
             create=not self._read_only,
             read_only=self._read_only,
+            multiprocessing_options=self._processes(),
         )
         return ocp.CheckpointManager(self.folder, options=options)
+
+    def _processes(self) -> ocp.options.MultiprocessingOptions:
+        if process_count() == 1 or not self._read_only:
+            return ocp.options.MultiprocessingOptions()
+        # Reading waits for nobody, so that one process may do it alone.
+        me = process_index()
+        return ocp.options.MultiprocessingOptions(
+            primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"reader_{me}"
+        )
 
     def steps(self) -> list[int]:
         """Steps with a committed checkpoint, newest first."""
@@ -138,11 +152,9 @@ class Checkpoints:
 
     def latest_meta(self) -> dict[str, Any] | None:
         """The meta item of the newest checkpoint that has a readable one."""
-        for step in self.steps():
-            meta = self._read_meta(step)
-            if meta is not None:
-                return meta
-        return None
+        metas = (self._read_meta(step) for step in self.steps())
+        meta = next((meta for meta in metas if meta is not None), None)
+        return meta if self._read_only else from_first(meta)
 
     def _read_meta(self, step: int) -> dict[str, Any] | None:
         try:
@@ -164,19 +176,21 @@ class Checkpoints:
         return found
 
     def _restore(self, shapes: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        steps = self.steps()
+        # What one process cannot read none restores: they agree before they go on together.
+        together = not all(x.sharding.is_fully_addressable for x in jax.tree.leaves(shapes))
+        steps = from_first(self.steps()) if together else self.steps()
         for step in steps:
             fault: str | None
-            meta = self._read_meta(step)
+            meta = from_first(self._read_meta(step)) if together else self._read_meta(step)
             if meta is None:
                 fault = "its meta item is missing or unreadable"
             else:
                 as_saved = self._as_saved(meta, shapes)
-                try:
-                    items = self._read(step, as_saved)
+                items, fault = self._try_read(step, as_saved)
+                if together:
+                    fault = next((f for f in gather(fault) if f), None)
+                if fault is None:
                     fault = _first_difference(items, meta["digests"])
-                except Exception as error:  # Orbax raises many kinds for a damaged file
-                    fault = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
             if fault is None:
                 assert meta is not None
                 return _laid_out_as(items, shapes), meta
@@ -188,25 +202,42 @@ class Checkpoints:
             )
         return None
 
-    def _read(self, step: int, shapes: dict[str, Any]) -> dict[str, Any]:
-        args = {name: ocp.args.StandardRestore(tree) for name, tree in shapes.items()}
-        restored = self._manager.restore(step, args=ocp.args.Composite(**args))
-        return {name: restored[name] for name in shapes}
+    def _try_read(self, step: int, shapes: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+        """The items, or why they cannot be read."""
+        # The handler, not the manager: that one waits for all processes, and one may have failed.
+        handler = ocp.StandardCheckpointHandler()
+        try:
+            found = {
+                name: handler.restore(
+                    self.folder / str(step) / name, args=ocp.args.StandardRestore(tree)
+                )
+                for name, tree in shapes.items()
+            }
+            return found, None
+        except Exception as error:  # Orbax raises many kinds for a damaged file
+            return {}, f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        finally:
+            handler.close()
 
     def _set_aside(self, step: int, fault: str) -> None:
         if self._read_only:
-            print(f"checkpoint {step} is damaged and left out ({fault})", flush=True)
+            tell(f"checkpoint {step} is damaged and left out ({fault})")
             return
+        self._manager.close()
+        if is_first():
+            self._rename(step, fault)
+        gather(None)  # nobody looks into the folder before it is as it should be
+        self._manager = self._open()
+
+    def _rename(self, step: int, fault: str) -> None:
         target = self.folder.parent / QUARANTINE / str(step)
         target.parent.mkdir(exist_ok=True)
         number = 0
         while target.exists():
             number += 1
             target = target.with_name(f"{step}-{number}")
-        self._manager.close()
         (self.folder / str(step)).rename(target)
-        self._manager = self._open()
-        print(f"checkpoint {step} is damaged and moved to {target} ({fault})", flush=True)
+        tell(f"checkpoint {step} is damaged and moved to {target} ({fault})")
 
     def close(self) -> None:
         """Wait for what is being saved, and let go."""

@@ -6,6 +6,7 @@ An experiment file returns `default()` with its differences. `main` turns that i
 
 import dataclasses
 import difflib
+import types
 import typing
 from typing import Any
 
@@ -23,7 +24,7 @@ class ModelSection:
     dtype: str = "float32"
     """Of activations and matrix products, float32 or bfloat16; parameters stay float32."""
     init_from: str = ""
-    """A checkpoint to start from: what `clip_jax.load` takes; empty starts from random weights."""
+    """A checkpoint to start from, as `clip_jax.load` takes it (`initial.py`); empty is random."""
     image_size: int = 0
     """Side of the pictures, pixels; 0 is the model's own."""
     context_length: int = 0
@@ -71,7 +72,7 @@ class OptimSection:
     """AdamW with decoupled decay, warm-up and cosine (paper, section 2.5 and table 18)."""
 
     name: str = "adamw"
-    """"adamw", "lion", "adafactor" or "muon"."""
+    """"adamw", "lion", "adafactor" or "muon": see `optim.make_optimizer` for the numbers."""
     learning_rate: float = 5e-4
     """At the end of the warm-up."""
     warmup_steps: int = 2000
@@ -91,10 +92,24 @@ class OptimSection:
 class DataSection:
     """Where pairs come from and what is done to them."""
 
-    train: str = ""
-    """Tar shards: a path, a brace pattern, a glob, a folder, or several joined by "::"."""
+    train: str | tuple[str, ...] = ""
+    """A source, or a tuple of them: tar shards, tables, records, a folder, a URL or tfds:NAME, by
+    path, brace range, glob, or several joined by "::"; see docs/data.md."""
+    weights: tuple[float, ...] = ()
+    """Shares of a batch that the sources in `train` have; empty takes every pair alike."""
+    filter: str = ""
+    """Conditions on a sample's fields, such as "width>=200,similarity>0.3"; the samples that do
+    not meet them are not in the data."""
+    unique_keys: bool = False
+    """Keep only the first sample of every key."""
+    repeat: bool = True
+    """Begin again when every pair was seen; off, the run is one pass and needs train.epochs 1."""
+    max_skip_fraction: float = 0.1
+    """Largest share of samples, and of shards, that may be unreadable before the run ends."""
+    max_pixels: int = 89_478_485
+    """Pictures with more are skipped before they are decoded."""
     tokenizer: str = "clip"
-    """"clip", or the path of a sentencepiece .model file."""
+    """"clip" (with `model.init_from`: the checkpoint's own), or a sentencepiece .model file."""
     streams: int = 8
     """Parallel streams of samples; a multiple of every number of hosts the run may use."""
     window: int = 8
@@ -107,6 +122,10 @@ class DataSection:
     """Share of the picture's area that a training crop keeps."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Width over height of a training crop."""
+    flip: float = 0.0
+    """Share of training pictures that are mirrored."""
+    grayscale: float = 0.0
+    """Share of training pictures that lose their colours."""
     color_jitter: tuple[float, float, float] = (0.0, 0.0, 0.0)
     """Most by which a training picture's brightness, contrast and saturation change, in 0..1."""
 
@@ -125,15 +144,25 @@ class MeshSection:
 
 @dataclasses.dataclass(frozen=True)
 class EvalSection:
-    """Zero-shot classification and retrieval at the end of a run; empty `data` means none."""
+    """Evaluation at a run's end and, every `every` steps, during it; empty `data` means none."""
 
     data: str = ""
-    """Tar shards with .cls members, named like `data.train`."""
+    """Tar shards, named like `data.train`; classification needs their .cls members."""
     classnames: str = ""
-    """File of class names: one a line, or a JSON list."""
+    """File of class names, one a line or a JSON list, or a shipped data set ("imagenet1k"); empty
+    leaves classification out."""
     templates: tuple[str, ...] = ("a photo of a {}.",)
-    """Prompts whose embeddings are averaged; {} is the class name."""
+    """Prompts whose embeddings are averaged; {} is the class name. A name ("imagenet_7",
+    "imagenet_80", "food101") stands for its shipped list."""
+    tasks: tuple[str, ...] = ("zeroshot_classification", "zeroshot_retrieval")
+    """Those, "linear_probe", "knn" and "few_shot"."""
+    train_data: str = ""
+    """Labelled shards that "linear_probe", "knn" and "few_shot" learn from."""
+    every: int = 0
+    """Steps between two evaluations during the run; 0 evaluates at its end alone."""
     batch_size: int = 256
+    ablate: tuple[str, ...] = ()
+    """Templates (or names of lists) that the report compares, each by itself, at the run's end."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +191,10 @@ class Config:
 
 def default() -> ml_collections.ConfigDict:
     """Every field at its default, locked: an unknown key is an error."""
-    return ml_collections.ConfigDict(dataclasses.asdict(Config())).lock()
+    config = ml_collections.ConfigDict(dataclasses.asdict(Config()))
+    # One string or a tuple of them, which a typed field could not change between.
+    config.data.train = ml_collections.FieldReference(config.data.train, field_type=object)
+    return config.lock()
 
 
 def known_keys() -> list[str]:
@@ -199,6 +231,10 @@ def _field(kind: Any, value: Any, key: str) -> Any:
         if not isinstance(value, dict):
             raise UserError(f"config.{key} is {value!r}; it is a section with fields of its own")
         return _section(typing.cast(type, kind), value, key + ".")
+    if isinstance(kind, types.UnionType):
+        kind = next(
+            (k for k in typing.get_args(kind) if k is type(value)), typing.get_args(kind)[1]
+        )
     if typing.get_origin(kind) is tuple:
         item = typing.get_args(kind)[0]
         if isinstance(value, str) or not hasattr(value, "__len__"):
@@ -230,6 +266,11 @@ def resolve(config: ml_collections.ConfigDict) -> Config:
     _check_train(c.train)
     _check_optim(c.optim)
     _check_data(c.data, c.train.batch_size)
+    _require(
+        c.data.repeat or (c.train.epochs == 1 and not c.data.weights),
+        "config.data.repeat is off, which is one pass: set config.train.epochs to 1,"
+        " config.train.steps to 0 and give no config.data.weights",
+    )
     _check_mesh(c.mesh)
     _check_eval(c.eval)
     _require(c.checkpoint.every > 0 and c.checkpoint.keep > 0, "config.checkpoint: both above 0")
@@ -298,6 +339,16 @@ def _check_data(d: DataSection, batch_size: int) -> None:
         f"config.train.batch_size {batch_size} is not a multiple of config.data.streams "
         f"{d.streams}: every stream gives an equal share of a batch; change one of them",
     )
+    sources = 1 if isinstance(d.train, str) else len(d.train)
+    _require(
+        len(d.weights) in (0, sources) and all(w > 0 for w in d.weights),
+        f"config.data.weights is {d.weights} for {sources} sources in config.data.train; give one"
+        " above 0 for each, or none",
+    )
+    for key in ("flip", "grayscale", "max_skip_fraction"):
+        share = getattr(d, key)
+        _require(0 <= share <= 1, f"config.data.{key} is {share:g}; it takes 0 to 1")
+    _above_zero("data", d, "max_pixels")
     _require(
         0 < d.crop_scale[0] <= d.crop_scale[1] <= 1,
         f"config.data.crop_scale is {d.crop_scale}; it takes 0 < low <= high <= 1",
@@ -317,12 +368,26 @@ def _check_mesh(m: MeshSection) -> None:
     _require(m.data > 0 or m.data == -1, f"config.mesh.data is {m.data}; above 0, or -1 for all")
 
 
+EVAL_TASKS = ("zeroshot_classification", "zeroshot_retrieval", "linear_probe", "knn", "few_shot")
+
+
 def _check_eval(e: EvalSection) -> None:
+    _above_zero("eval", e, "batch_size")
+    _not_negative("eval", e, "every")
+    for task in e.tasks:
+        _one_of("eval.tasks", task, EVAL_TASKS)
+    learning = [task for task in e.tasks if task in EVAL_TASKS[2:]]
     _require(
-        not e.data or bool(e.classnames),
-        f"config.eval.data is {e.data!r} but config.eval.classnames names no file",
+        not learning or bool(e.train_data),
+        f"config.eval.tasks has {learning[:1]} but config.eval.train_data names no shards",
     )
     _require(
-        all("{}" in template for template in e.templates),
+        not e.data or bool(e.classnames) or EVAL_TASKS[0] not in e.tasks,
+        f"config.eval.data is {e.data!r} but config.eval.classnames names no file; "
+        "name one, or leave zeroshot_classification out of config.eval.tasks",
+    )
+    # One word can be the name of a list.
+    _require(
+        all("{}" in t or (t and not set(t) & set(" {")) for t in (*e.templates, *e.ablate)),
         f"config.eval.templates is {e.templates}; every template needs a {{}}",
     )

@@ -1,24 +1,108 @@
-"""Evaluate a run: `python -m clip_jax.evaluate --workdir DIR [--data SHARDS --classnames FILE]`."""
+"""Evaluate a model: `python -m clip_jax.evaluate --model MODEL --task TASKS --data SOURCE`.
+
+MODEL is what `clip_jax.load` reads: a run's work folder or a published file or folder. What a run's
+own config names need not be said again: `python -m clip_jax.evaluate --model runs/emoji`.
+"""
 
 import argparse
 import dataclasses
+import hashlib
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from clip_jax.config import EvalSection
 from clip_jax.errors import UserError, run_command
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from clip_jax.api import LoadedCLIP
+    from clip_jax.evaluation.features import Encoders
+    from clip_jax.evaluation.run import Request
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line; what it leaves out comes from the run's own config."""
     parser = argparse.ArgumentParser(prog="python -m clip_jax.evaluate", description=__doc__)
-    parser.add_argument("--workdir", required=True, help="the work folder of a run")
-    parser.add_argument("--data", help="tar shards with .cls members")
+    parser.add_argument("--model", "--workdir", required=True, help="a run, or a published model")
+    parser.add_argument("--architecture", help='of a bare file: "NAME" or "NAME:TAG"')
+    parser.add_argument("--tokenizer", help="its tokenizer.json or SentencePiece .model")
+    parser.add_argument("--data", help="tar shards; .cls members hold the classes")
+    parser.add_argument("--task", action="append", help="one or several, joined by commas")
+    parser.add_argument(
+        "--dataset", help='a data set whose names and prompts are shipped: "imagenet1k", "pets"'
+    )
     parser.add_argument("--classnames", help="class names: one a line, or a JSON list")
-    parser.add_argument("--template", action="append", help="a prompt with {}; may be repeated")
+    parser.add_argument(
+        "--template",
+        action="append",
+        help='a prompt with {}, "imagenet_1", "imagenet_7", "imagenet_80", or a file; repeatable',
+    )
+    parser.add_argument("--train-data", help="labelled shards that probes learn from")
+    parser.add_argument("--val-data", help="labelled shards that choose the probe's C")
+    parser.add_argument("--ablate", action="append", help="prompts to compare, as --template")
+    parser.add_argument("--neighbours", type=int, default=20, help="of knn")
+    parser.add_argument("--shots", default="1,2,4,8,16", help="of few_shot")
     parser.add_argument("--batch-size", type=int, help="images at a time")
+    parser.add_argument("--out", help="where results go; the model's folder, or eval-NAME")
+    parser.add_argument(
+        "--confuse-equal-captions",
+        action="store_true",
+        help="as CLIP_benchmark: an equal caption of another picture is a wrong answer",
+    )
     return parser.parse_args(argv)
+
+
+def load_over_devices(
+    model: str, *, architecture: str | None = None, tokenizer: str | None = None
+) -> "tuple[LoadedCLIP, Mesh]":
+    """A model with its parameters on every device, and the mesh of all of them."""
+    from clip_jax import api
+    from clip_jax.mesh import make_mesh
+
+    mesh = make_mesh(data=-1, fsdp=1, tensor=1)
+    return api.load(model, architecture, tokenizer=tokenizer, mesh=mesh), mesh
+
+
+def encoders_of(clip: "LoadedCLIP", mesh: "Mesh") -> "Encoders":
+    """A loaded model as the evaluators take it, its batches split over the mesh."""
+    from clip_jax.checkpoint import tree_digests
+    from clip_jax.evaluation.features import Encoders, image_encoder_over, text_encoder_over
+    from clip_jax.mesh import batch_shards
+
+    digests = tree_digests({"params": clip.params, "batch_stats": clip.batch_stats})
+    about = json.dumps([digests, repr(clip.config), repr(clip.tokenizer_spec)])
+    return Encoders(
+        image_encoder_over(clip.encode_image, mesh),
+        text_encoder_over(clip.encode_text, mesh),
+        clip.known_tokenizer(),
+        image_size=clip.config.vision.image_size,
+        context_length=clip.config.text.context_length,
+        preprocess=clip.preprocessing,
+        scale=clip.scale,
+        name=clip.name,
+        identity=hashlib.blake2b(about.encode(), digest_size=8).hexdigest(),
+        shards=batch_shards(mesh),
+    )
+
+
+def evaluate_model(model: str, request: "Request", out: str | Path, **load: Any) -> str:
+    """Evaluate what `clip_jax.load` reads; returns the table to print."""
+    import jax
+
+    from clip_jax.evaluation.run import CONFUSION, CURVE, GRID, RESULTS, run_evaluation, table
+
+    start = time.perf_counter()
+    clip, mesh = load_over_devices(model, **load)
+    results = run_evaluation(encoders_of(clip, mesh), request, folder=out, mesh=mesh)
+    if jax.process_index():
+        return ""
+    names = [name for name in (RESULTS, GRID, CONFUSION, CURVE) if (Path(out) / name).exists()]
+    written = ", ".join(str(Path(out) / name) for name in names)
+    return table(results, time.perf_counter() - start) + f"\nwritten: {written}"
 
 
 def evaluate_workdir(
@@ -28,57 +112,90 @@ def evaluate_workdir(
     classnames: str | None = None,
     templates: Sequence[str] | None = None,
     batch_size: int | None = None,
+    **more: Any,
 ) -> str:
-    """Evaluate the newest checkpoint of a run; returns the table to print.
+    """Evaluate the newest checkpoint of a run as its config says; returns the table to print.
+
+    Args:
+      more: other fields of `evaluation.run.Request` to set, and `out`.
 
     Raises:
       UserError: the folder is no work folder, or there is nothing to evaluate on.
     """
-    from clip_jax import api
-    from clip_jax.evaluation.run import CURVE, GRID, RESULTS, run_evaluation, table
+    from clip_jax.evaluation.run import Request
     from clip_jax.workdir import read_description
 
     description = read_description(workdir)
-    # A model that was converted names nothing to evaluate on.
-    section = description.config.get("eval") or dataclasses.asdict(EvalSection())
-    data, classnames = data or section["data"], classnames or section["classnames"]
-    if not data or not classnames:
-        raise UserError(
-            f"the run in {workdir} names no evaluation data; give --data and --classnames"
-        )
-    start = time.perf_counter()
-    clip = api.load(workdir)
-    results = run_evaluation(
-        clip.encode_image,
-        clip.encode_text,
-        clip.known_tokenizer(),
-        image_size=clip.config.vision.image_size,
-        context_length=clip.config.text.context_length,
-        preprocess=clip.preprocessing,
-        logit_scale=clip.scale,
-        model=description.model_name,
-        data=data,
-        classnames=classnames,
-        templates=templates or section["templates"],
-        batch_size=batch_size or section["batch_size"],
-        workdir=workdir,
-    )
-    written = ", ".join(str(Path(workdir) / name) for name in (RESULTS, GRID, CURVE))
-    return table(results, time.perf_counter() - start) + f"\nwritten: {written}"
+    # A model that was converted names nothing to evaluate on; an older run lacks newer fields.
+    section = dataclasses.asdict(EvalSection()) | (description.config.get("eval") or {})
+    if not (data or section["data"]):
+        raise UserError(f"the run in {workdir} names no evaluation data; give --data")
+    out = more.pop("out", None) or workdir
+    own = {
+        "data": data or section["data"],
+        "classnames": classnames or section["classnames"],
+        "templates": templates or section["templates"],
+        "batch_size": batch_size or section["batch_size"],
+        "tasks": section["tasks"],
+        "train_data": section["train_data"],
+        "ablate": section["ablate"],
+        "pretrained": Path(workdir).name,
+    }
+    request = Request(**own | {name: value for name, value in more.items() if value})
+    return evaluate_model(workdir, request, out)
+
+
+def _request_fields(args: argparse.Namespace) -> dict[str, Any]:
+    """What the command line says of `evaluation.run.Request`, by field."""
+    from clip_jax.evaluation.prompts import load_templates, shipped_class_names, shipped_templates
+
+    def prompts(items: Sequence[str] | None) -> list[str]:
+        return [
+            t
+            for item in items or ()
+            for t in (load_templates([item]) if "{" in item else load_templates(item))
+        ]
+
+    fields = {
+        "data": args.data,
+        "classnames": args.classnames,
+        "templates": prompts(args.template),
+        "ablate": prompts(args.ablate),
+        "tasks": [name for item in args.task or () for name in item.split(",")],
+        "train_data": args.train_data,
+        "val_data": args.val_data,
+        "batch_size": args.batch_size,
+        "dataset": args.dataset,
+        "neighbours": args.neighbours,
+        "shots": [int(n) for n in args.shots.split(",")],
+        "confuse_equal_captions": args.confuse_equal_captions,
+    }
+    if args.dataset in shipped_class_names() and not args.classnames:
+        fields["classnames"] = args.dataset
+    if args.dataset in shipped_templates() and not args.template:
+        fields["templates"] = load_templates(args.dataset)
+    return {name: value for name, value in fields.items() if value}
 
 
 def main() -> int:
     """Parse and evaluate; the exit code."""
+    from clip_jax.evaluation.run import Request
+    from clip_jax.evaluation.tasks import LEARNING, check_tasks
+    from clip_jax.pretrained.own import is_work_folder
+
     args = parse(None)
-    print(
-        evaluate_workdir(
-            args.workdir,
-            data=args.data,
-            classnames=args.classnames,
-            templates=args.template,
-            batch_size=args.batch_size,
-        )
-    )
+    fields = _request_fields(args)
+    tasks = check_tasks(fields.get("tasks", ()))
+    if is_work_folder(args.model):
+        print(evaluate_workdir(args.model, out=args.out, **fields))
+        return 0
+    if "data" not in fields:
+        raise UserError(f"--data is missing: {args.model} names no evaluation data of its own")
+    if "classnames" not in fields and not set(tasks) & {*LEARNING, "zeroshot_retrieval"}:
+        raise UserError("classification needs class names; give --classnames or --dataset")
+    out = args.out or f"eval-{Path(args.model).stem}"
+    load = {"architecture": args.architecture, "tokenizer": args.tokenizer}
+    print(evaluate_model(args.model, Request(**fields), out, **load))
     return 0
 
 

@@ -1,4 +1,7 @@
-"""Train: `python -m clip_jax.main --config experiments/X.py --workdir DIR [--config.a.b=value]`."""
+"""Train: `python -m clip_jax.main --config experiments/X.py --workdir DIR [--config.a.b=value]`.
+
+Started once on each machine of a cluster, it is one run over all of their devices.
+"""
 
 import os
 import sys
@@ -17,6 +20,21 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and results.")
 _DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Print the config, parameters, mesh and bytes per device, and exit."
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT of process 0; SLURM, Open MPI and TPU pods need no such flags."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "This process among them, from 0.")
+_DEVICE_IDS = flags.DEFINE_list(
+    "local_device_ids", None, "The machine's GPUs that this process drives; all by default."
+)
+_INIT = flags.DEFINE_integer("init_seconds", 300, "Wait for all processes to join.", 1)
+_HEARTBEAT = flags.DEFINE_integer(
+    "heartbeat_seconds", 60, "A process without a sign of life for so long counts as dead.", 1
+)
+_HANG = flags.DEFINE_integer(
+    "hang_seconds", 1800, "Longest step of several processes, compiling included; 0: any.", 0
 )
 
 
@@ -61,6 +79,26 @@ def _reason(error: Exception, argv: Sequence[str]) -> str:
     return f"experiment file {path}: {kind}{last}"
 
 
+def join() -> None:
+    """Join the other processes of the run, where there are any.
+
+    Raises:
+      UserError: a flag is wrong, or the others cannot be reached.
+    """
+    from clip_jax import distributed
+
+    ids = _DEVICE_IDS.value
+    if ids is not None and not all(i.isdigit() for i in ids):
+        raise UserError(f"--local_device_ids {','.join(ids)}: numbers with commas, such as 0,1")
+    distributed.join(
+        _COORDINATOR.value,
+        _NUM_PROCESSES.value,
+        _PROCESS_ID.value,
+        None if ids is None else [int(i) for i in ids],
+        distributed.Limits(init=_INIT.value, heartbeat=_HEARTBEAT.value, hang=_HANG.value),
+    )
+
+
 def main() -> int:
     """Parse the flags, resolve the config and train; the process's exit code."""
     config = resolve(parse(sys.argv))
@@ -68,12 +106,14 @@ def main() -> int:
     if workdir is None and not _DRY_RUN.value:
         raise UserError("--workdir is missing; for example --workdir runs/emoji")
     # Only now the heavy imports: a misspelt key answers at once.
-    from clip_jax import train, wiring
+    join()
+    from clip_jax import distributed, train, wiring
 
-    if workdir is None or _DRY_RUN.value:
-        print(wiring.describe(config))
-        return 0
-    return train.run(config, workdir)
+    with distributed.ending_together():
+        if workdir is None or _DRY_RUN.value:
+            distributed.tell(wiring.describe(config))
+            return 0
+        return train.run(config, workdir)
 
 
 if __name__ == "__main__":

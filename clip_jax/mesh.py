@@ -49,6 +49,28 @@ def check_batch_size(name: str, batch_size: int, mesh: Mesh) -> None:
         )
 
 
+def batch_part(mesh: Mesh) -> tuple[int, int]:
+    """Which part of a global batch this process loads, of how many.
+
+    Processes whose devices hold the same rows (an axis that splits no rows spans them) load the
+    same part.
+
+    Raises:
+      UserError: two processes share some of their rows and not all.
+    """
+    rows_of: dict[int, set[int]] = {}
+    for row, devices in enumerate(mesh.devices.reshape(batch_shards(mesh), -1)):
+        for device in devices:
+            rows_of.setdefault(device.process_index, set()).add(row)
+    parts = sorted({tuple(sorted(rows)) for rows in rows_of.values()})
+    if len({row for part in parts for row in part}) != sum(len(part) for part in parts):
+        raise UserError(
+            f"config.mesh.tensor {mesh.shape['tensor']} spans processes unevenly; take one that "
+            f"divides the {jax.local_device_count()} devices of a process, or is a multiple of it"
+        )
+    return parts.index(tuple(sorted(rows_of[jax.process_index()]))), len(parts)
+
+
 def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Each process's rows of a batch, as global arrays split over the batch axes."""
     sharding = NamedSharding(mesh, P(BATCH_AXES))

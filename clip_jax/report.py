@@ -1,94 +1,42 @@
-"""What a run tells while it goes on."""
+"""Show runs on one page: `python -m clip_jax.report WORKDIR [WORKDIR2 ...]`.
 
-import json
-import math
-import sys
-import time
+A folder is a run's, or the `--out` of `python -m clip_jax.evaluate`. The page is one HTML file that
+asks nothing of the network.
+"""
+
+import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
-import jax
-
-from clip_jax.config import Config
-from clip_jax.data.loader import Loader
-from clip_jax.metrics import (
-    MetricsWriter,
-    Throughput,
-    measure_matmul_flops,
-    peak_flops,
-    progress_line,
-)
-from clip_jax.models.flops import train_flops_per_pair
-from clip_jax.wiring import Wiring
+from clip_jax.errors import run_command
 
 
-class Report:
-    """What a run tells: a line now and then, `metrics.jsonl`, TensorBoard, and what went wrong.
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m clip_jax.report", description=__doc__)
+    parser.add_argument("folders", nargs="+", metavar="WORKDIR", help="runs to show side by side")
+    parser.add_argument("--out", help="the page; report.html in the first folder if not given")
+    return parser.parse_args(argv)
 
-    Attributes:
-      length: tokens a caption of the newest batch, after trimming.
+
+def report(folders: Sequence[str | Path], out: str | Path | None = None) -> str:
+    """Write the page of these folders; returns what to tell the user.
+
+    Raises:
+      UserError: a folder has nothing to report, or holds a damaged file.
     """
+    from clip_jax.report_page.page import write_report
 
-    def __init__(self, config: Config, w: Wiring, steps: int, start: int, folder: Path) -> None:
-        self.length = w.model.config.text.context_length
-        self._model = w.model.config
-        self._steps = steps
-        self._every = config.train.log_every
-        self._folder = folder
-        self._writer = MetricsWriter(folder, resume_step=start if start else None)
-        self._throughput = Throughput(pairs_per_step=config.train.batch_size, steps=steps)
-        kind, dtype = jax.devices()[0].device_kind, config.model.dtype
-        per_device = peak_flops(kind, dtype) or measure_matmul_flops(dtype)
-        # Virtual CPU devices share the one machine that was measured.
-        devices = 1 if jax.default_backend() == "cpu" else jax.device_count()
-        self._peak = per_device * devices
-        self._bad: tuple[int, float, list[str]] | None = None
+    path = write_report(folders, out)
+    return f"report: {path} ({path.stat().st_size / 2**20:.1f} MiB)"
 
-    def step(
-        self, step: int, metrics: dict[str, jax.Array], keys: list[str], loader: Loader
-    ) -> bool:
-        """Take in one step's metrics, waiting for them; False when they are not finite."""
-        values = {k: v.item() for k, v in jax.device_get(metrics).items()}
-        self._throughput.report(step, time.perf_counter())
-        if not values.pop("finite"):
-            self._bad = (step, values["loss"], keys)
-            return False
-        if step % self._every == 0 or step == self._steps:
-            values["scale"] = math.exp(values["logit_scale"])
-            rate = self._throughput.pairs_per_second
-            if rate is not None:
-                values["pairs_per_second"] = rate
-                values["mfu"] = rate * train_flops_per_pair(self._model, self.length) / self._peak
-            values |= {f"skipped/{cause}": n for cause, n in loader.skipped.items()}
-            self._writer.write(step, values)
-            left = self._throughput.seconds_left
-            print(progress_line(step, self._steps, values, rate, left), flush=True)
-        return True
 
-    def __enter__(self) -> "Report":
-        return self
+def main() -> int:
+    """Parse and write; the exit code."""
+    args = parse(None)
+    print(report(args.folders, args.out))
+    return 0
 
-    def __exit__(self, *exc: object) -> None:
-        """Flush and close the writers."""
-        self._writer.close()
 
-    def tell_skipped(self, loader: Loader) -> None:
-        """Count the samples that were skipped and name the last."""
-        if loader.skipped:
-            counts = ", ".join(f"{n} {cause}" for cause, n in sorted(loader.skipped.items()))
-            print(f"skipped samples: {counts}; the last: {loader.recent[-1]}", flush=True)
-
-    def explain_not_finite(self, saved: list[int], checkpoints: Path) -> None:
-        """One line on the step that broke; its samples' keys go to `not_finite.json`."""
-        assert self._bad is not None
-        step, loss, keys = self._bad
-        path = self._folder / "not_finite.json"
-        path.write_text(json.dumps({"step": step, "loss": str(loss), "keys": keys}, indent=1))
-        good = f"step {saved[0]} in {checkpoints}" if saved else "none was saved yet"
-        some = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
-        print(
-            f"error: step {step} is not finite (loss {loss}); its batch: {some} (all keys in "
-            f"{path}); last good checkpoint: {good}; lower config.optim.learning_rate or set "
-            "config.optim.clip_norm",
-            file=sys.stderr,
-            flush=True,
-        )
+if __name__ == "__main__":
+    run_command(main)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -14,6 +15,7 @@ from clip_jax.augment import DrawFn, adjust_colors
 from clip_jax.losses import LossFn, LossOutput
 from clip_jax.mesh import BATCH_AXES, batch_shards
 from clip_jax.models.clip import CLIP
+from clip_jax.sharding import rows_stay_split, with_whole_table
 from clip_jax.state import TrainState, split_frozen
 from clip_jax.typing import Features, Params
 
@@ -66,24 +68,31 @@ def normalize_images(
 
 
 def make_features(
-    model: CLIP, *, image_mean: tuple[float, ...], image_std: tuple[float, ...], freeze: str
+    model: CLIP,
+    *,
+    mesh: Mesh,
+    image_mean: tuple[float, ...],
+    image_std: tuple[float, ...],
+    freeze: str,
 ) -> FeaturesFn:
     """A frozen image tower runs as in evaluation: its batch norms use their running statistics."""
     train = freeze != "image"
+    split = rows_stay_split(mesh)
 
     def features(params: Params, batch_stats: Any, rows: Batch) -> tuple[Features, Features, Any]:
         images_BHWC = unit_range(rows["image"])
         if "colors_B3" in rows:
             images_BHWC = adjust_colors(images_BHWC, rows["colors_B3"])
-        (z_image_BD, z_text_BD), updated = model.apply(
-            {"params": params, "batch_stats": batch_stats},
-            normalize_images(images_BHWC, image_mean, image_std),
-            rows["text"],
-            train,
-            rows["ok"],
-            rows.get("kept_Bl"),
-            mutable=["batch_stats"],
-        )
+        with nn.intercept_methods(split):
+            (z_image_BD, z_text_BD), updated = model.apply(
+                {"params": with_whole_table(params, mesh), "batch_stats": batch_stats},
+                normalize_images(images_BHWC, image_mean, image_std),
+                rows["text"],
+                train,
+                rows["ok"],
+                rows.get("kept_Bl"),
+                mutable=["batch_stats"],
+            )
         return z_image_BD, z_text_BD, updated.get("batch_stats", batch_stats)
 
     return features
@@ -197,7 +206,9 @@ def make_train_step(
       freeze: the tower that stays as it is, "image" or "text"; its gradients are not computed.
       ema_decay: of the moving averages; 0 where the state keeps none.
     """
-    features = make_features(model, image_mean=image_mean, image_std=image_std, freeze=freeze)
+    features = make_features(
+        model, mesh=mesh, image_mean=image_mean, image_std=image_std, freeze=freeze
+    )
     shardings = jax.tree.map(lambda x: x.sharding, shapes)
     trained_shardings = split_frozen(shardings.params, freeze)[0]
     gradient = make_whole_gradient(features, loss_fn)

@@ -3,24 +3,38 @@
 import dataclasses
 import os
 import signal
+from collections import deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from clip_jax import distributed
 from clip_jax.checkpoint import Checkpoints, check_fingerprint
 from clip_jax.config import Config
-from clip_jax.data.loader import Batch, trim_to_bucket
-from clip_jax.data.sources import ShardIndex, expand, fingerprint, incomplete, index_shards
+from clip_jax.data.loader import Batch, bucket_length
+from clip_jax.data.opening import TrainingData
+from clip_jax.data.sources import fingerprint, incomplete
 from clip_jax.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED, UserError
 from clip_jax.evaluate import evaluate_workdir
 from clip_jax.initial import start_state
-from clip_jax.mesh import place_batch
-from clip_jax.report import Report
+from clip_jax.mesh import batch_part, place_batch
+from clip_jax.progress import Report
+from clip_jax.report import report
 from clip_jax.signals import catch_signals
 from clip_jax.state import TrainState, init_state, parameter_counts
-from clip_jax.wiring import Wiring, make_loader, make_step, run_fingerprint, wire
+from clip_jax.wiring import (
+    Wiring,
+    make_evaluation,
+    make_loader,
+    make_step,
+    open_data,
+    run_fingerprint,
+    steps_of_run,
+    wire,
+)
 from clip_jax.workdir import Description, write_description
 
 
@@ -32,52 +46,73 @@ def run(config: Config, workdir: str) -> int:
     """
     if not config.data.train:
         raise UserError("config.data.train is empty; give tar shards, e.g. data/{00000..00009}.tar")
-    indexes = index_shards(expand(config.data.train))
-    pairs = sum(len(index) for index in indexes)
-    steps = config.train.steps or int(config.train.epochs * pairs / config.train.batch_size)
+    data = open_data(config, workdir)
+    pairs = sum(len(index) for index in data.indexes)
+    steps = steps_of_run(config, pairs)
     if steps < 1:
         raise UserError(
             f"config.train.epochs {config.train.epochs:g} over {pairs:,} pairs is not one step of "
             f"config.train.batch_size {config.train.batch_size}; raise the one or lower the other"
         )
     w = wire(config, steps, workdir)
-    print(_summary(config, w, indexes, pairs, steps), flush=True)
-
-    identity = run_fingerprint(config, w, fingerprint(indexes), pairs)
+    check_streams(config.data.streams, batch_part(w.mesh)[1])
+    identity = run_fingerprint(config, w, fingerprint(data.indexes), pairs)
+    distributed.agree(identity | {"its config": dataclasses.asdict(config)})
+    distributed.tell(_summary(config, w, data, pairs, steps))
     folder = make_workdir(workdir)
     checkpoints = Checkpoints(folder, keep=config.checkpoint.keep)
     try:
         state = restore_or_init(config, w, checkpoints, identity, folder)
-        write_description(
-            folder,
-            Description(
-                config.model.name,
-                w.model.config,
-                w.tokenizer_spec,
-                w.preprocess,
-                config=dataclasses.asdict(config),
-            ),
-        )
-        code = train_loop(config, w, indexes, state, steps, checkpoints, identity, folder)
+        if distributed.is_first():
+            write_description(
+                folder,
+                Description(
+                    config.model.name,
+                    w.model.config,
+                    w.tokenizer_spec,
+                    w.preprocess,
+                    config=dataclasses.asdict(config),
+                ),
+            )
+        code = train_loop(config, w, data, state, steps, checkpoints, identity, folder)
     finally:
         checkpoints.close()
-    if code == 0 and config.eval.data:
+    distributed.stand_by()
+    if code == 0 and config.eval.data and distributed.is_first():
+        # Process 0 reads the checkpoint again, onto its first device; the others wait at the end.
         print(evaluate_workdir(workdir), flush=True)
+        print(report([workdir]), flush=True)
     return code
 
 
+def check_streams(streams: int, parts: int) -> None:
+    """Raises UserError when the processes cannot share the streams evenly."""
+    if streams % parts:
+        raise UserError(
+            f"config.data.streams {streams} is not a multiple of {parts}, the parts of a batch "
+            f"that processes load; take {-(-streams // parts) * parts}, or other processes"
+        )
+
+
 def make_workdir(workdir: str) -> Path:
-    """The run's folder, made where it is not there.
+    """The run's folder, made by process 0 where it is not there, and seen by all.
 
     Raises:
-      UserError: it cannot be made, or not be written to.
+      UserError: it cannot be made, or not be written to, or not be seen.
     """
     folder = Path(workdir)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if distributed.is_first():
+            folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(f"--workdir {workdir} cannot be made ({reason}); give another") from None
+    distributed.gather(None)
+    if not folder.is_dir():
+        raise UserError(
+            f"--workdir {workdir} was made by process 0 and is not there for process "
+            f"{distributed.process_index()}; give one on a file system that all machines share"
+        )
     if not os.access(folder, os.W_OK):
         raise UserError(f"--workdir {workdir} cannot be written to; give another")
     return folder
@@ -96,12 +131,12 @@ def restore_or_init(
         check_fingerprint(meta["fingerprint"], identity, folder)
         restored = checkpoints.restore(w.shapes)
         if restored is not None:
-            print(f"going on from step {restored[1]['step']} of {folder}", flush=True)
+            distributed.tell(f"going on from step {restored[1]['step']} of {folder}")
             return restored[0]
     freeze = config.train.freeze
     if w.origin is None:
         return init_state(w.model, w.optimizer, w.shapes, config.seed, freeze=freeze)
-    print(f"starting from {w.origin.path}", flush=True)
+    distributed.tell(f"starting from {w.origin.path}")
     return start_state(
         w.origin,
         w.model.config,
@@ -113,19 +148,23 @@ def restore_or_init(
     )
 
 
-def _summary(config: Config, w: Wiring, indexes: list[ShardIndex], pairs: int, steps: int) -> str:
+def _summary(config: Config, w: Wiring, data: TrainingData, pairs: int, steps: int) -> str:
     counts = parameter_counts(w.shapes.params)
     epochs = steps * config.train.batch_size / pairs
     lines = [
-        f"{pairs:,} pairs in {len(indexes)} shards; {steps:,} steps of "
+        f"{pairs:,} pairs in {len(data.indexes)} shards; {steps:,} steps of "
         f"{config.train.batch_size:,} pairs are {epochs:.1f} epochs",
         f"{config.model.name}: image tower {counts['image']:,} parameters, text tower "
         f"{counts['text']:,}; {jax.device_count()} {jax.devices()[0].device_kind} device(s), "
         + " x ".join(f"{axis}={n}" for axis, n in w.mesh.shape.items()),
     ]
     lines += [
+        f"shards left out: {n} {cause.replace('_', ' ')}, listed in skipped.jsonl"
+        for cause, n in data.log.shards.items()
+    ]
+    lines += [
         f"{len(keys)} samples have {cause.replace('_', ' ')} and are left out, first {keys[0]}"
-        for cause, keys in incomplete(indexes).items()
+        for cause, keys in incomplete(data.indexes).items()
     ]
     return "\n".join(lines)
 
@@ -140,10 +179,34 @@ def device_part(batch: Batch) -> dict[str, np.ndarray]:
     }
 
 
+def announced(
+    loader: Iterator[Batch], count: int, announce: Callable[[Batch], distributed.Announcement]
+) -> Iterator[tuple[Batch, np.ndarray]]:
+    """`count` batches, each with what every process said of it.
+
+    With several processes a batch is fetched and announced before the step of the one before it
+    is dispatched, so that the answer is there when its own step is.
+    """
+    ahead = 0 if distributed.process_count() == 1 else 1
+    waiting: deque[tuple[Batch, distributed.Announcement]] = deque()
+    for fetched in range(count + ahead):
+        if fetched < count:
+            batch = next(loader)
+            waiting.append((batch, announce(batch)))
+        if fetched >= ahead:
+            batch, said = waiting.popleft()
+            yield batch, said.result()
+
+
+def evaluated_part(state: TrainState) -> dict[str, Any]:
+    """The moving averages where the run keeps them: they are what it is trained for."""
+    return state.ema or {"params": state.params, "batch_stats": state.batch_stats}
+
+
 def train_loop(
     config: Config,
     w: Wiring,
-    indexes: list[ShardIndex],
+    data: TrainingData,
     state: TrainState,
     steps: int,
     checkpoints: Checkpoints,
@@ -153,34 +216,55 @@ def train_loop(
     """Step until the end, a signal, or a loss that is not finite; the exit code.
 
     The metrics of a step are read only after the next one is dispatched, so the device never
-    waits for the host.
+    waits for the host. Processes agree on what depends on more than the step's number: how long
+    the captions are, and whether one of them was asked to stop.
     """
     start = int(state.step)
-    train_step = make_step(config, w)
+    train_step, evaluate = make_step(config, w), make_evaluation(config, w)
     with (
         Report(config, w, steps, start, folder) as report,
-        make_loader(config, w, indexes, start) as loader,
-        catch_signals() as stop,
+        make_loader(config, w, data, start) as loader,
+        catch_signals(distributed.tell) as stop,
     ):
+
+        def announce(batch: Batch) -> distributed.Announcement:
+            text = batch["text"]
+            trimmable = w.model.config.text.trimmable
+            length = bucket_length(text, w.tokenizer.eot_id) if trimmable else text.shape[1]
+            return distributed.Announcement((length, stop.signal))
+
         pending: tuple[int, dict[str, jax.Array], list[str]] | None = None
-        step, bad = start, False
-        while step < steps and not stop.signal and not bad:
-            batch = next(loader)
-            if w.model.config.text.trimmable:
-                batch["text"] = trim_to_bucket(batch["text"], w.tokenizer.eot_id)
+        step, bad, stopped = start, False, 0
+        for batch, said in announced(loader, steps - start, announce):
+            length, stopped = (int(n) for n in said.max(axis=0))
+            if stopped:
+                others = [i for i, asked in enumerate(said[:, 1]) if asked and i]
+                if others:
+                    name = signal.Signals(stopped).name
+                    distributed.tell(
+                        f"{name} on process {others[0]}: saving step {step}, then exiting"
+                    )
+                break
+            distributed.rearm()
+            batch["text"] = batch["text"][:, :length]
             arrays = place_batch(device_part(batch), w.mesh)
             state, metrics = train_step(state, arrays)
+            distributed.settle(metrics)
             step += 1
             if pending is not None:
                 bad = not report.step(*pending, loader)
             pending = (step, metrics, batch["key"])
-            report.length = batch["text"].shape[1]
+            report.length = length
             if step % config.checkpoint.every == 0 and not bad:
                 # Only a state whose own step was finite is worth keeping.
                 bad = not report.step(*pending, loader)
                 pending = None
                 if not bad:
                     checkpoints.save(state, step, identity)
+            if evaluate is not None and step % config.eval.every == 0 and step < steps and not bad:
+                report.evaluated(step, evaluate(evaluated_part(state)))
+            if bad:
+                break
         if pending is not None and not bad:
             bad = not report.step(*pending, loader)
         report.tell_skipped(loader)
@@ -189,6 +273,6 @@ def train_loop(
             return EXIT_ERROR
         checkpoints.save(state, step, identity)
     if step < steps:
-        print(f"saved step {step} of {steps}; the same command goes on from there", flush=True)
-        return EXIT_INTERRUPTED if stop.signal == signal.SIGINT else EXIT_TERMINATED
+        distributed.tell(f"saved step {step} of {steps}; the same command goes on from there")
+        return EXIT_INTERRUPTED if stopped == signal.SIGINT else EXIT_TERMINATED
     return 0

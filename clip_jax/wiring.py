@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,10 +13,13 @@ from jax.sharding import Mesh
 
 from clip_jax.augment import make_draws
 from clip_jax.config import Config
+from clip_jax.data.faults import SKIPPED, SkipLog
 from clip_jax.data.images import OPENAI, Preprocess
 from clip_jax.data.loader import Loader, make_train_loader
-from clip_jax.data.sources import ShardIndex
+from clip_jax.data.opening import TrainingData, open_sources, steps_of_one_pass
 from clip_jax.errors import UserError
+from clip_jax.evaluation.during import Evaluator, make_evaluator
+from clip_jax.evaluation.run import Request
 from clip_jax.initial import (
     Origin,
     has_checkpoints,
@@ -24,7 +28,7 @@ from clip_jax.initial import (
     started_from,
 )
 from clip_jax.losses import make_loss
-from clip_jax.mesh import batch_shards, check_batch_size, make_mesh
+from clip_jax.mesh import batch_part, batch_shards, check_batch_size, make_mesh
 from clip_jax.models.clip import CLIP, CLIPConfig
 from clip_jax.models.convnet import ConvNetConfig
 from clip_jax.models.flops import image_flops, text_flops
@@ -33,7 +37,7 @@ from clip_jax.models.vit import ViTConfig
 from clip_jax.models.zoo import model_config
 from clip_jax.optim import make_optimizer, make_schedule
 from clip_jax.state import TrainState, device_bytes, parameter_counts, state_shapes
-from clip_jax.step import TrainStep, make_train_step
+from clip_jax.step import TrainStep, make_encoders, make_train_step
 from clip_jax.tokenizers import TokenizerSpec, make_tokenizer, tokenizer_spec
 from clip_jax.typing import Tokenizer
 from clip_jax.workdir import model_to_json
@@ -93,6 +97,7 @@ def wire(config: Config, steps: int, workdir: str | None = None) -> Wiring:
     """Build what a run of this many steps needs, allocating nothing on devices.
 
     A run in `workdir` that goes on needs the checkpoint it began from no more: it has its own.
+    Without a `workdir` nothing is run, and a checkpoint to start from may be yet to come.
 
     Raises:
       UserError: the model, the tokenizer, the mesh or the checkpoint does not fit the config.
@@ -103,7 +108,7 @@ def wire(config: Config, steps: int, workdir: str | None = None) -> Wiring:
         check_batch_size("config.train.microbatch_size", config.train.microbatch_size, mesh)
     m, given = config.model, config.data.tokenizer
     origin, preprocess = None, OPENAI
-    if m.init_from:
+    if m.init_from and (workdir is not None or Path(m.init_from).exists()):
         goes_on = workdir is not None and has_checkpoints(workdir)
         origin = read_origin(str(workdir) if goes_on else m.init_from, m.name)
         preprocess = origin.checkpoint.preprocess
@@ -137,6 +142,11 @@ def describe(config: Config) -> str:
         json.dumps(dataclasses.asdict(config), indent=2),
         f"model       {config.model.name}: image tower {counts['image']:,} parameters, "
         f"text tower {counts['text']:,}, in all {counts['total']:,}",
+        *(
+            [f"start       {config.model.init_from}" + ("" if w.origin else ", which is not there")]
+            if config.model.init_from
+            else []
+        ),
         f"forward     {image_flops(c) / 1e9:.2f} GFLOP an image, "
         f"{text_flops(c, length) / 1e9:.2f} GFLOP a caption of {length} tokens",
         f"mesh        {mesh} over {jax.device_count()} {jax.devices()[0].device_kind} devices",
@@ -162,6 +172,11 @@ def run_fingerprint(config: Config, w: Wiring, data: str, pairs: int) -> dict[st
         "config.data.crop_scale": list(config.data.crop_scale),
         "config.data.crop_ratio": list(config.data.crop_ratio),
         "config.data.color_jitter": list(config.data.color_jitter),
+        "config.data.flip": config.data.flip,
+        "config.data.grayscale": config.data.grayscale,
+        "config.data.weights": list(config.data.weights),
+        "config.data.repeat": config.data.repeat,
+        "config.data.filter": config.data.filter,
         "the number of training pairs": pairs,
         "the training data's fingerprint": data,
     } | {
@@ -182,7 +197,7 @@ def make_step(config: Config, w: Wiring) -> TrainStep:
     loss_fn = make_loss(
         config.train.loss,
         mesh=w.mesh,
-        tile_size=config.train.loss_tile or 1024,
+        tile_size=config.train.loss_tile,
         mask_equal_captions=config.train.mask_equal_captions,
     )
     return make_train_step(
@@ -228,11 +243,62 @@ def patches(config: Config, sizes: CLIPConfig) -> int:
     return 0
 
 
-def make_loader(config: Config, w: Wiring, indexes: list[ShardIndex], start: int) -> Loader:
+def make_evaluation(config: Config, w: Wiring) -> Evaluator | None:
+    """What `config.eval.every` runs during a run, over the run's mesh; None where it is 0."""
+    e = config.eval
+    if not e.data or not e.every:
+        return None
+    encode_image, encode_text = make_encoders(
+        w.model, image_mean=w.preprocess.mean, image_std=w.preprocess.std
+    )
+    request = Request(
+        data=e.data,
+        classnames=e.classnames,
+        templates=e.templates,
+        tasks=e.tasks,
+        train_data=e.train_data,
+        batch_size=e.batch_size,
+    )
+    return make_evaluator(
+        encode_image,
+        encode_text,
+        request,
+        w.mesh,
+        scale=lambda variables: math.exp(float(variables["params"]["logit_scale"])),
+        tokenizer=w.tokenizer,
+        image_size=w.model.config.vision.image_size,
+        context_length=w.model.config.text.context_length,
+        preprocess=w.preprocess,
+        shards=batch_shards(w.mesh),
+    )
+
+
+def open_data(config: Config, workdir: str) -> TrainingData:
+    """The training data, indexed; what is skipped goes to `skipped.jsonl` in the work folder.
+
+    Raises:
+      UserError: a source cannot be read, or too many of its shards.
+    """
+    d = config.data
+    log = SkipLog(Path(workdir) / SKIPPED, d.max_skip_fraction)
+    sources = open_sources(d.train, where=d.filter, unique_keys=d.unique_keys, log=log)
+    return TrainingData(sources, log)
+
+
+def steps_of_run(config: Config, pairs: int) -> int:
+    """The optimiser steps that the config asks for on data of so many pairs."""
+    t = config.train
+    if not config.data.repeat:
+        return steps_of_one_pass(pairs, t.batch_size, config.data.streams)
+    return t.steps or int(t.epochs * pairs / t.batch_size)
+
+
+def make_loader(config: Config, w: Wiring, data: TrainingData, start: int) -> Loader:
     """This process's batches from step `start` on."""
     d = config.data
+    part, parts = batch_part(w.mesh)
     return make_train_loader(
-        indexes,
+        data.indexes,
         w.tokenizer,
         image_size=w.model.config.vision.image_size,
         context_length=w.model.config.text.context_length,
@@ -241,10 +307,17 @@ def make_loader(config: Config, w: Wiring, indexes: list[ShardIndex], start: int
         start_step=start,
         num_streams=d.streams,
         window=d.window,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=part,
+        process_count=parts,
         threads=d.threads,
         crop_scale=d.crop_scale,
         crop_ratio=d.crop_ratio,
+        flip=d.flip,
+        grayscale=d.grayscale,
         cache_bytes=d.cache_bytes,
+        repeat=d.repeat,
+        shards_per_source=data.shards_per_source,
+        weights=d.weights,
+        max_pixels=d.max_pixels,
+        log=data.log,
     )

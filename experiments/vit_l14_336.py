@@ -1,11 +1,11 @@
 """ViT-L/14@336px: one more epoch of ViT-L/14 at 336 pixels (paper, section 2.5).
 
     python -m clip_jax.main --config experiments/vit_l14_336.py --workdir runs/vit_l14_336 \\
-        --config.data.train='PATH/{00000..41455}.tar'
+        --config.data.train='PATH/{00000..41455}.tar' --config.model.init_from=runs/vit_l14
 
-Learning rate 2e-5 for one epoch. The paper starts it from the weights of ViT-L/14; this experiment
-has the recipe and starts from random weights until a run can begin from other weights. The
-published model classifies ImageNet zero-shot at 76.2 % (table 11).
+Learning rate 2e-5 for one epoch, from the weights of `experiments/vit_l14.py` (or of OpenAI's file
+`ViT-L-14.pt`), their positions interpolated from 16 x 16 patches to 24 x 24. The published model
+classifies ImageNet zero-shot at 76.2 % (table 11).
 """
 
 import ml_collections
@@ -17,6 +17,7 @@ def get_config() -> ml_collections.ConfigDict:
     """The paper's fine-tuning at 336 pixels."""
     c = paper.vit_config()
     c.model.name = "ViT-L/14@336px"
+    c.model.init_from = "runs/vit_l14"
     c.train.epochs = 1.0
     c.optim.learning_rate = 2e-5
     return c

@@ -13,15 +13,16 @@ PACKAGE = Path(__file__).parent.parent / "clip_jax"
 LEVELS = [
     {"errors", "typing"},
     {"models", "losses", "data", "tokenizers", "augment", "mesh", "optim", "metrics", "config"}
-    | {"signals"},
-    {"sharding", "workdir"},
+    | {"signals", "cluster"},
+    {"sharding", "workdir", "distributed"},
     {"state", "evaluation"},
-    {"checkpoint", "pretrained"},
+    {"checkpoint", "pretrained", "report_page"},
     {"step", "initial"},
     {"api", "wiring"},
-    {"evaluate", "convert", "report"},
+    {"evaluate", "convert", "progress", "report", "planning"},
     {"train"},
     {"main"},
+    {"plan"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 FILES = sorted(PACKAGE.rglob("*.py"))

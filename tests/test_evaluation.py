@@ -211,6 +211,7 @@ def test_every_image_counts_once_whatever_the_batches():
         for task, metrics in metrics_of(report).items():
             assert metrics == pytest.approx(metrics_of(reports[0])[task])
         assert len(report["examples"]["guesses"]) == 23
+        assert report["examples"]["rows"] == list(range(23))
         assert report["examples"]["truths"] == reports[0]["examples"]["truths"]
     assert set(metrics_of(reports[0])) == {"zeroshot_classification", "zeroshot_retrieval"}
     assert len(metrics_of(reports[0])["zeroshot_retrieval"]) == 6
@@ -256,8 +257,9 @@ def test_a_perfect_encoder_scores_one():
         dataset="toy", model="seer", context_length=12, num_examples=4, progress=False,
     )  # fmt: skip
     for metrics in metrics_of(report).values():
-        assert set(metrics.values()) == {1.0}
-    assert len(report["examples"]["images"]) == 4
+        assert {v for name, v in metrics.items() if name != "calibration_error"} == {1.0}
+    assert all(r["intervals"][n] == (1, 1) for r in report["results"] for n in r["intervals"])
+    assert len(report["examples"]["rows"]) == 4
     for truth, guesses in zip(
         report["examples"]["truths"], report["examples"]["guesses"], strict=True
     ):
@@ -268,7 +270,7 @@ def test_tasks_without_data_are_absent():
     samples = make_samples(np.random.default_rng(6), 6)
     only_texts = run(make_batches(samples, 6), class_names=[])
     assert set(metrics_of(only_texts)) == {"zeroshot_retrieval"}
-    assert only_texts["examples"]["images"] == []
+    assert only_texts["examples"]["rows"] == []
     samples["captions"] = [[]] * 6
     assert set(metrics_of(run(make_batches(samples, 6)))) == {"zeroshot_classification"}
 
@@ -281,7 +283,8 @@ def test_results_are_json_with_clip_benchmarks_fields(tmp_path):
     written = json.loads((tmp_path / "eval.json").read_text())
     first, second = written["results"]
     assert first["metrics"]["acc5"] is None
-    assert set(first) == {"dataset", "model", "pretrained", "language", "task", "metrics"}
+    theirs = {"dataset", "model", "pretrained", "language", "task", "metrics"}
+    assert set(first) == theirs | {"intervals", "images"}
     assert [first["task"], second["task"]] == ["zeroshot_classification", "zeroshot_retrieval"]
     assert written["skipped"] == {"truncated": 2}
 

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -23,6 +24,7 @@ from clip_jax.initial import place_origin, read_origin, started_from
 from clip_jax.mesh import make_mesh
 from clip_jax.models import zoo
 from clip_jax.models.clip import CLIP
+from clip_jax.pretrained.load import resized
 from clip_jax.pretrained.resize import resize_image_positions, resize_text_positions
 from clip_jax.pretrained.trees import from_variables
 from clip_jax.state import state_shapes
@@ -145,6 +147,7 @@ def test_layers_are_stacked_for_a_scan():
         np.testing.assert_array_equal(stack[layer], arrays[path])
 
 
+@pytest.mark.slow
 def test_a_longer_run_grows_the_positions_of_a_short_one(data, short, tmp_path, capsys):
     config = make_config(data, model__init_from=str(short))
     assert train.run(config, str(tmp_path)) == 0
@@ -157,7 +160,7 @@ def test_a_longer_run_grows_the_positions_of_a_short_one(data, short, tmp_path, 
     want = from_variables(clip.params, clip.batch_stats)
     image, text = "visual/positional_embedding", "text/positional_embedding"
     want[image] = resize_image_positions(want[image], (2, 2), (4, 4))
-    want[text] = resize_text_positions(want[text], 16)
+    want[text] = np.concatenate([want[text], np.repeat(want[text][-1:], 8, axis=0)])
     for path in want:
         np.testing.assert_array_equal(got[path], want[path])
 
@@ -168,6 +171,30 @@ def test_a_longer_run_grows_the_positions_of_a_short_one(data, short, tmp_path, 
     assert Path(about.tokenizer.file).read_bytes() == Path(before.tokenizer.file).read_bytes()
 
 
+def test_captions_that_fitted_have_the_features_they_had(data, short):
+    """However long the captions of the next run: its tower is causal and read at the end token."""
+    w = wiring.wire(make_config(data, model__init_from=str(short)), 1)
+    clip = clip_jax.load(short)
+    texts = ["red", "a dot"]
+    assert clip.tokenize(texts)[:, -1].tolist() == [w.tokenizer.pad_id] * 2  # not cut
+    grown = w.model.apply(start_of(w), jnp.asarray(w.tokenizer(texts, 16)), method="encode_text")
+    want = clip.encode_text(clip.tokenize(texts), normalize=False)
+    # Float32 sums over rows of another length.
+    np.testing.assert_allclose(grown, want, atol=1e-5)
+
+
+def test_a_tower_that_sees_its_padding_is_interpolated():
+    positions = np.random.default_rng(0).standard_normal((10, 32)).astype(np.float32)
+    origin = read_origin(str(FILES["hf_siglip"]), "any")
+    arrays = dict(origin.checkpoint.arrays)
+    arrays["text/positional_embedding"] = lambda: positions
+    grown = resized(
+        dataclasses.replace(origin.checkpoint, arrays=arrays), None, 16, grow_text=True
+    ).arrays["text/positional_embedding"]()
+    np.testing.assert_array_equal(grown, resize_text_positions(positions, 16))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["own", "hf", "open_clip"])
 def test_a_converted_run_is_the_same_start(data, short, tmp_path, to):
     convert(str(short), str(tmp_path / "made"), to=to)
@@ -207,7 +234,9 @@ def test_a_run_that_goes_on_needs_its_origin_no_more(data, short, tmp_path, caps
     assert train.run(longer, str(tmp_path / "run")) == 0
     assert "going on from step 2" in capsys.readouterr().out
     assert read_description(tmp_path / "run").preprocess.mean == (0.4, 0.5, 0.6)
-    with pytest.raises(UserError, match=r"made with config.model.init_from = .*origin"):
+    with pytest.raises(
+        UserError, match=r"made with config.model.init_from = .* and now it is null"
+    ):
         train.run(make_config(data, train__steps=4), str(tmp_path / "run"))
 
 
@@ -219,6 +248,7 @@ def siglip(data, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
 def test_siglips_scale_and_bias(data, siglip, tmp_path, loss):
     """The sigmoid loss goes on with both; to the softmax the bias is nothing, and it stays."""

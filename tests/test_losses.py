@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from clip_jax.errors import UserError
-from clip_jax.losses import FORMS, LOSSES, make_loss
-from clip_jax.losses.tiled import tile_columns
+from clip_jax.losses import FORMS, LOSSES, make_loss, tiled
+from clip_jax.losses.tiled import tile_rows
+from clip_jax.losses.tiling import Tiling, choose_tiling
 
 ROWS, FEATURES = 24, 16
 SCALE, BIAS = 20.0, -3.0
@@ -318,15 +319,50 @@ def test_one_gather_one_reduce_scatter_and_no_matrix(name):
     assert [x.split("{")[0] for x in gathers] == [f"f32[{rows},{FEATURES}]"]
     assert [kind for _, kind in results].count("reduce-scatter") == 1
     share = rows // devices
-    assert f"[{share},{tile_size}]" in text  # the tiles are there,
+    assert f"[{tile_size},{tile_size}]" in text  # the tiles are there,
     assert f"[{rows},{rows}]" not in text and f"[{share},{rows}]" not in text  # and no more
     assert executable.memory_analysis().temp_size_in_bytes < share * rows * 4
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2), (8, 1, 1)])
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("name", LOSSES)
+def test_kept_cosines_change_nothing(name, keep, shape, monkeypatch):
+    # Tiles of 2 rows and columns, as the rule would choose them for a batch large enough.
+    monkeypatch.setattr(tiled, "choose_tiling", lambda *_: Tiling(2, keep))
+    compiled.cache_clear()
+    batch = make_batch("both")
+    result = compiled(name, "tiled", shape, 0)(*batch)
+    compiled.cache_clear()
+    assert_close(result, compiled(name, "dense")(*batch))
+
+
+def test_the_rule_keeps_cosines_only_while_they_are_small():
+    assert choose_tiling(1024, 512, "cpu") == Tiling(1024, keep=True)
+    assert choose_tiling(1025, 512, "cpu") == Tiling(1024, keep=False)
+    assert choose_tiling(128, 768, "tpu").size == choose_tiling(128, 768, "gpu").size == 4096
+
+
+def test_a_batch_of_32768_on_one_device_takes_less_than_450_mb():
+    rows, features = 32_768, 512
+    mesh = make_mesh((1, 1, 1))
+    z = jax.ShapeDtypeStruct((rows, features), jnp.float32)
+    scalar = jax.ShapeDtypeStruct((), jnp.float32)
+    ok, ids = (jax.ShapeDtypeStruct((rows,), x) for x in (bool, jnp.uint32))
+    loss_fn = make_loss("softmax", mesh=mesh, tile_size=None, mask_equal_captions=True)
+
+    def loss(*inputs):
+        return loss_fn(*inputs).loss
+
+    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3)), compiler_options=QUICK)
+    memory = step.lower(z, z, scalar, scalar, ok, ids).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 450e6  # one float32 matrix of logits is 4.3e9
 
 
 @settings(max_examples=50, deadline=None)
 @given(rows=st.integers(1, 5000), tile_size=st.integers(1, 6000))
 def test_tiles_hold_every_column_with_little_padding(rows, tile_size):
-    tiles, columns = tile_columns(rows, tile_size)
+    tiles, columns = tile_rows(rows, tile_size)
     assert columns <= tile_size
     assert 0 <= tiles * columns - rows < tiles
     assert tiles == -(-rows // tile_size)
@@ -340,8 +376,8 @@ def test_mistakes_are_named():
         make_loss("softmax", mesh=mesh, mask_equal_captions=True, form="ring")
     with pytest.raises(UserError, match=r"\['batch'\] are not in the mesh"):
         make_loss("softmax", mesh=mesh, mask_equal_captions=True, batch_axes=("batch",))
-    with pytest.raises(UserError, match="tile_size is 0"):
-        make_loss("softmax", mesh=mesh, mask_equal_captions=True, tile_size=0)
+    with pytest.raises(UserError, match="tile_size is -1"):
+        make_loss("softmax", mesh=mesh, mask_equal_captions=True, tile_size=-1)
     loss_fn = make_loss("softmax", mesh=mesh, mask_equal_captions=True)
     z_image, z_text, ok, caption_id = make_batch("none", rows=6)
     with pytest.raises(UserError, match=r"6 rows does not split over 4 devices \(data x fsdp\)"):

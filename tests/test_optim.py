@@ -291,6 +291,7 @@ def test_every_optimizer_holds_the_temperature(optimizer):
     assert float(params["logit_scale"]) == pytest.approx(math.log(100), abs=5e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimizer_learns_alike_on_any_mesh(optimizer):
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
@@ -319,6 +320,7 @@ def test_the_optimizers_state_is_split_as_the_parameters_are(optimizer):
     assert as_large >= len(params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if name != "adamw"])
 def test_a_frozen_tower_stays_as_it_is(optimizer):
     mesh = make_mesh(data=8, fsdp=1, tensor=1)

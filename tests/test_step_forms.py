@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_step import B, make_all, make_batch, one_device_mesh, run
-from tiny import CONVNET, RESNET, VIT
+from tiny import CONVNET, VIT
 
 from clip_jax.checkpoint import Checkpoints
 from clip_jax.mesh import make_mesh, place_batch
@@ -16,8 +16,7 @@ def meshes():
     return {"one": one_device_mesh(), "2x2x2": make_mesh(data=2, fsdp=2, tensor=2)}
 
 
-@pytest.mark.parametrize("where", ["one", "2x2x2"])
-@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+@pytest.mark.parametrize(("where", "loss"), [("2x2x2", "softmax"), ("one", "sigmoid")])
 def test_micro_batches_give_the_whole_batchs_losses(where, loss):
     """With the same colours and the same patches in both of a micro-batch's visits."""
     mesh = meshes()[where]
@@ -38,7 +37,7 @@ def linear_features(params, batch_stats, rows):
     return z_image, z_text, batch_stats + rows["ok"].size
 
 
-@pytest.mark.parametrize("microbatch_size", [4, 8, 16])
+@pytest.mark.parametrize("microbatch_size", [4, 16])
 def test_the_gradient_is_the_whole_batchs_to_rounding(microbatch_size):
     """Every leaf, temperature and frozen parts included, rows that are not ok among them."""
     from clip_jax.losses import make_loss
@@ -87,14 +86,13 @@ def test_micro_batches_with_batch_norms_take_their_own_statistics():
     np.testing.assert_allclose(results[0][1:], results[1][1:], rtol=1e-5)
 
 
-@pytest.mark.parametrize("freeze", ["image", "text"])
-@pytest.mark.parametrize("microbatch_size", [0, 4])
+@pytest.mark.parametrize(("freeze", "microbatch_size"), [("image", 4), ("text", 0)])
 def test_a_frozen_tower_stays_bit_for_bit_and_the_other_learns(freeze, microbatch_size):
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
-    state, step = make_all(RESNET, mesh, freeze=freeze, microbatch_size=microbatch_size)
+    state, step = make_all(CONVNET, mesh, freeze=freeze, microbatch_size=microbatch_size)
     before = jax.device_get(state)
     for _ in range(3):
-        state, metrics = step(state, place_batch(make_batch(RESNET), mesh))
+        state, metrics = step(state, place_batch(make_batch(CONVNET), mesh))
     after = jax.device_get(state)
     frozen, other = ("visual", "text") if freeze == "image" else ("text", "visual")
     jax.tree.map(np.testing.assert_array_equal, before.params[frozen], after.params[frozen])

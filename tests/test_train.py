@@ -15,8 +15,7 @@ from quick import QUICK
 from tiny import VIT
 
 import clip_jax
-from clip_jax import report as report_module
-from clip_jax import train
+from clip_jax import progress, train
 from clip_jax.config import default, resolve
 from clip_jax.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED, UserError
 from clip_jax.evaluate import evaluate_workdir
@@ -85,16 +84,34 @@ def _tiny():
     return dataclasses.replace(VIT, vision=dataclasses.replace(VIT.vision, layers=1), text=text)
 
 
+def test_evaluation_during_a_run_changes_no_loss(data, uninterrupted, tmp_path, capsys):
+    folder, pattern = data
+    config = make_config(
+        data,
+        eval__data=pattern,
+        eval__classnames=str(folder / "names.txt"),
+        eval__every=5,
+    )
+    assert train.run(config, str(tmp_path)) == 0
+    lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    found = {line["step"]: line for line in lines if "eval/acc1" in line}
+    assert list(found) == [5, 10]
+    assert 0 <= found[5]["eval/acc1"] <= 1 and "eval/image_retrieval_recall@5" in found[10]
+    assert "step 5 evaluated:" in capsys.readouterr().out
+    kept = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    assert kept == losses(uninterrupted)
+
+
 def stop_at(monkeypatch, step, number=signal.SIGTERM):
     """Raise a signal while the metrics of a step are read."""
-    original = report_module.Report.step
+    original = progress.Report.step
 
     def spy(self, at, *args):
         if at == step:
             signal.raise_signal(number)
         return original(self, at, *args)
 
-    monkeypatch.setattr(report_module.Report, "step", spy)
+    monkeypatch.setattr(progress.Report, "step", spy)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +136,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(data, uninterrupted, tmp_
     class Killed(BaseException):
         pass
 
-    original = report_module.Report.step
+    original = progress.Report.step
 
     def die(self, at, *args):
         if at == 8:
@@ -127,7 +144,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(data, uninterrupted, tmp_
         return original(self, at, *args)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(report_module.Report, "step", die)
+        patch.setattr(progress.Report, "step", die)
         train.run(make_config(data), str(tmp_path))
     assert losses(tmp_path)[-1][0] == 7
     assert train.run(make_config(data), str(tmp_path)) == 0
@@ -335,7 +352,7 @@ def test_command_line_to_the_end(data, tmp_path):
     assert "step 2/2" in done.stdout
     missing = call("clip_jax.evaluate", "--workdir", workdir)
     assert missing.returncode == 2 and missing.stderr.startswith("error: ")
-    assert "give --data and --classnames" in missing.stderr
+    assert "names no evaluation data; give --data" in missing.stderr
     done = call(
         "clip_jax.evaluate",
         "--workdir",

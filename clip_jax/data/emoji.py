@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from clip_jax.data.order import permutation
-from clip_jax.data.sources import INDEX_ENDING, index_shard, side_file
+from clip_jax.data.tar_shards import INDEX_ENDING, index_shard, side_file
 from clip_jax.errors import UserError
 
 CLASSNAMES = "classnames.txt"

@@ -8,6 +8,7 @@ A sample that cannot be used never raises and never moves another: its row trave
 placeholder with `ok=False`, is counted by cause when its batch is handed out, and is named.
 """
 
+import itertools
 import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -16,12 +17,14 @@ from typing import TypedDict
 import grain
 import numpy as np
 from jaxtyping import Bool, Int32, UInt8, UInt32
-from PIL import Image
 
-from clip_jax.data.images import OPENAI, Preprocess, eval_transform, random_resized_crop
-from clip_jax.data.order import BatchOrder, Order
+from clip_jax.data.faults import SkipLog
+from clip_jax.data.images import MAX_PIXELS, OPENAI, Preprocess, decode_image, eval_transform
+from clip_jax.data.mixture import Mixture
+from clip_jax.data.order import BatchOrder, Order, Streams
 from clip_jax.data.rows import RowReader, Rows
-from clip_jax.data.sources import ShardIndex
+from clip_jax.data.samples import ShardIndex
+from clip_jax.data.training_pictures import make_decode, make_transform
 from clip_jax.errors import UserError
 from clip_jax.typing import Tokenizer
 
@@ -52,25 +55,39 @@ class Loader(Iterator[Batch]):
 
     Attributes:
       skipped: cause -> rows handed out as placeholders so far (padding is not counted).
-      recent: the last of them, as "cause: detail (shard/key)".
+      rows: rows handed out so far, padding left out.
+      recent: the last of the skipped, as "cause: detail (shard/key)".
       num_steps: batches in all, or None for a loader without an end.
     """
 
     def __init__(
-        self, iterator: grain.DatasetIterator[list[Rows]], num_steps: int | None, evaluation: bool
+        self,
+        iterator: grain.DatasetIterator[list[Rows]],
+        num_steps: int | None,
+        evaluation: bool,
+        log: SkipLog,
     ):
-        self.skipped: Counter[str] = Counter()
+        self.rows = 0
+        self._log = log
+        self.skipped: Counter[str] = log.counts
         self.recent: deque[str] = deque(maxlen=32)
         self.num_steps = num_steps
         self._iterator = iterator
         self._evaluation = evaluation
 
     def __next__(self) -> Batch:
+        """The next batch.
+
+        Raises:
+          UserError: more samples were skipped than the log allows.
+        """
         parts = next(self._iterator)
         for part in parts:
-            for cause, text in part.skipped:
-                self.skipped[cause] += 1
-                self.recent.append(text)
+            self.rows += sum(key != "" for key in part.key)
+            for cause, key, detail in part.skipped:
+                self._log.sample(cause, key, detail)
+                self.recent.append(f"{detail} ({key})")
+        self._log.check_rows(self.rows)
         batch = Batch(
             image=np.concatenate([p.image for p in parts]),
             text=np.concatenate([p.text for p in parts]),
@@ -111,9 +128,16 @@ def make_train_loader(
     prefetch: int = 2,
     crop_scale: tuple[float, float] = (0.9, 1.0),
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    flip: float = 0.0,
+    grayscale: float = 0.0,
     cache_bytes: int = 0,
+    repeat: bool = True,
+    shards_per_source: Sequence[int] = (),
+    weights: Sequence[float] = (),
+    max_pixels: int = MAX_PIXELS,
+    log: SkipLog | None = None,
 ) -> Loader:
-    """Training batches without end, in the order of `clip_jax.data.order`.
+    """Training batches, in the order of `clip_jax.data.order`.
 
     Args:
       indexes: the shards, from `sources.index_shards`.
@@ -128,23 +152,38 @@ def make_train_loader(
       threads: decoding threads; 0 decodes in the calling thread.
       prefetch: batches decoded ahead.
       crop_scale, crop_ratio: see `images.random_resized_crop`.
+      flip, grayscale: see `training_pictures.make_transform`.
       cache_bytes: memory for decoded pictures, so that later epochs need not decode them again.
+      repeat: False ends after one epoch, in which every sample comes once; the last batch is
+        filled up with rows of `ok=False`.
+      shards_per_source, weights: with weights, how many of `indexes` belong to each source, and
+        the sources' shares; without, all samples count alike.
+      max_pixels: larger pictures are not decoded.
+      log: takes what is skipped.
 
     Raises:
       UserError: numbers that do not divide each other, or too few samples.
     """
-    order = Order([len(i) for i in indexes], seed=seed, num_streams=num_streams, window=window)
-    rows = BatchOrder(
-        order, batch_size=batch_size, process_index=process_index, process_count=process_count
+    order, lengths = _make_order(
+        [len(index) for index in indexes],
+        shards_per_source,
+        weights,
+        seed=seed,
+        num_streams=num_streams,
+        window=window,
     )
-
-    def transform(image: Image.Image, rng: np.random.Generator) -> np.ndarray:
-        return random_resized_crop(image, image_size, rng, crop_scale, crop_ratio)
-
+    rows = BatchOrder(
+        order,
+        batch_size=batch_size,
+        process_index=process_index,
+        process_count=process_count,
+        lengths=None if repeat else lengths,
+    )
     reader = RowReader(
         indexes,
         tokenizer,
-        transform,
+        make_transform(image_size, crop_scale, crop_ratio, flip=flip, grayscale=grayscale),
+        decode=make_decode(image_size, crop_scale, crop_ratio, max_pixels=max_pixels),
         image_size=image_size,
         context_length=context_length,
         seed=seed,
@@ -154,10 +193,32 @@ def make_train_loader(
         rows.rows_at,
         reader,
         rows=rows.rows,
-        steps=(start_step, None),
+        steps=(start_step, rows.num_steps),
         threads=threads,
         prefetch=prefetch,
+        log=log,
     )
+
+
+def _make_order(
+    sizes: Sequence[int],
+    shards_per_source: Sequence[int],
+    weights: Sequence[float],
+    *,
+    seed: int,
+    num_streams: int,
+    window: int,
+) -> tuple[Streams, list[int]]:
+    """The streams, and the samples of an epoch of each; a mixture has no epoch of its own."""
+    if not weights:
+        order = Order(sizes, seed=seed, num_streams=num_streams, window=window)
+        return order, [order.stream_length(stream) for stream in range(num_streams)]
+    ends = np.cumsum([0, *shards_per_source])
+    orders = [
+        Order(sizes[first:last], seed=seed, num_streams=num_streams, window=window)
+        for first, last in itertools.pairwise(ends)
+    ]
+    return Mixture(orders, weights, seed=seed), []
 
 
 def make_eval_loader(
@@ -168,12 +229,18 @@ def make_eval_loader(
     context_length: int,
     batch_size: int,
     preprocess: Preprocess = OPENAI,
+    start_step: int = 0,
+    stop_step: int | None = None,
     process_index: int = 0,
     process_count: int = 1,
     threads: int = 8,
     prefetch: int = 2,
+    max_pixels: int = MAX_PIXELS,
+    log: SkipLog | None = None,
 ) -> Loader:
     """Every sample once, in the order of the shards, through `images.eval_transform`.
+
+    `start_step` and `stop_step` take a part of the batches, by their numbers.
 
     The last batch is filled up with rows of `ok=False` and an empty key. A sample needs no
     caption here when it has a label; of several captions `text` holds the first.
@@ -199,14 +266,22 @@ def make_eval_loader(
     reader = RowReader(
         indexes,
         tokenizer,
-        lambda image, rng: eval_transform(image, image_size, preprocess),
+        lambda image, rng: eval_transform(image, image_size, preprocess, max_pixels=max_pixels),
+        decode=lambda data: decode_image(data, max_pixels=max_pixels),
         image_size=image_size,
         context_length=context_length,
         evaluation=True,
     )
     num_steps = -(-total // batch_size)
+    stop = num_steps if stop_step is None else min(stop_step, num_steps)
     return _make_loader(
-        rows_at, reader, rows=rows, steps=(0, num_steps), threads=threads, prefetch=prefetch
+        rows_at,
+        reader,
+        rows=rows,
+        steps=(min(start_step, stop), stop),
+        threads=threads,
+        prefetch=prefetch,
+        log=log,
     )
 
 
@@ -218,6 +293,7 @@ def _make_loader(
     steps: tuple[int, int | None],
     threads: int,
     prefetch: int,
+    log: SkipLog | None,
 ) -> Loader:
     """Grain's part: elements (step, run of rows) -> threads -> the runs of one batch."""
     chunks = -(-rows // _CHUNK_ROWS)
@@ -232,7 +308,7 @@ def _make_loader(
     buffer = max(threads, prefetch * chunks) if threads else 0
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=buffer)
     batches = dataset.to_iter_dataset(options).batch(chunks, drop_remainder=True, batch_fn=list)
-    return Loader(iter(batches), last_step, reader.evaluation)
+    return Loader(iter(batches), last_step, reader.evaluation, log or SkipLog())
 
 
 def bucket_length(

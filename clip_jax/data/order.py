@@ -13,6 +13,7 @@ depends on the number of hosts or on what was read before, so any step can be co
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int64
@@ -84,6 +85,11 @@ class Order:
         n, streams = self.num_samples, self.num_streams
         return stream * n // streams, (stream + 1) * n // streams
 
+    def stream_length(self, stream: int) -> int:
+        """The samples of one epoch of a stream."""
+        first, last = self.stream_range(stream)
+        return last - first
+
     def sample_at(self, stream: int, position: int) -> tuple[int, int]:
         """(sample id, epoch) at one position of one stream; a sample id is a place in the line."""
         ids, epochs = self.samples_at(stream, position, 1)
@@ -133,6 +139,20 @@ class Order:
         return ids[permutation(self.seed, _WINDOW, stream, epoch, w, n=len(ids))]
 
 
+@runtime_checkable
+class Streams(Protocol):
+    """An order of samples in streams: `Order`, or `mixture.Mixture`."""
+
+    num_streams: int
+    num_samples: int
+
+    def samples_at(
+        self, stream: int, position: int, count: int
+    ) -> tuple[Int64[np.ndarray, " count"], Int64[np.ndarray, " count"]]:
+        """(sample ids, epochs) at `count` positions of one stream from `position` on."""
+        ...
+
+
 class BatchOrder:
     """The rows of one host in each global batch.
 
@@ -140,13 +160,25 @@ class BatchOrder:
       order: the streams.
       batch_size: rows of the global batch, a multiple of the streams.
       process_index, process_count: this host's place, and the hosts, a divisor of the streams.
+      lengths: positions after which each stream ends; its rows are then padding, of id -1. None
+        lets the streams go on for ever.
+
+    Attributes:
+      rows: this host's rows of a batch.
+      num_steps: batches until every stream has ended, or None.
 
     Raises:
       UserError: a number that does not divide another.
     """
 
     def __init__(
-        self, order: Order, *, batch_size: int, process_index: int = 0, process_count: int = 1
+        self,
+        order: Streams,
+        *,
+        batch_size: int,
+        process_index: int = 0,
+        process_count: int = 1,
+        lengths: Sequence[int] | None = None,
     ):
         streams = order.num_streams
         if batch_size < 1 or batch_size % streams:
@@ -162,7 +194,9 @@ class BatchOrder:
         self._order = order
         self._each = batch_size // streams
         self._first_stream = process_index * streams // process_count
+        self._lengths = lengths
         self.rows = batch_size // process_count
+        self.num_steps = None if lengths is None else -(-max(lengths) // self._each)
 
     def rows_at(
         self, step: int, first: int, last: int
@@ -174,6 +208,12 @@ class BatchOrder:
             stream, offset = divmod(first, each)
             count = min(each - offset, last - first)
             position = step * each + offset
-            parts.append(self._order.samples_at(self._first_stream + stream, position, count))
+            parts.append(self._run(self._first_stream + stream, position, count))
             first += count
         return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
+
+    def _run(self, stream: int, position: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        ids, epochs = self._order.samples_at(stream, position, count)
+        if self._lengths is not None:
+            ids = np.where(position + np.arange(count) < self._lengths[stream], ids, -1)
+        return ids, epochs

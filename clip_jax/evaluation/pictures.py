@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -139,7 +139,7 @@ def loss_curve(metrics_jsonl_path: str | Path, png_path: str | Path) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    curves = _read_curves(Path(metrics_jsonl_path))
+    curves = read_curves(Path(metrics_jsonl_path), CURVES)
     if "logit_scale" in curves:
         steps, logs = curves["logit_scale"]
         # Bounded: a run that diverges may log a logarithm beyond what `exp` can hold.
@@ -178,8 +178,13 @@ def loss_curve(metrics_jsonl_path: str | Path, png_path: str | Path) -> Path:
     return path
 
 
-def _read_curves(path: Path) -> dict[str, tuple[list[int], list[float]]]:
-    """For each number in a metrics file, its steps and values."""
+def read_curves(
+    path: Path, names: Container[str] | None = None
+) -> dict[str, tuple[list[int], list[float]]]:
+    """For each number in a metrics file, or each of `names`, its steps and values.
+
+    Raises UserError when the file cannot be read, is damaged, or holds none of them.
+    """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
@@ -190,7 +195,8 @@ def _read_curves(path: Path) -> dict[str, tuple[list[int], list[float]]]:
             values = json.loads(line)
             step = int(values.pop("step"))
             # `float` reads the strings "NaN" and "Infinity" that stand for such numbers.
-            numbers = {k: float(v) for k, v in values.items() if k in CURVES and v is not None}
+            wanted = {k: v for k, v in values.items() if names is None or k in names}
+            numbers = {k: float(v) for k, v in wanted.items() if v is not None}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if number == len(lines):
                 break

@@ -1,42 +1,82 @@
-"""Class names and prompt templates from files."""
+"""Class names and prompt templates: the paper's, which are shipped, and those of files.
 
+`prompt_data/` holds open_clip's names and templates of ImageNet and CLIP_benchmark's of the other
+data sets of the CLIP paper; `prompt_data/NOTICE` says under which licences.
+"""
+
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from clip_jax.errors import UserError
 
-# Named lists for configs and commands; any other name is a file's path.
+SHIPPED = Path(__file__).parent / "prompt_data"
+
+# Named lists for configs and commands; other names are of shipped data sets, or a file's path.
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "name": ("{}",),
     "photo": ("a photo of a {}.",),
 }
 
 
-def load_class_names(path: str | Path) -> list[str]:
-    """Class names in label order, from a JSON list or a text file with one name a line.
+@functools.cache
+def _shipped(file: str) -> dict[str, list[str]]:
+    return json.loads((SHIPPED / file).read_text(encoding="utf-8"))
+
+
+def shipped_class_names() -> dict[str, list[str]]:
+    """Class names in label order, by data set."""
+    return _shipped("en_classnames.json")
+
+
+def shipped_templates() -> dict[str, list[str]]:
+    """Templates by data set, and "imagenet_1", "imagenet_7" and "imagenet_80" by their number."""
+    imagenet = _shipped("imagenet_prompts.json")
+    found = dict(_shipped("en_zeroshot_classification_templates.json"))
+    found["imagenet_1"] = ["a photo of a {}."]
+    found["imagenet_7"] = imagenet["templates_7"]
+    found["imagenet_80"] = imagenet["templates"]
+    return found
+
+
+def load_class_names(name_or_path: str | Path) -> list[str]:
+    """Class names in label order.
+
+    Args:
+      name_or_path: a shipped data set ("imagenet1k"), a JSON list, or a text file with one name a
+        line.
 
     Raises UserError when the file cannot be read or a name is empty.
     """
-    return _read_strings(Path(path), "class names")
+    if str(name_or_path) in shipped_class_names():
+        return list(shipped_class_names()[str(name_or_path)])
+    return _read_strings(Path(name_or_path), "class names")
 
 
 def load_templates(name_or_path: str | Path | Sequence[str]) -> list[str]:
     """Prompt templates with "{}" for the class name.
 
     Args:
-      name_or_path: a name in `TEMPLATES`, a JSON list or text file, or the templates themselves.
+      name_or_path: a name in `TEMPLATES` or of a shipped list ("imagenet_80", "food101"), a JSON
+        list or text file, or the templates themselves, among which a name stands for its list.
         The "{c}" of CLIP_benchmark's files is read as "{}".
 
     Raises UserError when the file cannot be read or a template lacks its "{}".
     """
-    if isinstance(name_or_path, str) and name_or_path in TEMPLATES:
-        templates = list(TEMPLATES[name_or_path])
-    elif isinstance(name_or_path, str | Path):
-        templates = _read_strings(Path(name_or_path), "templates")
+    if isinstance(name_or_path, str | Path):
+        named = _named_templates(str(name_or_path))
+        templates = named or _read_strings(Path(name_or_path), "templates")
     else:
-        templates = list(name_or_path)
+        templates = [t for item in name_or_path for t in _named_templates(item) or [item]]
     return check_templates([template.replace("{c}", "{}") for template in templates])
+
+
+def _named_templates(name: str) -> list[str]:
+    """The list of that name; empty where there is none."""
+    if name in TEMPLATES:
+        return list(TEMPLATES[name])
+    return list(shipped_templates().get(name, ()))
 
 
 def check_templates(templates: Sequence[str]) -> list[str]:

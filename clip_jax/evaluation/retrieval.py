@@ -1,5 +1,6 @@
 """Image-text retrieval: recall at k in both directions, one block of scores at a time."""
 
+import dataclasses
 from collections.abc import Callable, Hashable, Sequence
 
 import jax
@@ -11,19 +12,27 @@ from jaxtyping import Bool, Float, Int
 BLOCK_SCORES = 1 << 24
 
 
-def retrieval_metrics(
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """How many candidates are nearer to each query than its nearest right one.
+
+    Attributes:
+      image_of_text: for each text as the query, among images.
+      text_of_image: for each image as the query, among texts.
+    """
+
+    image_of_text: Int[np.ndarray, " texts"]
+    text_of_image: Int[np.ndarray, " images"]
+
+
+def retrieval_ranks(
     z_image_BD: Float[np.ndarray, "images D"],
     z_text_BD: Float[np.ndarray, "texts D"],
     image_of_text: Int[np.ndarray, " texts"],
     *,
     captions: Sequence[Hashable] | None = None,
-    ks: Sequence[int] = (1, 5, 10),
-) -> dict[str, float]:
-    """Recall at k, named and defined as in CLIP_benchmark's `zeroshot_retrieval`.
-
-    `image_retrieval_recall@k`: share of texts with a right image among the k nearest;
-    `text_retrieval_recall@k`: share of images with a right text among the k nearest. Of equal
-    scores the lower index is nearer. A k above the number of candidates counts them all.
+) -> Ranks:
+    """The rank of every query's nearest right candidate; of equal scores the lower index is nearer.
 
     Args:
       z_image_BD, z_text_BD: unit features.
@@ -51,10 +60,35 @@ def retrieval_metrics(
     def right_texts(image: int) -> np.ndarray:
         return np.concatenate([texts_of_caption[caption] for caption in captions_of_image[image]])
 
-    image_ranks = _best_ranks(z_text_BD, z_image_BD, right_images)
-    text_ranks = _best_ranks(z_image_BD, z_text_BD, right_texts)
-    metrics = {f"image_retrieval_recall@{k}": float((image_ranks < k).mean()) for k in ks}
-    return metrics | {f"text_retrieval_recall@{k}": float((text_ranks < k).mean()) for k in ks}
+    return Ranks(
+        _best_ranks(z_text_BD, z_image_BD, right_images),
+        _best_ranks(z_image_BD, z_text_BD, right_texts),
+    )
+
+
+def recalls(ranks: Ranks, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
+    """Recall at k, named and defined as in CLIP_benchmark's `zeroshot_retrieval`.
+
+    `image_retrieval_recall@k`: share of texts with a right image among the k nearest;
+    `text_retrieval_recall@k`: share of images with a right text among the k nearest. A k above the
+    number of candidates counts them all.
+    """
+    of_text, of_image = ranks.image_of_text, ranks.text_of_image
+    metrics = {f"image_retrieval_recall@{k}": float((of_text < k).mean()) for k in ks}
+    return metrics | {f"text_retrieval_recall@{k}": float((of_image < k).mean()) for k in ks}
+
+
+def retrieval_metrics(
+    z_image_BD: Float[np.ndarray, "images D"],
+    z_text_BD: Float[np.ndarray, "texts D"],
+    image_of_text: Int[np.ndarray, " texts"],
+    *,
+    captions: Sequence[Hashable] | None = None,
+    ks: Sequence[int] = (1, 5, 10),
+) -> dict[str, float]:
+    """The `recalls` of the `retrieval_ranks` of these features."""
+    ranks = retrieval_ranks(z_image_BD, z_text_BD, image_of_text, captions=captions)
+    return recalls(ranks, ks)
 
 
 def _groups(keys: np.ndarray, values: np.ndarray) -> list[np.ndarray]:

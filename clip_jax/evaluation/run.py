@@ -1,91 +1,359 @@
-"""Evaluate a model on tar shards, and leave the results where people look for them."""
+"""Evaluate a model on a data source, and leave the results where people look for them.
 
+A folder holds `eval.json`, `predictions.png`, `confusion.csv` and, for a run, `loss.png`; its
+`features/` keeps what was encoded, for a later evaluation with other tasks and for the report.
+"""
+
+import contextlib
+import csv
+import dataclasses
+import hashlib
 import json
 import math
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from clip_jax.data.images import Preprocess
-from clip_jax.data.loader import make_eval_loader
-from clip_jax.data.sources import expand, index_shards
-from clip_jax.evaluation.evaluate import evaluate
-from clip_jax.evaluation.features import EncodeImage, EncodeText
-from clip_jax.evaluation.pictures import loss_curve, prediction_grid
-from clip_jax.evaluation.prompts import load_class_names
-from clip_jax.typing import Tokenizer
+import jax
+import numpy as np
+from jax.sharding import Mesh
 
-RESULTS, GRID, CURVE = "eval.json", "predictions.png", "loss.png"
+from clip_jax.data.images import Preprocess, eval_transform
+from clip_jax.data.loader import make_eval_loader
+from clip_jax.data.preprocess import preprocess_to_json
+from clip_jax.data.rows import RowReader
+from clip_jax.data.sources import ShardIndex, expand, fingerprint, index_shards
+from clip_jax.evaluation.collect import FeatureSet, collect, gather_json
+from clip_jax.evaluation.evaluate import draw_examples, result_rows
+from clip_jax.evaluation.features import Encoders
+from clip_jax.evaluation.pictures import loss_curve, prediction_grid
+from clip_jax.evaluation.prompts import load_class_names, load_templates
+from clip_jax.evaluation.tasks import (
+    LEARNING,
+    RETRIEVAL,
+    TASKS,
+    ZERO_SHOT,
+    Outcome,
+    Subject,
+    check_tasks,
+)
+from clip_jax.evaluation.zero_shot import class_embeddings, rank_classes
+
+RESULTS, GRID, CURVE, CONFUSION = "eval.json", "predictions.png", "loss.png", "confusion.csv"
+FEATURES = "features"
+PART_ROWS = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What to evaluate.
+
+    Attributes:
+      data: the source that is scored; train_data, val_data: labelled ones to learn from.
+      classnames: a file or a shipped data set; empty leaves classification out.
+      templates, ablate: prompts and names of lists; `ablate` are compared, each by itself.
+      dataset, pretrained: for the results; empty takes the data's name and nothing.
+    """
+
+    data: str
+    classnames: str = ""
+    templates: Sequence[str] = ("a photo of a {}.",)
+    ablate: Sequence[str] = ()
+    tasks: Sequence[str] = (ZERO_SHOT, RETRIEVAL)
+    train_data: str = ""
+    val_data: str = ""
+    batch_size: int = 256
+    dataset: str = ""
+    pretrained: str = ""
+    neighbours: int = 20
+    shots: Sequence[int] = (1, 2, 4, 8, 16)
+    confuse_equal_captions: bool = False
 
 
 def run_evaluation(
-    encode_image: EncodeImage,
-    encode_text: EncodeText,
-    tokenizer: Tokenizer,
+    encoders: Encoders,
+    request: Request,
     *,
-    image_size: int,
-    context_length: int,
-    preprocess: Preprocess,
-    logit_scale: float,
-    model: str,
-    data: str,
-    classnames: str,
-    templates: Sequence[str],
-    batch_size: int,
-    workdir: str | Path,
+    folder: str | Path,
+    mesh: Mesh | None = None,
+    progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """Zero-shot classification and retrieval on `data`, written to `workdir`.
+    """Every task of the request, its results returned and written to `folder`.
 
-    `eval.json` holds the results, `predictions.png` some images with the top guesses under each,
-    `loss.png` the curves of the run's `metrics.jsonl`, where there is one.
-
-    Args:
-      preprocess: how pictures are made for the model.
-      logit_scale: the scale itself, for the probabilities under the pictures.
-      data, classnames: tar shards with .cls members, and the file of class names.
+    With several processes all of them call it; process 0 writes.
 
     Raises:
-      UserError: shards or names are missing or do not fit each other.
+      UserError: data or names are missing or do not fit each other.
     """
-    names = load_class_names(classnames)
-    loader = make_eval_loader(
-        index_shards(expand(data)),
-        tokenizer,
-        image_size=image_size,
-        context_length=context_length,
-        batch_size=batch_size,
-        preprocess=preprocess,
-    )
-    workdir = Path(workdir)
-    with loader:
-        found = evaluate(
-            encode_image,
-            encode_text,
-            tokenizer,
-            loader,
-            names,
-            templates,
-            dataset=Path(data).name,
-            model=model,
-            pretrained=workdir.name,
-            context_length=context_length,
-            text_batch_size=batch_size,
-            logit_scale=logit_scale,
-        )
-        skipped = dict(loader.skipped)
-    results = found["results"]
-    write_results(results, skipped, workdir / RESULTS)
-    examples = found["examples"]
-    if examples["images"]:
-        grid = workdir / GRID
-        prediction_grid(examples["images"], examples["truths"], examples["guesses"], grid)
-    if (workdir / "metrics.jsonl").exists():
-        loss_curve(workdir / "metrics.jsonl", workdir / CURVE)
+    folder = Path(folder)
+    subject = make_subject(encoders, request, folder / FEATURES, mesh, progress=progress)
+    outcomes = {task: TASKS[task](subject) for task in check_tasks(request.tasks)}
+    about = {
+        "dataset": request.dataset or Path(request.data).name,
+        "model": encoders.name,
+        "pretrained": request.pretrained,
+        "language": "en",
+    }
+    results = result_rows(outcomes, about, len(subject.test))
+    ablation = compare_templates(encoders, request, subject, folder / FEATURES)
+    if jax.process_index() == 0:
+        _write(encoders, request, subject, outcomes, results, ablation, folder)
     return results
 
 
-def write_results(results: Sequence[dict[str, Any]], skipped: dict[str, int], path: Path) -> None:
+def make_subject(
+    encoders: Encoders,
+    request: Request,
+    store: Path | None,
+    mesh: Mesh | None = None,
+    *,
+    progress: bool = True,
+) -> Subject:
+    """Class embeddings and features of all the data a request names; `store` keeps them."""
+    names = load_class_names(request.classnames) if request.classnames else []
+    class_MD = None
+    if names and ZERO_SHOT in request.tasks:
+        class_MD = stored_class_embeddings(
+            encoders, names, load_templates(request.templates), request.batch_size, store
+        )
+
+    def features(pattern: str) -> FeatureSet | None:
+        if not pattern:
+            return None
+        return source_features(encoders, pattern, request.batch_size, store, progress=progress)
+
+    test = features(request.data)
+    assert test is not None
+    learning = any(task in LEARNING for task in request.tasks)
+    return Subject(
+        test,
+        names,
+        class_MD,
+        encoders.scale,
+        features(request.train_data if learning else ""),
+        features(request.val_data if learning else ""),
+        neighbours=request.neighbours,
+        shots=request.shots,
+        confuse_equal_captions=request.confuse_equal_captions,
+        mesh=mesh,
+    )
+
+
+def source_features(
+    encoders: Encoders,
+    pattern: str,
+    batch_size: int,
+    store: Path | None = None,
+    *,
+    progress: bool = True,
+) -> FeatureSet:
+    """The features of a data source; what `store` has of them already is not encoded again."""
+    indexes = index_shards(expand(pattern))
+    batch_size = whole_batch(encoders, batch_size)
+    folder = None if store is None else feature_folder(store, encoders, indexes, batch_size)
+    _remove_others(folder)
+    with contextlib.ExitStack() as stack:
+
+        def batches_from(start: int):
+            loader = make_eval_loader(
+                indexes,
+                encoders.tokenizer,
+                image_size=encoders.image_size,
+                context_length=encoders.context_length,
+                batch_size=batch_size,
+                preprocess=encoders.preprocess,
+                start_step=start,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+            )
+            return stack.enter_context(loader)
+
+        return collect(
+            encoders.encode_image,
+            encoders.encode_text,
+            encoders.tokenizer,
+            batches_from,
+            context_length=encoders.context_length,
+            text_batch_size=batch_size,
+            batches_per_part=max(1, PART_ROWS // batch_size),
+            folder=folder,
+            title=Path(pattern).name,
+            progress=progress,
+        )
+
+
+def _short_hash(*values: Any) -> str:
+    return hashlib.blake2b(json.dumps(values).encode(), digest_size=6).hexdigest()
+
+
+def whole_batch(encoders: Encoders, batch_size: int) -> int:
+    """At least so many images, of which every device and process takes an equal share."""
+    multiple = math.lcm(encoders.shards, jax.process_count())
+    return -(-batch_size // multiple) * multiple
+
+
+def feature_folder(
+    store: Path, encoders: Encoders, indexes: Sequence[ShardIndex], batch_size: int
+) -> Path:
+    """Where the features of this data by these weights are kept: "DATA-WEIGHTS"."""
+    # Two sets may have files of one name and size; a source that is not a file has its name alone.
+    paths = [os.path.abspath(getattr(index, "path", index.name)) for index in indexes]
+    sizes = (encoders.image_size, encoders.context_length, repr(encoders.preprocess), batch_size)
+    data = _short_hash(fingerprint(indexes), paths)
+    return store / f"{data}-{_short_hash(encoders.identity, *sizes)}"
+
+
+def _remove_others(folder: Path | None) -> None:
+    """The same data's features by other weights: a run's newest checkpoint is what counts."""
+    if folder is not None and jax.process_index() == 0:
+        for old in folder.parent.glob(f"{folder.name.split('-')[0]}-*"):
+            if old != folder:
+                shutil.rmtree(old)
+
+
+def stored_class_embeddings(
+    encoders: Encoders,
+    names: Sequence[str],
+    templates: Sequence[str],
+    batch_size: int,
+    store: Path | None,
+) -> np.ndarray:
+    """The classes' embeddings, computed once for these weights, names and prompts."""
+    path = None if store is None else class_file(store, encoders, names, templates)
+    if path is not None and all(gather_json(path.exists())):
+        return np.load(path, allow_pickle=False)
+    class_MD = class_embeddings(
+        encoders.encode_text,
+        encoders.tokenizer,
+        names,
+        templates,
+        batch_size=batch_size,
+        context_length=encoders.context_length,
+    )
+    if path is not None and jax.process_index() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for old in path.parent.glob("classes-*.npy"):
+            if old.name.split("-")[1] != path.name.split("-")[1]:
+                old.unlink()
+        partial = path.with_name(path.name + ".partial")
+        with partial.open("wb") as file:
+            np.save(file, class_MD)
+        os.replace(partial, path)
+    return class_MD
+
+
+def class_file(
+    store: Path, encoders: Encoders, names: Sequence[str], templates: Sequence[str]
+) -> Path:
+    """Where the classes' embeddings by these weights and prompts are kept."""
+    weights = _short_hash(encoders.identity, encoders.context_length)
+    return store / f"classes-{weights}-{_short_hash(list(names), list(templates))}.npy"
+
+
+def compare_templates(
+    encoders: Encoders, request: Request, subject: Subject, store: Path | None
+) -> list[dict[str, Any]]:
+    """Accuracy with each prompt of `request.ablate` alone, and with all of them together."""
+    if not request.ablate or subject.class_MD is None:
+        return []
+    rows = np.flatnonzero(subject.test.label_B >= 0)
+    label_B = subject.test.label_B[rows]
+
+    def accuracy(templates: Sequence[str]) -> float:
+        class_MD = stored_class_embeddings(
+            encoders, subject.class_names, templates, request.batch_size, store
+        )
+        top_B1, _ = rank_classes(subject.test.z_image_BD[rows], class_MD, subject.scale, k=1)
+        return float((top_B1[:, 0] == label_B).mean())
+
+    templates = load_templates(request.ablate)
+    found = [{"template": t, "acc1": accuracy([t])} for t in templates]
+    if len(templates) > 1:
+        found.append({"template": f"all {len(templates)} together", "acc1": accuracy(templates)})
+    return found
+
+
+class _NoTokens:
+    """Stands where a reader wants a tokenizer and only pictures are asked for."""
+
+    vocab_size, eot_id, pad_id = 1, 0, 0
+
+    def __call__(self, texts: Sequence[str], context_length: int = 77) -> np.ndarray:
+        return np.zeros((len(texts), context_length), np.int32)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return ""
+
+
+def read_pictures(
+    indexes: Sequence[ShardIndex], rows: Sequence[int], size: int, preprocess: Preprocess
+) -> np.ndarray:
+    """The pictures at these places of the data's order, uint8 [rows, size, size, 3]."""
+
+    reader = RowReader(
+        indexes,
+        _NoTokens(),
+        lambda image, rng: eval_transform(image, size, preprocess),
+        image_size=size,
+        context_length=1,
+        evaluation=True,
+    )
+    ids = np.asarray(rows, np.int64)
+    return reader.read(ids, np.zeros_like(ids)).image
+
+
+def _write(
+    encoders: Encoders,
+    request: Request,
+    subject: Subject,
+    outcomes: dict[str, list[Outcome]],
+    results: list[dict[str, Any]],
+    ablation: list[dict[str, Any]],
+    folder: Path,
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    extra: dict[str, Any] = {"request": dataclasses.asdict(request), "ablation": ablation}
+    extra["scale"] = encoders.scale
+    extra["preprocess"] = preprocess_to_json(encoders.preprocess)
+    indexes = index_shards(expand(request.data))
+    batch_size = whole_batch(encoders, request.batch_size)
+    extra["features"] = feature_folder(Path(FEATURES), encoders, indexes, batch_size).as_posix()
+    if outcomes.get(ZERO_SHOT):
+        templates = load_templates(request.templates)
+        classes = class_file(Path(FEATURES), encoders, subject.class_names, templates)
+        extra |= {"classes": classes.as_posix(), "class_names": list(subject.class_names)}
+        details = outcomes[ZERO_SHOT][0].details
+        extra["reliability"] = details["reliability"]
+        write_confusion(details, subject, folder / CONFUSION)
+        examples = draw_examples(outcomes, subject, 24)
+        size, preprocess = encoders.image_size, encoders.preprocess
+        images = read_pictures(indexes, examples["rows"], size, preprocess)
+        prediction_grid(list(images), examples["truths"], examples["guesses"], folder / GRID)
+    write_results(results, subject.test.skipped, folder / RESULTS, **extra)
+    if (folder / "metrics.jsonl").exists():
+        loss_curve(folder / "metrics.jsonl", folder / CURVE)
+
+
+def write_confusion(details: dict[str, Any], subject: Subject, path: Path) -> None:
+    """The confusion matrix as rows (truth, guess, images) of those that are not 0, most first."""
+    label_B = subject.test.label_B[details["rows"]]
+    pairs = np.stack([label_B, details["top"][:, 0]], axis=1)
+    found, counts = np.unique(pairs, axis=0, return_counts=True)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["truth", "guess", "images"])
+        for i in np.argsort(-counts, kind="stable"):
+            truth, guess = (subject.class_names[m] for m in found[i])
+            writer.writerow([truth, guess, int(counts[i])])
+    os.replace(partial, path)
+
+
+def write_results(
+    results: Sequence[dict[str, Any]], skipped: dict[str, int], path: Path, **extra: Any
+) -> None:
     """The results as one JSON file, whole or not at all; null stands for NaN."""
     rows = [
         result
@@ -93,15 +361,27 @@ def write_results(results: Sequence[dict[str, Any]], skipped: dict[str, int], pa
         for result in results
     ]
     partial = path.with_name(path.name + ".partial")
-    text = json.dumps({"results": rows, "skipped": skipped}, indent=2)
+    text = json.dumps({"results": rows, "skipped": skipped} | extra, indent=2, ensure_ascii=False)
     partial.write_text(text + "\n", encoding="utf-8")
     os.replace(partial, path)
 
 
+# Figures that are no shares.
+COUNTS = ("C", "fewshot_k", "normalized", "k")
+
+
 def table(results: Sequence[dict[str, Any]], seconds: float) -> str:
-    """The results as lines to print."""
+    """The results as lines to print, each share with its interval of 95 %."""
     lines = [f"evaluation in {seconds:.0f} s:"]
     for result in results:
-        lines.append(f"  {result['task']} on {result['dataset']}")
-        lines += [f"    {name:<28} {100 * v:6.2f} %" for name, v in result["metrics"].items()]
+        lines.append(f"  {result['task']} on {result['dataset']}, {result['images']:,} pictures")
+        for name, value in result["metrics"].items():
+            if name in COUNTS:
+                lines.append(f"    {name:<28} {value:8.4g}")
+                continue
+            line = f"    {name:<28} {100 * value:6.2f} %"
+            if name in result["intervals"]:
+                low, high = result["intervals"][name]
+                line += f"   {100 * low:.1f} to {100 * high:.1f}"
+            lines.append(line)
     return "\n".join(lines)

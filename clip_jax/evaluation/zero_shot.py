@@ -15,6 +15,8 @@ from clip_jax.typing import Tokenizer
 
 # Features on the host at a time: 80 templates of 3,600 names would be a gigabyte.
 MAX_PROMPTS = 8192
+# Images whose scores of all classes are there at a time.
+BLOCK_ROWS = 4096
 
 
 def class_embeddings(
@@ -74,6 +76,27 @@ def top_classes(
     cosine_Bk, top_Bk = jax.lax.top_k(cosine_BM, k)
     total_B1 = jax.nn.logsumexp(logit_scale * cosine_BM, axis=1, keepdims=True)
     return top_Bk, jnp.exp(logit_scale * cosine_Bk - total_B1)
+
+
+def rank_classes(
+    z_image_BD: Float32[np.ndarray, "B D"],
+    class_MD: Float32[np.ndarray, "M D"],
+    logit_scale: float,
+    *,
+    k: int = 5,
+    block: int = BLOCK_ROWS,
+) -> tuple[Int[np.ndarray, "B k"], Float[np.ndarray, "B k"]]:
+    """`top_classes` of any number of images, `block` at a time, as numpy; k is at most M."""
+    k = min(k, len(class_MD))
+    block = min(block, len(z_image_BD))
+    tops, shares = [], []
+    for start in range(0, len(z_image_BD), block):
+        part_bD = z_image_BD[start : start + block]
+        padded_bD = np.pad(part_bD, ((0, block - len(part_bD)), (0, 0)))
+        top, share = top_classes(padded_bD, class_MD, logit_scale, k=k)
+        tops.append(np.asarray(top)[: len(part_bD)])
+        shares.append(np.asarray(share)[: len(part_bD)])
+    return np.concatenate(tops), np.concatenate(shares)
 
 
 def zero_shot_metrics(

@@ -7,7 +7,8 @@ from jaxtyping import Array, UInt
 
 from clip_jax.errors import UserError
 from clip_jax.losses.dense import LossOutput, sigmoid_loss, softmax_loss
-from clip_jax.losses.tiled import SIGMOID, SOFTMAX, make_tiled_loss
+from clip_jax.losses.tile_losses import SIGMOID, SOFTMAX
+from clip_jax.losses.tiled import make_tiled_loss
 from clip_jax.typing import Features, Rows, Scalar
 
 __all__ = ["FORMS", "LOSSES", "LossFn", "LossOutput", "make_loss"]
@@ -48,7 +49,7 @@ def make_loss(
     *,
     mesh: Mesh,
     batch_axes: tuple[str, ...] = ("data", "fsdp"),
-    tile_size: int = 1024,
+    tile_size: int | None = 0,
     mask_equal_captions: bool,
     form: str = "tiled",
 ) -> LossFn:
@@ -58,13 +59,14 @@ def make_loss(
       name: "softmax" (InfoNCE, CLIP) or "sigmoid" (SigLIP).
       mesh: the devices; rows are sharded over `batch_axes`, further axes hold copies.
       batch_axes: mesh axes whose product shards the batch, in the order of its PartitionSpec.
-      tile_size: most columns of logits at a time. The batch is split into as few tiles as this
-        allows, all equally wide: a device's largest temporary is [rows / devices, tile], float32.
+      tile_size: most rows and most columns of the logits at a time. The batch is split into as few
+        tiles as this allows, all of one size: a device's largest temporary is [tile, tile],
+        float32. 0 or None chooses by the batch and the devices: `tiling.choose_tiling`.
       mask_equal_captions: two pairs with one caption are no negatives of each other.
       form: "tiled", or "dense" for the definition, which builds the whole matrix.
 
     Raises:
-      UserError: an unknown name, form or axis, or a tile size below 1.
+      UserError: an unknown name, form or axis, or a negative tile size.
     """
     for value, known, what in ((name, LOSSES, "loss"), (form, FORMS, "form of the loss")):
         if value not in known:
@@ -75,8 +77,9 @@ def make_loss(
             f"the loss's batch axes {missing} are not in the mesh {dict(mesh.shape)}: "
             "name axes of the mesh"
         )
-    if tile_size < 1:
-        raise UserError(f"the loss's tile_size is {tile_size}: take 1 or more")
+    tile_size = tile_size or 0
+    if tile_size < 0:
+        raise UserError(f"the loss's tile_size is {tile_size}: take 1 or more, or 0 for the rule")
 
     dense, tile_loss = LOSSES[name]
     tiled = make_tiled_loss(tile_loss, mesh=mesh, batch_axes=batch_axes, tile_size=tile_size)

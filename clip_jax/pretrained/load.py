@@ -28,7 +28,11 @@ from clip_jax.pretrained.hf_config import config_from_hf
 from clip_jax.pretrained.layouts import to_ours
 from clip_jax.pretrained.npz_file import read_npz
 from clip_jax.pretrained.open_clip_config import config_from_open_clip
-from clip_jax.pretrained.resize import resize_image_positions, resize_text_positions
+from clip_jax.pretrained.resize import (
+    extend_text_positions,
+    resize_image_positions,
+    resize_text_positions,
+)
 from clip_jax.pretrained.safetensors_file import read_safetensors
 from clip_jax.pretrained.tags import family_preprocess, find_pretrained
 from clip_jax.pretrained.torch_file import read_torch
@@ -210,12 +214,14 @@ def resized(
 ) -> Checkpoint:
     """The checkpoint for pictures or captions of another size, its positions interpolated.
 
-    As open_clip does it: bicubic over the grid of patches, linear over the text.
+    As open_clip does it: bicubic over the grid of patches, linear over the text. Longer texts are
+    for training on: a tower that is causal and read at the end token keeps the positions it has
+    and gets more behind them.
 
     Args:
       checkpoint: as it was published.
       image_size, context_length: wanted; None keeps the checkpoint's.
-      grow_text: captions may become longer: for training on, as positions were never trained there.
+      grow_text: texts may become longer.
 
     Raises:
       UserError: the size is not a multiple of the patch, or the text would grow.
@@ -243,10 +249,10 @@ def resized(
                 f"{text.context_length}"
             )
         read_text = arrays["text/positional_embedding"]
+        grows = context_length > text.context_length
+        fit = extend_text_positions if grows and text.trimmable else resize_text_positions
         text = dataclasses.replace(text, context_length=context_length)
-        arrays["text/positional_embedding"] = lambda: resize_text_positions(
-            read_text(), context_length
-        )
+        arrays["text/positional_embedding"] = lambda: fit(read_text(), context_length)
     config = dataclasses.replace(checkpoint.config, vision=vision, text=text)
     return dataclasses.replace(checkpoint, config=config, arrays=arrays)
 

@@ -57,6 +57,17 @@ def resize_text_positions(
     return (weights_PL @ positions_LD.astype(np.float64)).astype(positions_LD.dtype)
 
 
+def extend_text_positions(
+    positions_LD: Float[np.ndarray, "L D"], new_length: int
+) -> Float[np.ndarray, "new D"]:
+    """Add positions behind the last one, which they repeat, for training on longer texts.
+
+    For a tower that is causal and read at the end token: a text that fitted before has the very
+    features it had, where interpolation would move every one of its tokens.
+    """
+    return np.pad(positions_LD, ((0, new_length - len(positions_LD)), (0, 0)), mode="edge")
+
+
 def _bicubic(old: int, new: int) -> np.ndarray:
     """Weights [new, old]: Keys' cubic with a = -1/2, widened when there are fewer new points."""
     scale = old / new

@@ -116,7 +116,7 @@ def test_zero_shot_metrics(num_classes, monkeypatch):
         progress=False,
     )
     (result,) = report["results"]
-    assert set(result["metrics"]) == set(theirs)
+    assert set(result["metrics"]) == set(theirs) | {"calibration_error"}
     for name, value in theirs.items():
         assert result["metrics"][name] == pytest.approx(value, nan_ok=True)
 
@@ -154,3 +154,28 @@ def test_retrieval_metrics():
         dataset="toy", model="toy", progress=False,
     )  # fmt: skip
     assert report["results"][0]["metrics"] == pytest.approx(theirs)
+
+
+@pytest.mark.parametrize("c", [0.316, 30.0])
+def test_linear_probe(c):
+    from sklearn.linear_model import LogisticRegression
+
+    from clip_jax.evaluation.linear_probe import fit
+
+    rng = np.random.default_rng(0)
+    label = rng.integers(10, size=4000)
+    z = 2 + rng.normal(size=(10, 32))[label] + 2.5 * rng.normal(size=(4000, 32))
+    z = (z / np.linalg.norm(z, axis=1, keepdims=True)).astype(np.float32)
+    ours = fit(z[:2000], label[:2000], num_classes=10, c=c, tolerance=1e-6)
+    theirs = LogisticRegression(C=c, tol=1e-8, max_iter=5000).fit(
+        z[:2000].astype(np.float64), label[:2000]
+    )
+    expected = theirs.decision_function(z[2000:])
+    # Logits up to 10 of float32 sums, at a minimum that is known to a gradient of 1e-6.
+    found = ours.logits(z[2000:])
+    centred = [x - x.mean(axis=1, keepdims=True) for x in (found, expected)]
+    np.testing.assert_allclose(*centred, atol=1e-2)
+    # Far enough from sure that a wrong probe would show.
+    accuracy = (found.argmax(axis=1) == label[2000:]).mean()
+    assert 0.3 < accuracy < 0.95
+    assert abs(accuracy - theirs.score(z[2000:], label[2000:])) <= 0.002

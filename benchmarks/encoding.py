@@ -1,0 +1,80 @@
+"""Image and text encoding of clip_jax and open_clip, side by side: the same weights and inputs.
+
+    python -m benchmarks.encoding --batch 32
+
+Unit-length features on both sides, through `LoadedCLIP.encode_image` / `encode_text` and through
+open_clip's, without gradients. Pictures are uint8 and normalised within the call. clip_jax's
+captions are trimmed to the bucket of the longest, as its evaluation and training do; `untrimmed`
+is the same call at the full context.
+"""
+
+import contextlib
+from collections.abc import Callable
+
+import jax
+import numpy as np
+import torch
+
+from benchmarks import both
+from benchmarks.turns import arguments, ratio, report, seconds, spread, take_turns
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prints one table."""
+    parser = arguments(__doc__, warmup=1, repeats=7)
+    both.add_arguments(parser, batch=32)
+    options = parser.parse_args(argv)
+    both.set_up(options)
+    model, loaded = both.make_models(options)
+    batch = both.make_batch(options, loaded)
+    forward_image = both.torch_compiled(options, model.eval().encode_image)
+    forward_text = both.torch_compiled(options, model.encode_text)
+
+    def torch_call(encode: Callable[[], torch.Tensor]) -> Callable[[], np.ndarray]:
+        def call() -> np.ndarray:
+            with torch.inference_mode(), contextlib.ExitStack() as stack:
+                stack.enter_context(both.torch_precision(options))
+                return encode().float().cpu().numpy()
+
+        return call
+
+    images, tokens = jax.device_put(batch.images), jax.device_put(batch.tokens)
+    whole = jax.device_put(np.asarray(batch.torch_tokens.cpu(), np.int32))
+    calls = {
+        ("image", "clip_jax"): lambda: np.asarray(loaded.encode_image(images)),
+        ("image", "open_clip"): torch_call(
+            lambda: forward_image(both.torch_normalized(batch.torch_images), normalize=True)
+        ),
+        ("text", "clip_jax"): lambda: np.asarray(loaded.encode_text(tokens)),
+        ("text", "untrimmed"): lambda: np.asarray(loaded.encode_text(whole)),
+        ("text", "open_clip"): torch_call(lambda: forward_text(batch.torch_tokens, normalize=True)),
+    }
+    first, features = {}, {}
+    for key, call in calls.items():
+        first[key] = seconds(lambda key=key, call=call: features.__setitem__(key, call()))
+    times = take_turns(calls, warmup=options.warmup, repeats=options.repeats)
+    rows = [
+        {
+            "encodes": what,
+            "library": name,
+            "a second": spread(times[what, name]).per(options.batch),
+            "call, s": spread(times[what, name]),
+            "faster than open_clip": ratio(times[what, "open_clip"], times[what, name]),
+            "largest difference": float(
+                np.abs(features[what, name] - features[what, "open_clip"]).max()
+            ),
+            "first call, s": first[what, name],
+        }
+        for what, name in calls
+    ]
+    report(
+        "encoding",
+        options,
+        rows,
+        tokens_a_caption=batch.tokens_a_caption,
+        tokens_computed=batch.tokens.shape[1],
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""GradCache against the plain step, side by side: time a pair, and memory of activations.
+
+    python -m benchmarks.gradcache --batch 64 --microbatches 8
+
+Both take the whole batch's exact gradient; GradCache holds one micro-batch's activations at a time
+and computes the forward pass twice. Memory is what the compiled step asks for beside its inputs
+and outputs, less one set of gradients, which both of them hold.
+"""
+
+import jax
+
+from benchmarks import both
+from benchmarks.runs import Stepper, make_run
+from benchmarks.turns import arguments, ratio, report, spread, take_turns
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prints one table."""
+    parser = arguments(__doc__, warmup=1, repeats=3)
+    both.add_arguments(parser, batch=64)
+    parser.add_argument("--microbatches", type=int, default=8)
+    options = parser.parse_args(argv)
+    both.set_up(options)
+    _, loaded = both.make_models(options)
+    batch = both.make_batch(options, loaded)
+    gradients = sum(x.nbytes for x in jax.tree.leaves(loaded.params))
+    calls, activations, losses = {}, {}, {}
+    for name, size in (("plain", 0), ("gradcache", options.batch // options.microbatches)):
+        run = make_run(options, loaded, batch.images, batch.tokens, microbatch_size=size)
+        step = run.step.lower(run.state, run.batch).compile()
+        activations[name] = step.memory_analysis().temp_size_in_bytes - gradients
+        calls[name] = Stepper(run, step)
+        losses[name] = calls[name]()
+    times = take_turns(calls, warmup=options.warmup, repeats=options.repeats)
+    rows = [
+        {
+            "step": name,
+            "ms a pair": spread(times[name]).scaled(1e3 / options.batch),
+            "time": ratio(times[name], times["plain"]),
+            "activations, MB": activations[name] / 1e6,
+            "memory": activations[name] / activations["plain"],
+            "first loss": f"{losses[name]:.7f}",
+        }
+        for name in calls
+    ]
+    report("gradcache", options, rows, gradients_MB=gradients / 1e6)
+
+
+if __name__ == "__main__":
+    main()

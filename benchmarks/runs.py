@@ -1,0 +1,83 @@
+"""clip_jax's own training step over a loaded model, wired as `clip_jax.train` wires it."""
+
+import argparse
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from clip_jax.api import LoadedCLIP
+from clip_jax.config import default, resolve
+from clip_jax.mesh import place_batch
+from clip_jax.models.stack import stack_layers
+from clip_jax.state import TrainState, init_state, state_shapes
+from clip_jax.step import TrainStep
+from clip_jax.wiring import Wiring, make_step, wire
+
+
+class Run(NamedTuple):
+    """A training run at its start.
+
+    Attributes:
+      wiring: the parts of it.
+      step: jitted, not compiled yet.
+      state: the loaded weights and a fresh optimiser; the step takes its memory.
+      batch: on the device.
+    """
+
+    wiring: Wiring
+    step: TrainStep
+    state: TrainState
+    batch: dict[str, jax.Array]
+
+
+def make_run(
+    options: argparse.Namespace,
+    loaded: LoadedCLIP,
+    images: np.ndarray,
+    tokens: np.ndarray,
+    **train: Any,
+) -> Run:
+    """A run with AdamW on one batch; `train` overrides fields of `config.train`."""
+    rows = len(images)
+    values = default()
+    values.train.update({"steps": 1000, "batch_size": rows} | train)
+    values.data.streams = 1
+    values.model.dtype = options.dtype
+    values.optim.learning_rate = 1e-5
+    # On a CPU the loop is the faster form: outside it XLA computes the residual stream anew, from
+    # its first block on, for every weight's gradient (docs/performance.md).
+    values.model.scan = options.device == "cpu"
+    config = resolve(values)
+    w = wire(config, config.train.steps)
+    # The run's own model with the loaded one's sizes, which are open_clip's.
+    model = w.model.clone(config=loaded.config)
+    w = dataclasses.replace(w, model=model, shapes=state_shapes(model, w.optimizer, w.mesh))
+    # The step takes its state's memory: the loaded weights stay, it gets a copy.
+    params = jax.tree.map(jnp.copy, loaded.params)
+    params = stack_layers(params) if model.scan else params
+    state = init_state(model, w.optimizer, w.shapes, seed=0).replace(params=params)
+    # Laid out as the step returns it, or the second call would compile again.
+    state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, w.shapes))
+    batch = {
+        "image": images,
+        "text": tokens,
+        "caption_id": np.arange(rows, dtype=np.uint32),
+        "ok": np.ones(rows, bool),
+    }
+    return Run(w, make_step(config, w), state, place_batch(batch, w.mesh))
+
+
+class Stepper:
+    """Calls a step over and over on one batch, each time with the state it left."""
+
+    def __init__(self, run: Run, step: Any = None):
+        """`step` may be the run's, compiled already."""
+        self.step, self.state, self.batch = step or run.step, run.state, run.batch
+
+    def __call__(self) -> float:
+        """One step, waited for; the loss."""
+        self.state, metrics = jax.block_until_ready(self.step(self.state, self.batch))
+        return float(metrics["loss"])

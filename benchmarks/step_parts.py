@@ -1,0 +1,147 @@
+"""Where the time of a training step goes: its parts, compiled and timed one by one.
+
+    python -m benchmarks.step_parts --batch 32
+
+Each part is a program of its own: a tower forward, a tower forward and backward, the loss with its
+gradients, the update. A backward pass is the difference of two of them. The parts take turns with
+the whole step, and what they leave unexplained of it is printed: near 0, the shares can be
+trusted. Utilisation is of the matrix products' rate, measured in every round.
+"""
+
+import statistics
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from benchmarks import both
+from benchmarks.runs import Run, Stepper, make_run
+from benchmarks.turns import arguments, report, spread, take_turns
+from clip_jax.data.images import IMAGE_MEAN, IMAGE_STD
+from clip_jax.losses import make_loss
+from clip_jax.metrics import measure_matmul_flops, peak_flops
+from clip_jax.models.clip import unit_length
+from clip_jax.models.flops import image_flops, text_flops
+from clip_jax.step import normalize_images, unit_range
+
+
+def tower_calls(run: Run) -> dict[str, tuple]:
+    """{part: (function, arguments)} of both towers, forward alone and with the backward pass."""
+    model, params = run.wiring.model, run.state.params
+    stats = run.state.batch_stats
+
+    def images(params, images_BHWC):
+        x_BHWC = normalize_images(unit_range(images_BHWC), IMAGE_MEAN, IMAGE_STD)
+        variables = {"params": params, "batch_stats": stats}
+        return unit_length(model.apply(variables, x_BHWC, method="encode_image"))
+
+    def texts(params, tokens_BL):
+        return unit_length(model.apply({"params": params}, tokens_BL, method="encode_text"))
+
+    calls = {}
+    for name, encode, x in (
+        ("image tower", images, run.batch["image"]),
+        ("text tower", texts, run.batch["text"]),
+    ):
+
+        def pulled(params, x, z_BD, encode=encode):
+            return jax.vjp(lambda p: encode(p, x), params)[1](z_BD)
+
+        # A gradient of the features' own size and kind, as the loss would hand it down.
+        z_BD = jax.random.normal(jax.random.key(0), jax.eval_shape(encode, params, x).shape)
+        calls[f"{name} forward"] = jax.jit(encode), (params, x)
+        calls[f"{name} both ways"] = jax.jit(pulled), (params, x, z_BD)
+    return calls
+
+
+def loss_call(run: Run) -> tuple:
+    """(function, arguments) of the loss and its gradients on random unit features."""
+    loss_fn = make_loss("softmax", mesh=run.wiring.mesh, mask_equal_captions=False)
+    rows, size = len(run.batch["text"]), run.wiring.model.config.embed_dim
+    z = [unit_length(jax.random.normal(jax.random.key(i), (rows, size))) for i in range(2)]
+
+    def loss(*inputs):
+        return loss_fn(*inputs).loss
+
+    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
+    b = run.batch
+    return step, (*z, jnp.float32(14), jnp.float32(0), b["ok"], b["caption_id"])
+
+
+class Updater:
+    """The optimiser's update of its own copy of the parameters, their memory given away."""
+
+    def __init__(self, run: Run):
+        optimizer = run.wiring.optimizer
+
+        def update(grads, opt_state, params):
+            updates, opt_state = optimizer.update(grads, opt_state, params)
+            return opt_state, optax.apply_updates(params, updates)
+
+        params = jax.tree.map(jnp.copy, run.state.params)
+        self.step = jax.jit(update, donate_argnums=(1, 2))
+        self.grads = jax.tree.map(jnp.ones_like, params)
+        self.kept = optimizer.init(params), params
+
+    def __call__(self) -> None:
+        self.kept = jax.block_until_ready(self.step(self.grads, *self.kept))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prints one table."""
+    parser = arguments(__doc__, warmup=1, repeats=5)
+    both.add_arguments(parser, batch=32)
+    options = parser.parse_args(argv)
+    both.set_up(options)
+    _, loaded = both.make_models(options)
+    batch = both.make_batch(options, loaded)
+    run = make_run(options, loaded, batch.images, batch.tokens)
+    parts = tower_calls(run) | {"loss": loss_call(run)}
+    calls = {
+        name: (lambda f=f, x=x: jax.block_until_ready(f(*x))) for name, (f, x) in parts.items()
+    }
+    calls["update"] = Updater(run)
+    # The towers' parts read the loaded weights: the whole step takes a copy of its state.
+    whole = Run(run.wiring, run.step, jax.tree.map(jnp.copy, run.state), run.batch)
+    calls["whole step"] = Stepper(whole)
+    rates: list[float] = []
+    known = peak_flops(jax.devices()[0].device_kind, options.dtype)
+    calls["matmul"] = lambda: rates.append(known or measure_matmul_flops(options.dtype))
+    times = take_turns(calls, warmup=options.warmup, repeats=options.repeats)
+    peak = statistics.median(rates[options.warmup :])
+    rows = shares(times)
+    flops = {"image tower": image_flops(loaded.config)}
+    flops["text tower"] = text_flops(loaded.config, batch.tokens.shape[1])
+    for row in rows:
+        tower, _, way = row["part"].rpartition(" ")
+        if tower in flops:
+            work = options.batch * flops[tower] * (1 if way == "forward" else 2)
+            row["utilisation"] = work / row["s"].median / peak
+    report(
+        "step_parts",
+        options,
+        rows,
+        matrix_products_GFLOP_s=peak / 1e9,
+        tokens_computed=batch.tokens.shape[1],
+    )
+
+
+def shares(times: dict[str, list[float]]) -> list[dict]:
+    """A row for each part: its seconds, and its share of the whole step's."""
+    parts = {}
+    for tower in ("image tower", "text tower"):
+        forward, both_ways = times[f"{tower} forward"], times[f"{tower} both ways"]
+        parts[f"{tower} forward"] = forward
+        parts[f"{tower} backward"] = [b - f for f, b in zip(forward, both_ways, strict=True)]
+    parts |= {"loss": times["loss"], "update": times["update"]}
+    rest = [w - sum(p) for w, *p in zip(times["whole step"], *parts.values(), strict=True)]
+    parts |= {"unexplained": rest, "whole step": times["whole step"]}
+    whole = spread(times["whole step"]).median
+    return [
+        {"part": name, "s": spread(t), "share, %": 100 * spread(t).median / whole}
+        for name, t in parts.items()
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""The account of what could not be read: counted by cause, listed in a file, bounded."""
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+from clip_jax.errors import UserError
+
+SKIPPED = "skipped.jsonl"
+MAX_LINES = 100_000
+"""Samples that are listed; further ones are only counted."""
+MIN_ROWS = 1000
+"""The share is taken of at least so many rows: one bad picture among the first ten is no sign."""
+
+
+class SkipLog:
+    """Counts what is skipped, lists each sample once, and says when it is too much.
+
+    Args:
+      path: of `skipped.jsonl`, or None to list nothing.
+      max_fraction: largest share of skipped rows, and of skipped shards.
+
+    Attributes:
+      counts: cause -> rows handed out as placeholders.
+      shards: cause -> shards that were left out at the start.
+    """
+
+    def __init__(self, path: Path | None = None, max_fraction: float = 1.0):
+        self.counts: Counter[str] = Counter()
+        self.shards: Counter[str] = Counter()
+        self._max_fraction = max_fraction
+        self._path = path
+        self._listed: set[str] = set()
+        self._first = ""
+
+    def sample(self, cause: str, key: str, detail: str) -> None:
+        """Take in one row that could not be used."""
+        self.counts[cause] += 1
+        self._first = self._first or f"{key}: {detail}"
+        self._list(cause, key, detail)
+
+    def shard(self, cause: str, name: str, detail: str) -> None:
+        """Take in a shard that is left out."""
+        self.shards[cause] += 1
+        self._first = self._first or detail
+        self._list(cause, name, detail)
+
+    def check_rows(self, rows: int) -> None:
+        """Raises UserError with the table of causes when too many of `rows` were skipped."""
+        skipped = self.counts.total()
+        if skipped > self._max_fraction * max(rows, MIN_ROWS):
+            raise self._too_many(self.counts, skipped, rows, "samples")
+
+    def check_shards(self, shards: int) -> None:
+        """Raises UserError with the table of causes when too many of `shards` were left out."""
+        skipped = self.shards.total()
+        if skipped > self._max_fraction * shards:
+            raise self._too_many(self.shards, skipped, shards, "shards")
+
+    def _list(self, cause: str, name: str, detail: str) -> None:
+        if self._path is None or name in self._listed or len(self._listed) >= MAX_LINES:
+            return
+        self._listed.add(name)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        record = {"cause": cause, "name": name, "detail": detail[:500]}
+        # The list goes on after a resume; a sample may then stand in it twice.
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def _too_many(self, counts: Counter[str], skipped: int, of: int, what: str) -> UserError:
+        table = ", ".join(f"{n} {cause}" for cause, n in counts.most_common())
+        where = f" (listed in {self._path})" if self._path is not None else ""
+        return UserError(
+            f"{skipped:,} of {of:,} {what} could not be used: {table}{where}; first"
+            f" {self._first[:300]}; mend the data or raise"
+            f" config.data.max_skip_fraction, now {self._max_fraction:g}"
+        )
+
+
+def shard_cause(error: Exception) -> str:
+    """The cause under which a shard that cannot be indexed is counted."""
+    text = str(error)
+    if "cannot be fetched" in text or "cannot be read" in text:
+        return "shard_unreadable"
+    return "shard_damaged"
+
+
+def on_shard_error(log: SkipLog) -> Callable[[str, UserError], None]:
+    """For `sources.index_shards`: the shard is left out, counted and named."""
+
+    def leave_out(shard: str, error: UserError) -> None:
+        log.shard(shard_cause(error), shard, str(error))
+
+    return leave_out

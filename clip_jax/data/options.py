@@ -1,0 +1,57 @@
+"""What stands behind the `#` of a source: `pairs.csv#image=file&caption=title`."""
+
+import dataclasses
+import re
+
+from clip_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How to read one source; an empty field is found by the names that are usual."""
+
+    image: str = ""
+    """Column or feature of the picture: its bytes, or its path."""
+    caption: str = ""
+    """Column, feature or JSON key of the caption."""
+    label: str = ""
+    """Column or feature of the class number."""
+    root: str = ""
+    """Folder or URL that relative paths start from; the file's own when empty."""
+    split: str = "train"
+    """Of a TFDS set."""
+    template: str = ""
+    """Sentences joined by `|` in which `{}` is the caption or the class name."""
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """The sentences; the bare name when none is given."""
+        return tuple(self.template.split("|")) if self.template else ("{}",)
+
+
+NO_OPTIONS = Options()
+_NAMES = tuple(field.name for field in dataclasses.fields(Options))
+
+
+def split_options(source: str) -> tuple[str, Options]:
+    """A source without its options, and the options.
+
+    Raises:
+      UserError: an unknown option, one that comes twice, or a template without {}.
+    """
+    path, hash_, tail = source.partition("#")
+    if not hash_ or not re.match(r"\w+=", tail):
+        return source, NO_OPTIONS  # a # in a file name
+    values: dict[str, str] = {}
+    for item in tail.split("&"):
+        name, _, value = item.partition("=")
+        if name not in _NAMES:
+            raise UserError(f"{source!r}: option {name!r} is not among {', '.join(_NAMES)}")
+        if name in values:
+            raise UserError(f"{source!r} gives {name} twice: give it once")
+        values[name] = value
+    options = Options(**values)
+    bad = [t for t in options.templates if "{}" not in t]
+    if bad:
+        raise UserError(f"{source!r}: template {bad[0]!r} needs a {{}} for the caption")
+    return path, options

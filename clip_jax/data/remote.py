@@ -1,0 +1,220 @@
+"""Files by URL, through fsspec: listed there, fetched whole to a bounded folder, read from here.
+
+A shard is fetched once for all the samples that a window takes from it, which is faster than a
+request a sample; the name of a member of a shard never becomes a path. A read that fails is tried
+again after a growing pause; then the file counts as unreadable for a while, so that its other
+samples are passed over at once.
+"""
+
+import atexit
+import os
+import re
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import fsspec
+
+from clip_jax.errors import UserError, short
+
+TRIES = 4
+PAUSE = 0.5
+"""Seconds before the second try; doubled before each further one."""
+PASSED_OVER = 300.0
+"""Seconds in which a file that failed is not tried again."""
+CACHE_BYTES = 100 << 30
+
+_BLOCK = 8 << 20
+_EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3", "http": "http", "https": "http"}
+
+
+class RemoteError(OSError):
+    """A remote file that cannot be read after all tries."""
+
+    cause = "shard_unreadable"
+
+
+def is_url(path: str) -> bool:
+    """Whether fsspec is to read it."""
+    return re.match(r"[a-z][a-z0-9+.-]*://", path) is not None
+
+
+def file_system(url: str) -> tuple[Any, str]:
+    """fsspec's file system of a URL, and the path in it.
+
+    Raises:
+      UserError: the protocol is unknown, or its package is not installed.
+    """
+    protocol = url.partition("://")[0]
+    try:
+        return fsspec.core.url_to_fs(url)
+    except ImportError:
+        extra = _EXTRAS.get(protocol)
+        fix = f"pip install 'clip_jax[{extra}]'" if extra else f"install its package for {protocol}"
+        raise UserError(f"{url}: fsspec has no reader for {protocol}:// here; {fix}") from None
+    except ValueError as e:
+        raise UserError(f"{url}: {e}; give a local path, gs://, s3:// or https://") from None
+
+
+def with_tries(what: str, action: Callable[[], Any]) -> Any:
+    """What `action` returns, tried up to TRIES times.
+
+    Raises:
+      RemoteError: the last try's error. A file that is not there is not tried again.
+    """
+    for attempt in range(TRIES):
+        try:
+            return action()
+        except UserError:
+            raise
+        except FileNotFoundError as e:
+            raise RemoteError(f"{what} does not exist") from e
+        except Exception as e:
+            # Every file system of fsspec has exceptions of its own.
+            if attempt == TRIES - 1:
+                raise RemoteError(f"{what} failed {TRIES} times, at last with {short(e)}") from e
+        time.sleep(PAUSE * 2**attempt)
+
+
+def read_whole(path: str, limit: int) -> bytes:
+    """A small file's bytes, local or remote.
+
+    Raises:
+      OSError: it cannot be read, or is longer than `limit`.
+    """
+    if is_url(path):
+        fs, inner = file_system(path)
+        data = with_tries(path, lambda: fs.cat_file(inner, start=0, end=limit + 1))
+    else:
+        with open(path, "rb") as file:
+            data = file.read(limit + 1)
+    if len(data) > limit:
+        raise OSError(f"{path} is longer than {limit} bytes")
+    return data
+
+
+class DiskCache:
+    """Files that were fetched or made, up to a number of bytes, oldest use first out.
+
+    A file that is open when it is thrown out stays readable to whoever has it open.
+    """
+
+    def __init__(self, limit: int = CACHE_BYTES, folder: str = ""):
+        self.limit = limit
+        self._parent = folder
+        self._folder = ""
+        self._files: dict[str, tuple[str, int]] = {}  # path and bytes, in order of use
+        self._failed: dict[str, tuple[float, str]] = {}
+        self._locks: dict[str, threading.Lock] = {}
+        self._lock = threading.Lock()
+        self._count = 0
+
+    def open(self, name: str, make: Callable[[str], None]) -> int:
+        """A descriptor of the file `name`, which `make(path)` writes where it is not there.
+
+        Raises:
+          RemoteError: `make` failed, now or a short while ago.
+        """
+        with self._lock:
+            lock = self._locks.setdefault(name, threading.Lock())
+        with lock:
+            since, reason = self._failed.get(name, (-PASSED_OVER, ""))
+            if time.monotonic() - since < PASSED_OVER:
+                raise RemoteError(reason)
+            path = self._path(name)
+            if path is not None:
+                try:
+                    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                except FileNotFoundError:
+                    pass  # another file's arrival threw it out just now
+            return self._make(name, make)
+
+    def _path(self, name: str) -> str | None:
+        with self._lock:
+            if name not in self._files:
+                return None
+            self._files[name] = self._files.pop(name)  # now the newest
+            return self._files[name][0]
+
+    def _make(self, name: str, make: Callable[[str], None]) -> int:
+        with self._lock:
+            if not self._folder:
+                parent = self._parent or None
+                self._folder = tempfile.mkdtemp(prefix="clip_jax-data-", dir=parent)
+                atexit.register(self.close)
+            self._count += 1
+            path = os.path.join(self._folder, str(self._count))
+        try:
+            make(path)
+        except OSError as e:
+            if os.path.exists(path):
+                os.remove(path)
+            self._failed[name] = time.monotonic(), str(e)
+            raise
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        with self._lock:
+            self._files[name] = path, os.fstat(fd).st_size
+            while sum(size for _, size in self._files.values()) > self.limit:
+                if len(self._files) == 1:
+                    break
+                oldest = next(iter(self._files))
+                os.remove(self._files.pop(oldest)[0])
+        return fd
+
+    def close(self) -> None:
+        """Deletes the folder."""
+        with self._lock:
+            folder, self._folder = self._folder, ""
+            self._files.clear()
+            self._failed.clear()
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+CACHE = DiskCache()
+
+
+def open_local(path: str) -> int:
+    """A descriptor to read a file, which is fetched first when the path is a URL.
+
+    Raises:
+      OSError: it cannot be opened, or (RemoteError) not be fetched.
+    """
+    if is_url(path):
+        return CACHE.open(path, lambda to: fetch(path, to))
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+
+def fetch(url: str, to: str) -> None:
+    """Copies a remote file, in blocks, and checks that it came whole."""
+    fs, inner = file_system(url)
+
+    def copy() -> None:
+        with fs.open(inner, "rb") as source, open(to, "wb") as target:
+            size = getattr(source, "size", None)
+            while block := source.read(_BLOCK):
+                target.write(block)
+            if size is not None and target.tell() != size:
+                raise OSError(f"{target.tell()} of {size} bytes came")
+
+    with_tries(url, copy)
+
+
+def list_urls(pattern: str) -> list[str]:
+    """The files of a folder or a glob, in name order.
+
+    Raises:
+      UserError: it cannot be listed.
+    """
+    fs, inner = file_system(pattern)
+    try:
+        if any(c in inner for c in "*?["):
+            found = with_tries(pattern, lambda: fs.glob(inner))
+        else:
+            found = with_tries(pattern, lambda: fs.ls(inner, detail=False))
+    except RemoteError as e:
+        raise UserError(f"{pattern} cannot be listed: {e}; check the address") from e
+    return sorted(fs.unstrip_protocol(name) for name in found)

@@ -1,0 +1,102 @@
+"""Pictures for training: JPEG decoded no larger than a crop needs, then cropped, flipped, greyed.
+
+A JPEG decoder can give k/8 of the size (k = 1..8) from fewer coefficients, for less work there and
+much less in the resize behind it. k is the smallest with which the smallest crop that the settings
+allow still has `image_size` pixels a side, so that no crop is ever enlarged because of it. It
+depends on the picture alone and not on the crop, so a decoded picture can be kept between epochs.
+Evaluation never comes here.
+"""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import simplejpeg
+from jaxtyping import UInt8
+from PIL import Image
+
+from clip_jax.data.images import MAX_PIXELS, decode_image, random_resized_crop
+
+
+def smallest_crop(
+    width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[float, float]:
+    """The least width and the least height that `images.crop_box` can give, before rounding.
+
+    A crop of area s and aspect r is sqrt(s r) wide, and as it is no higher than the picture, at
+    least s / height wide; the centred crop that stands in when none fits has bounds of its own.
+    """
+    area = scale[0] * width * height
+    least_width = max(math.sqrt(area * ratio[0]), area / height)
+    least_height = max(math.sqrt(area / ratio[1]), area / width)
+    least_width = min(least_width, float(width), height * ratio[1])
+    return least_width, min(least_height, float(height), width / ratio[0])
+
+
+def eighths(
+    width: int,
+    height: int,
+    image_size: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> int:
+    """k of k/8: how large a picture must be decoded; 8 where it must be whole."""
+    crop = min(smallest_crop(width, height, scale, ratio))
+    return min(8, max(1, math.ceil(8 * image_size / crop)))
+
+
+def make_decode(
+    image_size: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    *,
+    max_pixels: int = MAX_PIXELS,
+) -> Callable[[bytes], Image.Image]:
+    """`images.decode_image`, but a JPEG in colour comes reduced."""
+
+    def decode(data: bytes) -> Image.Image:
+        if not data.startswith(b"\xff\xd8\xff"):
+            return decode_image(data, max_pixels=max_pixels)
+        try:
+            height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
+            k = eighths(width, height, image_size, scale, ratio)
+            if k == 8 or colors != "YCbCr" or width * height > max_pixels:
+                return decode_image(data, max_pixels=max_pixels)
+            array = simplejpeg.decode_jpeg(
+                data,
+                min_height=math.ceil(height * k / 8),
+                min_width=math.ceil(width * k / 8),
+                min_factor=1,
+            )
+        except ValueError:
+            # Damaged, or of a kind it does not know: Pillow says what is wrong, or reads it.
+            return decode_image(data, max_pixels=max_pixels)
+        return Image.fromarray(array)
+
+    return decode
+
+
+def make_transform(
+    image_size: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    *,
+    flip: float = 0.0,
+    grayscale: float = 0.0,
+) -> Callable[[Image.Image, np.random.Generator], UInt8[np.ndarray, "H W 3"]]:
+    """A random crop, then with these chances a mirror image and a grey one.
+
+    The draws come in this order and are always made, so that one setting does not move another's.
+    """
+
+    def transform(image: Image.Image, rng: np.random.Generator) -> np.ndarray:
+        x_HWC = random_resized_crop(image, image_size, rng, scale, ratio)
+        mirrored, grey = rng.random() < flip, rng.random() < grayscale
+        if mirrored:
+            x_HWC = x_HWC[:, ::-1]
+        if grey:
+            x_HW = np.asarray(Image.fromarray(np.ascontiguousarray(x_HWC)).convert("L"))
+            x_HWC = np.repeat(x_HW[..., None], 3, axis=-1)
+        return x_HWC
+
+    return transform

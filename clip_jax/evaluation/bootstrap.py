@@ -1,0 +1,54 @@
+"""How far a figure could be off by the choice of the pictures alone: bootstrap intervals.
+
+Percentile intervals of 95 % from 1,000 resamples (Efron and Tibshirani 1993, chapter 13). They say
+nothing of another training seed or another data set.
+"""
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+RESAMPLES = 1000
+TAILS = (2.5, 97.5)
+
+Interval = tuple[float, float]
+
+
+def ratio_intervals(
+    hits_BK: Float[np.ndarray, "B K"], counts_BK: Float[np.ndarray, "B K"], *, seed: int = 0
+) -> list[Interval]:
+    """Intervals of K shares, sum(hits) / sum(counts), when the B pictures are drawn anew.
+
+    A picture with several captions is drawn with all of them: they are not independent.
+    """
+    rng = np.random.default_rng(seed)
+    size = len(hits_BK)
+    both_B2K = np.concatenate([hits_BK, counts_BK], axis=1)
+    shares = np.zeros((RESAMPLES, hits_BK.shape[1]))
+    for i in range(RESAMPLES):
+        times_B = np.bincount(rng.integers(size, size=size), minlength=size)
+        hits, counts = np.split(times_B @ both_B2K, 2)
+        shares[i] = hits / np.maximum(counts, 1)
+    return _percentiles(shares)
+
+
+def mean_recall_interval(
+    right_B: Bool[np.ndarray, " B"], label_B: Int[np.ndarray, " B"], *, seed: int = 0
+) -> Interval:
+    """Of the recall averaged over the classes that have pictures, when the pictures are drawn anew.
+
+    A class of which none is drawn is left out of that resample's mean.
+    """
+    rng = np.random.default_rng(seed)
+    size = len(label_B)
+    means = np.zeros((RESAMPLES, 1))
+    for i in range(RESAMPLES):
+        times_B = np.bincount(rng.integers(size, size=size), minlength=size)
+        images_M = np.bincount(label_B, times_B)
+        right_M = np.bincount(label_B, times_B * right_B)
+        means[i] = (right_M[images_M > 0] / images_M[images_M > 0]).mean()
+    return _percentiles(means)[0]
+
+
+def _percentiles(shares: np.ndarray) -> list[Interval]:
+    low, high = np.percentile(shares, TAILS, axis=0)
+    return [(float(a), float(b)) for a, b in zip(low, high, strict=True)]

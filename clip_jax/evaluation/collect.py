@@ -1,0 +1,230 @@
+"""A data set's features, part by part: what every task is computed from.
+
+A part is some batches' features and what is known of their pictures. Parts are stored as they are
+made, so an evaluation that was killed goes on at its last part, and one with other tasks or
+prompts encodes no picture again.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jaxtyping import Float32, Int32, Int64
+from tqdm import tqdm
+
+from clip_jax.errors import UserError
+from clip_jax.evaluation.features import EncodeImage, EncodeText, encode_padded, unit_rows
+from clip_jax.typing import Tokenizer
+
+Batches = Iterable[Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureSet:
+    """Unit features of the pictures that could be read, and of their captions.
+
+    Attributes:
+      row_B: each picture's place in the order of its data.
+      label_B: its class, -1 where that is not known.
+      keys: its name, "shard/key".
+      captions: what each text says, as a string or an id.
+      image_of_text: the place in `z_image_BD` of each text's picture.
+      skipped: cause -> pictures that could not be used.
+    """
+
+    z_image_BD: Float32[np.ndarray, "B D"]
+    row_B: Int64[np.ndarray, " B"]
+    label_B: Int32[np.ndarray, " B"]
+    keys: list[str]
+    z_text_BD: Float32[np.ndarray, "texts D"]
+    captions: list[Hashable]
+    image_of_text: Int64[np.ndarray, " texts"]
+    skipped: dict[str, int]
+
+    def __len__(self) -> int:
+        return len(self.row_B)
+
+
+def join(parts: Sequence[FeatureSet]) -> FeatureSet:
+    """One set of several, in their order."""
+    starts = np.cumsum([0, *(len(part) for part in parts)])
+    skipped = sum((Counter(part.skipped) for part in parts), Counter())
+    return FeatureSet(
+        z_image_BD=np.concatenate([part.z_image_BD for part in parts]),
+        row_B=np.concatenate([part.row_B for part in parts]),
+        label_B=np.concatenate([part.label_B for part in parts]),
+        keys=[key for part in parts for key in part.keys],
+        z_text_BD=np.concatenate([part.z_text_BD for part in parts]),
+        captions=[caption for part in parts for caption in part.captions],
+        image_of_text=np.concatenate(
+            [part.image_of_text + start for part, start in zip(parts, starts, strict=False)]
+        ),
+        skipped=dict(skipped),
+    )
+
+
+def collect(
+    encode_image: EncodeImage,
+    encode_text: EncodeText,
+    tokenizer: Tokenizer,
+    batches_from: Callable[[int], Batches],
+    *,
+    context_length: int,
+    text_batch_size: int,
+    batches_per_part: int = 32,
+    folder: Path | None = None,
+    title: str = "",
+    progress: bool = True,
+) -> FeatureSet:
+    """Encode every batch; with several processes all call it and all get the whole.
+
+    Args:
+      batches_from: the batches from a step on: this process's rows of each, as
+        `data.loader.Batch`; rows with `ok` False count nowhere.
+      folder: where parts are kept and found again; None keeps none.
+
+    Raises UserError when features are not finite, or when no picture could be used.
+    """
+    parts = stored_parts(folder)
+    start = len(parts) * batches_per_part
+    batches = batches_from(start)
+    steps = getattr(batches, "num_steps", None)
+    # A bar redrawn often is noise in a log file.
+    pace = 0.1 if sys.stderr.isatty() else 10.0
+    bar = tqdm(
+        batches,
+        title,
+        steps,
+        initial=start,
+        unit="batch",
+        mininterval=pace,
+        disable=not progress or jax.process_index() > 0,
+    )
+
+    def encode(batch: Mapping[str, Any], step: int) -> FeatureSet:
+        z_image_BD = np.asarray(encode_image(batch["image"]))
+        return _features(z_image_BD, _of_all_processes(batch), step)
+
+    def _features(z_image_BD: np.ndarray, batch: Mapping[str, Any], step: int) -> FeatureSet:
+        ok_B = np.asarray(batch["ok"], bool)
+        rows = np.flatnonzero(ok_B)
+        # Bad rows are not looked at: what the encoder makes of a placeholder counts nowhere.
+        z_image_BD = unit_rows(z_image_BD[rows])
+        tokens_BL, captions, row_of_text = _texts(batch, tokenizer, context_length)
+        z_text_BD = np.zeros((0, z_image_BD.shape[1]), np.float32)
+        if captions:
+            z_text_BD = encode_padded(encode_text, tokens_BL, text_batch_size)
+        label_B = np.asarray(batch.get("label", np.full(len(ok_B), -1)), np.int32)
+        keys = batch.get("key", [""] * len(ok_B))
+        return FeatureSet(
+            z_image_BD,
+            step * len(ok_B) + rows.astype(np.int64),
+            label_B[rows],
+            [keys[row] for row in rows],
+            z_text_BD,
+            captions,
+            np.searchsorted(rows, row_of_text).astype(np.int64),
+            {},
+        )
+
+    before: Counter[str] = Counter()
+    for number, group in enumerate(_groups_of(bar, batches_per_part), len(parts)):
+        made = [encode(b, number * batches_per_part + i) for i, b in enumerate(group)]
+        now = Counter(getattr(batches, "skipped", {}))
+        skipped = sum((Counter(c) for c in gather_json(dict(now - before))), Counter())
+        before = now
+        part = dataclasses.replace(join(made), skipped=dict(skipped))
+        if folder is not None and jax.process_index() == 0:
+            _store(part, folder / f"part-{number:05d}.npz")
+        parts.append(part)
+    if not sum(len(part) for part in parts):
+        raise UserError(f"{title}: no image that could be read, so there is nothing to evaluate")
+    return join(parts)
+
+
+def _groups_of(items: Iterable, size: int) -> Iterator[list]:
+    group = []
+    for item in items:
+        group.append(item)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _texts(
+    batch: Mapping[str, Any], tokenizer: Tokenizer, context_length: int
+) -> tuple[np.ndarray, list[Any], list[int]]:
+    """Tokens of the usable rows' texts, what they say, and the row of each."""
+    rows = np.flatnonzero(batch["ok"]).tolist()
+    if "captions" in batch:
+        pairs = [(row, text) for row in rows for text in batch["captions"][row]]
+        captions = [text for _, text in pairs]
+        return tokenizer(captions, context_length), captions, [row for row, _ in pairs]
+    if "text" in batch:
+        return batch["text"][rows], batch["caption_id"][rows].tolist(), rows
+    return np.empty((0, context_length), np.int32), [], []
+
+
+def _of_all_processes(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What is known of the global batch's rows: every process's, in their order."""
+    if jax.process_count() == 1:
+        return batch
+    own = {name: batch[name] for name in ("captions", "key")}
+    own |= {name: batch[name].tolist() for name in ("ok", "label")}
+    shares = gather_json(own)
+    return {name: [row for share in shares for row in share[name]] for name in own}
+
+
+def gather_json(value: Any) -> list[Any]:
+    """Every process's value, in the order of the processes, on all of them."""
+    if jax.process_count() == 1:
+        return [value]
+    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = np.asarray(multihost_utils.process_allgather(np.array([len(data)]))).ravel()
+    padded = np.zeros(sizes.max(), np.uint8)
+    padded[: len(data)] = data
+    rows = np.asarray(multihost_utils.process_allgather(padded)).reshape(len(sizes), -1)
+    return [json.loads(row[:n].tobytes()) for row, n in zip(rows, sizes, strict=True)]
+
+
+def stored_parts(folder: Path | None) -> list[FeatureSet]:
+    """The parts that are there without a gap, as far as every process sees them."""
+    if folder is None:
+        return []
+    found: list[FeatureSet] = []
+    while (path := folder / f"part-{len(found):05d}.npz").exists():
+        try:
+            found.append(_read(path))
+        except (OSError, ValueError, KeyError):
+            break  # cut off or damaged: made again
+    return found[: min(gather_json(len(found)))]
+
+
+_ARRAYS = ("z_image_BD", "row_B", "label_B", "z_text_BD", "image_of_text")
+_LISTS = ("keys", "captions", "skipped")
+
+
+def _store(part: FeatureSet, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rest = json.dumps({name: getattr(part, name) for name in _LISTS})
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        arrays = {name: getattr(part, name) for name in _ARRAYS}
+        np.savez(file, rest=np.frombuffer(rest.encode(), np.uint8), **arrays)
+    os.replace(partial, path)
+
+
+def _read(path: Path) -> FeatureSet:
+    with np.load(path, allow_pickle=False) as file:
+        rest = json.loads(file["rest"].tobytes())
+        return FeatureSet(**{name: file[name] for name in _ARRAYS}, **rest)

@@ -1,0 +1,182 @@
+"""Linear probe: multinomial logistic regression by L-BFGS on frozen features, over a mesh.
+
+The minimum is scikit-learn's `LogisticRegression`'s: C * sum of cross-entropies + |W|^2 / 2, the
+bias left alone. The way there is shorter. CLIP's features lie in a narrow cone, so the loss is
+much steeper in some directions than in others, and L-BFGS takes hundreds of steps; here the
+features are first turned and stretched by the Hessian that all-equal probabilities would have,
+and the penalty with them. The same function in other coordinates has the same minimum.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Float, Float32, Int
+
+from clip_jax.mesh import batch_shards, place_batch
+
+# The paper's sweep (appendix A.3): 1 / C from 1e-6 to 1e6, eight steps a decade at the finest.
+C_EXPONENTS = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)
+STEPS_PER_DECADE = 8
+
+
+class Probe(NamedTuple):
+    """Logits are z_BD @ weights_MD.T + bias_M."""
+
+    weights_MD: Float32[np.ndarray, "M D"]
+    bias_M: Float32[np.ndarray, " M"]
+    steps: int
+
+    def logits(self, z_BD: Float[np.ndarray, "B D"]) -> Float[np.ndarray, "B M"]:
+        """The logits of any number of features."""
+        return z_BD @ self.weights_MD.T + self.bias_M
+
+
+def fit(
+    z_BD: Float32[np.ndarray, "B D"],
+    label_B: Int[np.ndarray, " B"],
+    *,
+    num_classes: int,
+    c: float,
+    mesh: Mesh | None = None,
+    tolerance: float = 1e-4,
+    max_steps: int = 1000,
+) -> Probe:
+    """The probe of one C.
+
+    Args:
+      mesh: splits the rows between its devices; every process passes all rows. None is one device.
+      tolerance: stops where no element of the mean loss's gradient is larger, in the stretched
+        coordinates; scikit-learn's default is the same number in its own.
+    """
+    penalty = 1.0 / (c * len(z_BD))
+    center_D = z_BD.mean(axis=0, dtype=np.float64)
+    stretch_DD = _stretch(z_BD, center_D, num_classes, penalty)
+    moved_BD = ((z_BD - center_D.astype(np.float32)) @ stretch_DD).astype(np.float32)
+    rows = _place(moved_BD, label_B, mesh)
+    start = (
+        jnp.zeros((num_classes, z_BD.shape[1]), jnp.float32),
+        jnp.zeros(num_classes, jnp.float32),
+    )
+    (v_MD, b_M), steps = _minimize(
+        start, *rows, jnp.asarray(stretch_DD), jnp.float32(penalty), tolerance, max_steps
+    )
+    weights_MD = np.asarray(v_MD, np.float64) @ stretch_DD.T.astype(np.float64)
+    bias_M = np.asarray(b_M, np.float64) - weights_MD @ center_D
+    return Probe(weights_MD.astype(np.float32), bias_M.astype(np.float32), int(steps))
+
+
+def _stretch(
+    z_BD: np.ndarray, center_D: np.ndarray, num_classes: int, penalty: float
+) -> Float32[np.ndarray, "D D"]:
+    """H^-1/2 for H = covariance / M + penalty: the Hessian's factor at equal probabilities."""
+    second_DD = (z_BD.T @ z_BD).astype(np.float64) / len(z_BD)
+    covariance_DD = second_DD - np.outer(center_D, center_D)
+    values_D, turn_DD = np.linalg.eigh(covariance_DD)
+    # Rounding in float32 leaves eigenvalues that are a little negative or mean nothing.
+    floor = max(values_D[-1], 0.0) * 1e-7 + 1e-12
+    scale_D = 1 / np.sqrt(np.maximum(values_D, floor) / num_classes + penalty)
+    return (turn_DD * scale_D).astype(np.float32)
+
+
+def _place(x_BD: np.ndarray, label_B: np.ndarray, mesh: Mesh | None) -> tuple[jax.Array, ...]:
+    """Features, labels and weights of the rows; rows that fill up the last share weigh nothing."""
+    weight_B = np.full(len(x_BD), 1 / len(x_BD), np.float32)
+    arrays = {"x": x_BD, "label": label_B.astype(np.int32), "weight": weight_B}
+    if mesh is None:
+        return tuple(jnp.asarray(a) for a in arrays.values())
+    share = -(-len(x_BD) // (batch_shards(mesh) * jax.process_count())) * batch_shards(mesh)
+    own = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+    filled = {
+        name: np.pad(a, ((0, share * jax.process_count() - len(a)), *((0, 0),) * (a.ndim - 1)))
+        for name, a in arrays.items()
+    }
+    return tuple(place_batch({n: a[own] for n, a in filled.items()}, mesh).values())
+
+
+@functools.partial(jax.jit, static_argnames=("max_steps",))
+def _minimize(start, x_BD, label_B, weight_B, stretch_DD, penalty, tolerance, max_steps):
+    def loss(params):
+        v_MD, b_M = params
+        precise = jax.lax.Precision.HIGHEST
+        logits_BM = jnp.matmul(x_BD, v_MD.T, precision=precise) + b_M
+        entropy_B = optax.softmax_cross_entropy_with_integer_labels(logits_BM, label_B)
+        w_MD = jnp.matmul(v_MD, stretch_DD.T, precision=precise)
+        return jnp.sum(weight_B * entropy_B) + penalty / 2 * jnp.sum(w_MD**2)
+
+    solver = optax.lbfgs(memory_size=10)
+    value_and_grad = optax.value_and_grad_from_state(loss)
+
+    def step(carry):
+        params, state, count, _ = carry
+        value, grad = value_and_grad(params, state=state)
+        largest = jnp.maximum(jnp.abs(grad[0]).max(), jnp.abs(grad[1]).max())
+        updates, state = solver.update(grad, state, params, value=value, grad=grad, value_fn=loss)
+        return optax.apply_updates(params, updates), state, count + 1, largest
+
+    def going_on(carry):
+        _, _, count, largest = carry
+        return (count < max_steps) & (largest > tolerance)
+
+    carry = (start, solver.init(start), 0, jnp.inf)
+    params, _, count, _ = jax.lax.while_loop(going_on, step, carry)
+    return params, count
+
+
+def choose_c(
+    train: tuple[np.ndarray, np.ndarray],
+    validation: tuple[np.ndarray, np.ndarray],
+    *,
+    num_classes: int,
+    mesh: Mesh | None = None,
+) -> tuple[float, dict[float, float]]:
+    """C by accuracy on validation data, and the accuracy of every C that was tried.
+
+    The paper's search: seven powers of ten, then ever nearer on both sides of the best one, down
+    to eight steps a decade. Of equal accuracies the smaller C is taken.
+    """
+    tried: dict[float, float] = {}
+
+    def accuracy(exponent: float) -> float:
+        if exponent not in tried:
+            probe = fit(*train, num_classes=num_classes, c=10.0**exponent, mesh=mesh)
+            guess_B = probe.logits(validation[0]).argmax(axis=1)
+            tried[exponent] = float((guess_B == validation[1]).mean())
+        return tried[exponent]
+
+    best = max(C_EXPONENTS, key=accuracy)
+    span = 1.0
+    while span >= 1 / STEPS_PER_DECADE:
+        near: Sequence[float] = (best - span, best, best + span)
+        best = max([e for e in near if abs(e) <= C_EXPONENTS[-1]], key=accuracy)
+        span /= 2
+    return 10.0**best, {10.0**e: a for e, a in sorted(tried.items())}
+
+
+def hold_out(
+    label_B: Int[np.ndarray, " B"], *, share: float = 0.2, seed: int = 0
+) -> tuple[Int[np.ndarray, " fit"], Int[np.ndarray, " held"]]:
+    """Rows to fit on and rows to choose C by, where there is no validation split."""
+    order = np.random.default_rng(seed).permutation(len(label_B))
+    held = max(1, round(share * len(label_B)))
+    return np.sort(order[held:]), np.sort(order[:held])
+
+
+def draw_shots(
+    label_B: Int[np.ndarray, " B"], shots: int, *, seed: int
+) -> Int[np.ndarray, " rows"]:
+    """`shots` rows of every class that has so many; all of a class that has fewer."""
+    order = np.random.default_rng(seed).permutation(len(label_B))
+    taken: dict[int, int] = {}
+    rows = []
+    for row in order:
+        label = int(label_B[row])
+        if taken.get(label, 0) < shots:
+            taken[label] = taken.get(label, 0) + 1
+            rows.append(row)
+    return np.sort(np.array(rows, np.int64))

@@ -1,0 +1,1 @@
+"""What a run will cost, read from its compiled program."""

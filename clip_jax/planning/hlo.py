@@ -1,0 +1,174 @@
+"""The text of a compiled program (`compiled.as_text()`), read into instructions.
+
+A program is what every device runs: the shapes in it are one device's. Loops are followed with
+their trip counts, which XLA's own cost analysis leaves out: it counts a loop's body once.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+ITEM_BYTES = {
+    **dict.fromkeys(("pred", "s8", "u8", "f8e4m3fn", "f8e5m2"), 1),
+    **dict.fromkeys(("s16", "u16", "f16", "bf16"), 2),
+    **dict.fromkeys(("s32", "u32", "f32"), 4),
+    **dict.fromkeys(("s64", "u64", "f64", "c64"), 8),
+    **dict.fromkeys(("token", "opaque"), 0),
+}
+
+
+class Shape(NamedTuple):
+    """One array of a program."""
+
+    dtype: str
+    dims: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Of one device."""
+        return math.prod(self.dims) * ITEM_BYTES[self.dtype]
+
+
+class Instruction(NamedTuple):
+    """One line of a program.
+
+    Attributes:
+      name: by which other lines know it.
+      opcode: "dot", "fusion", "all-reduce".
+      shapes: of its result, several where that is a tuple.
+      operands: names of other instructions of the same computation.
+      attributes: the rest of the line.
+    """
+
+    name: str
+    opcode: str
+    shapes: tuple[Shape, ...]
+    operands: tuple[str, ...]
+    attributes: str
+
+    @property
+    def bytes(self) -> int:
+        """Of the result."""
+        return sum(shape.bytes for shape in self.shapes)
+
+    @property
+    def op_name(self) -> str:
+        """Where in the Python program it comes from; empty where the compiler made it."""
+        found = re.search(r'op_name="((?:[^"\\]|\\.)*)"', self.attributes)
+        return found.group(1).replace("\\'", "'") if found else ""
+
+
+class Program(NamedTuple):
+    """All computations by name, each in the order it runs, and the name of the first."""
+
+    computations: dict[str, dict[str, Instruction]]
+    entry: str
+
+
+class Visit(NamedTuple):
+    """An instruction, the computation it stands in, and how often a step runs it."""
+
+    instruction: Instruction
+    computation: dict[str, Instruction]
+    times: int
+
+
+_SHAPE = re.compile(r"\b([a-z]+[0-9]*(?:e\d+m\d+[a-z]*)?)\[([0-9,]*)\]")
+_HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_LINE = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = ")
+_OPERAND = re.compile(r"%([\w.\-]+)")
+_CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+
+# These run what they call once as a whole; `reduce` and its kin run theirs once an element, and no
+# matrix product stands in those.
+_CALLERS = ("fusion", "call", "while", "conditional", "async-start")
+
+
+def parse_program(text: str) -> Program:
+    """The computations of a program's text."""
+    computations: dict[str, dict[str, Instruction]] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        head = _HEAD.match(line) if not line.startswith(" ") else None
+        if head:
+            current = computations.setdefault(head.group(2), {})
+            entry = head.group(2) if head.group(1) else entry
+        elif current is not None and (start := _LINE.match(line)):
+            current[start.group(1)] = _instruction(start.group(1), line[start.end() :])
+    return Program(computations, entry)
+
+
+def _instruction(name: str, rest: str) -> Instruction:
+    shape_end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
+    shapes = tuple(
+        Shape(dtype, tuple(int(n) for n in dims.split(",") if n))
+        for dtype, dims in _SHAPE.findall(rest[:shape_end])
+    )
+    opening = rest.index("(", shape_end)
+    opcode = rest[shape_end:opening].strip()
+    closing = _closing(rest, opening)
+    operands = tuple(_OPERAND.findall(rest[opening:closing]))
+    # A constant's value and a parameter's number are told, as operands are, between the brackets.
+    told = rest[opening + 1 : closing] if opcode in ("constant", "parameter") else ""
+    return Instruction(name, opcode, shapes, operands, told + rest[closing + 1 :])
+
+
+def _closing(text: str, opening: int) -> int:
+    """Where the bracket that opens there closes."""
+    depth = 0
+    for place in range(opening, len(text)):
+        depth += (text[place] == "(") - (text[place] == ")")
+        if depth == 0:
+            return place
+    raise ValueError(f"a bracket does not close in {text[:200]}")
+
+
+def visits(program: Program) -> Iterator[Visit]:
+    """Every instruction that a step runs, in loops, calls and fusions too."""
+    yield from _visits(program, program.entry, 1)
+
+
+def _visits(program: Program, name: str, times: int) -> Iterator[Visit]:
+    computation = program.computations[name]
+    for instruction in computation.values():
+        yield Visit(instruction, computation, times)
+        if instruction.opcode in _CALLERS:
+            inner = times
+            if instruction.opcode == "while":
+                inner *= trip_count(program, instruction)
+            for called in called_computations(instruction):
+                yield from _visits(program, called, inner)
+
+
+def called_computations(instruction: Instruction) -> list[str]:
+    """The computations that an instruction runs as a whole; of a loop, its body."""
+    branches = _BRANCHES.search(instruction.attributes)
+    called = _CALLED.findall(instruction.attributes)
+    return called + (_OPERAND.findall(branches.group(1)) if branches else [])
+
+
+def trip_count(program: Program, loop: Instruction) -> int:
+    """How often a loop runs.
+
+    XLA says so of a loop with a counter, as `lax.scan` makes them; where it does not, the one
+    whole number that the condition compares with is the count of a scan.
+
+    Raises:
+      ValueError: neither is there, as in a `lax.while_loop` that ends on the data.
+    """
+    told = _TRIPS.search(loop.attributes)
+    if told:
+        return int(told.group(1))
+    condition = re.search(r"condition=%([\w.\-]+)", loop.attributes)
+    numbers: list[int] = []
+    if condition:
+        for visit in _visits(program, condition.group(1), 1):
+            value = re.match(r"\d+", visit.instruction.attributes)
+            if visit.instruction.opcode == "constant" and value and not visit.instruction.operands:
+                numbers.append(int(value.group()))
+    if len(numbers) != 1:
+        raise ValueError(f"the trip count of the loop {loop.name} is not known")
+    return numbers[0]

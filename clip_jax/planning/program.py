@@ -1,0 +1,97 @@
+"""The step of a run, compiled for a mesh of virtual devices; no array is made."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from clip_jax.config import Config
+from clip_jax.mesh import BATCH_AXES, batch_shards
+from clip_jax.models.clip import CLIPConfig
+from clip_jax.models.flops import train_flops_per_pair
+from clip_jax.planning.counts import Collective, collectives, matmul_flops
+from clip_jax.planning.hlo import parse_program
+from clip_jax.planning.memory import Memory, measure_memory
+from clip_jax.state import parameter_counts
+from clip_jax.wiring import make_step, wire
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What the compiled step of a run says; bytes and operations are one device's.
+
+    Attributes:
+      mesh: devices along each axis.
+      parameters: by tower.
+      rows: of the batch, on one device.
+      memory: by kind.
+      flops: of matrix products and convolutions in the compiled program, its loops run out.
+      hand_flops: the same by `models.flops` and the loss's four products, nothing computed twice.
+      exchanges: between devices.
+    """
+
+    mesh: dict[str, int]
+    parameters: dict[str, int]
+    rows: int
+    memory: Memory
+    flops: int
+    hand_flops: float
+    exchanges: list[Collective]
+
+
+def batch_shapes(
+    mesh: Mesh, config: CLIPConfig, batch_size: int
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """A global batch as the step takes it, texts at their full length."""
+    sharding = NamedSharding(mesh, P(BATCH_AXES))
+    size, length = config.vision.image_size, config.text.context_length
+    arrays: dict[str, tuple[tuple[int, ...], Any]] = {
+        "image": ((batch_size, size, size, 3), jnp.uint8),
+        "text": ((batch_size, length), jnp.int32),
+        "caption_id": ((batch_size,), jnp.uint32),
+        "ok": ((batch_size,), jnp.bool_),
+    }
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        for name, (shape, dtype) in arrays.items()
+    }
+
+
+def compile_run(config: Config, steps: int) -> Facts:
+    """Compile the step of a run on the devices there are, and read the program.
+
+    Raises:
+      UserError: the config does not fit the devices.
+    """
+    w = wire(config, steps)
+    sizes, pairs, shards = w.model.config, config.train.batch_size, batch_shards(w.mesh)
+    jitted: Any = make_step(config, w)
+    compiled = jitted.lower(w.shapes, batch_shapes(w.mesh, sizes, pairs)).compile()
+    program = parse_program(compiled.as_text())
+    pair_flops = train_flops_per_pair(sizes, sizes.text.context_length)
+    return Facts(
+        mesh=dict(w.mesh.shape),
+        parameters=parameter_counts(w.shapes.params),
+        rows=pairs // shards,
+        memory=measure_memory(
+            compiled,
+            program,
+            w.shapes,
+            embed_dim=sizes.embed_dim,
+            rows=(config.train.microbatch_size or pairs) // shards,
+        ),
+        flops=matmul_flops(program),
+        hand_flops=pairs * pair_flops / w.mesh.size + loss_flops(pairs, shards, sizes.embed_dim),
+        exchanges=collectives(program, w.mesh.size),
+    )
+
+
+def loss_flops(pairs: int, shards: int, embed_dim: int) -> int:
+    """Of one device: the logits forward and again backward, and their products with both sides.
+
+    Devices along `tensor` hold copies of the rows and compute the loss each for itself.
+    """
+    return 4 * 2 * (pairs // shards) * pairs * embed_dim

@@ -1,0 +1,88 @@
+"""The small experiments train: each file's own config, on a tiny model and tiny data."""
+
+import dataclasses
+import importlib
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from pairs import write_pairs
+from tiny import VIT
+
+import clip_jax
+from clip_jax import train
+from clip_jax.config import resolve
+from clip_jax.models import zoo
+from clip_jax.tokenizers.train import train as train_tokenizer
+
+# What each is there for is also tested in seconds elsewhere; here the whole file runs.
+FRESH = ["flip", "siglip", "lion", "adafactor", "muon", "ema"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Data, a tokenizer and a tiny model; the runs that others start from come to lie here."""
+    made = tmp_path_factory.mktemp("experiments")
+    write_pairs(made)
+    train_tokenizer(str(made / "names.txt"), str(made / "t.model"), 280)
+    text = dataclasses.replace(VIT.text, layers=1, context_length=16)
+    vision = dataclasses.replace(VIT.vision, layers=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(zoo.MODELS, "tiny", dataclasses.replace(VIT, vision=vision, text=text))
+        yield made
+
+
+def train_experiment(name, folder, *, steps):
+    """Run `experiments/emoji_NAME.py` in little; its losses."""
+    c = importlib.import_module(f"experiments.emoji_{name}").get_config()
+    c.model.name = "tiny"
+    c.train.steps = steps
+    c.train.batch_size = 16
+    c.train.log_every = 1
+    c.data.train = f"{folder}/{{00000..00001}}.tar"
+    c.data.tokenizer = str(folder / "t.model")
+    c.data.window = 8
+    c.eval.data = ""
+    if c.model.init_from:
+        c.model.init_from = str(folder / Path(c.model.init_from).name)
+    workdir = folder / f"emoji_{name}"
+    assert train.run(resolve(c), str(workdir)) == 0
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FRESH)
+def test_it_trains(name, folder):
+    losses = train_experiment(name, folder, steps=40)
+    # Of 12 captions a random model is wrong by about log 10.
+    assert np.mean(losses[-4:]) < 0.7 * np.mean(losses[:4])
+    shutil.rmtree(folder / f"emoji_{name}")
+
+
+@pytest.mark.slow
+def test_tuning_goes_on_from_another_run(folder):
+    """Locked-image tuning and another picture size: lower from the first step, and falling."""
+    first = train_experiment("vit", folder, steps=40)
+    for name in ("lit", "finetune"):
+        losses = train_experiment(name, folder, steps=12)
+        assert losses[0] < np.mean(first[:4])
+        assert np.mean(losses[-4:]) < 0.8 * np.mean(first[:4])
+    before = clip_jax.load(folder / "emoji_vit").params
+    after = clip_jax.load(folder / "emoji_lit").params
+    jax.tree.map(np.testing.assert_array_equal, before["visual"], after["visual"])
+    assert clip_jax.load(folder / "emoji_finetune").config.vision.image_size == 64
+
+
+@pytest.mark.slow
+def test_clipa_goes_from_short_to_full(folder):
+    short = train_experiment("clipa_short", folder, steps=40)
+    full = train_experiment("clipa_full", folder, steps=20)
+    assert np.mean(short[-4:]) < 0.7 * np.mean(short[:4])
+    assert full[0] < np.mean(short[:4]) and np.mean(full[-4:]) < full[0]
+    for name, sizes in (("short", (24, 8)), ("full", (32, 16))):
+        config = clip_jax.load(folder / f"emoji_clipa_{name}").config
+        assert (config.vision.image_size, config.text.context_length) == sizes
