@@ -25,6 +25,7 @@ from clip_jax.models.attention import (
 from clip_jax.models.clip import CLIP, attention_line
 from clip_jax.models.execution import Execution
 from clip_jax.models.flops import image_flops
+from clip_jax.models.stack import stack_layers
 from clip_jax.models.zoo import MODELS
 
 AMPERE, HOPPER = Accelerator("cuda", (8, 0)), Accelerator("cuda", (9, 0))
@@ -165,7 +166,7 @@ def train_gradients(model, variables, images, tokens, kept_Bl=None):
     return rest, grads
 
 
-@pytest.mark.parametrize("name", ["vit", "convnet", "resnet"])
+@pytest.mark.parametrize("name", ["vit", "convnet", pytest.param("resnet", marks=pytest.mark.slow)])
 def test_recomputing_changes_nothing(name):
     """The same operations once more: values, gradients and batch statistics."""
     config = DEEP[name]
@@ -194,8 +195,6 @@ def residual_bytes(model, variables, images, tokens):
 def test_each_kind_of_remat_keeps_less(scan):
     variables = random_variables(VIT)
     model = CLIP(VIT, scan=scan)
-    from clip_jax.models.stack import stack_layers
-
     variables = stack_layers(variables) if scan else variables
     arrays = inputs(VIT, batch=32)
     kept = [

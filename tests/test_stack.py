@@ -68,10 +68,10 @@ def test_a_stacked_model_has_the_stacked_parameters(name):
 @pytest.mark.parametrize(
     ("name", "how"),
     [
-        ("vit", {}),
-        ("vit", {"read_early": False, "remat": "blocks"}),
-        ("clipa", {"remat": "dots"}),
-        ("siglip", {"remat": "full"}),
+        ("vit", {"remat": "blocks"}),
+        pytest.param("vit", {"read_early": False}, marks=pytest.mark.slow),
+        pytest.param("clipa", {"remat": "dots"}, marks=pytest.mark.slow),
+        pytest.param("siglip", {"remat": "full"}, marks=pytest.mark.slow),
     ],
 )
 def test_a_loop_over_blocks_equals_the_blocks(name, how):
