@@ -4,6 +4,7 @@ Each choice is equal to the plain form to rounding, and tested against it in val
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -86,3 +87,21 @@ def remat_tower(
 ) -> Callable[..., Any]:
     """A tower's module, computed again from its inputs where `how.remat` is "full"."""
     return nn.remat(tower, static_argnums=static_argnums) if how.remat == "full" else tower
+
+
+def merged_product(x: Any, kernel: Any, dimension_numbers: Any, **options: Any) -> Any:
+    """A dense layer's `dot_general`; on a CPU a product of two matrices, axes merged.
+
+    The same sums. A CPU's compiler gives two matrices to its library as they are, transposed for
+    the gradients too. Of more axes it lays out a copy for the kernel's gradient, in a loop into
+    which it fuses all that the operand was made of: the whole residual stream, once a layer.
+    """
+    if jax.default_backend() != "cpu":
+        return jax.lax.dot_general(x, kernel, dimension_numbers, **options)
+    (x_axes, kernel_axes), _ = dimension_numbers
+    size = math.prod(x.shape[axis] for axis in x_axes)
+    rows, columns = x.shape[: x_axes[0]], kernel.shape[len(kernel_axes) :]
+    product = jax.lax.dot_general(
+        x.reshape(-1, size), kernel.reshape(size, -1), (((1,), (0,)), ((), ())), **options
+    )
+    return product.reshape(*rows, *columns)

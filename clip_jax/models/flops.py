@@ -28,11 +28,15 @@ def _one_query(length: int, width: int, mlp_width: int) -> int:
     return 2 * (length * 2 * width**2 + once) + 4 * length * width
 
 
-def _vit(c: ViTConfig, embed_dim: int) -> int:
+def _vit(c: ViTConfig, embed_dim: int, kept_patches: int | None) -> int:
+    # All patches are projected before some are left out.
     total = 2 * c.grid_size**2 * 3 * c.patch_size**2 * c.width
-    total += _blocks(c.length, c.width, c.mlp_width, c.layers, read_one=c.pool == "token")
+    patches = c.grid_size**2 if kept_patches is None else kept_patches
+    total += _blocks(
+        patches + c.class_token, c.width, c.mlp_width, c.layers, read_one=c.pool == "token"
+    )
     if c.pool == "map":
-        total += _one_query(c.grid_size**2, c.width, c.mlp_width)
+        total += _one_query(patches, c.width, c.mlp_width)
     return total + 2 * c.width * embed_dim * c.project
 
 
@@ -68,13 +72,13 @@ def _resnet(c: ResNetConfig, embed_dim: int) -> int:
     return total + 2 * fan_in * embed_dim
 
 
-def image_flops(config: CLIPConfig) -> int:
-    """Operations to embed one image."""
+def image_flops(config: CLIPConfig, kept_patches: int | None = None) -> int:
+    """Operations to embed one image, or so many of its patches."""
     if isinstance(config.vision, ResNetConfig):
         return _resnet(config.vision, config.embed_dim)
     if isinstance(config.vision, ConvNetConfig):
         return _convnet(config.vision, config.embed_dim)
-    return _vit(config.vision, config.embed_dim)
+    return _vit(config.vision, config.embed_dim, kept_patches)
 
 
 def text_flops(config: CLIPConfig, length: int) -> int:
@@ -84,6 +88,9 @@ def text_flops(config: CLIPConfig, length: int) -> int:
     return blocks + 2 * c.width * config.embed_dim * c.project
 
 
-def train_flops_per_pair(config: CLIPConfig, length: int) -> int:
-    """Operations of a pair's training step; the backward pass is twice the forward."""
-    return 3 * (image_flops(config) + text_flops(config, length))
+def train_flops_per_pair(config: CLIPConfig, length: int, kept_patches: int | None = None) -> int:
+    """Operations of a pair's training step; the backward pass is twice the forward.
+
+    What `remat` computes again is not counted: the model needs it no second time.
+    """
+    return 3 * (image_flops(config, kept_patches) + text_flops(config, length))

@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from clip_jax.models.attention import attend
-from clip_jax.models.execution import Execution, remat_block
+from clip_jax.models.execution import Execution, merged_product, remat_block
 
 Initializer = Callable[..., jax.Array]
 
@@ -142,6 +142,7 @@ class Attention(nn.Module):
                 (self.heads, width // self.heads),
                 kernel_init=self.block_init.attention_in,
                 dtype=self.how.dtype,
+                dot_general=merged_product,
                 name=name,
             )
 
@@ -161,6 +162,7 @@ class Attention(nn.Module):
             axis=(-2, -1),
             kernel_init=self.block_init.attention_out,
             dtype=self.how.dtype,
+            dot_general=merged_product,
             name="out_proj",
         )(y_BLNK)
 
@@ -181,6 +183,7 @@ class MLP(nn.Module):
             kernel_init=self.block_init.c_fc,
             bias_init=self.block_init.mlp_bias(width),
             dtype=self.dtype,
+            dot_general=merged_product,
             name="c_fc",
         )(x)
         return nn.Dense(
@@ -188,6 +191,7 @@ class MLP(nn.Module):
             kernel_init=self.block_init.c_proj,
             bias_init=self.block_init.mlp_bias(self.mlp_width),
             dtype=self.dtype,
+            dot_general=merged_product,
             name="c_proj",
         )(ACTIVATIONS[self.activation](h))
 

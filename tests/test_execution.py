@@ -1,0 +1,240 @@
+"""How a model is computed changes nothing but rounding: kernels, recomputation, kept patches."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_models import assert_trees_close
+from test_stack import DEEP, inputs, random_variables
+from tiny import SIGLIP, VIT
+
+from clip_jax.errors import UserError
+from clip_jax.models.attention import (
+    Accelerator,
+    attend,
+    choose_kernel,
+    even_attention,
+    heads_first_attention,
+    this_accelerator,
+)
+from clip_jax.models.clip import CLIP, attention_line
+from clip_jax.models.execution import Execution
+from clip_jax.models.flops import image_flops
+from clip_jax.models.stack import stack_layers
+from clip_jax.models.zoo import MODELS
+
+AMPERE, HOPPER = Accelerator("cuda", (8, 0)), Accelerator("cuda", (9, 0))
+CPU = Accelerator("cpu")
+
+
+@pytest.mark.parametrize(
+    ("on", "dtype", "head_size", "queries", "keys", "kernel"),
+    [
+        (AMPERE, "bfloat16", 64, 50, 50, "cudnn"),
+        (AMPERE, "float16", 64, 77, 77, "cudnn (77 padded to 78)"),
+        (HOPPER, "bfloat16", 72, 257, 257, "cudnn (257 padded to 258)"),
+        (HOPPER, "bfloat16", 64, 2, 257, "cudnn (257 padded to 258)"),
+        (HOPPER, "bfloat16", 256, 50, 50, "cudnn"),
+        (AMPERE, "bfloat16", 136, 50, 50, "xla (heads of 136 features, more than 128)"),
+        (HOPPER, "bfloat16", 264, 50, 50, "xla (heads of 264 features, more than 256)"),
+        (HOPPER, "bfloat16", 60, 50, 50, "xla (heads of 60 features, no multiple of 8)"),
+        (HOPPER, "float32", 64, 50, 50, "xla (float32 activations; it takes bfloat16)"),
+        (HOPPER, "bfloat16", 64, 1, 50, "xla (one query)"),
+        (
+            Accelerator("cuda", (7, 5)),
+            *("bfloat16", 64, 50, 50),
+            "xla (a GPU of compute capability 7.5, below 8.0)",
+        ),
+        (Accelerator("rocm"), "bfloat16", 64, 50, 50, "xla (no NVIDIA GPU but rocm)"),
+        (Accelerator("tpu"), "bfloat16", 64, 50, 50, "xla (no NVIDIA GPU but tpu)"),
+        (CPU, "bfloat16", 64, 50, 50, "xla (no NVIDIA GPU but cpu)"),
+    ],
+)
+def test_the_kernel_is_a_function_of_device_type_and_sizes(
+    on, dtype, head_size, queries, keys, kernel
+):
+    sizes = {"dtype": dtype, "head_size": head_size, "queries": queries, "keys": keys}
+    assert str(choose_kernel("auto", on, **sizes)) == kernel
+    assert str(choose_kernel("xla", on, **sizes)) == "xla"
+    if kernel.startswith("cudnn") or queries == 1:
+        assert str(choose_kernel("cudnn", on, **sizes)) == kernel
+        return
+    with pytest.raises(UserError, match=r'"cudnn", which cannot run here: .*; choose "auto" or'):
+        choose_kernel("cudnn", on, **sizes)
+
+
+def test_one_line_says_what_each_tower_uses():
+    config = MODELS["ViT-L/14"]
+    model = CLIP(config, dtype=jnp.bfloat16)
+    assert attention_line(model, HOPPER) == (
+        "attention: image tower cudnn (257 padded to 258), "
+        "text tower cudnn (77 padded to 78), causal"
+    )
+    assert "image tower cudnn (129 padded to 130)," in attention_line(model, HOPPER, 128)
+    resnet = CLIP(MODELS["RN50"], dtype=jnp.bfloat16)
+    assert "image tower xla (one query)," in attention_line(resnet, HOPPER)
+    assert "image tower none," in attention_line(CLIP(MODELS["ConvNet-48"]), CPU)
+    with pytest.raises(UserError, match="cannot run here: no NVIDIA GPU but cpu;"):
+        attention_line(CLIP(config, attention="cudnn"), this_accelerator())
+
+
+def test_a_choice_that_does_not_exist_is_a_user_error():
+    for choice in ({"attention": "flash"}, {"remat": "all"}):
+        with pytest.raises(UserError, match="must be one of"):
+            Execution(**choice)
+
+
+def random_heads(seed, batch, queries, keys, heads=2, size=8):
+    rng = np.random.default_rng(seed)
+    shapes = [(batch, rows, heads, size) for rows in (queries, keys, keys)]
+    return [jnp.asarray(3 * rng.standard_normal(shape), jnp.float32) for shape in shapes]
+
+
+def with_gradients(form, *arrays):
+    """The result and the gradients of a weighted sum of it."""
+
+    def total(*arrays):
+        y = form(*arrays)
+        return jnp.sum(jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape) * y), y
+
+    (_, y), grads = jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True)(*arrays)
+    return y, grads
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 7), st.integers(1, 7), st.booleans(), st.booleans())
+def test_every_form_of_attention_equals_jaxs(batch, queries, keys, is_causal, some_visible):
+    """In values and gradients: with a row more where a length is odd, and heads first."""
+    keys = queries if is_causal else keys
+    arrays = random_heads(queries * 8 + keys, batch, queries, keys)
+
+    def plain(q, k, v, visible_B=None):
+        return jax.nn.dot_product_attention(
+            q, k, v, is_causal=is_causal, key_value_seq_lengths=visible_B, implementation="xla"
+        )
+
+    def evened(q, k, v):
+        return even_attention(q, k, v, is_causal=is_causal, implementation="xla")
+
+    assert_trees_close(with_gradients(evened, *arrays), with_gradients(plain, *arrays))
+    visible_B = jnp.arange(batch, dtype=jnp.int32) % keys + 1 if some_visible else None
+
+    def heads_first(q, k, v):
+        return heads_first_attention(q, k, v, is_causal=is_causal, visible_B=visible_B)
+
+    want = with_gradients(lambda *x: plain(*x, visible_B), *arrays)
+    assert_trees_close(with_gradients(heads_first, *arrays), want)
+
+
+def test_the_softmax_of_bfloat16_attention_is_in_float32():
+    """On the same bfloat16 inputs only the rounding of probabilities and result is left."""
+    q, k, v = (x.astype(jnp.bfloat16) for x in random_heads(0, 4, 33, 33, size=64))
+    exact = attend(*(x.astype(jnp.float32) for x in (q, k, v)))
+    got = attend(q, k, v)
+    assert got.dtype == jnp.bfloat16
+    # Half a unit in the last of 8 bits, 2^-9, relative: once of every probability (they sum to 1)
+    # and once of the result; |v| and the result are at most max|v|.
+    largest = float(jnp.abs(v).max())
+    assert float(jnp.abs(got - exact).max()) <= 2 * 2**-9 * largest
+    logits = jnp.einsum("blnk,bmnk->bnlm", q, k) * jnp.bfloat16(64**-0.5)
+    assert logits.dtype == jnp.bfloat16
+    rough = jnp.einsum("bnlm,bmnk->blnk", jax.nn.softmax(logits, axis=-1), v)
+    # Logits of some tens, rounded to 8 bits, are a tenth off: the bound can fail.
+    assert float(jnp.abs(rough - exact).max()) > 4 * 2 * 2**-9 * largest
+
+
+def train_gradients(model, variables, images, tokens, kept_Bl=None):
+    def total(params):
+        (z_image, z_text), updated = model.apply(
+            {**variables, "params": params},
+            images,
+            tokens,
+            True,
+            None,
+            kept_Bl,
+            mutable=["batch_stats"],
+        )
+        weights = jnp.cos(jnp.arange(z_image.size, dtype=jnp.float32)).reshape(z_image.shape)
+        return jnp.sum(weights * (z_image + 2 * z_text)), (z_image, z_text, updated)
+
+    (_, rest), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(variables["params"])
+    return rest, grads
+
+
+@pytest.mark.parametrize("name", ["vit", "convnet", pytest.param("resnet", marks=pytest.mark.slow)])
+def test_recomputing_changes_nothing(name):
+    """The same operations once more: values, gradients and batch statistics."""
+    config = DEEP[name]
+    variables, arrays = random_variables(config), inputs(config)
+    want = train_gradients(CLIP(config), variables, *arrays)
+    for remat in ("dots", "blocks", "full"):
+        got = train_gradients(CLIP(config, remat=remat), variables, *arrays)
+        assert_trees_close(got, want)
+
+
+def residual_bytes(model, variables, images, tokens):
+    """Bytes the forward pass keeps for the backward pass, the arguments aside."""
+
+    def total(params):
+        features, _ = model.apply(
+            {**variables, "params": params}, images, tokens, True, mutable=["batch_stats"]
+        )
+        return jnp.sum(features[0] + features[1])
+
+    _, pullback = jax.eval_shape(lambda p: jax.vjp(total, p), variables["params"])
+    params = sum(x.size for x in jax.tree.leaves(variables["params"]))
+    return 4 * (sum(x.size for x in jax.tree.leaves(pullback)) - params)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_each_kind_of_remat_keeps_less(scan):
+    variables = random_variables(VIT)
+    model = CLIP(VIT, scan=scan)
+    variables = stack_layers(variables) if scan else variables
+    arrays = inputs(VIT, batch=32)
+    kept = [
+        residual_bytes(model.clone(remat=remat), variables, *arrays)
+        for remat in ("none", "dots", "blocks", "full")
+    ]
+    assert all(less < 0.6 * more for more, less in itertools.pairwise(kept)), kept
+
+
+@pytest.mark.parametrize("config", [VIT, SIGLIP], ids=["vit", "siglip"])
+def test_kept_patches_alone_matter(config):
+    """All in another order change nothing; of a choice, the others' pixels change nothing."""
+    variables, (images, _) = random_variables(config), inputs(config, batch=2)
+    encode = jax.jit(
+        lambda images, kept_Bl: CLIP(config).apply(
+            variables, images, True, None, kept_Bl, method="encode_image"
+        )
+    )
+    patches, grid, size = config.vision.grid_size**2, config.vision.grid_size, 8
+    rng = np.random.default_rng(0)
+    order_BL = np.stack([rng.permutation(patches) for _ in range(2)]).astype(np.int32)
+    whole = encode(images, None)
+    # Attention and pooling sum over patches in another order: some epsilons of values around 1.
+    np.testing.assert_allclose(encode(images, order_BL), whole, atol=5e-6, rtol=2e-5)
+    kept_Bl = order_BL[:, :5]
+    few = encode(images, kept_Bl)
+    assert float(jnp.abs(few - whole).max()) > 1e-3
+    other = np.asarray(images).copy()
+    for row, order in enumerate(order_BL):
+        for patch in order[5:]:
+            i, j = divmod(int(patch), grid)
+            other[row, i * size : (i + 1) * size, j * size : (j + 1) * size] += 1
+    np.testing.assert_array_equal(encode(jnp.asarray(other), kept_Bl), few)
+
+
+def test_flops_of_kept_patches_are_those_of_a_shorter_sequence():
+    config = MODELS["ViT-B/16"]
+    vision = config.vision
+    half = dataclasses.replace(config, vision=dataclasses.replace(vision, image_size=7 * 16))
+    projection = 2 * 3 * 16**2 * vision.width
+    # Of 196 patches 49 stay, as in a picture of half the side; all 196 are projected.
+    assert image_flops(config, 49) == image_flops(half) + (196 - 49) * projection
+    assert image_flops(config, 196) == image_flops(config)
