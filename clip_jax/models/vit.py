@@ -99,8 +99,8 @@ class ViTConfig:
 class PatchProjection(nn.Module):
     """A convolution whose stride is its size, as one matrix product of the patches.
 
-    Each output is the same sum over one patch. On a CPU the product takes half of the
-    convolution's time, forward and backward.
+    Each output is the same sum over one patch. On a CPU at patches of 32 the product takes about
+    half of the convolution's time, forward and backward.
     """
 
     width: int
