@@ -11,7 +11,6 @@ import numpy as np
 from clip_jax.api import LoadedCLIP
 from clip_jax.config import default, resolve
 from clip_jax.mesh import place_batch
-from clip_jax.models.stack import stack_layers
 from clip_jax.state import TrainState, init_state, state_shapes
 from clip_jax.step import TrainStep
 from clip_jax.wiring import Wiring, make_step, wire
@@ -47,9 +46,6 @@ def make_run(
     values.data.streams = 1
     values.model.dtype = options.dtype
     values.optim.learning_rate = 1e-5
-    # On a CPU the loop is the faster form: outside it XLA computes the residual stream anew, from
-    # its first block on, for every weight's gradient (docs/performance.md).
-    values.model.scan = options.device == "cpu"
     config = resolve(values)
     w = wire(config, config.train.steps)
     # The run's own model with the loaded one's sizes, which are open_clip's.
@@ -57,7 +53,6 @@ def make_run(
     w = dataclasses.replace(w, model=model, shapes=state_shapes(model, w.optimizer, w.mesh))
     # The step takes its state's memory: the loaded weights stay, it gets a copy.
     params = jax.tree.map(jnp.copy, loaded.params)
-    params = stack_layers(params) if model.scan else params
     state = init_state(model, w.optimizer, w.shapes, seed=0).replace(params=params)
     # Laid out as the step returns it, or the second call would compile again.
     state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, w.shapes))

@@ -92,10 +92,11 @@ def test_no_logits_travel(form):
 def test_fsdp_gathers_one_matrix_at_a_time_and_no_activations(form):
     step = step_of(form)
     params = jax.tree_util.tree_leaves_with_path(step.shapes.params)
-    # Of a stack, one layer at a time.
-    whole = {
-        squeezed(x.shape[1:] if "/resblocks/" in path_name(path) else x.shape) for path, x in params
-    }
+    # Of a stack, one layer at a time; heads and their size as one axis where they are multiplied.
+    shapes = [x.shape[1:] if "/resblocks/" in path_name(path) else x.shape for path, x in params]
+    three = [shape for shape in shapes if len(shape) == 3]
+    merged = [(a, b * c) for a, b, c in three] + [(a * b, c) for a, b, c in three]
+    whole = {squeezed(shape) for shape in shapes + merged}
     whole |= {(PAIRS, VIT.embed_dim), (PAIRS,)}
     for dims, exchange in arrays(step, "all-gather"):
         assert dims in whole, (dims, exchange.instruction.op_name)

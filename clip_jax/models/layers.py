@@ -109,13 +109,15 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        # Flax's fast variance, E[x^2] - E[x]^2, cancels where the mean is large.
-        norm = nn.LayerNorm(
-            epsilon=self.epsilon, dtype=jnp.float32, use_fast_variance=False, name="norm"
-        )
-        # share_scope keeps `scale` and `bias` directly under this module's own name.
-        nn.share_scope(self, norm)
-        return norm(x.astype(jnp.float32)).astype(x.dtype)
+        # In two passes: flax's fast variance, E[x^2] - E[x]^2, cancels where the mean is large.
+        x32 = x.astype(jnp.float32)
+        deviation = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(deviation), axis=-1, keepdims=True)
+        scale_D = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        bias_D = self.param("bias", nn.initializers.zeros, x.shape[-1:])
+        # In this order nothing but the result is as large as x.
+        y = deviation * jax.lax.rsqrt(variance + self.epsilon) * scale_D + bias_D
+        return y.astype(x.dtype)
 
 
 class Attention(nn.Module):
