@@ -13,6 +13,7 @@ from ml_collections import config_flags
 
 from clip_jax.config import known_keys, resolve, unknown_key_message
 from clip_jax.errors import UserError, run_command
+from clip_jax.host_memory import keep_freed_memory
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "An experiment file; --config.a.b=value overrides a field."
@@ -105,6 +106,7 @@ def main() -> int:
     workdir = _WORKDIR.value
     if workdir is None and not _DRY_RUN.value:
         raise UserError("--workdir is missing; for example --workdir runs/emoji")
+    keep_freed_memory()
     # Only now the heavy imports: a misspelt key answers at once.
     join()
     from clip_jax import distributed, train, wiring

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "clip_jax"
 
 # Rooms by level; a room may import rooms of lower levels, and those named beside it.
 LEVELS = [
-    {"errors", "files", "protobuf", "typing"},
+    {"errors", "files", "host_memory", "protobuf", "typing"},
     {"models", "losses", "data", "tokenizers", "augment", "mesh", "optim", "metrics", "config"}
     | {"signals", "cluster"},
     {"sharding", "workdir", "distributed"},
