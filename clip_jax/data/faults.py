@@ -24,11 +24,13 @@ class SkipLog:
     Attributes:
       counts: cause -> rows handed out as placeholders.
       shards: cause -> shards that were left out at the start.
+      left_out: (cause, name, detail) of each of those.
     """
 
     def __init__(self, path: Path | None = None, max_fraction: float = 1.0):
         self.counts: Counter[str] = Counter()
         self.shards: Counter[str] = Counter()
+        self.left_out: list[tuple[str, str, str]] = []
         self._max_fraction = max_fraction
         self._path = path
         self._listed: set[str] = set()
@@ -43,6 +45,7 @@ class SkipLog:
     def shard(self, cause: str, name: str, detail: str) -> None:
         """Take in a shard that is left out."""
         self.shards[cause] += 1
+        self.left_out.append((cause, name, detail))
         self._first = self._first or detail
         self._list(cause, name, detail)
 
