@@ -6,13 +6,12 @@ become `.txt`, fields `.json` and class numbers `.cls`. The same command goes on
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
+from clip_jax.data.bar import bar
 from clip_jax.data.faults import SkipLog
 from clip_jax.data.opening import open_sources
 from clip_jax.data.shard_set import ShardSet, Written, claim, write_set
@@ -32,12 +31,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--unique-keys", action="store_true", help="the first sample of a key")
     parser.add_argument("--threads", type=int, default=4, help="shards written at a time")
     return parser.parse_args(argv)
-
-
-def bar(total: int, title: str, unit: str = "pair", *, initial: int = 0) -> tqdm:
-    """Count, rate and time left, on stderr; redrawn rarely where that is a file."""
-    pace = 0.1 if sys.stderr.isatty() else 10.0
-    return tqdm(total=total, desc=title, unit=unit, initial=initial, mininterval=pace)
 
 
 def shard(

@@ -70,10 +70,12 @@ def image_suffix(data: bytes) -> str:
 
 
 def read_sample(index: ShardIndex, i: int, handles: Handles) -> Sample:
-    """Every part of a sample; a caption may be absent where there is a label.
+    """Every part of a sample, as evaluation asks for them: no caption is needed beside a label.
+
+    Fields that are no JSON are none: neither training nor evaluation would ask for them.
 
     Raises:
-      Unusable, ImageError, OSError: a part cannot be read.
+      Unusable, ImageError, OSError: picture, caption or label cannot be read.
     """
     label = index.label(i, handles)
     try:
@@ -82,8 +84,11 @@ def read_sample(index: ShardIndex, i: int, handles: Handles) -> Sample:
         if label < 0 or e.cause not in ("no_caption", "empty_caption"):
             raise
         captions = []
-    image = index.image(i, handles)
-    return Sample(index.key(i), image, captions, index.record(i, handles), label)
+    try:
+        record = index.record(i, handles)
+    except Unusable:
+        record = {}
+    return Sample(index.key(i), index.image(i, handles), captions, record, label)
 
 
 def safe_key(key: str) -> str:
