@@ -21,11 +21,12 @@ from jaxtyping import Int64
 
 from clip_jax.data.images import ImageError
 from clip_jax.data.index import Entry, entry_of, write_index
+from clip_jax.data.receipt import claim_folder
 from clip_jax.data.samples import Handles, ShardIndex, Unusable
 from clip_jax.data.sources import fingerprint
 from clip_jax.data.tar_shards import INDEX_ENDING, index_shard, side_file
 from clip_jax.data.tar_writer import Sample, Shrink, image_suffix, read_sample, write_shard
-from clip_jax.errors import UserError, short
+from clip_jax.errors import UserError
 from clip_jax.files import whole_file
 
 RECEIPT = "shards.json"
@@ -80,7 +81,7 @@ def claim(shards: ShardSet, about: Mapping[str, Any]) -> None:
     """Make the folder with its receipt, or make sure that its receipt is this one.
 
     Args:
-      about: what the user asked for, by its flag.
+      about: what the user asked for, by its flag; a source is known by its fingerprint.
 
     Raises:
       UserError: the folder holds something else; the first difference is named.
@@ -92,23 +93,7 @@ def claim(shards: ShardSet, about: Mapping[str, Any]) -> None:
         "samples": len(shards.rows),
         "their places": digest,
     }
-    path = shards.out / RECEIPT
-    if not path.exists():
-        if shards.out.is_file() or (shards.out.is_dir() and any(shards.out.iterdir())):
-            raise UserError(f"{shards.out} holds something else: name another folder")
-        with whole_file(path) as partial:
-            partial.write_text(json.dumps(receipt, indent=1) + "\n", encoding="utf-8")
-        return
-    try:
-        old = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise UserError(f"{path} cannot be read: {short(e)}; name another folder") from e
-    for name in receipt:
-        if old.get(name) != receipt[name]:
-            raise UserError(
-                f"{shards.out} was begun with another {name} ({old.get(name)!s:.60}, now"
-                f" {receipt[name]!s:.60}): name another folder, or delete it"
-            )
+    claim_folder(shards.out, receipt, name=RECEIPT)
 
 
 def done_shard(shards: ShardSet, k: int) -> Written | None:
