@@ -14,9 +14,10 @@ import numpy as np
 from clip_jax import distributed
 from clip_jax.checkpoint import Checkpoints, check_fingerprint
 from clip_jax.config import Config
+from clip_jax.data.lazy import lacking
 from clip_jax.data.loader import Batch, bucket_length
 from clip_jax.data.opening import TrainingData
-from clip_jax.data.sources import fingerprint, incomplete
+from clip_jax.data.sources import fingerprint
 from clip_jax.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED, UserError
 from clip_jax.evaluate import evaluate_workdir
 from clip_jax.initial import start_state
@@ -167,8 +168,8 @@ def _summary(config: Config, w: Wiring, data: TrainingData, pairs: int, steps: i
         for cause, n in data.log.shards.items()
     ]
     lines += [
-        f"{len(keys)} samples have {cause.replace('_', ' ')} and are left out, first {keys[0]}"
-        for cause, keys in incomplete(data.indexes).items()
+        f"{count} samples have {cause.replace('_', ' ')} and are left out, first {first}"
+        for cause, (count, first) in lacking(data.indexes).items()
     ]
     return "\n".join(lines)
 
