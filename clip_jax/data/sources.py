@@ -183,6 +183,8 @@ def _expand_folder(folder: str) -> list[str]:
     if tfds_source.is_tfds_folder(folder):
         return [f"tfds:{folder}"]
     found = _of_one_kind(files)
+    if all(os.path.isdir(file.removesuffix(".parquet")) for file in found):
+        found = []  # img2dataset's "files" layout: its lists of addresses, beside the pictures
     for name in _METADATA:
         if not found and os.path.isfile(os.path.join(folder, name)):
             found = [os.path.join(folder, name)]
