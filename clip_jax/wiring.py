@@ -290,7 +290,9 @@ def open_data(config: Config, workdir: str) -> TrainingData:
       UserError: a source cannot be read, or too many of its shards.
     """
     d = config.data
-    log = SkipLog(Path(workdir) / SKIPPED, d.max_skip_fraction)
+    log = SkipLog(
+        Path(workdir) / SKIPPED, d.max_skip_fraction, process=distributed.process_index()
+    )
     sources = open_sources(
         d.train,
         where=d.filter,
