@@ -290,9 +290,7 @@ def open_data(config: Config, workdir: str) -> TrainingData:
       UserError: a source cannot be read, or too many of its shards.
     """
     d = config.data
-    log = SkipLog(
-        Path(workdir) / SKIPPED, d.max_skip_fraction, process=distributed.process_index()
-    )
+    log = SkipLog(Path(workdir) / SKIPPED, d.max_skip_fraction, process=distributed.process_index())
     sources = open_sources(
         d.train,
         where=d.filter,

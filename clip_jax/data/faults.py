@@ -29,13 +29,15 @@ class SkipLog:
     Attributes:
       counts: cause -> rows handed out as placeholders.
       shards: cause -> shards that were left out at the start.
-      left_out: (cause, name, detail) of each of those.
+      lost: (cause, name, detail) of each of those.
+      left_out: cause -> samples that are not in the data at all, because the config says so.
     """
 
     def __init__(self, path: Path | None = None, max_fraction: float = 1.0, *, process: int = 0):
         self.counts: Counter[str] = Counter()
         self.shards: Counter[str] = Counter()
-        self.left_out: list[tuple[str, str, str]] = []
+        self.lost: list[tuple[str, str, str]] = []
+        self.left_out: Counter[str] = Counter()
         self._max_fraction = max_fraction
         self._process = process
         self._path = path
@@ -54,16 +56,24 @@ class SkipLog:
     def shard(self, cause: str, name: str, detail: str) -> None:
         """Take in a shard that is left out, which all processes do."""
         self.shards[cause] += 1
-        self.left_out.append((cause, name, detail))
+        self.lost.append((cause, name, detail))
         self._first = self._first or detail
         if not self._process:
             self._list(cause, name, detail)
 
-    def check_rows(self, rows: int) -> None:
-        """Raises UserError with the table of causes when too many of `rows` were skipped."""
-        skipped = self.counts.total()
-        if skipped > self._max_fraction * max(rows, MIN_ROWS):
-            raise self._too_many(self.counts, skipped, rows, "samples")
+    def repeated(self, name: str) -> None:
+        """Take in a sample whose key came before, which all processes leave out."""
+        self.left_out["duplicate_key"] += 1
+        if not self._process:
+            self._list("duplicate_key", name, "a sample with this key came before")
+
+    def is_too_much(self, skipped: int, rows: int) -> bool:
+        """Whether a run may not go on that skipped so many of `rows`."""
+        return skipped > self._max_fraction * max(rows, MIN_ROWS)
+
+    def too_much(self, counts: Counter[str], rows: int) -> UserError:
+        """The error of such a run, with the table of causes."""
+        return self._too_many(counts, counts.total(), rows, "samples")
 
     def check_shards(self, shards: int) -> None:
         """Raises UserError with the table of causes when too many of `shards` were left out."""

@@ -161,7 +161,7 @@ def filter_set(
         encoders, indexes, Path(out) / SCORES, batch_size=batch_size, threads=threads
     )
     lines = [scores_text(scores_B, skipped, Path(out) / SCORES)]
-    lines += [f"left out: {name}: {cause}" for cause, name, _ in log.left_out]
+    lines += [f"left out: {name}: {cause}" for cause, name, _ in log.lost]
     if not scores_only:
         rows = select(scores_B, threshold=threshold, top=top)
         shards = ShardSet(

@@ -113,7 +113,7 @@ def _of_shards(indexes: Sequence[ShardIndex], log: SkipLog) -> dict[str, Any]:
     ]
     return {
         "shards": len(indexes),
-        "bad_shards": [{"cause": c, "name": n, "detail": d} for c, n, d in log.left_out],
+        "bad_shards": [{"cause": c, "name": n, "detail": d} for c, n, d in log.lost],
         "samples": len(first),
         "repeated_keys": int((~first).sum()),
         "first_repeated_keys": [f"{index.name}/{index.key(i)}" for index, i in places],

@@ -87,11 +87,17 @@ def open_sources(
         else:
             on_error = None if log is None else on_shard_error(log)
             found = index_shards(shards, threads, on_error=on_error)
-        sources.append([filtered(shard, conditions) for shard in found] if conditions else found)
+        if conditions:
+            kept = [filtered(shard, conditions) for shard in found]
+            if log is not None:
+                log.left_out["filtered"] += sum(map(len, found)) - sum(map(len, kept))
+            found = kept
+        sources.append(found)
     if log is not None:
         log.check_shards(named)
     if unique_keys:
-        flat = iter(without_repeats([shard for source in sources for shard in source]))
+        line = [shard for source in sources for shard in source]
+        flat = iter(without_repeats(line, log.repeated) if log else without_repeats(line))
         sources = [[next(flat) for _ in source] for source in sources]
     return sources
 

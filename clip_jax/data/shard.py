@@ -71,7 +71,7 @@ def shard(
         written = write_set(shards, threads=threads, progress=progress.update)
     return told(shards, written) + "".join(
         f"\nleft out: {detail if cause != 'shard_missing' else f'{name}, which is missing'}"
-        for cause, name, detail in log.left_out
+        for cause, name, detail in log.lost
     )
 
 

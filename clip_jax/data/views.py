@@ -156,12 +156,21 @@ def first_of_key(shards: Sequence[ShardIndex]) -> Bool[np.ndarray, " samples"]:
     return first
 
 
-def without_repeats(shards: Sequence[ShardIndex]) -> list[ShardIndex]:
-    """The shards without the samples whose key came before, in any of them."""
+def without_repeats(
+    shards: Sequence[ShardIndex], on_repeat: Callable[[str], None] = lambda name: None
+) -> list[ShardIndex]:
+    """The shards without the samples whose key came before, in any of them.
+
+    Args:
+      on_repeat: called with "shard/key" of every sample that is left out.
+    """
     first = first_of_key(shards)
     starts = np.cumsum([0, *map(len, shards)])
     out: list[ShardIndex] = []
     for shard, start in zip(shards, starts[:-1], strict=True):
-        keep = np.flatnonzero(first[start : start + len(shard)])
+        is_first = first[start : start + len(shard)]
+        keep = np.flatnonzero(is_first)
+        for i in np.flatnonzero(~is_first):
+            on_repeat(f"{shard.name}/{shard.key(int(i))}")
         out.append(shard if len(keep) == len(shard) else View(shard, keep=keep.astype(np.int64)))
     return out
