@@ -108,6 +108,8 @@ class DataSection:
     """Largest share of samples, and of shards, that may be unreadable before the run ends."""
     max_pixels: int = 89_478_485
     """Pictures with more are skipped before they are decoded."""
+    log_keys: bool = False
+    """Write the keys of every step's samples to keys-N.jsonl in the work folder."""
     tokenizer: str = "clip"
     """"clip" (with `model.init_from`: the checkpoint's own), or a sentencepiece .model file."""
     streams: int = 8

@@ -7,6 +7,7 @@ import os
 import re
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -139,6 +140,52 @@ class Throughput:
         return None if rate is None else max(self.steps - self._reports[-1][0], 0) / rate
 
 
+class DataWait:
+    """The share of time in which the devices had nothing to do, for want of the next batch.
+
+    A wait for a batch while a step still runs costs nothing: only what comes after the step's end
+    counts. Use it as a context manager around the fetching of a batch.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="step_end")
+        self._ended: Future[float] | None = None
+        self._since = self._start = time.perf_counter()
+        self._waited = 0.0
+
+    def dispatched(self, outputs: Any) -> None:
+        """A step that gives `outputs` was handed to the devices."""
+        self._ended = self._pool.submit(_when_ready, outputs)
+
+    def __enter__(self) -> "DataWait":
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        now = idle_since = time.perf_counter()
+        if self._ended is None:
+            idle_since = self._start
+        elif self._ended.done() and self._ended.exception() is None:
+            idle_since = max(self._start, self._ended.result())
+        self._waited += max(0.0, now - idle_since)
+
+    def share(self) -> float:
+        """In 0..1, since it was asked for the last time."""
+        now = time.perf_counter()
+        share = self._waited / max(now - self._since, 1e-9)
+        self._since, self._waited = now, 0.0
+        return share
+
+    def close(self) -> None:
+        """End its thread, which may be waiting for a step."""
+        self._pool.shutdown(wait=False)
+
+
+def _when_ready(outputs: Any) -> float:
+    jax.block_until_ready(outputs)
+    return time.perf_counter()
+
+
 class MetricsWriter:
     """Writes `metrics.jsonl`, one JSON object a line, and TensorBoard's files beside it.
 
@@ -242,8 +289,8 @@ def progress_line(
 ) -> str:
     """One line on a run; what is not in `metrics`, or None, is left out.
 
-    `metrics` may hold "loss", "scale", "image_accuracy", "text_accuracy", "learning_rate" and
-    "mfu"; accuracies and mfu are fractions.
+    `metrics` may hold "loss", "scale", "image_accuracy", "text_accuracy", "learning_rate",
+    "mfu" and "data_wait"; accuracies, mfu and data_wait are fractions.
     """
 
     def shown(name: str, form: str, factor: float = 1.0) -> list[str]:
@@ -259,7 +306,7 @@ def progress_line(
     parts += [" ".join(["acc", *accuracies])] if accuracies else []
     parts += shown("learning_rate", "lr {:.1e}")
     parts += [] if pairs_per_s is None else [f"{pairs_per_s:,.0f} pairs/s"]
-    parts += shown("mfu", "mfu {:.0f} %", 100.0)
+    parts += shown("mfu", "mfu {:.0f} %", 100.0) + shown("data_wait", "data wait {:.0f} %", 100.0)
     parts += [] if seconds_left is None else [f"left {clock(seconds_left)}"]
     return "  ".join(parts)
 

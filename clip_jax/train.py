@@ -14,14 +14,15 @@ import numpy as np
 from clip_jax import distributed
 from clip_jax.checkpoint import Checkpoints, check_fingerprint
 from clip_jax.config import Config
+from clip_jax.data.lazy import lacking
 from clip_jax.data.loader import Batch, bucket_length
 from clip_jax.data.opening import TrainingData
-from clip_jax.data.sources import fingerprint, incomplete
+from clip_jax.data.sources import fingerprint
 from clip_jax.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED, UserError
 from clip_jax.evaluate import evaluate_workdir
 from clip_jax.initial import start_state
 from clip_jax.mesh import batch_part, mesh_text, place_batch
-from clip_jax.progress import Report
+from clip_jax.progress import Report, SkipLimit
 from clip_jax.report import report
 from clip_jax.signals import catch_signals
 from clip_jax.state import TrainState, init_state, parameter_counts
@@ -167,8 +168,13 @@ def _summary(config: Config, w: Wiring, data: TrainingData, pairs: int, steps: i
         for cause, n in data.log.shards.items()
     ]
     lines += [
-        f"{len(keys)} samples have {cause.replace('_', ' ')} and are left out, first {keys[0]}"
-        for cause, keys in incomplete(data.indexes).items()
+        f"samples left out: {n:,} {cause.replace('_', ' ')}"
+        for cause, n in data.log.left_out.items()
+        if n
+    ]
+    lines += [
+        f"{count} samples have {cause.replace('_', ' ')} and are left out, first {first}"
+        for cause, (count, first) in lacking(data.indexes).items()
     ]
     return "\n".join(lines)
 
@@ -181,6 +187,17 @@ def device_part(batch: Batch) -> dict[str, np.ndarray]:
         "caption_id": batch["caption_id"],
         "ok": batch["ok"],
     }
+
+
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """A batch on the devices, or on its way: its arrays, keys and trimmed length, and the signal
+    that each process was asked to stop by, or 0."""
+
+    arrays: dict[str, jax.Array]
+    keys: list[str]
+    length: int
+    asked: np.ndarray
 
 
 def announced(
@@ -219,9 +236,10 @@ def train_loop(
 ) -> int:
     """Step until the end, a signal, or a loss that is not finite; the exit code.
 
-    The metrics of a step are read only after the next one is dispatched, so the device never
-    waits for the host. Processes agree on what depends on more than the step's number: how long
-    the captions are, and whether one of them was asked to stop.
+    The metrics of a step are read only after the next one is dispatched and the batch after that
+    is on its way, so the device never waits for the host. Processes agree on what depends on more
+    than the step's number: how long the captions are, whether one of them was asked to stop, and
+    how much was skipped.
     """
     start = int(state.step)
     train_step, evaluate = make_step(config, w), make_evaluation(config, w)
@@ -230,19 +248,37 @@ def train_loop(
         make_loader(config, w, data, start) as loader,
         catch_signals(distributed.tell) as stop,
     ):
+        limit = SkipLimit(data.log, batch_part(w.mesh)[0], loader)
 
         def announce(batch: Batch) -> distributed.Announcement:
             text = batch["text"]
             trimmable = w.model.config.text.trimmable
             length = bucket_length(text, w.tokenizer.eot_id) if trimmable else text.shape[1]
-            return distributed.Announcement((length, stop.signal))
+            rows = sum(key != "" for key in batch["key"])
+            return distributed.Announcement(
+                (length, stop.signal, rows - int(batch["ok"].sum()), rows)
+            )
+
+        batches = announced(loader, steps - start, announce)
+
+        def place_next() -> Placed | None:
+            with report.waiting:
+                fetched = next(batches, None)
+            if fetched is None:
+                return None
+            batch, said = fetched
+            limit.check(said[:, 2:])
+            length = int(said[:, 0].max())
+            batch["text"] = batch["text"][:, :length]
+            arrays = place_batch(device_part(batch), w.mesh)
+            return Placed(arrays, batch["key"], length, said[:, 1])
 
         pending: tuple[int, dict[str, jax.Array], list[str]] | None = None
-        step, bad, stopped = start, False, 0
-        for batch, said in announced(loader, steps - start, announce):
-            length, stopped = (int(n) for n in said.max(axis=0))
+        step, bad, stopped, coming = start, False, 0, place_next()
+        while coming is not None:
+            stopped = int(coming.asked.max())
             if stopped:
-                others = [i for i, asked in enumerate(said[:, 1]) if asked and i]
+                others = [i for i, asked in enumerate(coming.asked) if asked and i]
                 if others:
                     name = signal.Signals(stopped).name
                     distributed.tell(
@@ -250,15 +286,16 @@ def train_loop(
                     )
                 break
             distributed.rearm()
-            batch["text"] = batch["text"][:, :length]
-            arrays = place_batch(device_part(batch), w.mesh)
-            state, metrics = train_step(state, arrays)
+            state, metrics = train_step(state, coming.arrays)
+            report.waiting.dispatched(metrics)
             distributed.settle(metrics)
             step += 1
+            now, report.length = (step, metrics, coming.keys), coming.length
+            # On its way to the devices while they are busy with the step.
+            coming = place_next()
             if pending is not None:
                 bad = not report.step(*pending, loader)
-            pending = (step, metrics, batch["key"])
-            report.length = length
+            pending = now
             if step % config.checkpoint.every == 0 and not bad:
                 # Only a state whose own step was finite is worth keeping.
                 bad = not report.step(*pending, loader)

@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from clip_jax import distributed
 from clip_jax.augment import kept_patches, make_draws
 from clip_jax.config import Config
+from clip_jax.data.counting import Share
 from clip_jax.data.faults import SKIPPED, SkipLog
 from clip_jax.data.images import OPENAI, Preprocess
 from clip_jax.data.loader import Loader, make_train_loader
@@ -280,14 +282,25 @@ def make_evaluation(config: Config, w: Wiring) -> Evaluator | None:
 
 
 def open_data(config: Config, workdir: str) -> TrainingData:
-    """The training data, indexed; what is skipped goes to `skipped.jsonl` in the work folder.
+    """The training data, counted; what is skipped goes to `skipped.jsonl` in the work folder.
+
+    All processes call it, and see the same shards.
 
     Raises:
       UserError: a source cannot be read, or too many of its shards.
     """
     d = config.data
-    log = SkipLog(Path(workdir) / SKIPPED, d.max_skip_fraction)
-    sources = open_sources(d.train, where=d.filter, unique_keys=d.unique_keys, log=log)
+    log = SkipLog(Path(workdir) / SKIPPED, d.max_skip_fraction, process=distributed.process_index())
+    sources = open_sources(
+        d.train,
+        where=d.filter,
+        unique_keys=d.unique_keys,
+        log=log,
+        # The windows that are read from now and next, were this the only process.
+        resident=2 * d.streams * d.window * (1 if isinstance(d.train, str) else len(d.train)),
+        workdir=workdir,
+        share=Share(distributed.process_index(), distributed.process_count(), distributed.gather),
+    )
     return TrainingData(sources, log)
 
 

@@ -75,7 +75,12 @@ def one(
     experiment: Path, workdir: Path, *args: str, devices: int = 8
 ) -> subprocess.CompletedProcess:
     """One process to its end."""
-    line = [sys.executable, "-m", "clip_jax.main", *command(experiment, workdir, *args)]
+    return module("clip_jax.main", *command(experiment, workdir, *args), devices=devices)
+
+
+def module(name: str, *args: str, devices: int = 8) -> subprocess.CompletedProcess:
+    """Another command to its end."""
+    line = [sys.executable, "-m", name, *args]
     return subprocess.run(line, cwd=ROOT, env=environment(devices), capture_output=True, text=True)
 
 

@@ -25,6 +25,7 @@ from clip_jax.data.order import BatchOrder, Order
 from clip_jax.data.sources import index_shards
 from clip_jax.data.training_pictures import eighths, make_decode, make_transform, smallest_crop
 from clip_jax.errors import UserError
+from clip_jax.progress import SkipLimit
 
 SETTINGS = {"image_size": 8, "context_length": 16, "threads": 0, "seed": 5}
 WEB = ((0.9, 1.0), (3 / 4, 4 / 3))
@@ -173,9 +174,12 @@ def test_too_many_skipped_samples_end_the_run_with_the_table(tmp_path):
     log = SkipLog(max_fraction=0.5)
     changes = {"batch_size": 250, "num_streams": 1, "log": log}
     with make_train_loader(indexes, ToyTokenizer(), **(SETTINGS | changes)) as loader:
-        next(loader), next(loader)  # 400 of what counts as 1,000
+        limit = SkipLimit(log, 0, loader)
+        for batch in itertools.islice(loader, 2):  # 400 of what counts as 1,000
+            limit.check(np.array([[250 - batch["ok"].sum(), 250]]))
+        next(loader)
         with pytest.raises(UserError, match=r"600 of 750 samples .*150 truncated") as caught:
-            next(loader)
+            limit.check(np.array([[200, 250]]))
     assert "config.data.max_skip_fraction, now 0.5" in str(caught.value)
     assert MIN_ROWS == 1000
 

@@ -180,6 +180,13 @@ def test_every_format_gives_the_same_pairs(kind, tmp_path):
     assert keys == Counter(batch["key"])
 
 
+def test_a_parquet_file_is_opened_twice(tmp_path):
+    """For training and for evaluation, say: the pictures that one has spooled serve the other."""
+    path = str(write_parquet(tmp_path))
+    images = [read_all(index_shards([path]))[0]["image"] for _ in range(2)]
+    np.testing.assert_array_equal(*images)
+
+
 def test_a_tfds_set_made_from_a_folder_by_tfds_itself(tmp_path, monkeypatch):
     import tensorflow_datasets as tfds
 

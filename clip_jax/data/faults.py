@@ -14,23 +14,35 @@ MIN_ROWS = 1000
 """The share is taken of at least so many rows: one bad picture among the first ten is no sign."""
 
 
+LOST_SHARDS = {"shard_unreadable", "shard_damaged", "shard_missing", "shard_changed"}
+
+
 class SkipLog:
     """Counts what is skipped, lists each sample once, and says when it is too much.
 
     Args:
       path: of `skipped.jsonl`, or None to list nothing.
       max_fraction: largest share of skipped rows, and of skipped shards.
+      process: of several, each lists its own samples in a file of its own (`skipped-1.jsonl`), and
+        process 0 the shards that all leave out at the start.
 
     Attributes:
       counts: cause -> rows handed out as placeholders.
       shards: cause -> shards that were left out at the start.
+      lost: (cause, name, detail) of each of those.
+      left_out: cause -> samples that are not in the data at all, because the config says so.
     """
 
-    def __init__(self, path: Path | None = None, max_fraction: float = 1.0):
+    def __init__(self, path: Path | None = None, max_fraction: float = 1.0, *, process: int = 0):
         self.counts: Counter[str] = Counter()
         self.shards: Counter[str] = Counter()
+        self.lost: list[tuple[str, str, str]] = []
+        self.left_out: Counter[str] = Counter()
         self._max_fraction = max_fraction
+        self._process = process
         self._path = path
+        if path is not None and process:
+            self._path = path.with_name(f"{path.stem}-{process}{path.suffix}")
         self._listed: set[str] = set()
         self._first = ""
 
@@ -38,19 +50,30 @@ class SkipLog:
         """Take in one row that could not be used."""
         self.counts[cause] += 1
         self._first = self._first or f"{key}: {detail}"
-        self._list(cause, key, detail)
+        # A shard that is lost during the run is one line, not one for each of its samples.
+        self._list(cause, key.partition("/")[0] if cause in LOST_SHARDS else key, detail)
 
     def shard(self, cause: str, name: str, detail: str) -> None:
-        """Take in a shard that is left out."""
+        """Take in a shard that is left out, which all processes do."""
         self.shards[cause] += 1
+        self.lost.append((cause, name, detail))
         self._first = self._first or detail
-        self._list(cause, name, detail)
+        if not self._process:
+            self._list(cause, name, detail)
 
-    def check_rows(self, rows: int) -> None:
-        """Raises UserError with the table of causes when too many of `rows` were skipped."""
-        skipped = self.counts.total()
-        if skipped > self._max_fraction * max(rows, MIN_ROWS):
-            raise self._too_many(self.counts, skipped, rows, "samples")
+    def repeated(self, name: str) -> None:
+        """Take in a sample whose key came before, which all processes leave out."""
+        self.left_out["duplicate_key"] += 1
+        if not self._process:
+            self._list("duplicate_key", name, "a sample with this key came before")
+
+    def is_too_much(self, skipped: int, rows: int) -> bool:
+        """Whether a run may not go on that skipped so many of `rows`."""
+        return skipped > self._max_fraction * max(rows, MIN_ROWS)
+
+    def too_much(self, counts: Counter[str], rows: int) -> UserError:
+        """The error of such a run, with the table of causes."""
+        return self._too_many(counts, counts.total(), rows, "samples")
 
     def check_shards(self, shards: int) -> None:
         """Raises UserError with the table of causes when too many of `shards` were left out."""
@@ -59,9 +82,11 @@ class SkipLog:
             raise self._too_many(self.shards, skipped, shards, "shards")
 
     def _list(self, cause: str, name: str, detail: str) -> None:
-        if self._path is None or name in self._listed or len(self._listed) >= MAX_LINES:
+        # Shards of one name can lie in several folders, which the detail tells apart.
+        once = name + detail if cause in LOST_SHARDS else name
+        if self._path is None or once in self._listed or len(self._listed) >= MAX_LINES:
             return
-        self._listed.add(name)
+        self._listed.add(once)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         record = {"cause": cause, "name": name, "detail": detail[:500]}
         # The list goes on after a resume; a sample may then stand in it twice.
@@ -80,6 +105,8 @@ class SkipLog:
 
 def shard_cause(error: Exception) -> str:
     """The cause under which a shard that cannot be indexed is counted."""
+    if isinstance(error.__cause__, FileNotFoundError):
+        return "shard_missing"
     text = str(error)
     if "cannot be fetched" in text or "cannot be read" in text:
         return "shard_unreadable"

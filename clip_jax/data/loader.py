@@ -76,18 +76,13 @@ class Loader(Iterator[Batch]):
         self._evaluation = evaluation
 
     def __next__(self) -> Batch:
-        """The next batch.
-
-        Raises:
-          UserError: more samples were skipped than the log allows.
-        """
+        """The next batch."""
         parts = next(self._iterator)
         for part in parts:
             self.rows += sum(key != "" for key in part.key)
             for cause, key, detail in part.skipped:
                 self._log.sample(cause, key, detail)
                 self.recent.append(f"{detail} ({key})")
-        self._log.check_rows(self.rows)
         batch = Batch(
             image=np.concatenate([p.image for p in parts]),
             text=np.concatenate([p.text for p in parts]),
@@ -99,6 +94,11 @@ class Loader(Iterator[Batch]):
             batch["label"] = np.concatenate([p.label for p in parts])
             batch["captions"] = [captions for p in parts for captions in p.captions]
         return batch
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """Samples and whole shards that are not in the data, by cause: the same everywhere."""
+        return dict(self._log.left_out + self._log.shards)
 
     def close(self) -> None:
         """Ends the threads; a picture that is being decoded is finished first."""

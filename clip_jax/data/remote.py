@@ -63,7 +63,8 @@ def with_tries(what: str, action: Callable[[], Any]) -> Any:
     """What `action` returns, tried up to TRIES times.
 
     Raises:
-      RemoteError: the last try's error. A file that is not there is not tried again.
+      RemoteError: the last try's error. A file that is not there or not allowed is not tried
+        again.
     """
     for attempt in range(TRIES):
         try:
@@ -72,6 +73,8 @@ def with_tries(what: str, action: Callable[[], Any]) -> Any:
             raise
         except FileNotFoundError as e:
             raise RemoteError(f"{what} does not exist") from e
+        except PermissionError as e:
+            raise RemoteError(f"{what} may not be read: {short(e)}") from e
         except Exception as e:
             # Every file system of fsspec has exceptions of its own.
             if attempt == TRIES - 1:
@@ -94,6 +97,15 @@ def read_whole(path: str, limit: int) -> bytes:
     if len(data) > limit:
         raise OSError(f"{path} is longer than {limit} bytes")
     return data
+
+
+def remote_size(url: str) -> int:
+    """A remote file's bytes, without fetching it; 0 where the server does not say."""
+    fs, inner = file_system(url)
+    try:
+        return int(with_tries(url, lambda: fs.info(inner)).get("size") or 0)
+    except RemoteError:
+        return 0
 
 
 class DiskCache:

@@ -30,20 +30,27 @@ class Kind:
     name: str
     pattern: str  # of the whole name, in lower case
     index: Callable[[str, Options], ShardIndex]
+    lazy: bool = False  # made of many files, each of which can be read when it is needed
 
 
 KINDS = (
     Kind("tfds", r"tfds:.*", tfds_source.index_tfds),
-    Kind("tar", r".*\.tar", lambda path, o: tar_shards.index_shard(path, o.caption or "caption")),
+    Kind(
+        "tar",
+        r".*\.tar",
+        lambda path, o: tar_shards.index_shard(path, o.caption or "caption"),
+        True,
+    ),
     Kind("csv", r".*\.(csv|tsv)", tables.index_csv),
     Kind("jsonl", r".*\.(jsonl|ndjson)", tables.index_jsonl),
-    Kind("parquet", r".*\.parquet", tables.index_parquet),
-    Kind("tfrecord", r".*\.tfrecords?(-\d+-of-\d+)?", records.index_tfrecord),
-    Kind("array_record", r".*\.array_?record(-\d+-of-\d+)?", records.index_array_record),
+    Kind("parquet", r".*\.parquet", tables.index_parquet, True),
+    Kind("tfrecord", r".*\.tfrecords?(-\d+-of-\d+)?", records.index_tfrecord, True),
+    Kind("array_record", r".*\.array_?record(-\d+-of-\d+)?", records.index_array_record, True),
 )
 FOLDER = Kind("folder", r"", folders.index_folder)
 # What a folder is taken for: the first kind of file it holds.
 _FOLDER_ORDER = ("tar", "parquet", "tfrecord", "array_record")
+_MANY = 64
 _METADATA = ("metadata.jsonl", "metadata.csv")
 
 
@@ -67,13 +74,24 @@ def kind_of(path: str) -> Kind:
     raise UserError(f"{path} is no data that can be read: it takes {names} files, or folders")
 
 
-def expand(pattern: str, *, missing: list[str] | None = None) -> list[str]:
+def is_lazy(shard: str) -> bool:
+    """Whether a shard, as `expand` names it, can be counted now and read later."""
+    return kind_of(split_options(shard)[0]).lazy
+
+
+def expand(
+    pattern: str,
+    *,
+    missing: list[str] | None = None,
+    promised: Callable[[str], bool] = lambda path: False,
+) -> list[str]:
     """The shards that a source names, in order, each with the source's options.
 
     Args:
       pattern: parts joined by `::`, each a path or URL, a brace range (`{00000..00041}.tar`), a
         brace list (`{train,extra}.tar`), a glob, a folder, or `tfds:NAME`.
       missing: takes the files of a brace range that are not there; without it they are an error.
+      promised: files that count as there, whether they are or not.
 
     Raises:
       UserError: a part names no file, a file that is missing or of no known kind; or one file is
@@ -81,7 +99,7 @@ def expand(pattern: str, *, missing: list[str] | None = None) -> list[str]:
     """
     shards: list[str] = []
     for part in pattern.split("::"):
-        shards.extend(_expand_part(part.strip(), pattern, missing))
+        shards.extend(_expand_part(part.strip(), pattern, missing, promised))
     seen: set[str] = set()
     for shard in shards:
         if shard in seen:
@@ -90,7 +108,9 @@ def expand(pattern: str, *, missing: list[str] | None = None) -> list[str]:
     return shards
 
 
-def _expand_part(part: str, pattern: str, missing: list[str] | None) -> list[str]:
+def _expand_part(
+    part: str, pattern: str, missing: list[str] | None, promised: Callable[[str], bool]
+) -> list[str]:
     path = split_options(part)[0]
     tail = part[len(path) :]
     if not path:
@@ -109,8 +129,10 @@ def _expand_part(part: str, pattern: str, missing: list[str] | None) -> list[str
         return [name + tail for name in _expand_folder(path)]
     paths: list[str] = []
     absent: list[str] = []
-    for name in expand_braces(path):
-        found = [name] if os.path.exists(name) else sorted(glob.glob(name))
+    names = expand_braces(path)
+    exists = _in_listing() if len(names) > _MANY else os.path.exists
+    for name in names:
+        found = [name] if promised(name) or exists(name) else sorted(glob.glob(name))
         paths.extend(found)
         if not found:
             absent.append(name)
@@ -126,6 +148,21 @@ def _expand_part(part: str, pattern: str, missing: list[str] | None) -> list[str
     for name in paths:
         kind_of(name)
     return [name + tail for name in paths]
+
+
+def _in_listing() -> Callable[[str], bool]:
+    """Whether a file is there, by one listing of its folder: a metadata server that all hosts ask
+    for each of 100,000 files takes minutes."""
+    listed: dict[str, set[str]] = {}
+
+    def exists(name: str) -> bool:
+        folder, base = os.path.split(name)
+        if folder not in listed:
+            is_there = os.path.isdir(folder or ".")
+            listed[folder] = set(os.listdir(folder or ".")) if is_there else set()
+        return base in listed[folder]
+
+    return exists
 
 
 def _expand_url(url: str) -> list[str]:
@@ -146,6 +183,8 @@ def _expand_folder(folder: str) -> list[str]:
     if tfds_source.is_tfds_folder(folder):
         return [f"tfds:{folder}"]
     found = _of_one_kind(files)
+    if all(os.path.isdir(file.removesuffix(".parquet")) for file in found):
+        found = []  # img2dataset's "files" layout: its lists of addresses, beside the pictures
     for name in _METADATA:
         if not found and os.path.isfile(os.path.join(folder, name)):
             found = [os.path.join(folder, name)]

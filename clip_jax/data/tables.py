@@ -290,9 +290,10 @@ class ParquetShard:
 
     def image(self, i: int, handles: Handles) -> bytes:
         group = int(np.searchsorted(self._starts, i, side="right")) - 1
-        spool = f"{self.path}#{group}"
+        # The size, too: another file may have taken the place of one that was spooled.
+        spool = f"{self.path}#{self.size}#{group}"
         fd = handles.open(spool, lambda: CACHE.open(spool, lambda to: self._spool(group, to)))
-        ends = self._places[group]
+        ends = self._ends(group, fd)
         row = i - int(self._starts[group])
         start = int(ends[row - 1]) if row else 0
         count = int(ends[row]) - start
@@ -302,6 +303,14 @@ class ParquetShard:
             raise Unusable("too_large", f"{count} bytes")
         return os.pread(fd, count, start)
 
+    def _ends(self, group: int, fd: int) -> np.ndarray:
+        """Where each picture ends; behind the pictures, since others may have written the file."""
+        if group not in self._places:
+            count = int(self._starts[group + 1] - self._starts[group])
+            table = os.pread(fd, 8 * count, os.fstat(fd).st_size - 8 * count)
+            self._places[group] = np.frombuffer(table, "<u8")
+        return self._places[group]
+
     def _spool(self, group: int, to: str) -> None:
         ends: list[int] = []
         try:
@@ -310,9 +319,9 @@ class ParquetShard:
                 for value in column:
                     out.write(_picture_bytes(value.as_py()))
                     ends.append(out.tell())
+                out.write(np.array(ends, "<u8").tobytes())
         except pa.ArrowException as e:
             raise RemoteError(f"row group {group} of {self.path} cannot be read: {short(e)}") from e
-        self._places[group] = np.array(ends, np.uint64)
 
 
 def _picture_bytes(value: Any) -> bytes:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 
 from clip_jax.data.samples import Handles, ShardIndex, Unusable, with_templates
 from clip_jax.errors import UserError
@@ -138,8 +138,8 @@ def filtered(shard: ShardIndex, conditions: Sequence[Condition]) -> ShardIndex:
     return View(shard, keep=np.array(keep, np.int64))
 
 
-def without_repeats(shards: Sequence[ShardIndex]) -> list[ShardIndex]:
-    """The shards without the samples whose key came before, in any of them."""
+def first_of_key(shards: Sequence[ShardIndex]) -> Bool[np.ndarray, " samples"]:
+    """For each sample of the shards in line, whether its key did not come before."""
     hashes = [
         np.array(
             [
@@ -153,9 +153,24 @@ def without_repeats(shards: Sequence[ShardIndex]) -> list[ShardIndex]:
     line = np.concatenate([*hashes, np.empty(0, np.uint64)])
     first = np.zeros(len(line), bool)
     first[np.unique(line, return_index=True)[1]] = True
-    starts = np.cumsum([0, *map(len, hashes)])
+    return first
+
+
+def without_repeats(
+    shards: Sequence[ShardIndex], on_repeat: Callable[[str], None] = lambda name: None
+) -> list[ShardIndex]:
+    """The shards without the samples whose key came before, in any of them.
+
+    Args:
+      on_repeat: called with "shard/key" of every sample that is left out.
+    """
+    first = first_of_key(shards)
+    starts = np.cumsum([0, *map(len, shards)])
     out: list[ShardIndex] = []
     for shard, start in zip(shards, starts[:-1], strict=True):
-        keep = np.flatnonzero(first[start : start + len(shard)])
+        is_first = first[start : start + len(shard)]
+        keep = np.flatnonzero(is_first)
+        for i in np.flatnonzero(~is_first):
+            on_repeat(f"{shard.name}/{shard.key(int(i))}")
         out.append(shard if len(keep) == len(shard) else View(shard, keep=keep.astype(np.int64)))
     return out

@@ -68,6 +68,54 @@ def prediction_grid(
     return _save(page, Path(path))
 
 
+def caption_grid(
+    images: Sequence[UInt8[np.ndarray, "_ _ 3"]],
+    captions: Sequence[str],
+    path: str | Path,
+    *,
+    columns: int = 6,
+    lines: int = 3,
+) -> Path:
+    """Writes a PNG of images with their captions below, each on so many lines at most.
+
+    Raises UserError when there is no image.
+    """
+    if not len(images):
+        raise UserError("there are no images for a grid of samples")
+    columns = min(columns, len(images))
+    cell_height = IMAGE_SIDE + lines * LINE + 2 * PAD
+    height = -(-len(images) // columns) * cell_height + PAD
+    page = Image.new("RGB", (columns * CELL_WIDTH + PAD, height), "white")
+    draw = ImageDraw.Draw(page)
+    font = ImageFont.load_default(FONT_SIZE)
+    for i, (image_HWC, caption) in enumerate(zip(images, captions, strict=True)):
+        x = PAD + i % columns * CELL_WIDTH
+        y = PAD + i // columns * cell_height
+        _draw_image(page, draw, image_HWC, x, y)
+        for number, line in enumerate(_wrap(draw, caption, font, CELL_WIDTH - PAD, lines)):
+            draw.text((x, y + IMAGE_SIDE + PAD // 2 + number * LINE), line, INK, font)
+    return _save(page, Path(path))
+
+
+def _wrap(
+    draw: ImageDraw.ImageDraw,
+    text: str,
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+    width: int,
+    lines: int,
+) -> list[str]:
+    """The words on so many lines at most; what does not fit is cut with an ellipsis."""
+    words = text.encode("utf-8", "replace").decode("utf-8").split()
+    wrapped: list[str] = []
+    while words and len(wrapped) < lines - 1:
+        count = 1
+        while count < len(words) and draw.textlength(" ".join(words[: count + 1]), font) <= width:
+            count += 1
+        wrapped.append(_fit(draw, " ".join(words[:count]), font, width))
+        words = words[count:]
+    return [*wrapped, _fit(draw, " ".join(words), font, width)] if words else wrapped
+
+
 def _draw_image(
     page: Image.Image, draw: ImageDraw.ImageDraw, image_HWC: np.ndarray, x: int, y: int
 ) -> None:

@@ -1,0 +1,146 @@
+"""How long a run takes to its first batch, and what it holds in memory: many shards, far positions.
+
+    python -m benchmarks.resume --shards 1000 --pairs 100
+    python -m benchmarks.resume --web
+
+The first makes real shards and opens them as a run does: for the first time, and again from the
+run's index at several positions, each in a process of its own. `--web` is a simulation of one of
+1,024 hosts on 5 billion pairs in 500,000 shards: the index is really written and read, only the
+shards are not there.
+"""
+
+import argparse
+import io
+import json
+import os
+import resource
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from clip_jax.data.counting import Share
+from clip_jax.data.faults import SkipLog
+from clip_jax.data.index import Entry, write_index
+from clip_jax.data.loader import make_train_loader
+from clip_jax.data.opening import open_sources
+from clip_jax.data.order import BatchOrder, Order
+from clip_jax.data.sources import fingerprint
+from clip_jax.tokenizers import make_tokenizer, tokenizer_spec
+
+WEB_SHARDS, WEB_PAIRS, HOSTS, STREAMS, BATCH = 500_000, 10_000, 1024, 1024, 131_072
+
+
+class Clock:
+    """Wall and CPU seconds since it was made, and the process's memory."""
+
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    def told(self, what: str, **more: object) -> None:
+        """Print one line and begin anew."""
+        line = {
+            "what": what,
+            "wall s": round(time.perf_counter() - self._wall, 3),
+            "cpu s": round(time.process_time() - self._cpu, 3),
+            "MiB now": round(resident_bytes() / 2**20),
+            "MiB peak": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        }
+        print(json.dumps(line | more), flush=True)
+        self.__init__()  # type: ignore[misc]
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is in RAM now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def write_shards(folder: Path, shards: int, pairs: int) -> None:
+    """Shards of one small picture each with its own key and caption."""
+    out = io.BytesIO()
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(out, "JPEG")
+    folder.mkdir(parents=True, exist_ok=True)
+    for s in range(shards):
+        with tarfile.open(folder / f"{s:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+            for k in range(pairs):
+                for suffix, body in (("jpg", out.getvalue()), ("txt", f"pair {k}".encode())):
+                    member = tarfile.TarInfo(f"{s:05d}{k:04d}.{suffix}")
+                    member.size = len(body)
+                    tar.addfile(member, io.BytesIO(body))
+
+
+def first_batch(folder: str, run: str, step: int) -> None:
+    """What a run does up to its first batch, and that batch."""
+    tokenizer = make_tokenizer(tokenizer_spec("clip"))
+    clock = Clock()
+    log = SkipLog()
+    (shards,) = open_sources(f"{folder}/*.tar", log=log, resident=128, workdir=run)
+    fingerprint(shards)
+    settings = {"image_size": 32, "context_length": 77, "batch_size": 256, "seed": 0, "threads": 2}
+    with make_train_loader(shards, tokenizer, start_step=step, **settings) as loader:
+        batch = next(loader)
+        assert batch["ok"].all()
+        clock.told(f"first batch at step {step:,}, {len(shards):,} shards")
+
+
+def web() -> None:
+    """One host of 1,024 from its index to its rows at a far step."""
+    with tempfile.TemporaryDirectory() as folder:
+        clock = Clock()
+        entries = {f"{s:06d}.tar": Entry(WEB_PAIRS, 524_288_000 + s) for s in range(WEB_SHARDS)}
+        write_index(folder, entries)
+        size = os.path.getsize(f"{folder}/index.json")
+        clock.told("the index is written", MiB=round(size / 2**20, 1))
+        line = [sys.executable, "-m", "benchmarks.resume", "--host", folder]
+        subprocess.run(line, check=True)
+
+
+def host(folder: str) -> None:
+    """As `web`, in a process that did not write the index."""
+    clock = Clock()
+    clock.told("imported")
+    pattern = f"{folder}/{{000000..{WEB_SHARDS - 1:06d}}}.tar"
+    share = Share(17, HOSTS)  # whose others find what the index says
+    (shards,) = open_sources(pattern, log=SkipLog(), resident=128, share=share)
+    pairs = sum(map(len, shards))
+    clock.told("the index is read and every shard known", pairs=f"{pairs:,}")
+    fingerprint(shards)
+    clock.told("the data's fingerprint")
+    order = Order([len(shard) for shard in shards], seed=0, num_streams=STREAMS)
+    mine = BatchOrder(order, batch_size=BATCH, process_index=17, process_count=HOSTS)
+    ids, _ = mine.rows_at(1_000_000, 0, mine.rows)
+    clock.told("rows at step 1,000,000", rows=len(ids), shards=len(set(ids // WEB_PAIRS)))
+    mine.rows_at(2_345_678, 0, mine.rows)
+    clock.told("rows at another step")
+
+
+def main() -> None:
+    """Each measurement in its own process."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shards", type=int, default=1000)
+    parser.add_argument("--pairs", type=int, default=100)
+    parser.add_argument("--web", action="store_true")
+    parser.add_argument("--host", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--open", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.host:
+        host(args.host)
+    elif args.web:
+        web()
+    elif args.open:
+        first_batch(args.open[0], args.open[1], int(args.open[2]))
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            write_shards(Path(folder, "set"), args.shards, args.pairs)
+            for step in (0, 1, 123_456, 1_000_000_007):
+                line = [sys.executable, "-m", "benchmarks.resume", "--open", f"{folder}/set"]
+                subprocess.run([*line, f"{folder}/run", str(step)], check=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Scores of a set's samples, in parts on disk, and the choice of samples by them.
+
+`scores/part-00000.parquet` has a row a sample, in the order of the data: `key` ("shard/key") and
+`similarity`, which is absent where the sample could not be scored. A part is whole or not there.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Float32, Int64
+
+from clip_jax.errors import UserError, short
+from clip_jax.files import whole_file
+
+FIELD = "similarity"
+
+
+def part_path(folder: Path, number: int) -> Path:
+    """Of one part."""
+    return folder / f"part-{number:05d}.parquet"
+
+
+def write_part(
+    path: Path,
+    keys: Sequence[str],
+    scores_B: Float32[np.ndarray, " B"],
+    skipped: Counter[str],
+) -> None:
+    """One part; NaN is no score. `skipped`: cause -> samples of this part."""
+    clean = [key.encode("utf-8", "replace").decode() for key in keys]
+    table = pa.table({"key": clean, FIELD: pa.array(scores_B, mask=np.isnan(scores_B))})
+    about = {"skipped": json.dumps(dict(sorted(skipped.items())))}
+    with whole_file(path) as partial:
+        pq.write_table(table.replace_schema_metadata(about), partial)
+
+
+def read_part(path: Path) -> tuple[Float32[np.ndarray, " B"], Counter[str]]:
+    """The scores of a part, NaN where there is none, and what was skipped.
+
+    Raises:
+      UserError: it is damaged.
+    """
+    try:
+        with path.open("rb") as file:
+            table = pq.read_table(file, columns=[FIELD])
+            skipped = Counter(json.loads((table.schema.metadata or {})[b"skipped"]))
+            column = table.column(FIELD).cast(pa.float32()).fill_null(float("nan"))
+            return column.to_numpy().astype(np.float32), skipped
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as e:
+        raise UserError(f"{path} is damaged ({short(e):.100}): delete it and run again") from e
+
+
+def read_scores(folder: Path, parts: int) -> tuple[Float32[np.ndarray, " samples"], Counter[str]]:
+    """All the parts, in one line: 4 bytes a sample."""
+    found, skipped = [], Counter[str]()
+    for number in range(parts):
+        scores_B, causes = read_part(part_path(folder, number))
+        found.append(scores_B)
+        skipped += causes
+    return np.concatenate([np.zeros(0, np.float32), *found]), skipped
+
+
+def select(
+    scores_B: Float32[np.ndarray, " samples"],
+    *,
+    threshold: float | None = None,
+    top: float | None = None,
+) -> Int64[np.ndarray, " kept"]:
+    """Places of the samples that are kept, in order; those without a score never are.
+
+    Args:
+      threshold: the least score that is kept.
+      top: the share of the scored samples, those with the highest scores; of equal ones the
+        first. With both, each must be met.
+
+    Raises:
+      UserError: none is left.
+    """
+    rows = np.flatnonzero(~np.isnan(scores_B))
+    scored = len(rows)
+    if top is not None:
+        # Sorting is stable: of equal scores the first in the data comes first.
+        order = np.argsort(-scores_B[rows], kind="stable")
+        rows = np.sort(rows[order[: int(scored * top)]])
+    if threshold is not None:
+        # As `config.data.filter` compares: in float64.
+        rows = rows[scores_B[rows].astype(np.float64) >= threshold]
+    if not len(rows):
+        flags = {"--threshold": threshold, "--top": top}
+        asked = " ".join(f"{k} {v:g}" for k, v in flags.items() if v is not None) or "scoring"
+        best = f"{np.nanmax(scores_B):.4f}" if scored else "none"
+        raise UserError(
+            f"{asked} leaves none of the {scored:,} scored samples (the highest score is {best})"
+        )
+    return rows.astype(np.int64)

@@ -1,0 +1,160 @@
+"""How fast each stage between a source and a batch goes, one at a time and then together."""
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from clip_jax.data.images import ImageError
+from clip_jax.data.loader import bucket_length, make_train_loader
+from clip_jax.data.samples import Handles, ShardIndex, Unusable
+from clip_jax.data.training_pictures import make_decode, make_transform
+from clip_jax.errors import UserError
+from clip_jax.typing import Tokenizer
+
+CHUNK = 32
+PARTS = 4
+"""Stages that `measure_parts` measures."""
+_KEPT_BYTES = 256 << 20  # of encoded pictures, for the stages behind reading
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: so many pairs in so many seconds, by the clock and of processors."""
+
+    name: str
+    pairs: int
+    seconds: float
+    cpu_seconds: float
+
+    @property
+    def rate(self) -> float:
+        """Pairs a second."""
+        return self.pairs / self.seconds
+
+    @property
+    def cpu_ms(self) -> float:
+        """Milliseconds of processors for one pair."""
+        return 1000 * self.cpu_seconds / self.pairs
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run would ask for; the fields of the same names in the config."""
+
+    image_size: int = 224
+    context_length: int = 77
+    batch_size: int = 256
+    num_streams: int = 8
+    window: int = 8
+    crop_scale: tuple[float, float] = (0.9, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+
+
+def timed(name: str, work: Callable[[int], int], seconds: float) -> Stage:
+    """Call `work(0)`, `work(1)`, ... for so long; each says how many pairs it dealt with."""
+    pairs = calls = 0
+    start, cpu = time.perf_counter(), time.process_time()
+    while True:
+        pairs += work(calls)
+        calls += 1
+        elapsed = time.perf_counter() - start
+        if elapsed >= seconds and pairs:
+            return Stage(name, pairs, elapsed, time.process_time() - cpu)
+
+
+def measure_parts(
+    indexes: Sequence[ShardIndex], tokenizer: Tokenizer, settings: Settings, *, seconds: float
+) -> list[Stage]:
+    """Reading, decoding with the crop, tokenising, assembling: each alone, in one thread.
+
+    Raises:
+      UserError: none of the samples that were tried can be used.
+    """
+    read = _Reader(indexes)
+    stages = [timed("read", read, seconds)]
+    if not read.images:
+        raise UserError("no sample could be read; python -m clip_jax.data.inspect says why")
+    crop = settings.image_size, settings.crop_scale, settings.crop_ratio
+    decode, transform = make_decode(*crop), make_transform(*crop)
+    rng = np.random.default_rng(0)
+
+    def decode_one(call: int) -> int:
+        # A bad picture takes its time in a run, too.
+        with contextlib.suppress(ImageError):
+            transform(decode(read.images[call % len(read.images)]), rng)
+        return 1
+
+    def tokenise(call: int) -> int:
+        first = call * CHUNK % len(read.captions)
+        texts = read.captions[first : first + CHUNK]
+        tokenizer(texts, settings.context_length)
+        return len(texts)
+
+    side = settings.image_size
+    parts = [np.zeros((CHUNK, side, side, 3), np.uint8)] * -(-settings.batch_size // CHUNK)
+
+    def assemble(call: int) -> int:
+        return len(np.concatenate([np.array(part) for part in parts]))
+
+    stages.append(timed("decode and crop", decode_one, seconds))
+    stages.append(timed("tokenise", tokenise, seconds))
+    stages.append(timed("assemble", assemble, seconds))
+    return stages
+
+
+class _Reader:
+    """Reads samples in random order, a run of rows at a time as the loader does."""
+
+    def __init__(self, indexes: Sequence[ShardIndex]):
+        self.images: list[bytes] = []
+        self.captions: list[str] = []
+        self._free = _KEPT_BYTES
+        self._indexes = indexes
+        self._starts = np.cumsum([0, *(len(index) for index in indexes)])
+        self._rng = np.random.default_rng(0)
+
+    def __call__(self, call: int) -> int:
+        with Handles() as handles:
+            for row in self._rng.integers(self._starts[-1], size=CHUNK).tolist():
+                number = int(np.searchsorted(self._starts, row, side="right")) - 1
+                index, i = self._indexes[number], row - int(self._starts[number])
+                try:
+                    captions, image = index.captions(i, handles), index.image(i, handles)
+                except (Unusable, ImageError, OSError):
+                    continue
+                if len(image) <= self._free:
+                    self._free -= len(image)
+                    self.images.append(image)
+                    self.captions.append(captions[0])
+        return CHUNK
+
+
+def measure_loader(
+    indexes: Sequence[ShardIndex],
+    tokenizer: Tokenizer,
+    settings: Settings,
+    *,
+    threads: int,
+    seconds: float,
+) -> tuple[Stage, Counter[int]]:
+    """The whole loader with so many threads; and the lengths that its batches are trimmed to.
+
+    The clock starts and ends with a batch that was waited for, so what is decoded ahead at the
+    start is no gift: as much of it is there at the end.
+    """
+    lengths: Counter[int] = Counter()
+    with make_train_loader(indexes, tokenizer, seed=0, threads=threads, **vars(settings)) as loader:
+        for _ in range(2):
+            next(loader)
+
+        def batch(call: int) -> int:
+            made = next(loader)
+            lengths[bucket_length(made["text"], tokenizer.eot_id)] += 1
+            return len(made["ok"])
+
+        name = f"loader, {threads} thread" + "s" * (threads != 1)
+        return timed(name, batch, seconds), lengths

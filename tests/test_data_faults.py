@@ -1,0 +1,121 @@
+"""What goes wrong outside the pictures: servers that fail, keys that repeat, a thousand shards."""
+
+import json
+import threading
+from collections import Counter
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import data_cases
+import numpy as np
+import pytest
+from data_cases import ToyTokenizer
+
+from clip_jax.data import remote
+from clip_jax.data.faults import SkipLog
+from clip_jax.data.index import Entry, write_index
+from clip_jax.data.loader import make_train_loader
+from clip_jax.data.opening import open_sources
+
+SETTINGS = {"image_size": 8, "context_length": 16, "seed": 5, "threads": 2}
+
+
+def one_epoch(indexes, log, batch_size=8, streams=4):
+    """Every row of one pass: (keys, which of them are ok)."""
+    keys, good = [], []
+    settings = SETTINGS | {"batch_size": batch_size, "num_streams": streams, "repeat": False}
+    with make_train_loader(indexes, ToyTokenizer(), log=log, **settings) as loader:
+        for batch in loader:
+            keys += [key for key in batch["key"] if key]
+            good += [ok for key, ok in zip(batch["key"], batch["ok"], strict=True) if key]
+    return keys, np.array(good)
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A real HTTP server on a folder of four shards: `failures` says how many tries of a file it
+    answers with an error, `asked` counts them all."""
+    data_cases.write_shards(tmp_path, [4] * 4)
+    failures, asked, lock = Counter(), Counter(), threading.Lock()
+
+    class Handler(SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(tmp_path))
+
+        def do_GET(self):
+            name = Path(self.path).name
+            with lock:
+                asked[name] += 1
+                fails = asked[name] <= failures[name]
+            if fails:
+                self.send_error(503)
+            else:
+                super().do_GET()
+
+        def log_message(self, *args):
+            pass
+
+    monkeypatch.setattr(remote, "PAUSE", 0.01)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+        thread = threading.Thread(target=http.serve_forever)
+        thread.start()
+        pattern = f"http://127.0.0.1:{http.server_port}/s-{{00000..00003}}.tar"
+        yield pattern, failures, asked
+        http.shutdown()
+        thread.join()
+    remote.CACHE.close()
+
+
+def test_a_server_that_fails_at_first_loses_nothing(server):
+    pattern, failures, asked = server
+    failures["s-00001.tar"] = remote.TRIES - 1
+    log = SkipLog()
+    (shards,) = open_sources(pattern, log=log, resident=8)
+    keys, good = one_epoch(shards, log)
+    assert len(set(keys)) == 16 and good.all() and not log.shards
+    # With the last, good try; each shard is fetched once for all its samples.
+    assert asked["s-00001.tar"] == remote.TRIES and asked["s-00002.tar"] == 1
+
+
+def test_a_server_that_always_fails_loses_the_shard_and_names_it(server, tmp_path):
+    pattern, failures, asked = server
+    failures["s-00001.tar"] = 10**6
+    log = SkipLog(tmp_path / "skipped.jsonl")
+    (shards,) = open_sources(pattern, log=log, resident=8)
+    assert [len(shard) for shard in shards] == [4] * 3
+    assert log.shards == {"shard_unreadable": 1} and asked["s-00001.tar"] == remote.TRIES
+    (line,) = (tmp_path / "skipped.jsonl").read_text().splitlines()
+    assert json.loads(line)["name"].endswith("/s-00001.tar") and "503" in line
+
+
+def test_a_promised_shard_that_a_server_does_not_give_is_passed_over(server, tmp_path):
+    """With an index nothing is fetched at the start; the fault comes in the middle of a run."""
+    pattern, failures, asked = server
+    paths = sorted(tmp_path.glob("*.tar"))
+    write_index(tmp_path, {path.name: Entry(4, path.stat().st_size) for path in paths})
+    failures["s-00002.tar"] = 10**6
+    log = SkipLog(tmp_path / "skipped.jsonl")
+    (shards,) = open_sources(pattern, log=log, resident=8)
+    assert not asked.keys() - {"index.json"}
+    keys, good = one_epoch(shards, log)
+    assert len(keys) == 16 and log.counts == {"shard_unreadable": 4}
+    assert {key.partition("/")[0] for key in np.array(keys)[~good]} == {"s-00002.tar"}
+    # All tries once, and then the shard's other samples are passed over at once.
+    assert asked["s-00002.tar"] == remote.TRIES
+    (line,) = (tmp_path / "skipped.jsonl").read_text().splitlines()
+    assert json.loads(line)["name"] == "s-00002.tar"
+
+
+def test_repeated_keys_and_filtered_samples_are_counted(tmp_path):
+    data_cases.write_shards(tmp_path, [4, 3], prefix="a")
+    data_cases.write_shards(tmp_path, [5], prefix="b")  # keys 0 to 4 again
+    log = SkipLog(tmp_path / "skipped.jsonl")
+    (shards,) = open_sources(str(tmp_path), log=log, unique_keys=True, resident=4)
+    assert [len(shard) for shard in shards] == [4, 3, 0]
+    assert log.left_out == {"duplicate_key": 5}
+    lines = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    assert [line["name"] for line in lines] == [f"b-00000.tar/{k:06d}" for k in range(5)]
+    log = SkipLog()
+    (shards,) = open_sources(str(tmp_path), log=log, where="caption==caption 2", resident=4)
+    assert sum(map(len, shards)) == 2 and log.left_out == {"filtered": 10}
+    assert log.counts.total() == 0
