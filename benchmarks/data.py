@@ -1,24 +1,32 @@
 """Pairs a second, ours against open_clip's own pipeline: `python -m benchmarks.data --pairs 4000`.
 
+It also passes over the set three times with our loader and tells the memory after each.
+
 Both read the same tar shards on the same machine in the same run, in turns, each in a process of
 its own, with the same number of workers: webdataset, Pillow, open_clip's training transform and
 its tokenizer in torch's worker processes there, our loader's threads here. `--pairs 100000
 --shards 100` is the size the claim is made for. The pictures are scikit-learn's two photographs,
-cut at random and re-encoded as JPEG at 300 to 600 pixels a side. Needs `make parity`.
+cut at random and re-encoded as JPEG at 300 to 600 pixels a side; a set-up that was broken off goes
+on from its last whole shard. Needs `make parity`.
 """
 
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import os
 import resource
 import subprocess
 import sys
+import threading
 import time
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from benchmarks import turns
 
 WORDS = ("photo", "old", "red", "temple", "quiet", "lake", "flowers", "under", "blue", "sky")
 BATCH = 256
@@ -51,23 +59,26 @@ def write_set(folder: str, pairs: int, shards: int) -> None:
         os.rename(path + ".part", path)
 
 
-def ours(folder: str, workers: int):
-    """Batches of our training loader, one pass."""
+def ours(folder: str, workers: int, passes: int = 1):
+    """Batches of our training loader, opened as a run opens them."""
+    from clip_jax.data.faults import SkipLog
     from clip_jax.data.loader import make_train_loader
-    from clip_jax.data.sources import expand, index_shards
+    from clip_jax.data.opening import open_sources
     from clip_jax.tokenizers import make_tokenizer
 
+    (shards,) = open_sources(folder, log=SkipLog(), resident=128, workdir=f"{folder}/run")
+    pairs = sum(map(len, shards))
     with make_train_loader(
-        index_shards(expand(folder)),
+        shards,
         make_tokenizer("clip"),
         image_size=224,
         context_length=77,
         batch_size=BATCH,
         seed=0,
         threads=workers,
-        repeat=False,
+        repeat=passes > 1,
     ) as loader:
-        for batch in loader:
+        for batch in itertools.islice(loader, -(-passes * pairs // BATCH)):
             yield int(batch["ok"].sum())
 
 
@@ -107,46 +118,117 @@ def theirs(folder: str, workers: int):
         yield len(images)
 
 
+def tree_bytes(pid: int) -> int:
+    """Memory of a process and its children, pages that several share counted once in all (PSS)."""
+    total = 0
+    with contextlib.suppress(OSError):
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+        total = 1024 * int(text.split("\nPss:")[1].split()[0])
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            children = (task / "children").read_text().split()
+            total += sum(tree_bytes(int(child)) for child in children)
+    return total
+
+
+class PeakMemory:
+    """The most that this process and its children had at once, looked at four times a second."""
+
+    def __enter__(self) -> "PeakMemory":
+        self.bytes = 0
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._end.wait(0.25):
+            self.bytes = max(self.bytes, tree_bytes(os.getpid()))
+
+    def __exit__(self, *exc: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+
 def measure(side: str, folder: str, workers: int) -> dict:
     """One pass of one side: rate from the first batch on, CPU time, and memory."""
     start, first, pairs, early = time.perf_counter(), 0.0, 0, 0
-    for count in {"ours": ours, "open_clip": theirs}[side](folder, workers):
-        pairs += count
-        if not first:
-            first, early = time.perf_counter(), count
-    end = time.perf_counter()
+    with PeakMemory() as peak:
+        for count in {"ours": ours, "open_clip": theirs}[side](folder, workers):
+            pairs += count
+            if not first:
+                first, early = time.perf_counter(), count
+        end = time.perf_counter()
     usage = [resource.getrusage(w) for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return {
         "side": side,
         "pairs": pairs,
-        "pairs/s": round((pairs - early) / (end - first)),
-        "with start": round(pairs / (end - start)),
+        "pairs/s": round((pairs - early) / (end - first), 1),
+        "with start": round(pairs / (end - start), 1),
         "cpu ms a pair": round(1e3 * sum(u.ru_utime + u.ru_stime for u in usage) / pairs, 2),
-        "MiB, largest process": round(max(u.ru_maxrss for u in usage) / 1024),
+        "MiB of all processes": round(peak.bytes / 2**20),
     }
 
 
+def memory_over_passes(folder: str, workers: int, pairs: int, passes: int = 3) -> dict:
+    """Memory of our loader's process after each of some passes over the set."""
+    after: list[int] = []
+    seen = 0
+    for count in ours(folder, workers, passes):
+        seen += count
+        if seen >= (len(after) + 1) * pairs:
+            after.append(round(tree_bytes(os.getpid()) / 2**20))
+    return {"side": "passes", "MiB after each pass": after}
+
+
+def in_own_process(side: str, folder: str, workers: int, pairs: int) -> dict:
+    """What `--side` prints."""
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.data", "--side", side]
+    command += ["--folder", folder, "--workers", str(workers), "--pairs", str(pairs)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr[-2000:])
+    line = done.stdout.strip().splitlines()[-1]
+    print(line, flush=True)
+    return json.loads(line)
+
+
 def main() -> None:
-    """Write the set, then both sides in turns."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Write the set, then both sides in turns, then our passes."""
+    parser = turns.arguments(__doc__, warmup=0, repeats=3)
     parser.add_argument("--pairs", type=int, default=4000)
     parser.add_argument("--shards", type=int, default=8)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--folder", default="data/bench")
-    parser.add_argument("--side", choices=("ours", "open_clip"))
+    parser.add_argument("--side", choices=("ours", "open_clip", "passes"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.side == "passes":
+        print(json.dumps(memory_over_passes(args.folder, args.workers, args.pairs)))
+        return
     if args.side:
         print(json.dumps(measure(args.side, args.folder, args.workers)))
         return
     folder = os.path.join(args.folder, f"{args.pairs}-{args.shards}")
     write_set(folder, args.pairs, args.shards)
-    for _ in range(args.rounds):
-        for side in ("open_clip", "ours"):
-            command = [sys.executable, "-W", "ignore", "-m", "benchmarks.data", "--side", side]
-            command += ["--folder", folder, "--workers", str(args.workers)]
-            done = subprocess.run(command, capture_output=True, text=True)
-            print(done.stdout.strip() or done.stderr[-2000:], flush=True)
+    found: dict[str, list[dict]] = {"open_clip": [], "ours": []}
+    for turn in range(args.warmup + args.repeats):
+        for side, rounds in found.items():
+            result = in_own_process(side, folder, args.workers, args.pairs)
+            if turn >= args.warmup:
+                rounds.append(result)
+    passes = in_own_process("passes", folder, args.workers, args.pairs)
+    rows = [
+        {"side": side}
+        | {key: turns.spread([r[key] for r in rounds]) for key in rounds[0] if key != "side"}
+        for side, rounds in found.items()
+    ]
+    rates = {side: [r["pairs/s"] for r in rounds] for side, rounds in found.items()}
+    turns.report(
+        "data",
+        args,
+        rows,
+        times_as_many_pairs=turns.ratio(rates["ours"], rates["open_clip"]),
+        our_MiB_after_each_pass=passes["MiB after each pass"],
+    )
 
 
 if __name__ == "__main__":

@@ -246,6 +246,12 @@ def settle(tree: Any) -> Any:
 # --- How they end
 
 
+def about_to_fail() -> None:
+    """Say that this process will end with an error of its own, as all do: no other's word is
+    needed. A `gather` afterwards makes sure that all have said so before the first one ends."""
+    _ending.set()
+
+
 def rearm() -> None:
     """Say that this process is alive: the time limit of a step starts again."""
     if process_count() > 1:

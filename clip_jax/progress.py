@@ -163,8 +163,8 @@ class SkipLimit:
         """
         self._totals += said[self._speakers].sum(axis=0, dtype=np.int64)
         if self._log.is_too_much(*map(int, self._totals)):
-            counts, rows, _ = told_of_all(self._part, self._loader)
-            raise self._log.too_much(counts, rows)
+            distributed.about_to_fail()
+            raise self._log.too_much(*told_of_all(self._part, self._loader))
 
 
 class KeyLog:

@@ -296,12 +296,20 @@ def open_data(config: Config, workdir: str) -> TrainingData:
         where=d.filter,
         unique_keys=d.unique_keys,
         log=log,
-        # The windows that are read from now and next, were this the only process.
-        resident=2 * d.streams * d.window * (1 if isinstance(d.train, str) else len(d.train)),
+        resident=windows_in_memory(config, distributed.process_count()),
         workdir=workdir,
         share=Share(distributed.process_index(), distributed.process_count(), distributed.gather),
     )
     return TrainingData(sources, log)
+
+
+def windows_in_memory(config: Config, processes: int) -> int:
+    """How many shards a process may have in memory: the windows it reads from now, and the next."""
+    d = config.data
+    sources = 1 if isinstance(d.train, str) else len(d.train)
+    # Processes that a tensor axis spans load the same rows, so that each has more streams.
+    parts = max(1, processes // config.mesh.tensor)
+    return 2 * sources * d.window * math.ceil(d.streams / parts)
 
 
 def steps_of_run(config: Config, pairs: int) -> int:

@@ -10,6 +10,8 @@ import data_cases
 import numpy as np
 import pytest
 from data_cases import ToyTokenizer
+from run_tiny import log as log_file
+from run_tiny import start_two, write_experiment
 
 from clip_jax.data import remote
 from clip_jax.data.faults import SkipLog
@@ -119,3 +121,28 @@ def test_repeated_keys_and_filtered_samples_are_counted(tmp_path):
     (shards,) = open_sources(str(tmp_path), log=log, where="caption==caption 2", resident=4)
     assert sum(map(len, shards)) == 2 and log.left_out == {"filtered": 10}
     assert log.counts.total() == 0
+
+
+@pytest.mark.slow
+def test_two_processes_end_together_on_what_one_of_them_skips(tmp_path):
+    """All samples of process 1 are damaged; a shard that both leave out is listed once."""
+    experiment = write_experiment(tmp_path / "data", shards=4, samples=24)
+    for shard in (2, 3):
+        path = tmp_path / f"data/0000{shard}.tar"
+        path.write_bytes(path.read_bytes().replace(b"\x89PNG", b"\x89XXX"))
+    whole = (tmp_path / "data/00000.tar").read_bytes()
+    for k in range(4, 44):  # good ones, so that one lost shard is not too much
+        (tmp_path / f"data/{k:05d}.tar").write_bytes(bytes(1024))  # no sample at all
+    (tmp_path / "data/00044.tar").write_bytes(whole[:1000])
+    flags = ("--config.train.steps=500", f"--config.data.train={tmp_path}/data")
+    workdir = tmp_path / "run"
+    processes = start_two(experiment, workdir, *flags)
+    assert [process.wait(200) for process in processes] == [2, 2]
+    for index in range(2):
+        lines = log_file(workdir, index).read_text()
+        # 8 of each step's 16 rows: more than a tenth of 1,000 with batch 13, and 14 is fetched.
+        assert f"error: process {index}: 112 of 224 samples could not be used: 112 not" in lines
+    listed = [json.loads(line) for line in (workdir / "skipped.jsonl").read_text().splitlines()]
+    assert [Path(line["name"]).name for line in listed] == ["00044.tar"]
+    others = (workdir / "skipped-1.jsonl").read_text().splitlines()
+    assert len(others) == 48 and all("not_an_image" in line for line in others)

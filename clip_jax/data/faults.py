@@ -49,7 +49,6 @@ class SkipLog:
     def sample(self, cause: str, key: str, detail: str) -> None:
         """Take in one row that could not be used."""
         self.counts[cause] += 1
-        self._first = self._first or f"{key}: {detail}"
         # A shard that is lost during the run is one line, not one for each of its samples.
         self._list(cause, key.partition("/")[0] if cause in LOST_SHARDS else key, detail)
 
@@ -71,15 +70,15 @@ class SkipLog:
         """Whether a run may not go on that skipped so many of `rows`."""
         return skipped > self._max_fraction * max(rows, MIN_ROWS)
 
-    def too_much(self, counts: Counter[str], rows: int) -> UserError:
-        """The error of such a run, with the table of causes."""
-        return self._too_many(counts, counts.total(), rows, "samples")
+    def too_much(self, counts: Counter[str], rows: int, last: str) -> UserError:
+        """The error of such a run, with the table of causes and the last sample's."""
+        return self._too_many(counts, rows, "samples", f"the last {last}")
 
     def check_shards(self, shards: int) -> None:
         """Raises UserError with the table of causes when too many of `shards` were left out."""
         skipped = self.shards.total()
         if skipped > self._max_fraction * shards:
-            raise self._too_many(self.shards, skipped, shards, "shards")
+            raise self._too_many(self.shards, shards, "shards", f"first {self._first}")
 
     def _list(self, cause: str, name: str, detail: str) -> None:
         # Shards of one name can lie in several folders, which the detail tells apart.
@@ -93,12 +92,12 @@ class SkipLog:
         with open(self._path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
-    def _too_many(self, counts: Counter[str], skipped: int, of: int, what: str) -> UserError:
+    def _too_many(self, counts: Counter[str], of: int, what: str, example: str) -> UserError:
         table = ", ".join(f"{n} {cause}" for cause, n in counts.most_common())
         where = f" (listed in {self._path})" if self._path is not None else ""
         return UserError(
-            f"{skipped:,} of {of:,} {what} could not be used: {table}{where}; first"
-            f" {self._first[:300]}; mend the data or raise"
+            f"{counts.total():,} of {of:,} {what} could not be used: {table}{where};"
+            f" {example[:300]}; mend the data or raise"
             f" config.data.max_skip_fraction, now {self._max_fraction:g}"
         )
 
