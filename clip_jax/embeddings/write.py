@@ -198,7 +198,7 @@ def finish(folder: Path, about: About) -> tuple[int, Counter[str]] | None:
     counts: Counter[str] = Counter()
     with whole_file(folder / LIST) as partial, partial.open("w", encoding="utf-8") as out:
         for number in range(about.parts):
-            for line in part_file(folder, SKIPPED, number, about.parts).open(encoding="utf-8"):
-                counts[json.loads(line)["cause"]] += 1
-                out.write(line)
+            lines = part_file(folder, SKIPPED, number, about.parts).read_text(encoding="utf-8")
+            counts.update(json.loads(line)["cause"] for line in lines.splitlines())
+            out.write(lines)
     return about.samples - counts.total(), counts
