@@ -67,6 +67,17 @@ def load_encoders(args: argparse.Namespace, embeddings: "Embeddings") -> "Encode
     return encoders
 
 
+def own_template(model: str) -> str:
+    """The prompt that a run evaluates with; empty where there is none."""
+    from clip_jax.pretrained.own import is_work_folder
+    from clip_jax.workdir import read_description
+
+    if not is_work_folder(model):
+        return ""
+    templates = (read_description(model).config.get("eval") or {}).get("templates")
+    return str(templates[0]) if templates else ""
+
+
 def read_picture(path: str) -> bytes:
     """The bytes of `--image`.
 
@@ -110,8 +121,10 @@ def main() -> int:
         if args.query is not None or args.image is not None:
             raise UserError("--serve takes its questions on the page; leave the query out")
         embeddings = open_embeddings(args.folder)
+        encoders = load_encoders(args, embeddings)
+        model = args.model or (embeddings.about.model if embeddings.about else "")
         finder = Finder(embeddings, args.using)
-        return serve(finder, load_encoders(args, embeddings), args.host, args.port, args.data)
+        return serve(finder, encoders, args.host, args.port, args.data, own_template(model))
     if (args.query is None) == (args.image is None):
         raise UserError('give words, "a red bird", or --image FILE, and not both')
     picture = read_picture(args.image) if args.image else b""

@@ -19,7 +19,7 @@ from clip_jax.errors import UserError, short
 from clip_jax.files import whole_file
 
 CANDIDATES = 512
-TRAIN_ROWS = 32_768
+TRAIN_ROWS = 4_096  # 256 for each of 16 centres, more than which faiss does not take
 ADD_ROWS = 65_536
 # With fewer rows, exact search takes some milliseconds itself.
 LEAST_ROWS = 50_000
@@ -31,6 +31,8 @@ def faiss_or_none() -> Any:
         import faiss
     except ImportError:
         return None
+    # Its loops are far too short to share out: on two busy cores training took 20 times as long.
+    faiss.omp_set_num_threads(1)
     return faiss
 
 
