@@ -100,8 +100,8 @@ def relevance_picture(
     row, column = np.unravel_index(gain_HW.argmax(), gain_HW.shape)
     rows, columns = gain_HW.shape
     return (
-        f"{out}: cosine {cosine:.4f} with {caption!r}; the patch that adds most is row {row + 1} of "
-        f"{rows}, column {column + 1} of {columns}"
+        f"{out}: cosine {cosine:.4f} with {caption!r}; the patch that adds most is in row "
+        f"{row + 1} of {rows}, column {column + 1} of {columns}"
     )
 
 

@@ -131,7 +131,9 @@ def main() -> int:
     embeddings = open_embeddings(args.folder, args.among)
     finder = Finder(embeddings, args.using)
     encoders = load_encoders(args, embeddings)
-    query_1D = encode_picture(encoders, picture) if picture else encode_words(encoders, [args.query])
+    query_1D = (
+        encode_picture(encoders, picture) if picture else encode_words(encoders, [args.query])
+    )
     (hits,) = finder.search(query_1D, args.top)
     print(hits_json(hits) if args.json else hits_text(hits))
     return 0

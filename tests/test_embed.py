@@ -1,5 +1,6 @@
 """Folders of embeddings: their layout, what is skipped, and that they do not know of a kill."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -104,7 +105,7 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bytes(data, whole, tmp_path, af
     torn.parent.mkdir(exist_ok=True)
     torn.with_name(torn.name + ".partial").write_bytes(b"half")
     assert finish(folder, toy_about(data)) is None
-    with pytest.raises(UserError, match="is not finished|holds no img_emb"):
+    with pytest.raises(UserError, match=r"is not finished|holds no img_emb"):
         open_embeddings(folder)
     assert make(data, folder) == list(range(after // 2, 4))
     finish(folder, toy_about(data))
@@ -114,7 +115,9 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bytes(data, whole, tmp_path, af
 def test_damaged_and_missing_files_of_a_part_are_made_again(data, whole, tmp_path):
     folder = tmp_path / "out"
     make(data, folder)
-    part_file(folder, "img_emb", 1, 4).write_bytes(part_file(whole, "img_emb", 1, 4).read_bytes()[:99])
+    part_file(folder, "img_emb", 1, 4).write_bytes(
+        part_file(whole, "img_emb", 1, 4).read_bytes()[:99]
+    )
     part_file(folder, "metadata", 3, 4).unlink()
     assert make(data, folder) == [1, 3]
     finish(folder, toy_about(data))
@@ -143,7 +146,7 @@ def test_parts_are_shared_out_once_and_evenly(parts, count):
 def test_neighbours_are_the_numbers_in_runs_with_gaps_between(numbers):
     runs = neighbours(sorted(numbers))
     assert [n for run in runs for n in run] == sorted(numbers)
-    assert all(a.stop < b.start for a, b in zip(runs, runs[1:], strict=False))
+    assert all(a.stop < b.start for a, b in itertools.pairwise(runs))
 
 
 def test_another_model_or_source_is_refused_by_name(data, whole, tmp_path):
@@ -153,7 +156,7 @@ def test_another_model_or_source_is_refused_by_name(data, whole, tmp_path):
     with pytest.raises(UserError, match="begun with part_rows 16 and this is 32"):
         claim(whole, toy_about(data, part_rows=32))
     (tmp_path / "img_emb").mkdir()
-    with pytest.raises(UserError, match="without embedding.json"):
+    with pytest.raises(UserError, match=r"without embedding\.json"):
         claim(tmp_path, toy_about(data))
     (tmp_path / "embedding.json").write_text("{")
     with pytest.raises(UserError, match="damaged"):
@@ -204,7 +207,10 @@ def test_the_command_killed_three_times_leaves_the_same_bytes(tmp_path):
 
     def start(out):
         return subprocess.Popen(
-            run_command(pattern, model, out), cwd=ROOT, env=environment(8), stderr=subprocess.DEVNULL
+            run_command(pattern, model, out),
+            cwd=ROOT,
+            env=environment(8),
+            stderr=subprocess.DEVNULL,
         )
 
     assert start(tmp_path / "whole").wait() == 0
@@ -219,4 +225,6 @@ def test_the_command_killed_three_times_leaves_the_same_bytes(tmp_path):
         process.wait()
         assert not (killed / "skipped.jsonl").exists()
     assert start(killed).wait() == 0
-    assert {n: b for n, b in files(killed).items() if "partial" not in n} == files(tmp_path / "whole")
+    assert {n: b for n, b in files(killed).items() if "partial" not in n} == files(
+        tmp_path / "whole"
+    )

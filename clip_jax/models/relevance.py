@@ -69,7 +69,7 @@ def make_relevance(model: CLIP) -> RelevanceFn:
             return y if change is None else y + change
 
         with nn.intercept_methods(watch):
-            z_BD = model.apply(variables, images_BHWC, method="encode_image")
+            z_BD: Any = model.apply(variables, images_BHWC, method="encode_image")
         return z_BD, seen[0]
 
     def relevance(

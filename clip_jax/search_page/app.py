@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,17 +13,10 @@ from clip_jax.errors import UserError
 from clip_jax.evaluation.features import Encoders
 from clip_jax.search_page.pictures import Pictures
 
-try:
+if TYPE_CHECKING:
     from starlette.applications import Starlette
-    from starlette.concurrency import run_in_threadpool
-    from starlette.exceptions import HTTPException
-    from starlette.middleware import Middleware
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
     from starlette.requests import Request
-    from starlette.responses import JSONResponse, Response
-    from starlette.routing import Route
-except ImportError:
-    raise UserError("the page needs starlette and uvicorn: pip install 'clip_jax[search]'") from None
+    from starlette.responses import Response
 
 MAX_UPLOAD = 20 << 20
 MAX_TOP = 200
@@ -52,13 +45,21 @@ def make_app(
     *,
     template: str = TEMPLATE,
     hosts: Sequence[str] = ("127.0.0.1", "localhost"),
-) -> Starlette:
+) -> "Starlette":
     """The application.
 
     Args:
       template: of the labels, until the user types another.
       hosts: names under which it answers; other pages must not reach it by a name of theirs.
     """
+    from starlette.applications import Starlette
+    from starlette.concurrency import run_in_threadpool
+    from starlette.exceptions import HTTPException
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+    from starlette.responses import JSONResponse, Response
+    from starlette.routing import Route
+
     one_at_a_time = threading.Lock()
     folder = Path(__file__).parent
 
@@ -74,12 +75,12 @@ def make_app(
     def file_route(path: str) -> Route:
         name, kind = FILES[path]
 
-        async def read(request: Request) -> Response:
+        async def read(request: "Request") -> "Response":
             return Response((folder / name).read_bytes(), media_type=kind)
 
         return Route(path, read)
 
-    async def about(request: Request) -> Response:
+    async def about(request: "Request") -> "Response":
         told = {
             "count": len(finder.embeddings),
             "model": encoders.name,
@@ -89,7 +90,7 @@ def make_app(
         }
         return JSONResponse(told)
 
-    async def search(request: Request) -> Response:
+    async def search(request: "Request") -> "Response":
         top = whole_number(request, "top", 20, 1, MAX_TOP)
         if request.method == "POST":
             upload = await read_upload(request)
@@ -103,7 +104,7 @@ def make_app(
         (hits,) = await compute(finder.search, query_1D, top)
         return JSONResponse({"hits": [hit_json(hit) for hit in hits]})
 
-    async def classify(request: Request) -> Response:
+    async def classify(request: "Request") -> "Response":
         labels = [text_of(label, "label") for label in request.query_params.getlist("label")]
         if not 0 < len(labels) <= MAX_LABELS:
             raise UserError(f"there are {len(labels)} labels; give 1 to {MAX_LABELS}")
@@ -116,7 +117,7 @@ def make_app(
         share_M = await compute(class_shares, encoders, z_1D, labels, asked)
         return JSONResponse({"shares": [float(share) for share in share_M]})
 
-    async def picture(request: Request) -> Response:
+    async def picture(request: "Request") -> "Response":
         row = request.path_params["row"]
         small = None
         if row < len(finder.embeddings):
@@ -125,7 +126,7 @@ def make_app(
             raise HTTPException(404, "no such picture")
         return Response(small[0], media_type=small[1])
 
-    async def wrong(request: Request, error: Exception) -> Response:
+    async def wrong(request: "Request", error: Exception) -> "Response":
         code = error.status_code if isinstance(error, HTTPException) else 400
         told = error.detail if isinstance(error, HTTPException) else str(error)
         return JSONResponse({"error": told}, code)
@@ -163,8 +164,10 @@ class WithHeaders:
         await self.app(scope, receive, with_headers)
 
 
-async def read_upload(request: Request) -> bytes:
+async def read_upload(request: "Request") -> bytes:
     """The body, refused as soon as it is more than a picture may be."""
+    from starlette.exceptions import HTTPException
+
     chunks, size = [], 0
     async for chunk in request.stream():
         size += len(chunk)
@@ -174,7 +177,7 @@ async def read_upload(request: Request) -> bytes:
     return b"".join(chunks)
 
 
-def whole_number(request: Request, name: str, otherwise: int, low: int, high: int) -> int:
+def whole_number(request: "Request", name: str, otherwise: int, low: int, high: int) -> int:
     """A number of the address."""
     text = request.query_params.get(name, str(otherwise))
     if not (text.isascii() and text.isdigit() and len(text) < 16 and low <= int(text) <= high):

@@ -9,6 +9,7 @@ from clip_jax.embeddings.find import Finder
 from clip_jax.embeddings.query import encode_words
 from clip_jax.errors import UserError
 from clip_jax.evaluation.features import Encoders
+from clip_jax.search_page.app import TEMPLATE, make_app
 from clip_jax.search_page.pictures import Pictures
 
 
@@ -20,12 +21,11 @@ def serve(
     Raises:
       UserError: the libraries are not installed, or the address cannot be had.
     """
-    from clip_jax.search_page.app import TEMPLATE, make_app
-
     try:
+        import starlette  # noqa: F401
         import uvicorn
-    except ImportError:
-        raise UserError("the page needs uvicorn: pip install 'clip_jax[search]'") from None
+    except ImportError as e:
+        raise UserError(f"--serve needs {e.name}: pip install 'clip_jax[search]'") from None
     pictures = Pictures(finder.embeddings, data)
     hosts = ["127.0.0.1", "localhost", host] if is_local(host) else ["*"]
     app = make_app(finder, encoders, pictures, template=template or TEMPLATE, hosts=hosts)
