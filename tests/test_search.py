@@ -337,7 +337,7 @@ def test_the_page_works_in_a_browser(address, tmp_path, width, scheme):
         page.get_by_role("button", name="more like it").nth(1).click()
         page.wait_for_selector("#status:has-text('caption')")
         page.get_by_role("button", name="Name it", exact=True).click()
-        page.get_by_label("Labels").fill("<b>one</b>\ntwo\nthree words here")
+        page.get_by_role("textbox", name="Labels").fill("<b>one</b>\ntwo\nthree words here")
         page.get_by_role("button", name="Name it", exact=True).click()
         page.wait_for_selector("#name-status.wrong:has-text('Choose a picture')")
         page.get_by_role("button", name="name it", exact=True).first.click()
