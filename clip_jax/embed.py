@@ -65,6 +65,8 @@ def embed_source(args: argparse.Namespace) -> str:
     Raises:
       UserError: the model or the data cannot be read, or the folder holds something else.
     """
+    import jax
+
     from clip_jax.data.sources import fingerprint
     from clip_jax.embeddings.folder import claim
     from clip_jax.embeddings.write import LIST, embed, finish, index_pictures
@@ -79,6 +81,11 @@ def embed_source(args: argparse.Namespace) -> str:
     clip, mesh = load_over_devices(
         args.model, architecture=args.architecture or None, tokenizer=args.tokenizer or None
     )
+    if jax.process_count() > 1:
+        raise UserError(
+            "the devices of this machine have started together with those of others, as on a TPU "
+            "pod, and embed works with a machine's own; start it on a single one"
+        )
     encoders = encoders_of(clip, mesh)
     about = describe(args, encoders, clip.config.embed_dim, fingerprint(indexes), samples)
     folder = Path(args.out)
