@@ -365,3 +365,17 @@ def test_a_taken_port_is_one_line():
     assert [is_local(h) for h in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "box")] == [
         True, True, True, False, False,
     ]  # fmt: skip
+
+
+@needs_faiss
+def test_the_benchmark_measures_both_ways(tmp_path, capsys):
+    from benchmarks.search import main
+
+    main(["--rows", "3000", "--dim", "32", "--queries", "3", "--repeats", "2", "--warmup", "0",
+          "--out", str(tmp_path)])  # fmt: skip
+    rows = json.loads((tmp_path / "search.json").read_text())["rows"]
+    assert [(row["rows"], row["way"]) for row in rows] == [
+        (kind, way) for kind in ("clustered", "uniform") for way in ("exact", "faiss")
+    ]
+    # 512 candidates of 3,000.
+    assert all(row["recall@10"] > 0.9 for row in rows) and "ms a query" in capsys.readouterr().out
