@@ -15,11 +15,12 @@ from clip_jax.errors import UserError
 from clip_jax.evaluation.zero_shot import class_embeddings
 from clip_jax.initial import place_arrays, read_origin, restore_run, variable_shapes
 from clip_jax.models.clip import CLIP, CLIPConfig, unit_length
+from clip_jax.models.relevance import make_relevance
 from clip_jax.models.zoo import model_config
 from clip_jax.pretrained.load import resized, tokenizer_family
 from clip_jax.pretrained.tags import family_preprocess
 from clip_jax.state import init_variables
-from clip_jax.step import make_encoders
+from clip_jax.step import make_encoders, normalize_images, unit_range
 from clip_jax.tokenizers import TokenizerSpec, make_tokenizer, tokenizer_from_file
 from clip_jax.typing import Tokenizer
 
@@ -59,6 +60,7 @@ class LoadedCLIP:
             CLIP(config), image_mean=preprocessing.mean, image_std=preprocessing.std
         )
         self._unit_length = jax.jit(unit_length)
+        self._relevance = jax.jit(make_relevance(CLIP(config)))
 
     def known_tokenizer(self) -> Tokenizer:
         """The tokenizer.
@@ -112,17 +114,20 @@ class LoadedCLIP:
         Raises:
           UserError: the shape is not what the model takes.
         """
+        z_BD = self._encode_image(self._variables, self._checked(images, "encode_image"))
+        return self._unit_length(z_BD) if normalize else z_BD
+
+    def _checked(self, images: np.ndarray | jax.Array, method: str) -> jax.Array:
         size = self.config.vision.image_size
         images = jnp.asarray(images)
         if images.shape[1:] != (size, size, 3):
             raise UserError(
-                f"encode_image takes [batch, {size}, {size}, 3] and got "
+                f"{method} takes [batch, {size}, {size}, 3] and got "
                 f"{list(images.shape)}; make it with preprocess()"
             )
         if images.dtype != jnp.uint8 and not jnp.issubdtype(images.dtype, jnp.floating):
-            raise UserError(f"encode_image takes uint8 or normalised floats and got {images.dtype}")
-        z_BD = self._encode_image(self._variables, images)
-        return self._unit_length(z_BD) if normalize else z_BD
+            raise UserError(f"{method} takes uint8 or normalised floats and got {images.dtype}")
+        return images
 
     def encode_text(self, tokens: np.ndarray | jax.Array, normalize: bool = True) -> jax.Array:
         """Text features, float32 [batch, embed_dim], of unit length unless `normalize=False`.
@@ -166,6 +171,28 @@ class LoadedCLIP:
         )
         logits_BM = self.scale * self.encode_image(images) @ jnp.asarray(class_MD).T
         return jax.nn.softmax(logits_BM, axis=-1)
+
+    def relevance(self, images: np.ndarray | jax.Array, text: str | Sequence[str]) -> jax.Array:
+        """What each patch adds to the cosine with a caption, float32 [batch, rows, columns].
+
+        Gradient-weighted attention; see `models.relevance`. Nothing is below zero.
+
+        Args:
+          images: as `encode_image` takes them.
+          text: a caption for all of them, or one for each.
+
+        Raises:
+          UserError: the shape is not what the model takes, or captions are too few or too many.
+        """
+        images = self._checked(images, "relevance")
+        texts = [text] * len(images) if isinstance(text, str) else list(text)
+        if len(texts) != len(images):
+            raise UserError(f"relevance got {len(images)} images and {len(texts)} captions")
+        if images.dtype == jnp.uint8:
+            mean, std = self.preprocessing.mean, self.preprocessing.std
+            images = normalize_images(unit_range(images), mean, std)
+        z_text_BD = self.encode_text(self.tokenize(texts))
+        return self._relevance(self._variables, images, z_text_BD)
 
 
 def create(name: str, seed: int = 0) -> LoadedCLIP:

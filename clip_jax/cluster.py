@@ -3,11 +3,14 @@
 import socket
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 from jax._src import clusters
 
 from clip_jax.errors import UserError, short
+
+T = TypeVar("T")
 
 
 def wait_for(address: str, seconds: float) -> None:
@@ -48,20 +51,32 @@ def check_flags(coordinator: str | None, processes: int | None, index: int | Non
 
 def detected_processes() -> int:
     """The processes that the cluster's environment speaks of; 1 without a cluster."""
+    return _ask_cluster(lambda kind: kind.get_process_count(), alone=1)
+
+
+def detected_place() -> tuple[int, int]:
+    """(this process, processes) by the cluster's environment; (0, 1) without a cluster."""
+    return _ask_cluster(
+        lambda kind: (kind.get_process_id(), kind.get_process_count()), alone=(0, 1)
+    )
+
+
+def _ask_cluster(question: Callable[[type[clusters.ClusterEnv]], T], *, alone: T) -> T:
+    """What the cluster's interface answers; `alone` without a cluster."""
     kinds = [kind for kind in clusters.ClusterEnv._cluster_types if not kind.opt_in_only_method]
     for kind in kinds:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Kubernetes without its package
                 if kind.is_env_present():
-                    return kind.get_process_count()
+                    return question(kind)
         except Exception as error:  # whatever the cluster's interface raises
             raise UserError(
                 f"this looks like {kind.__name__} and its processes cannot be counted "
                 f"({short(error)[:300]}); give --coordinator, --num_processes and --process_id, or "
                 "--num_processes 1 for a run by itself"
             ) from None
-    return 1
+    return alone
 
 
 def alone_on_its_machine(environment: Mapping[str, str]) -> bool:

@@ -98,8 +98,10 @@ def _class_of(path: str) -> str:
     return path.partition("/")[0]
 
 
-def index_folder(path: str, options: Options) -> FolderShard:
+def index_folder(path: str, options: Options, *, need_captions: bool = True) -> FolderShard:
     """The pictures of a folder, in the order of their paths.
+
+    Without `need_captions` pictures may lie in it alone.
 
     Raises:
       UserError: pictures lie in it with neither captions nor class folders.
@@ -110,6 +112,8 @@ def index_folder(path: str, options: Options) -> FolderShard:
     if any(_stem(picture) + ".txt" in sides for picture in pictures):
         return FolderShard(path, pictures, sides, [])
     loose = [picture for picture in pictures if "/" not in picture]
+    if loose and not need_captions:
+        return FolderShard(path, pictures, sides, [])
     if loose:
         raise UserError(
             f"folder {path}: {loose[0]} has no caption: put {_stem(loose[0])}.txt beside it, a"

@@ -236,6 +236,7 @@ def make_eval_loader(
     threads: int = 8,
     prefetch: int = 2,
     max_pixels: int = MAX_PIXELS,
+    need_captions: bool = True,
     log: SkipLog | None = None,
 ) -> Loader:
     """Every sample once, in the order of the shards, through `images.eval_transform`.
@@ -243,7 +244,8 @@ def make_eval_loader(
     `start_step` and `stop_step` take a part of the batches, by their numbers.
 
     The last batch is filled up with rows of `ok=False` and an empty key. A sample needs no
-    caption here when it has a label; of several captions `text` holds the first.
+    caption here when it has a label, and with `need_captions` False never; of several captions
+    `text` holds the first.
 
     Raises:
       UserError: no samples, or hosts that do not divide the batch.
@@ -271,6 +273,7 @@ def make_eval_loader(
         image_size=image_size,
         context_length=context_length,
         evaluation=True,
+        need_captions=need_captions,
     )
     num_steps = -(-total // batch_size)
     stop = num_steps if stop_step is None else min(stop_step, num_steps)

@@ -50,6 +50,7 @@ class RowReader:
       seed: with epoch and sample id it fixes a row's chance, whoever reads it.
       cache_bytes: memory for decoded pictures.
       evaluation: read labels, take the first caption, and do without one where there is a label.
+      need_captions: False does without a caption everywhere.
     """
 
     def __init__(
@@ -64,8 +65,10 @@ class RowReader:
         seed: int = 0,
         cache_bytes: int = 0,
         evaluation: bool = False,
+        need_captions: bool = True,
     ):
         self.evaluation = evaluation
+        self._need_captions = need_captions
         self._indexes = indexes
         self._tokenizer = tokenizer
         self._transform = transform
@@ -106,7 +109,8 @@ class RowReader:
         rng = np.random.Generator(philox(self._seed, _AUGMENT, sample, epoch))
         try:
             label = index.label(i, handles) if self.evaluation else -1
-            captions = _captions(index, i, handles, optional=label >= 0)
+            optional = label >= 0 or not self._need_captions
+            captions = _captions(index, i, handles, optional=optional)
             # Drawn even for one caption, so that a crop does not depend on their number.
             choice = 0 if self.evaluation else int(rng.random() * len(captions))
             caption = captions[choice] if captions else ""

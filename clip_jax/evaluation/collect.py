@@ -6,12 +6,13 @@ prompts encodes no picture again.
 """
 
 import dataclasses
+import itertools
 import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -24,6 +25,7 @@ from clip_jax.evaluation.features import EncodeImage, EncodeText, encode_padded,
 from clip_jax.files import whole_file
 from clip_jax.typing import Tokenizer
 
+T = TypeVar("T")
 Batches = Iterable[Mapping[str, Any]]
 
 
@@ -98,68 +100,108 @@ def collect(
     start = len(parts) * batches_per_part
     batches = batches_from(start)
     steps = getattr(batches, "num_steps", None)
-    # A bar redrawn often is noise in a log file.
-    pace = 0.1 if sys.stderr.isatty() else 10.0
-    bar = tqdm(
-        batches,
-        title,
-        steps,
-        initial=start,
-        unit="batch",
-        mininterval=pace,
-        disable=not progress or jax.process_index() > 0,
-    )
+    bar = progress_bar(title, steps, batches, initial=start, unit="batch", shown=progress)
 
-    def encode(batch: Mapping[str, Any], step: int) -> FeatureSet:
-        z_image_BD = np.asarray(encode_image(batch["image"]))
-        return _features(z_image_BD, _of_all_processes(batch), step)
-
-    def _features(z_image_BD: np.ndarray, batch: Mapping[str, Any], step: int) -> FeatureSet:
-        ok_B = np.asarray(batch["ok"], bool)
-        rows = np.flatnonzero(ok_B)
-        # Bad rows are not looked at: what the encoder makes of a placeholder counts nowhere.
-        z_image_BD = unit_rows(z_image_BD[rows])
-        tokens_BL, captions, row_of_text = _texts(batch, tokenizer, context_length)
-        z_text_BD = np.zeros((0, z_image_BD.shape[1]), np.float32)
-        if captions:
-            z_text_BD = encode_padded(encode_text, tokens_BL, text_batch_size)
-        label_B = np.asarray(batch.get("label", np.full(len(ok_B), -1)), np.int32)
-        keys = batch.get("key", [""] * len(ok_B))
-        return FeatureSet(
-            z_image_BD,
-            step * len(ok_B) + rows.astype(np.int64),
-            label_B[rows],
-            [keys[row] for row in rows],
-            z_text_BD,
-            captions,
-            np.searchsorted(rows, row_of_text).astype(np.int64),
-            {},
-        )
-
-    before: Counter[str] = Counter()
-    for number, group in enumerate(_groups_of(bar, batches_per_part), len(parts)):
-        made = [encode(b, number * batches_per_part + i) for i, b in enumerate(group)]
-        now = Counter(getattr(batches, "skipped", {}))
-        skipped = sum((Counter(c) for c in gather_json(dict(now - before))), Counter())
-        before = now
-        part = dataclasses.replace(join(made), skipped=dict(skipped))
+    def keep(number: int, part: FeatureSet) -> None:
         if folder is not None and jax.process_index() == 0:
             _store(part, folder / f"part-{number:05d}.npz")
         parts.append(part)
+
+    encode_parts(
+        encode_image,
+        encode_text,
+        tokenizer,
+        iter(bar),
+        keep,
+        context_length=context_length,
+        text_batch_size=text_batch_size,
+        batches_per_part=batches_per_part,
+        first_part=len(parts),
+        skipped=lambda: getattr(batches, "skipped", {}),
+    )
     if not sum(len(part) for part in parts):
         raise UserError(f"{title}: no image that could be read, so there is nothing to evaluate")
     return join(parts)
 
 
-def _groups_of(items: Iterable, size: int) -> Iterator[list]:
-    group = []
-    for item in items:
-        group.append(item)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
-        yield group
+def progress_bar(
+    title: str, total: int | None, items: Iterable | None = None, *, shown: bool = True, **more: Any
+) -> tqdm:
+    """A bar on stderr, over `items` or moved by hand; one redrawn often is noise in a log file."""
+    pace = 0.1 if sys.stderr.isatty() else 10.0
+    hidden = not shown or jax.process_index() > 0
+    return tqdm(items, title, total, mininterval=pace, disable=hidden, **more)
+
+
+def encode_parts(
+    encode_image: EncodeImage,
+    encode_text: EncodeText,
+    tokenizer: Tokenizer,
+    batches: Iterator[Mapping[str, Any]],
+    keep: Callable[[int, FeatureSet], None],
+    *,
+    context_length: int,
+    text_batch_size: int,
+    batches_per_part: int,
+    first_part: int = 0,
+    skipped: Callable[[], Mapping[str, int]] = dict,
+) -> None:
+    """The features of the batches, part by part; one part is in memory at a time.
+
+    Args:
+      keep: takes each part and its number.
+      first_part: the number of the part that the first batch begins.
+      skipped: cause -> rows of all batches so far that could not be used.
+    """
+    before: Counter[str] = Counter()
+    for number, group in enumerate(_groups_of(batches, batches_per_part), first_part):
+        made = []
+        for step, batch in enumerate(group, number * batches_per_part):
+            z_image_BD = np.asarray(encode_image(batch["image"]))
+            known = _of_all_processes(batch)
+            texts = _texts(known, tokenizer, context_length)
+            made.append(_features(z_image_BD, known, texts, encode_text, text_batch_size, step))
+        now = Counter(skipped())
+        counts = sum((Counter(c) for c in gather_json(dict(now - before))), Counter())
+        before = now
+        keep(number, dataclasses.replace(join(made), skipped=dict(counts)))
+
+
+def _features(
+    z_image_BD: np.ndarray,
+    batch: Mapping[str, Any],
+    texts: tuple[np.ndarray, list[Any], list[int]],
+    encode_text: EncodeText,
+    text_batch_size: int,
+    step: int,
+) -> FeatureSet:
+    """What a batch's rows that are ok come to, each at its place in the order of the data."""
+    ok_B = np.asarray(batch["ok"], bool)
+    rows = np.flatnonzero(ok_B)
+    # Bad rows are not looked at: what the encoder makes of a placeholder counts nowhere.
+    z_image_BD = unit_rows(z_image_BD[rows])
+    tokens_BL, captions, row_of_text = texts
+    z_text_BD = np.zeros((0, z_image_BD.shape[1]), np.float32)
+    if captions:
+        z_text_BD = encode_padded(encode_text, tokens_BL, text_batch_size)
+    label_B = np.asarray(batch.get("label", np.full(len(ok_B), -1)), np.int32)
+    keys = batch.get("key", [""] * len(ok_B))
+    return FeatureSet(
+        z_image_BD,
+        step * len(ok_B) + rows.astype(np.int64),
+        label_B[rows],
+        [keys[row] for row in rows],
+        z_text_BD,
+        captions,
+        np.searchsorted(rows, row_of_text).astype(np.int64),
+        {},
+    )
+
+
+def _groups_of(items: Iterator[T], size: int) -> Iterator[Iterator[T]]:
+    """So many items at a time, read only when they are asked for; each group is used up first."""
+    for first in items:
+        yield itertools.chain([first], itertools.islice(items, size - 1))
 
 
 def _texts(

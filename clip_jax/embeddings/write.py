@@ -1,0 +1,204 @@
+"""Pictures and captions to a folder of embeddings, part by part.
+
+A part's files appear whole and its metadata last, so what was killed is made again from the last
+part on, to the same bytes: a part is the same batches whoever makes it, and when.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from clip_jax.data.faults import SkipLog
+from clip_jax.data.folders import index_folder
+from clip_jax.data.loader import Loader, make_eval_loader
+from clip_jax.data.options import split_options
+from clip_jax.data.samples import ShardIndex
+from clip_jax.data.sources import FOLDER, expand, index_shards, kind_of
+from clip_jax.embeddings.folder import METADATA, About, is_whole, part_file
+from clip_jax.evaluation.collect import FeatureSet, encode_parts, progress_bar
+from clip_jax.evaluation.features import Encoders
+from clip_jax.files import whole_file
+
+SKIPPED = "skipped"
+LIST = "skipped.jsonl"
+# Of the metadata: a result's row is read with its neighbours.
+GROUP_ROWS = 4096
+
+
+class PartLog(SkipLog):
+    """Counts skipped samples, and keeps those of the part that is being made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[dict[str, str]] = []
+
+    def sample(self, cause: str, key: str, detail: str) -> None:
+        super().sample(cause, key, detail)
+        self.lines.append({"cause": cause, "name": key, "detail": detail[:500]})
+
+
+def index_pictures(data: str) -> list[ShardIndex]:
+    """The shards of a source, whose pictures need no caption.
+
+    Raises:
+      UserError: it names nothing, or a shard cannot be read.
+    """
+    shards = expand(data)
+    is_folder = [kind_of(split_options(shard)[0]) is FOLDER for shard in shards]
+    others = iter(index_shards([s for s, f in zip(shards, is_folder, strict=True) if not f]))
+    return [
+        index_folder(*split_options(shard), need_captions=False) if folder else next(others)
+        for shard, folder in zip(shards, is_folder, strict=True)
+    ]
+
+
+def own_parts(parts: int, index: int, count: int) -> range:
+    """The parts that process `index` of `count` makes: neighbours, and equally many."""
+    return range(index * parts // count, (index + 1) * parts // count)
+
+
+def embed(
+    encoders: Encoders,
+    indexes: Sequence[ShardIndex],
+    about: About,
+    folder: Path,
+    *,
+    index: int = 0,
+    count: int = 1,
+    progress: bool = True,
+) -> list[int]:
+    """Make the parts of process `index` of `count` that are not there yet; returns their numbers.
+
+    `folder.claim` comes before. Processes do not wait for each other.
+    """
+    mine = own_parts(about.parts, index, count)
+    missing = [n for n in mine if not is_whole(folder, about, n)]
+    sizes = {n: min(about.part_rows, about.samples - n * about.part_rows) for n in mine}
+    title = f"process {index} of {count}" if count > 1 else "embed"
+    done = sum(sizes[n] for n in mine if n not in missing)
+    total = sum(sizes.values())
+    with progress_bar(title, total, initial=done, unit=" pictures", shown=progress) as bar:
+        for run in neighbours(missing):
+            _embed_run(encoders, indexes, about, folder, run, bar.update)
+    return missing
+
+
+def neighbours(numbers: Sequence[int]) -> list[range]:
+    """Ascending numbers as runs without a gap."""
+    runs: list[range] = []
+    for n in numbers:
+        if runs and n == runs[-1].stop:
+            runs[-1] = range(runs[-1].start, n + 1)
+        else:
+            runs.append(range(n, n + 1))
+    return runs
+
+
+def _embed_run(
+    encoders: Encoders,
+    indexes: Sequence[ShardIndex],
+    about: About,
+    folder: Path,
+    run: range,
+    advance: Callable[[int], object],
+) -> None:
+    batches_per_part = about.part_rows // about.batch_size
+    log = PartLog()
+    loader = make_eval_loader(
+        indexes,
+        encoders.tokenizer,
+        image_size=encoders.image_size,
+        context_length=encoders.context_length,
+        batch_size=about.batch_size,
+        preprocess=encoders.preprocess,
+        start_step=run.start * batches_per_part,
+        stop_step=run.stop * batches_per_part,
+        need_captions=False,
+        log=log,
+    )
+
+    def keep(number: int, part: FeatureSet) -> None:
+        write_part(folder, about, number, part, log.lines)
+        log.lines.clear()
+
+    def no_features(tokens_BL: np.ndarray) -> np.ndarray:
+        return np.ones((len(tokens_BL), about.embed_dim), np.float32)
+
+    with loader:
+        encode_parts(
+            encoders.encode_image,
+            encoders.encode_text if about.texts else no_features,
+            encoders.tokenizer,
+            _one_caption_each(loader, advance),
+            keep,
+            context_length=encoders.context_length,
+            text_batch_size=about.batch_size,
+            batches_per_part=batches_per_part,
+            first_part=run.start,
+        )
+
+
+def _one_caption_each(
+    batches: Loader, advance: Callable[[int], object]
+) -> Iterator[Mapping[str, Any]]:
+    """Batches whose pictures have one caption each, an empty one where there is none."""
+    for batch in batches:
+        yield {**batch, "captions": [(given or [""])[:1] for given in batch["captions"]]}
+        advance(sum(key != "" for key in batch["key"]))
+
+
+def write_part(
+    folder: Path, about: About, number: int, part: FeatureSet, skipped: Sequence[Mapping[str, str]]
+) -> None:
+    """A part's files, its metadata last: with that it counts as made."""
+
+    def path(kind: str) -> Path:
+        return part_file(folder, kind, number, about.parts)
+
+    arrays = {"img_emb": part.z_image_BD} | ({"text_emb": part.z_text_BD} if about.texts else {})
+    for kind, z_BD in arrays.items():
+        with whole_file(path(kind)) as partial, partial.open("wb") as file:
+            np.save(file, z_BD.astype(np.float16))
+    with whole_file(path(SKIPPED)) as partial:
+        partial.write_text("".join(json.dumps(line) + "\n" for line in skipped), encoding="utf-8")
+    with whole_file(path(METADATA)) as partial:
+        pq.write_table(metadata_table(part), partial, row_group_size=GROUP_ROWS)
+
+
+def metadata_table(part: FeatureSet) -> pa.Table:
+    """A part's table: clip-retrieval's columns, and where in its source a picture is.
+
+    `image_path` is "shard/key" and `row` the sample's place among all of the source's.
+    """
+    return pa.table(
+        {
+            "image_path": pa.array(part.keys, pa.string()),
+            "caption": pa.array(part.captions, pa.string()),
+            "key": pa.array([key.partition("/")[2] for key in part.keys], pa.string()),
+            "label": pa.array(part.label_B, pa.int32()),
+            "row": pa.array(part.row_B, pa.int64()),
+        }
+    )
+
+
+def finish(folder: Path, about: About) -> tuple[int, Counter[str]] | None:
+    """Joins the lists of skipped samples when every part is there: rows, and skipped by cause.
+
+    None where parts are missing. Whichever process ends last finds all of them; two that do write
+    the same.
+    """
+    if not all(is_whole(folder, about, n) for n in range(about.parts)):
+        return None
+    counts: Counter[str] = Counter()
+    with whole_file(folder / LIST) as partial, partial.open("w", encoding="utf-8") as out:
+        for number in range(about.parts):
+            lines = part_file(folder, SKIPPED, number, about.parts).read_text(encoding="utf-8")
+            counts.update(json.loads(line)["cause"] for line in lines.splitlines())
+            out.write(lines)
+    return about.samples - counts.total(), counts

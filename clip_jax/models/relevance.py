@@ -1,0 +1,92 @@
+"""Where in a picture the cosine with a caption comes from.
+
+The measure is gradient-weighted attention (Chefer et al. 2021, arXiv:2103.15679) of the attention
+that is read last: the weight that a head gives a patch, times what the cosine gains as the weight
+grows; what lowers the cosine is cut off, and heads are summed. Weights need not be held for it.
+A value enters through its weights alone, y = sum_j w_j v_j, so that w_j dc/dw_j = v_j . dc/dv_j:
+values and their gradients are enough, whatever computes the attention. The convolutional tower has
+no attention; its last feature map, times its gradient, stands for it.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from clip_jax.models.clip import CLIP, CLIPConfig, unit_length
+from clip_jax.models.convnet import ConvNetConfig
+from clip_jax.models.resnet import ResNetConfig
+
+
+@runtime_checkable
+class RelevanceFn(Protocol):
+    """A pure function, which can be jitted."""
+
+    def __call__(
+        self, variables: Mapping[str, Any], images_BHWC: Array, z_text_BD: Array
+    ) -> Float[Array, "B h w"]:
+        """What each place of the grid adds to the cosine of each picture and its text.
+
+        Args:
+          images_BHWC: normalised pictures.
+          z_text_BD: unit features, one for each picture.
+        """
+        ...
+
+
+def watched_module(config: CLIPConfig) -> tuple[tuple[str, ...], int]:
+    """The path of the module whose output is read, and how many rows stand before the patches."""
+    vision = config.vision
+    if isinstance(vision, ResNetConfig):
+        return ("visual", "attnpool", "v_proj"), 1  # the mean of all places
+    if isinstance(vision, ConvNetConfig):
+        return ("visual", f"bn{len(vision.features)}"), 0
+    if vision.pool == "map":
+        return ("visual", "attn_pool", "attn", "v_proj"), 0
+    last = f"resblocks_{vision.layers - 1}"
+    return ("visual", "transformer", last, "attn", "v_proj"), int(vision.class_token)
+
+
+def make_relevance(model: CLIP) -> RelevanceFn:
+    """The relevance map of a model; its blocks must stand by themselves (`scan` False)."""
+    path, leading = watched_module(model.config)
+    side = model.config.vision.grid_size
+
+    def forward(
+        variables: Mapping[str, Any], images_BHWC: Array, change: Array | None = None
+    ) -> tuple[Array, Array]:
+        """Image features, and what the watched module returned before `change` was added."""
+        seen: list[Array] = []
+
+        def watch(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+            y = call(*args, **kwargs)
+            if context.module.path != path or context.method_name != "__call__":
+                return y
+            seen.append(y)
+            return y if change is None else y + change
+
+        with nn.intercept_methods(watch):
+            z_BD: Any = model.apply(variables, images_BHWC, method="encode_image")
+        return z_BD, seen[0]
+
+    def relevance(
+        variables: Mapping[str, Any], images_BHWC: Array, z_text_BD: Array
+    ) -> Float[Array, "B h w"]:
+        y = jax.eval_shape(forward, variables, images_BHWC)[1]
+
+        def cosines(change: Array) -> tuple[Array, Array]:
+            z_BD, y = forward(variables, images_BHWC, change)
+            # Pictures do not meet, so the sum's gradient is each cosine's own.
+            return jnp.sum(unit_length(z_BD) * z_text_BD), y
+
+        gradient, y = jax.grad(cosines, has_aux=True)(jnp.zeros(y.shape, y.dtype))
+        gain = jnp.maximum(jnp.sum((y * gradient).astype(jnp.float32), axis=-1), 0)
+        batch = gain.shape[0]
+        if path[-1] == "v_proj":  # [B, L, N]: a gain for each head
+            gain = jnp.sum(gain, axis=-1)[:, leading:]
+        return gain.reshape(batch, side, side)
+
+    return relevance

@@ -1,0 +1,60 @@
+"""A tiny model in a work folder, and encoders of a few lines, for tests of embeddings."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+from data_cases import ToyTokenizer
+from tiny import VIT
+
+from clip_jax.embeddings.folder import About
+from clip_jax.embeddings.write import index_pictures
+from clip_jax.evaluation.features import Encoders
+from clip_jax.models.clip import CLIP
+from clip_jax.pretrained.export import write_own
+from clip_jax.pretrained.trees import from_variables
+from clip_jax.state import init_variables
+from clip_jax.tokenizers import TokenizerSpec, make_tokenizer
+from clip_jax.workdir import Description
+
+SIDE = 12
+
+
+def write_tiny_model(folder: Path, tokenizer: Path, seed: int = 0) -> Path:
+    """A work folder with random weights and this SentencePiece tokenizer."""
+    spec = TokenizerSpec("sentencepiece", str(tokenizer))
+    made = make_tokenizer(spec)
+    text = dataclasses.replace(VIT.text, vocab_size=made.vocab_size, eot_id=made.eot_id)
+    config = dataclasses.replace(VIT, text=text)
+    folder.mkdir(parents=True)
+    variables = jax.jit(lambda: init_variables(CLIP(config), seed))()
+    write_own(folder, Description("tiny", config, spec), from_variables(variables["params"], {}))
+    return folder
+
+
+def toy_encoders(dim: int = 8, after: int | None = None) -> Encoders:
+    """Encoders of linear maps; the image's ends like a killed process after so many batches."""
+    rng = np.random.default_rng(0)
+    pixels = rng.normal(size=(SIDE * SIDE * 3, dim)).astype(np.float32)
+    words = rng.normal(size=(100, dim)).astype(np.float32)
+    calls = iter(range(10**9) if after is None else range(after))
+
+    def image(images):
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return (images.reshape(len(images), -1) / np.float32(255) - np.float32(0.5)) @ pixels
+
+    def text(tokens):
+        return (words[tokens] * (tokens > 0)[..., None]).sum(axis=1)
+
+    return Encoders(
+        image, text, ToyTokenizer(), image_size=SIDE, context_length=16, name="toy", identity="a"
+    )
+
+
+def toy_about(data: str, **changes) -> About:
+    """What a folder of `toy_encoders` says of itself: parts of 16, batches of 8."""
+    samples = sum(map(len, index_pictures(data)))
+    about = About("toy", "", "", "toy", "a", 8, data, "f", samples, part_rows=16, batch_size=8)
+    return dataclasses.replace(about, **changes)
