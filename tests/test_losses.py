@@ -338,9 +338,17 @@ def test_kept_cosines_change_nothing(name, keep, shape, monkeypatch):
 
 
 def test_the_rule_keeps_cosines_only_while_they_are_small():
-    assert choose_tiling(1024, 512, "cpu") == Tiling(1024, keep=True)
-    assert choose_tiling(1025, 512, "cpu") == Tiling(1024, keep=False)
-    assert choose_tiling(128, 768, "tpu").size == choose_tiling(128, 768, "gpu").size == 4096
+    def keep(rows: int, batch: int) -> bool:
+        return choose_tiling(rows, batch, 512, "cpu").keep
+
+    assert keep(4096, 32_768) and not keep(4097, 32_768)  # 512 MiB
+    assert keep(8192, 8192) and not keep(32_768, 32_768)
+    assert keep(1024, 2**20) and not keep(1025, 2**20)  # as large as the texts and their gradient
+
+
+def test_tiles_are_smaller_on_a_cpu():
+    assert choose_tiling(128, 128, 768, "cpu").size == 1024
+    assert {choose_tiling(128, 128, 768, platform).size for platform in ("tpu", "gpu")} == {4096}
 
 
 def test_a_batch_of_32768_on_one_device_takes_less_than_450_mb():

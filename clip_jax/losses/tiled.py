@@ -278,7 +278,7 @@ def make_tiled_loss(
         tiling = (
             Tiling(tile_size, keep=False)
             if tile_size
-            else choose_tiling(rows // devices, features, platform)
+            else choose_tiling(rows // devices, rows, features, platform)
         )
         scale = jnp.asarray(scale, jnp.float32)
         bias = jnp.asarray(bias if loss.takes_bias else 0, jnp.float32)

@@ -6,6 +6,9 @@ TILE = {"cpu": 1024}
 """By platform. On a CPU a float32 tile of 4 MiB and what is computed from it stay in the cache."""
 OTHER_TILE = 4096
 """64 MiB a float32 tile: products large enough to fill a GPU or TPU, in little of its memory."""
+KEPT_BYTES = 512 * 2**20
+"""What kept cosines may take of a device: those of 4,096 rows of a batch of 32,768, or of a batch
+of 11,585 on one device."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,12 +24,14 @@ class Tiling:
     keep: bool
 
 
-def choose_tiling(rows_a_device: int, features: int, platform: str) -> Tiling:
+def choose_tiling(rows_a_device: int, batch: int, features: int, platform: str) -> Tiling:
     """The tiling of a batch.
 
-    The gathered texts and their float32 gradient are 2 x B x D numbers on every device, whatever
-    the tiles are; its cosines are b x B. So up to b = 2 D keeping these at most doubles what the
-    loss holds, and saves one of four matrix products. Above that the cosines would grow with the
-    square of a device's rows, which is what the tiles are there to prevent.
+    Keeping the cosines saves one of four matrix products. A device's are b x B float32 numbers,
+    which grow with the square of the batch, and the tiles are there to prevent that: so they are
+    kept while they take at most `KEPT_BYTES`. They are also kept up to b = 2 D, where they are no
+    more than the gathered texts and their float32 gradient, 2 x B x D numbers on every device.
     """
-    return Tiling(TILE.get(platform, OTHER_TILE), keep=rows_a_device <= 2 * features)
+    small = 4 * rows_a_device * batch <= KEPT_BYTES
+    keep = small or rows_a_device <= 2 * features
+    return Tiling(TILE.get(platform, OTHER_TILE), keep)
