@@ -101,8 +101,16 @@ class Checkpoints:
         self._manager.wait_until_finished()
         return sorted(self._manager.all_steps(), reverse=True)
 
-    def save(self, state: TrainState, step: int, fingerprint: dict[str, Any]) -> None:
-        """Start saving the state after `step` updates; a step saved already is left alone."""
+    def save(
+        self,
+        state: TrainState,
+        step: int,
+        fingerprint: dict[str, Any],
+        *,
+        metrics: dict[str, float] | None = None,
+    ) -> None:
+        """Start saving the state after `step` updates, and what an evaluation of it found; a step
+        saved already is left alone."""
         if step in self._manager.all_steps():
             return
         items = _items(state)
@@ -111,6 +119,7 @@ class Checkpoints:
             "step": step,
             "fingerprint": fingerprint,
             "digests": tree_digests(items),
+            "metrics": metrics or {},
         }
         args = {name: ocp.args.StandardSave(item) for name, item in items.items()}
         self._manager.save(

@@ -162,6 +162,8 @@ class EvalSection:
     """Labelled shards that "linear_probe", "knn" and "few_shot" learn from."""
     every: int = 0
     """Steps between two evaluations during the run; 0 evaluates at its end alone."""
+    best: str = ""
+    """Metric of these, "acc1" say, whose highest value's state is kept in `best/`."""
     batch_size: int = 256
     ablate: tuple[str, ...] = ()
     """Templates (or names of lists) that the report compares, each by itself, at the run's end."""
@@ -376,6 +378,8 @@ EVAL_TASKS = ("zeroshot_classification", "zeroshot_retrieval", "linear_probe", "
 def _check_eval(e: EvalSection) -> None:
     _above_zero("eval", e, "batch_size")
     _not_negative("eval", e, "every")
+    during = bool(e.every and e.data)
+    _require(during or not e.best, "config.eval.best needs config.eval.every and config.eval.data")
     for task in e.tasks:
         _one_of("eval.tasks", task, EVAL_TASKS)
     learning = [task for task in e.tasks if task in EVAL_TASKS[2:]]

@@ -5,6 +5,7 @@ import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 
 from clip_jax import distributed
+from clip_jax.best import Best
 from clip_jax.checkpoint import Checkpoints, check_fingerprint
 from clip_jax.config import Config
 from clip_jax.data.lazy import lacking
@@ -67,16 +69,7 @@ def run(config: Config, workdir: str) -> int:
     try:
         state = restore_or_init(config, w, checkpoints, identity, folder)
         if distributed.is_first():
-            write_description(
-                folder,
-                Description(
-                    config.model.name,
-                    w.model.config,
-                    w.tokenizer_spec,
-                    w.preprocess,
-                    config=dataclasses.asdict(config),
-                ),
-            )
+            write_description(folder, description_of(config, w))
         code = train_loop(config, w, data, state, steps, checkpoints, identity, folder)
     finally:
         checkpoints.close()
@@ -87,6 +80,17 @@ def run(config: Config, workdir: str) -> int:
         if distributed.is_first():
             distributed.tell(report([workdir]))
     return code
+
+
+def description_of(config: Config, w: Wiring) -> Description:
+    """What the run's work folder says of it."""
+    return Description(
+        config.model.name,
+        w.model.config,
+        w.tokenizer_spec,
+        w.preprocess,
+        config=dataclasses.asdict(config),
+    )
 
 
 def check_streams(streams: int, parts: int) -> None:
@@ -243,10 +247,12 @@ def train_loop(
     """
     start = int(state.step)
     train_step, evaluate = make_step(config, w), make_evaluation(config, w)
+    watched = config.eval.best
     with (
         Report(config, w, steps, start, folder) as report,
         make_loader(config, w, data, start) as loader,
         catch_signals(distributed.tell) as stop,
+        Best(folder, watched, description_of(config, w)) if watched else nullcontext() as best,
     ):
         limit = SkipLimit(data.log, batch_part(w.mesh)[0], loader)
 
@@ -302,8 +308,13 @@ def train_loop(
                 pending = None
                 if not bad:
                     checkpoints.save(state, step, identity)
-            if evaluate is not None and step % config.eval.every == 0 and step < steps and not bad:
-                report.evaluated(step, evaluate(evaluated_part(state)))
+            due = config.eval.every and step % config.eval.every == 0 and not bad
+            # The last state is evaluated after the loop; here only if it may be the best.
+            if evaluate is not None and due and (step < steps or best is not None):
+                found = evaluate(evaluated_part(state))
+                report.evaluated(step, found)
+                if best is not None:
+                    best.offer(state, step, found, identity)
             if bad:
                 break
         if pending is not None and not bad:

@@ -19,7 +19,7 @@ LEVELS = [
     {"sharding", "workdir", "distributed"},
     {"state", "evaluation"},
     {"checkpoint", "pretrained", "report_page", "embeddings"},
-    {"step", "initial", "search_page"},
+    {"step", "initial", "search_page", "best"},
     {"api", "wiring"},
     {"evaluate", "convert", "progress", "report", "relevance", "planning"},
     {"train", "embed", "search", "data.bench", "data.filter", "data.inspect"},

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from pairs import NAMES, run_losses, tiny_config, write_data
@@ -16,9 +17,14 @@ from tiny import CONVNET, VIT
 
 import clip_jax
 from clip_jax import progress, train
+from clip_jax.best import Best
+from clip_jax.checkpoint import Checkpoints
+from clip_jax.data.images import Preprocess
 from clip_jax.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED, UserError
 from clip_jax.evaluate import evaluate_workdir
 from clip_jax.models import zoo
+from clip_jax.state import TrainState
+from clip_jax.workdir import Description
 
 ROOT = Path(__file__).parent.parent
 
@@ -53,13 +59,16 @@ def _tiny():
     return dataclasses.replace(VIT, vision=dataclasses.replace(VIT.vision, layers=1), text=text)
 
 
-def test_evaluation_during_a_run_changes_no_loss(data, uninterrupted, tmp_path, capsys):
+def test_evaluation_during_a_run_changes_no_loss_and_its_best_state_is_kept(
+    data, uninterrupted, tmp_path, capsys
+):
     folder, pattern = data
     config = make_config(
         data,
         eval__data=pattern,
         eval__classnames=str(folder / "names.txt"),
         eval__every=5,
+        eval__best="mean_per_class_recall",
     )
     assert train.run(config, str(tmp_path)) == 0
     lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -69,6 +78,27 @@ def test_evaluation_during_a_run_changes_no_loss(data, uninterrupted, tmp_path, 
     assert "step 5 evaluated:" in capsys.readouterr().out
     kept = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     assert kept == run_losses(uninterrupted)
+    best = Checkpoints(tmp_path / "best", read_only=True)
+    values = {step: line["eval/mean_per_class_recall"] for step, line in found.items()}
+    assert best.steps() == [max(values, key=values.__getitem__)]  # the earliest of equal ones
+    meta = best.latest_meta()
+    assert meta["metrics"]["mean_per_class_recall"] == values[meta["step"]]
+    assert clip_jax.load(str(tmp_path / "best")).config == clip_jax.load(str(tmp_path)).config
+
+
+def test_the_best_is_kept_over_a_restart_and_a_wrong_metric_is_named(tmp_path, capsys):
+    about = Description("tiny", VIT, None, Preprocess(), config={})
+    one = {"x": jnp.ones(2)}
+    states = {step: TrainState(jnp.int32(step), one, {}, one, {}) for step in (1, 2, 3)}
+    with Best(tmp_path, "acc1", about) as best:
+        best.offer(states[1], 1, {"acc1": 0.5}, {})
+    with Best(tmp_path, "acc1", about) as best:
+        best.offer(states[2], 2, {"acc1": 0.5}, {})
+        best.offer(states[3], 3, {"acc1": 0.6}, {})
+        with pytest.raises(UserError, match="'acc1'; the evaluations during the run measure acc5"):
+            best.offer(states[3], 3, {"acc5": 0.6}, {})
+    assert Checkpoints(tmp_path / "best", read_only=True).steps() == [3]
+    assert capsys.readouterr().out.count("best so far") == 2
 
 
 def stop_at(monkeypatch, step, number=signal.SIGTERM):
@@ -282,7 +312,8 @@ def test_patches_that_cannot_be_dropped(data, tmp_path, monkeypatch, changes, me
     monkeypatch.setitem(zoo.MODELS, "tiny-conv", CONVNET)
     with pytest.raises(UserError, match=message):
         train.run(make_config(data, model__patch_dropout=0.5, **changes), str(tmp_path))
-    assert not any(tmp_path.iterdir())
+    # Nothing of a run: the data alone was counted.
+    assert {path.name for path in tmp_path.iterdir()} <= {"data_index.json"}
 
 
 def test_a_shard_cut_in_half(data, tmp_path):
