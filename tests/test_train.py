@@ -156,7 +156,7 @@ def test_finished_runs_do_nothing_more(data, uninterrupted):
     assert run_losses(uninterrupted) == before
 
 
-@pytest.mark.parametrize("fsdp,tensor", [(2, 2), (4, 1)])
+@pytest.mark.parametrize("fsdp,tensor", [(2, 2), pytest.param(4, 1, marks=pytest.mark.slow)])
 def test_another_mesh_gives_the_same_losses(data, uninterrupted, tmp_path, fsdp, tensor):
     config = make_config(data, mesh__fsdp=fsdp, mesh__tensor=tensor)
     assert train.run(config, str(tmp_path)) == 0
@@ -176,7 +176,9 @@ def test_metrics_hold_what_a_run_is_judged_by(uninterrupted):
 
 
 # The sigmoid loss starts from a bias of -10, which it has to climb from.
-@pytest.mark.parametrize(("loss", "steps"), [("softmax", 80), ("sigmoid", 200)])
+@pytest.mark.parametrize(
+    ("loss", "steps"), [("softmax", 80), pytest.param("sigmoid", 200, marks=pytest.mark.slow)]
+)
 def test_a_run_learns_evaluates_and_loads(data, tmp_path, loss, steps, capsys):
     folder, pattern = data
     config = make_config(
