@@ -123,6 +123,43 @@ def test_repeated_keys_and_filtered_samples_are_counted(tmp_path):
     assert log.counts.total() == 0
 
 
+SHARD_DAMAGES = {
+    "cut": (lambda data: data[:1500], "shard_damaged"),
+    "flipped bit": (lambda data: data[:5] + bytes([data[5] ^ 4]) + data[6:], "shard_damaged"),
+    "zero bytes": (lambda data: b"", "shard_damaged"),
+    "another type": (lambda data: b"\x1f\x8b" + data[2:], "shard_damaged"),
+    "zeros": (lambda data: bytes(len(data)), "shard_changed"),  # an archive without members
+}
+
+
+def test_a_thousand_damaged_shards_lose_their_rows_and_leave_nothing_open(tmp_path):
+    """They were whole when the run counted them; 100 others stay whole."""
+    (path,) = data_cases.write_shards(tmp_path, [2])
+    whole = Path(path).read_bytes()
+    Path(path).unlink()
+    kinds = [*SHARD_DAMAGES] * 200 + ["good"] * 100
+    paths = [tmp_path / f"{k:05d}.tar" for k in range(len(kinds))]
+    for path in paths:
+        path.write_bytes(whole)
+    pattern, run = f"{tmp_path}/{{00000..01099}}.tar", str(tmp_path / "run")
+    open_sources(pattern, log=SkipLog(), resident=8, workdir=run)
+    for path, kind in zip(paths, kinds, strict=True):
+        if kind != "good":
+            path.write_bytes(SHARD_DAMAGES[kind][0](whole))
+    for path in paths[:7]:
+        path.unlink()
+    log = SkipLog(tmp_path / "skipped.jsonl")
+    (shards,) = open_sources(pattern, log=log, resident=64, workdir=run)
+    files = len(list(Path("/proc/self/fd").iterdir()))
+    keys, good = one_epoch(shards, log, batch_size=64)
+    assert len(keys) == 2200 and good.sum() == 200
+    want = Counter(SHARD_DAMAGES[kind][1] for kind in kinds[7:1000])
+    assert log.counts == {cause: 2 * n for cause, n in want.items()} | {"shard_missing": 2 * 7}
+    assert len((tmp_path / "skipped.jsonl").read_text().splitlines()) == 1000
+    assert len(list(Path("/proc/self/fd").iterdir())) == files
+    assert len(shards[0]._resident._shards) <= 64
+
+
 @pytest.mark.slow
 def test_two_processes_end_together_on_what_one_of_them_skips(tmp_path):
     """All samples of process 1 are damaged; a shard that both leave out is listed once."""
