@@ -105,6 +105,7 @@ def with_gradients(form, *arrays):
     return y, grads
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 7), st.integers(1, 7), st.booleans())
 def test_a_row_more_where_a_length_is_odd_changes_nothing(batch, queries, keys, is_causal):
@@ -156,7 +157,9 @@ def train_gradients(model, variables, images, tokens, kept_Bl=None):
     return rest, grads
 
 
-@pytest.mark.parametrize("name", ["vit", "convnet", pytest.param("resnet", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["vit", *(pytest.param(name, marks=pytest.mark.slow) for name in ("convnet", "resnet"))]
+)
 def test_recomputing_changes_nothing(name):
     """The same operations once more: values, gradients and batch statistics."""
     config = DEEP[name]

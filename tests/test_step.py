@@ -13,7 +13,12 @@ from clip_jax.step import make_encoders
 
 
 @pytest.fixture(
-    scope="module", params=[("vit", "softmax"), ("resnet", "softmax"), ("vit", "sigmoid")]
+    scope="module",
+    params=[
+        ("vit", "softmax"),
+        ("vit", "sigmoid"),
+        pytest.param(("resnet", "softmax"), marks=pytest.mark.slow),
+    ],
 )
 def single(request):
     name, loss = request.param

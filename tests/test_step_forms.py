@@ -16,7 +16,10 @@ def meshes():
     return {"one": one_device_mesh(), "2x2x2": make_mesh(data=2, fsdp=2, tensor=2)}
 
 
-@pytest.mark.parametrize(("where", "loss"), [("2x2x2", "softmax"), ("one", "sigmoid")])
+@pytest.mark.parametrize(
+    ("where", "loss"),
+    [("2x2x2", "softmax"), pytest.param("one", "sigmoid", marks=pytest.mark.slow)],
+)
 def test_micro_batches_give_the_whole_batchs_losses(where, loss):
     """With the same colours and the same patches in both of a micro-batch's visits."""
     mesh = meshes()[where]
