@@ -9,18 +9,19 @@ fields; with neither flag all scored ones do, for `config.data.filter="similarit
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from clip_jax.data.bar import bar
 from clip_jax.data.faults import SkipLog
 from clip_jax.data.loader import make_eval_loader, trim_to_bucket
-from clip_jax.data.opening import open_sources
+from clip_jax.data.opening import open_line
 from clip_jax.data.receipt import claim_folder
 from clip_jax.data.samples import ShardIndex
 from clip_jax.data.scores import FIELD, part_path, read_scores, select, write_part
@@ -119,7 +120,7 @@ def score_set(
         )
         for number in range(done, parts):
             before, keys, scores = Counter(loader.skipped), [], []
-            for batch in _next(loader, per_part):
+            for batch in itertools.islice(loader, per_part):
                 # The last batch is filled up with rows that are no samples.
                 real = [key for key in batch["key"] if key]
                 keys += real
@@ -128,11 +129,6 @@ def score_set(
             skipped = Counter(loader.skipped) - before
             write_part(part_path(folder, number), keys, np.concatenate(scores), skipped)
     return read_scores(folder, parts)
-
-
-def _next(loader: Iterator[Mapping[str, Any]], count: int) -> Iterator[Mapping[str, Any]]:
-    for _, batch in zip(range(count), loader, strict=False):
-        yield batch
 
 
 def filter_set(
@@ -154,9 +150,7 @@ def filter_set(
       UserError: the source holds nothing, `out` something else, or nothing is kept.
     """
     log = SkipLog()
-    indexes = [index for one in open_sources(source, where=where, log=log) for index in one]
-    if not sum(len(index) for index in indexes):
-        raise UserError(f"{' and '.join(source)}: no sample" + (" meets --filter" if where else ""))
+    indexes = open_line(source, where=where, log=log)
     scores_B, skipped = score_set(
         encoders, indexes, Path(out) / SCORES, batch_size=batch_size, threads=threads
     )

@@ -17,8 +17,8 @@ from clip_jax.data.bar import bar
 from clip_jax.data.faults import SkipLog
 from clip_jax.data.images import ImageError, decode_image
 from clip_jax.data.loader import BUCKETS
-from clip_jax.data.opening import open_sources
-from clip_jax.data.samples import Handles, ShardIndex, Unusable
+from clip_jax.data.opening import open_line
+from clip_jax.data.samples import Handles, Line, ShardIndex, Unusable
 from clip_jax.data.survey import SIDES, Tally, TokenLengths, histogram, quantile, spread, survey
 from clip_jax.data.survey_text import survey_text
 from clip_jax.data.tar_writer import read_sample
@@ -79,11 +79,8 @@ def inspect(
         if value is not None and value < 1:
             raise UserError(f"{flag} is {value}; it takes 1 or more")
     lengths, log = lengths_by(make_tokenizer(tokenizer)), SkipLog()
-    opened = open_sources(source, where=where, log=log)
-    indexes = [index for one in opened for index in one]
-    rows = spread(sum(len(index) for index in indexes), limit)
-    if not len(rows):
-        raise UserError(f"{' and '.join(source)}: no sample" + (" meets --filter" if where else ""))
+    indexes = open_line(source, where=where, log=log)
+    rows = spread(sum(map(len, indexes)), limit)
     tally = Tally()
     with bar(len(rows), "inspect", "sample") as progress:
         try:
@@ -105,12 +102,8 @@ def inspect(
 
 def _of_shards(indexes: Sequence[ShardIndex], log: SkipLog) -> dict[str, Any]:
     first = first_of_key(indexes)
-    starts = np.cumsum([0, *(len(index) for index in indexes)])
-    again = np.flatnonzero(~first)[:5]
-    numbers = np.searchsorted(starts, again, side="right") - 1
-    places = [
-        (indexes[k], int(row - starts[k])) for k, row in zip(numbers.tolist(), again, strict=True)
-    ]
+    line = Line(indexes)
+    places = [line.at(row) for row in np.flatnonzero(~first)[:5].tolist()]
     return {
         "shards": len(indexes),
         "bad_shards": [{"cause": c, "name": n, "detail": d} for c, n, d in log.lost],
@@ -192,12 +185,11 @@ def some_samples(
     """Pictures and captions of `GRID` of these samples, at equal distances where they are good."""
     images, captions = [], []
     candidates = rows[spread(len(rows), 4 * GRID)]
-    starts = np.cumsum([0, *(len(index) for index in indexes)])
+    line = Line(indexes)
     with Handles() as handles:
         for row in np.concatenate([candidates[k::4] for k in range(4)]).tolist():
-            number = int(np.searchsorted(starts, row, side="right")) - 1
             try:
-                sample = read_sample(indexes[number], row - int(starts[number]), handles)
+                sample = read_sample(*line.at(row), handles)
                 image = decode_image(sample.image).convert("RGB")
             except (Unusable, ImageError, OSError):
                 continue

@@ -10,6 +10,7 @@ from clip_jax.data.lazy import LazyShard, Resident
 from clip_jax.data.samples import ShardIndex
 from clip_jax.data.sources import expand, index_shard, index_shards, is_lazy
 from clip_jax.data.views import filtered, parse_filter, without_repeats
+from clip_jax.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,21 @@ def open_sources(
         flat = iter(without_repeats(line, log.repeated) if log else without_repeats(line))
         sources = [[next(flat) for _ in source] for source in sources]
     return sources
+
+
+def open_line(
+    source: Sequence[str], *, log: SkipLog, where: str = "", unique_keys: bool = False
+) -> list[ShardIndex]:
+    """The shards of all sources, one after the other, for a command that has a `--filter`.
+
+    Raises:
+      UserError: as `open_sources`, or no sample is left.
+    """
+    opened = open_sources(source, where=where, unique_keys=unique_keys, log=log)
+    shards = [shard for one in opened for shard in one]
+    if not sum(map(len, shards)):
+        raise UserError(f"{' and '.join(source)}: no sample" + (" meets --filter" if where else ""))
+    return shards
 
 
 def _promised(

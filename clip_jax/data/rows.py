@@ -11,7 +11,7 @@ from PIL import Image
 
 from clip_jax.data.images import decode_image
 from clip_jax.data.order import philox
-from clip_jax.data.samples import Handles, ShardIndex, Unusable
+from clip_jax.data.samples import Handles, Line, ShardIndex, Unusable
 from clip_jax.typing import Tokenizer
 
 ImageTransform = Callable[[Image.Image, np.random.Generator], UInt8[np.ndarray, "H W 3"]]
@@ -69,7 +69,7 @@ class RowReader:
     ):
         self.evaluation = evaluation
         self._need_captions = need_captions
-        self._indexes = indexes
+        self._line = Line(indexes)
         self._tokenizer = tokenizer
         self._transform = transform
         self._decode = decode
@@ -77,7 +77,6 @@ class RowReader:
         self._context_length = context_length
         self._seed = seed
         self._cache = _PictureCache(cache_bytes)
-        self._starts = np.concatenate([[0], np.cumsum([len(i) for i in indexes])])
 
     def read(self, ids: Int64[np.ndarray, " rows"], epochs: Int64[np.ndarray, " rows"]) -> Rows:
         """The rows of these samples in these epochs; an id of -1 is padding."""
@@ -103,8 +102,7 @@ class RowReader:
 
     def _read_row(self, rows: Rows, row: int, sample: int, *, epoch: int, handles: Handles) -> str:
         """Fills one row and returns its caption; whatever goes wrong becomes `ok=False`."""
-        shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
-        index, i = self._indexes[shard], sample - int(self._starts[shard])
+        index, i = self._line.at(sample)
         rows.key[row] = f"{index.name}/{index.key(i)}"
         rng = np.random.Generator(philox(self._seed, _AUGMENT, sample, epoch))
         try:

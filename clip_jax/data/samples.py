@@ -2,8 +2,10 @@
 
 import json
 import os
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import numpy as np
 
 from clip_jax.data.remote import open_local
 
@@ -186,3 +188,24 @@ def whole_label(value: Any) -> int:
 def with_templates(names: list[str], templates: tuple[str, ...]) -> list[str]:
     """Every name in every template; `{}` is the name."""
     return [template.replace("{}", name) for name in names for template in templates]
+
+
+class Line:
+    """The samples of several shards, counted through.
+
+    Attributes:
+      shards: one after the other.
+      starts: the place of each shard's first sample, and how many samples there are.
+    """
+
+    def __init__(self, shards: Sequence[ShardIndex]):
+        self.shards = shards
+        self.starts = np.cumsum([0, *map(len, shards)])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def at(self, row: int) -> tuple[ShardIndex, int]:
+        """The shard that holds sample `row` of the line, and the sample's place in it."""
+        number = int(np.searchsorted(self.starts, row, side="right")) - 1
+        return self.shards[number], row - int(self.starts[number])

@@ -13,7 +13,7 @@ import numpy as np
 
 from clip_jax.data.bar import bar
 from clip_jax.data.faults import SkipLog
-from clip_jax.data.opening import open_sources
+from clip_jax.data.opening import open_line
 from clip_jax.data.shard_set import ShardSet, Written, claim, write_set
 from clip_jax.data.tar_writer import Shrink
 from clip_jax.errors import UserError, run_command
@@ -58,11 +58,8 @@ def shard(
         if value < 1 or (most is not None and value > most):
             raise UserError(f"{flag} is {value}; it takes {f'1 to {most}' if most else 'above 0'}")
     log = SkipLog()
-    opened = open_sources(source, where=where, unique_keys=unique_keys, log=log)
-    indexes = [index for one in opened for index in one]
-    rows = np.arange(sum(len(index) for index in indexes))
-    if not len(rows):
-        raise UserError(f"{' and '.join(source)}: no sample" + (" meets --filter" if where else ""))
+    indexes = open_line(source, where=where, unique_keys=unique_keys, log=log)
+    rows = np.arange(sum(map(len, indexes)))
     shrink = Shrink(resize, quality) if resize else None
     shards = ShardSet(indexes, rows, Path(out), per_shard, shrink)
     about = {"--per-shard": per_shard, "--resize": resize, "--quality": quality}

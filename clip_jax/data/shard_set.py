@@ -22,7 +22,7 @@ from jaxtyping import Int64
 from clip_jax.data.images import ImageError
 from clip_jax.data.index import Entry, entry_of, write_index
 from clip_jax.data.receipt import claim_folder
-from clip_jax.data.samples import Handles, ShardIndex, Unusable
+from clip_jax.data.samples import Handles, Line, ShardIndex, Unusable
 from clip_jax.data.sources import fingerprint
 from clip_jax.data.tar_shards import INDEX_ENDING, index_shard, side_file
 from clip_jax.data.tar_writer import Sample, Shrink, image_suffix, read_sample, write_shard
@@ -188,14 +188,12 @@ def _usable(
     stop: threading.Event,
     progress: Callable[[int], object],
 ) -> Iterator[Sample]:
-    starts = np.cumsum([0, *(len(index) for index in shards.indexes)])
+    line = Line(shards.indexes)
     with Handles() as handles:
         for place in shards.places(k):
             if stop.is_set():
                 raise _Stopped
-            row = int(shards.rows[place])
-            number = int(np.searchsorted(starts, row, side="right")) - 1
-            index, i = shards.indexes[number], row - int(starts[number])
+            index, i = line.at(int(shards.rows[place]))
             try:
                 sample = _prepared(read_sample(index, i, handles), shards, place)
             except (Unusable, ImageError, OSError) as e:

@@ -10,7 +10,7 @@ import numpy as np
 
 from clip_jax.data.images import ImageError
 from clip_jax.data.loader import bucket_length, make_train_loader
-from clip_jax.data.samples import Handles, ShardIndex, Unusable
+from clip_jax.data.samples import Handles, Line, ShardIndex, Unusable
 from clip_jax.data.training_pictures import make_decode, make_transform
 from clip_jax.errors import UserError
 from clip_jax.typing import Tokenizer
@@ -113,15 +113,13 @@ class _Reader:
         self.images: list[bytes] = []
         self.captions: list[str] = []
         self._free = _KEPT_BYTES
-        self._indexes = indexes
-        self._starts = np.cumsum([0, *(len(index) for index in indexes)])
+        self._line = Line(indexes)
         self._rng = np.random.default_rng(0)
 
     def __call__(self, call: int) -> int:
         with Handles() as handles:
-            for row in self._rng.integers(self._starts[-1], size=CHUNK).tolist():
-                number = int(np.searchsorted(self._starts, row, side="right")) - 1
-                index, i = self._indexes[number], row - int(self._starts[number])
+            for row in self._rng.integers(len(self._line), size=CHUNK).tolist():
+                index, i = self._line.at(row)
                 try:
                     captions, image = index.captions(i, handles), index.image(i, handles)
                 except (Unusable, ImageError, OSError):

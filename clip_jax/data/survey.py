@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from clip_jax.data.images import MAX_PIXELS, ImageError, decode_image
-from clip_jax.data.samples import Handles, ShardIndex, Unusable
+from clip_jax.data.samples import Handles, Line, ShardIndex, Unusable
 from clip_jax.data.tar_writer import image_suffix, read_sample
 
 MAX_NAMED = 100_000
@@ -94,15 +94,13 @@ def survey(
       rows: places in the line of all samples.
       token_lengths: called from several threads.
     """
-    starts = np.cumsum([0, *(len(index) for index in indexes)])
+    line = Line(indexes)
 
     def look(first: int) -> Tally:
         tally, texts = Tally(), []
         with Handles() as handles:
             for row in rows[first : first + _CHUNK].tolist():
-                number = int(np.searchsorted(starts, row, side="right")) - 1
-                place = row - int(starts[number])
-                texts += _look(tally, indexes[number], place, handles, max_pixels)
+                texts += _look(tally, *line.at(row), handles, max_pixels)
         tally.tokens.update(token_lengths(texts) if texts else ())
         return tally
 

@@ -2,11 +2,10 @@
 
 import io
 
-import numpy as np
 from PIL import Image
 
 from clip_jax.data.images import ImageError, decode_image
-from clip_jax.data.samples import Handles, Unusable
+from clip_jax.data.samples import Handles, Line, Unusable
 from clip_jax.data.sources import fingerprint
 from clip_jax.embeddings.folder import Embeddings
 from clip_jax.embeddings.query import MAX_PIXELS
@@ -25,7 +24,7 @@ class Pictures:
 
     def __init__(self, embeddings: Embeddings, data: str | None = None):
         self._embeddings = embeddings
-        self._starts = np.zeros(1, np.int64)
+        self._line = Line([])
         self.why_none = ""
         about = embeddings.about
         source = data or (about.data if about else "")
@@ -33,24 +32,24 @@ class Pictures:
             self.why_none = "the embeddings do not say where their pictures lie; give --data"
             return
         try:
-            self._indexes = index_pictures(source)
+            indexes = index_pictures(source)
         except UserError as e:
             self.why_none = f"their source cannot be read: {e}"
             return
-        if about is not None and fingerprint(self._indexes) != about.fingerprint:
+        if about is not None and fingerprint(indexes) != about.fingerprint:
             self.why_none = f"{source} is not the source that was embedded, or has changed"
             return
-        self._starts = np.cumsum([0, *map(len, self._indexes)])
+        self._line = Line(indexes)
 
     def small(self, row: int) -> tuple[bytes, str] | None:
         """An encoded picture that fits a square of `SIDE`, and its media type; None for none."""
         place = self._embeddings.metadata(row).get("row")
-        if self.why_none or not isinstance(place, int) or not 0 <= place < self._starts[-1]:
+        if self.why_none or not isinstance(place, int) or not 0 <= place < len(self._line):
             return None
-        shard = int(np.searchsorted(self._starts, place, side="right")) - 1
+        shard, i = self._line.at(place)
         try:
             with Handles() as handles:
-                data = self._indexes[shard].image(place - int(self._starts[shard]), handles)
+                data = shard.image(i, handles)
             image = decode_image(data, max_pixels=MAX_PIXELS)
         except (ImageError, Unusable, OSError):
             return None
