@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from browser import CHROMIUM, probe
 from data_cases import ToyTokenizer, write_shards
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,7 +20,6 @@ from clip_jax.report import report
 from clip_jax.report_page.svg import line_chart, log_ticks, ticks
 
 SIDE = 12
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 @pytest.fixture(scope="module")
@@ -132,19 +132,11 @@ def test_a_curve_has_a_gap_where_a_number_is_not_finite():
     assert log_ticks(1.5, 8) == [1, 2, 5, 10]
 
 
-# Counts what runs out of the page, or lies on its neighbour, and writes it into the page's title.
-PROBE = """<script>addEventListener("load", () => {
-  const wide = document.documentElement.scrollWidth > innerWidth ? ["page is too wide"] : [];
-  const boxes = [...document.querySelectorAll("section, .shot, .miss, figure, .query, td.cell")];
-  const hit = boxes.filter(a => boxes.some(b => {
-    if (a === b || a.contains(b) || b.contains(a)) return false;
-    const p = a.getBoundingClientRect(), q = b.getBoundingClientRect();
-    return Math.min(p.right, q.right) - Math.max(p.left, q.left) > 1
-      && Math.min(p.bottom, q.bottom) - Math.max(p.top, q.top) > 1;
-  })).map(a => a.className || a.tagName);
-  const torn = [...document.images].filter(i => !i.naturalWidth).map(() => "broken picture");
-  document.title = JSON.stringify({boxes: boxes.length, wrong: [...wide, ...hit, ...torn]});
-});</script>"""
+# Writes what the probe finds into the page's title.
+PROBE = f"""<script>addEventListener("load", () => {{
+  const probe = {probe("section, .shot, .miss, figure, .query, td.cell")};
+  document.title = JSON.stringify(probe());
+}});</script>"""
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from browser import CHROMIUM, probe
 from data_cases import encode, picture, write_shards
 from embedded import SIDE, toy_about, toy_encoders, write_tiny_model
 from hypothesis import given, settings
@@ -32,8 +33,6 @@ from clip_jax.embeddings.query import class_shares, encode_picture, encode_words
 from clip_jax.embeddings.write import embed, finish, index_pictures
 from clip_jax.errors import UserError
 from clip_jax.evaluation.features import unit_rows
-
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 def brute_force(parts, query_QD, k):
@@ -295,21 +294,6 @@ def test_the_server_refuses_what_it_must(address, monkeypatch):
     assert len(bomb) < 1 << 20 and status == 400 and "too_large" in json.loads(data)["error"]
 
 
-# What runs out of the page or lies on its neighbour.
-PROBE = """() => {
-  const wide = document.documentElement.scrollWidth > innerWidth ? ["page is too wide"] : [];
-  const boxes = [...document.querySelectorAll("section, label, button, .hit, .frame, .bar, img")];
-  const hit = boxes.filter(a => boxes.some(b => {
-    if (a === b || a.contains(b) || b.contains(a)) return false;
-    const p = a.getBoundingClientRect(), q = b.getBoundingClientRect();
-    return Math.min(p.right, q.right) - Math.max(p.left, q.left) > 1
-      && Math.min(p.bottom, q.bottom) - Math.max(p.top, q.top) > 1;
-  })).map(a => a.className || a.tagName);
-  const torn = [...document.images].filter(i => !i.naturalWidth).map(() => "broken picture");
-  return {boxes: boxes.length, wrong: [...wide, ...hit, ...torn]};
-}"""
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -344,7 +328,7 @@ def test_the_page_works_in_a_browser(address, tmp_path, width, scheme):
         page.get_by_role("button", name="Name it", exact=True).click()
         page.wait_for_selector(".bar >> nth=2")
         page.wait_for_load_state("networkidle")
-        found = page.evaluate(PROBE)
+        found = page.evaluate(probe("section, label, button, .hit, .frame, .bar, img"))
         paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
         shares = [float(x.split()[0]) for x in page.locator(".share").all_inner_texts()]
         browser.close()

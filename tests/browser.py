@@ -1,0 +1,25 @@
+"""Pages in a real browser: where one is, and what is wrong with how a page lies."""
+
+import shutil
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+def probe(selector: str) -> str:
+    """A JavaScript function: how many boxes of the selector there are, and what is `wrong`.
+
+    Wrong is what runs out of the page, lies on a neighbour that it does not hold, or is a picture
+    that did not load.
+    """
+    return """() => {
+  const wide = document.documentElement.scrollWidth > innerWidth ? ["page is too wide"] : [];
+  const boxes = [...document.querySelectorAll("SELECTOR")];
+  const hit = boxes.filter(a => boxes.some(b => {
+    if (a === b || a.contains(b) || b.contains(a)) return false;
+    const p = a.getBoundingClientRect(), q = b.getBoundingClientRect();
+    return Math.min(p.right, q.right) - Math.max(p.left, q.left) > 1
+      && Math.min(p.bottom, q.bottom) - Math.max(p.top, q.top) > 1;
+  })).map(a => a.className || a.tagName);
+  const torn = [...document.images].filter(i => !i.naturalWidth).map(() => "broken picture");
+  return {boxes: boxes.length, wrong: [...wide, ...hit, ...torn]};
+}""".replace("SELECTOR", selector)
