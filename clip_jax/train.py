@@ -302,15 +302,16 @@ def train_loop(
             if pending is not None:
                 bad = not report.step(*pending, loader)
             pending = now
-            if step % config.checkpoint.every == 0 and not bad:
+            save = step % config.checkpoint.every == 0
+            due = evaluate is not None and step % config.eval.every == 0
+            if (save or (due and best is not None)) and not bad:
                 # Only a state whose own step was finite is worth keeping.
                 bad = not report.step(*pending, loader)
                 pending = None
-                if not bad:
-                    checkpoints.save(state, step, identity)
-            due = config.eval.every and step % config.eval.every == 0 and not bad
+            if save and not bad:
+                checkpoints.save(state, step, identity)
             # The last state is evaluated after the loop; here only if it may be the best.
-            if evaluate is not None and due and (step < steps or best is not None):
+            if evaluate is not None and due and not bad and (step < steps or best is not None):
                 found = evaluate(evaluated_part(state))
                 report.evaluated(step, found)
                 if best is not None:
