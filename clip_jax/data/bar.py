@@ -1,11 +1,23 @@
 """How far a command on data has come."""
 
 import sys
+from collections.abc import Iterable
 
 from tqdm import tqdm
 
 
-def bar(total: int, title: str, unit: str = "pair", *, initial: int = 0) -> tqdm:
-    """Count, rate and time left, on stderr; redrawn rarely where that is a file."""
+def bar(
+    total: int | None,
+    title: str,
+    unit: str = "pair",
+    *,
+    items: Iterable | None = None,
+    initial: int = 0,
+    shown: bool = True,
+) -> tqdm:
+    """Count, rate and time left, on stderr, over `items` or moved by hand; redrawn rarely where
+    that is a file, in which one redrawn often is noise."""
     pace = 0.1 if sys.stderr.isatty() else 10.0
-    return tqdm(total=total, desc=title, unit=unit, initial=initial, mininterval=pace)
+    return tqdm(
+        items, title, total, unit=unit, initial=initial, mininterval=pace, disable=not shown
+    )

@@ -20,7 +20,7 @@ import numpy as np
 
 from clip_jax.data.bar import bar
 from clip_jax.data.faults import SkipLog
-from clip_jax.data.loader import make_eval_loader, trim_to_bucket
+from clip_jax.data.loader import trim_to_bucket
 from clip_jax.data.opening import open_line
 from clip_jax.data.receipt import claim_folder
 from clip_jax.data.samples import ShardIndex
@@ -107,15 +107,8 @@ def score_set(
         start = done * per_part * batch_size
         progress = stack.enter_context(bar(total, "score", initial=min(start, total)))
         loader = stack.enter_context(
-            make_eval_loader(
-                indexes,
-                encoders.tokenizer,
-                image_size=encoders.image_size,
-                context_length=encoders.context_length,
-                batch_size=batch_size,
-                preprocess=encoders.preprocess,
-                start_step=done * per_part,
-                threads=threads,
+            encoders.loader(
+                indexes, batch_size=batch_size, start_step=done * per_part, threads=threads
             )
         )
         for number in range(done, parts):

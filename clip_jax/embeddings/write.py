@@ -14,14 +14,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from clip_jax.data.bar import bar
 from clip_jax.data.faults import SkipLog
 from clip_jax.data.folders import index_folder
-from clip_jax.data.loader import Loader, make_eval_loader
+from clip_jax.data.loader import Loader
 from clip_jax.data.options import split_options
 from clip_jax.data.samples import ShardIndex
 from clip_jax.data.sources import FOLDER, expand, index_shards, kind_of
 from clip_jax.embeddings.folder import METADATA, About, is_whole, part_file
-from clip_jax.evaluation.collect import FeatureSet, encode_parts, progress_bar
+from clip_jax.evaluation.collect import FeatureSet, encode_parts
 from clip_jax.evaluation.features import Encoders
 from clip_jax.files import whole_file
 
@@ -83,9 +84,9 @@ def embed(
     title = f"process {index} of {count}" if count > 1 else "embed"
     done = sum(sizes[n] for n in mine if n not in missing)
     total = sum(sizes.values())
-    with progress_bar(title, total, initial=done, unit=" pictures", shown=progress) as bar:
+    with bar(total, title, " pictures", initial=done, shown=progress) as counted:
         for run in neighbours(missing):
-            _embed_run(encoders, indexes, about, folder, run, bar.update)
+            _embed_run(encoders, indexes, about, folder, run, counted.update)
     return missing
 
 
@@ -110,13 +111,9 @@ def _embed_run(
 ) -> None:
     batches_per_part = about.part_rows // about.batch_size
     log = PartLog()
-    loader = make_eval_loader(
+    loader = encoders.loader(
         indexes,
-        encoders.tokenizer,
-        image_size=encoders.image_size,
-        context_length=encoders.context_length,
         batch_size=about.batch_size,
-        preprocess=encoders.preprocess,
         start_step=run.start * batches_per_part,
         stop_step=run.stop * batches_per_part,
         need_captions=False,

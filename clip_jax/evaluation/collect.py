@@ -8,7 +8,6 @@ prompts encodes no picture again.
 import dataclasses
 import itertools
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,8 +17,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Float32, Int32, Int64
-from tqdm import tqdm
 
+from clip_jax.data.bar import bar
 from clip_jax.errors import UserError
 from clip_jax.evaluation.features import EncodeImage, EncodeText, encode_padded, unit_rows
 from clip_jax.files import whole_file
@@ -100,7 +99,8 @@ def collect(
     start = len(parts) * batches_per_part
     batches = batches_from(start)
     steps = getattr(batches, "num_steps", None)
-    bar = progress_bar(title, steps, batches, initial=start, unit="batch", shown=progress)
+    shown = progress and jax.process_index() == 0
+    counted = bar(steps, title, "batch", items=batches, initial=start, shown=shown)
 
     def keep(number: int, part: FeatureSet) -> None:
         if folder is not None and jax.process_index() == 0:
@@ -111,7 +111,7 @@ def collect(
         encode_image,
         encode_text,
         tokenizer,
-        iter(bar),
+        iter(counted),
         keep,
         context_length=context_length,
         text_batch_size=text_batch_size,
@@ -122,15 +122,6 @@ def collect(
     if not sum(len(part) for part in parts):
         raise UserError(f"{title}: no image that could be read, so there is nothing to evaluate")
     return join(parts)
-
-
-def progress_bar(
-    title: str, total: int | None, items: Iterable | None = None, *, shown: bool = True, **more: Any
-) -> tqdm:
-    """A bar on stderr, over `items` or moved by hand; one redrawn often is noise in a log file."""
-    pace = 0.1 if sys.stderr.isatty() else 10.0
-    hidden = not shown or jax.process_index() > 0
-    return tqdm(items, title, total, mininterval=pace, disable=hidden, **more)
 
 
 def encode_parts(

@@ -1,7 +1,7 @@
 """What every evaluator does with an encoder: call it on equal batches, take unit vectors."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +11,8 @@ from jax.sharding import Mesh
 from jaxtyping import Float32
 
 from clip_jax.data.images import OPENAI, Preprocess
+from clip_jax.data.loader import Loader, make_eval_loader
+from clip_jax.data.samples import ShardIndex
 from clip_jax.errors import UserError
 from clip_jax.mesh import batch_shards, place_batch
 from clip_jax.typing import Tokenizer
@@ -43,6 +45,21 @@ class Encoders:
     name: str = ""
     identity: str = ""
     shards: int = 1
+
+    def loader(self, indexes: Sequence[ShardIndex], *, batch_size: int, **options: Any) -> Loader:
+        """Every sample once, prepared as these encoders take it.
+
+        `options` are `data.loader.make_eval_loader`'s.
+        """
+        return make_eval_loader(
+            indexes,
+            self.tokenizer,
+            image_size=self.image_size,
+            context_length=self.context_length,
+            batch_size=batch_size,
+            preprocess=self.preprocess,
+            **options,
+        )
 
 
 def image_encoder_over(encode: EncodeImage, mesh: Mesh) -> EncodeImage:

@@ -20,7 +20,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from clip_jax.data.images import Preprocess, eval_transform
-from clip_jax.data.loader import make_eval_loader
 from clip_jax.data.preprocess import preprocess_to_json
 from clip_jax.data.rows import RowReader
 from clip_jax.data.sources import ShardIndex, expand, fingerprint, index_shards
@@ -191,13 +190,9 @@ def source_features(
     with contextlib.ExitStack() as stack:
 
         def batches_from(start: int):
-            loader = make_eval_loader(
+            loader = encoders.loader(
                 indexes,
-                encoders.tokenizer,
-                image_size=encoders.image_size,
-                context_length=encoders.context_length,
                 batch_size=batch_size,
-                preprocess=encoders.preprocess,
                 start_step=start,
                 process_index=jax.process_index(),
                 process_count=jax.process_count(),
