@@ -115,7 +115,7 @@ class LayerNorm(nn.Module):
         variance = jnp.mean(jnp.square(deviation), axis=-1, keepdims=True)
         scale_D = self.param("scale", nn.initializers.ones, x.shape[-1:])
         bias_D = self.param("bias", nn.initializers.zeros, x.shape[-1:])
-        # In this order nothing but the result is as large as x.
+        # In this order the factor of a row stays one number until it is multiplied.
         y = deviation * jax.lax.rsqrt(variance + self.epsilon) * scale_D + bias_D
         return y.astype(x.dtype)
 
