@@ -72,13 +72,15 @@ def encoders_of(clip: "LoadedCLIP", mesh: "Mesh") -> "Encoders":
     from clip_jax.checkpoint import tree_digests
     from clip_jax.evaluation.features import Encoders, image_encoder_over, text_encoder_over
     from clip_jax.mesh import batch_shards
+    from clip_jax.tokenizers import spec_digest
 
+    tokenizer, spec = clip.known_tokenizer(), clip.tokenizer_spec
     digests = tree_digests({"params": clip.params, "batch_stats": clip.batch_stats})
-    about = json.dumps([digests, repr(clip.config), repr(clip.tokenizer_spec)])
+    about = json.dumps([digests, repr(clip.config), spec and spec_digest(spec)])
     return Encoders(
         image_encoder_over(clip.encode_image, mesh),
         text_encoder_over(clip.encode_text, mesh),
-        clip.known_tokenizer(),
+        tokenizer,
         image_size=clip.config.vision.image_size,
         context_length=clip.config.text.context_length,
         preprocess=clip.preprocessing,

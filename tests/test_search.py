@@ -171,6 +171,21 @@ def test_the_command_finds_what_was_embedded(embedded, monkeypatch, capsys):
     assert len(lines) == 4 and all(line.endswith("red bar") for line in lines)
 
 
+def test_a_model_that_was_named_from_another_folder_is_the_same(
+    embedded, monkeypatch, capsys, tmp_path
+):
+    """Its tokenizer's file has another path then; the same file moved is the same, too."""
+    pattern = str(embedded / "data/{00000..00001}.tar")
+    monkeypatch.chdir(embedded)
+    args = ["--model", "model", "--data", pattern, "--out", str(tmp_path / "out")]
+    embed_command.embed_source(embed_command.parse(args))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(embedded / "model", tmp_path / "moved")
+    text = run(monkeypatch, capsys, "out", "red bar")
+    assert text == run(monkeypatch, capsys, "out", "red bar", "--model", "moved")
+    assert len(text.splitlines()) == 10
+
+
 def test_a_changed_model_and_wrong_questions_are_one_line(embedded, monkeypatch, capsys, tmp_path):
     write_tiny_model(tmp_path / "other", embedded / "data/t.model", seed=1)
     out = str(embedded / "out")

@@ -7,6 +7,7 @@ from clip_jax.tokenizers.sentencepiece import make_sentencepiece_tokenizer, trai
 from clip_jax.tokenizers.spec import (
     TokenizerSpec,
     make_tokenizer,
+    spec_digest,
     spec_from_json,
     spec_to_json,
     tokenizer_spec,
@@ -18,6 +19,7 @@ __all__ = [
     "make_hf_tokenizer",
     "make_sentencepiece_tokenizer",
     "make_tokenizer",
+    "spec_digest",
     "spec_from_json",
     "spec_to_json",
     "tokenizer_from_file",

@@ -1,6 +1,7 @@
 """One description of a tokenizer that can be stored beside weights and built again."""
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +96,15 @@ def spec_to_json(spec: TokenizerSpec) -> dict[str, Any]:
     fields = dataclasses.asdict(spec)
     plain = dataclasses.asdict(TokenizerSpec())
     return {k: v for k, v in fields.items() if k == "kind" or v != plain[k]}
+
+
+def spec_digest(spec: TokenizerSpec) -> str:
+    """Names what a tokenizer does: the same wherever its file lies, another for another file."""
+    state = hashlib.blake2b(digest_size=16)
+    state.update(repr(dataclasses.replace(spec, file=None)).encode())
+    if spec.file is not None:
+        state.update(Path(spec.file).read_bytes())
+    return state.hexdigest()
 
 
 def spec_from_json(fields: Any, *, where: str = "tokenizer") -> TokenizerSpec:
