@@ -315,7 +315,11 @@ def train_loop(
                 found = evaluate(evaluated_part(state))
                 report.evaluated(step, found)
                 if best is not None:
-                    best.offer(state, step, found, identity)
+                    try:
+                        best.offer(state, step, found, identity)
+                    except UserError:  # a metric that is not measured; no step shall be lost for it
+                        checkpoints.save(state, step, identity)
+                        raise
             if bad:
                 break
         if pending is not None and not bad:
