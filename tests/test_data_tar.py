@@ -72,6 +72,13 @@ def test_on_damage_the_plain_reader_declines_or_agrees(form, data):
     assert plain is None or plain == other
 
 
+@pytest.mark.parametrize("at", [124, 148])  # the fields of the size and of the checksum
+def test_a_zero_byte_ends_a_number(at):
+    raw = bytearray(archive([("a/b.jpg", 700), ("a/b.txt", 5)], "ustar"))
+    raw[at] = 0
+    assert both(bytes(raw)) == (None, None)
+
+
 @pytest.mark.parametrize("form", ["pax", "ustar"])
 def test_the_plain_reader_knows_what_shard_writers_write(form):
     names = [("x/000.jpg", 9), ("x/000.txt", 600), ("n" * 80 + "/" + "k" * 60 + ".json", 1)]

@@ -145,7 +145,7 @@ def _checked_size(header: bytes) -> int:
 
 
 def _octal(field: bytes) -> int:
-    digits = field.strip(b" \0")
+    digits = field.partition(b"\0")[0].strip(b" ")  # a zero byte ends the number, as in `tarfile`
     if not digits.isdigit() or b"8" in digits or b"9" in digits:
         raise _NotPlain
     return int(digits, 8)
