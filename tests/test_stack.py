@@ -135,7 +135,7 @@ def test_a_stack_is_split_as_its_blocks_are():
         assert a.shape == b.shape and a.sharding.is_equivalent_to(b.sharding, len(a.shape))
 
 
-@pytest.mark.parametrize("saved_stacked", [False, True])
+@pytest.mark.parametrize("saved_stacked", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_checkpoint_restores_in_the_other_layout(tmp_path, saved_stacked, capsys):
     plain = random_state(VIT)
     state, other = plain, stack_layers(plain)

@@ -84,7 +84,7 @@ def test_bad_rows_do_not_count(config):
 
 
 @pytest.mark.parametrize("where", ["parameter", "moment"])
-@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("value", [np.nan, pytest.param(np.inf, marks=pytest.mark.slow)])
 def test_what_is_not_finite_is_not_applied(where, value):
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     state, step = make_all(RESNET, mesh)

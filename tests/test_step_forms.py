@@ -63,6 +63,7 @@ def test_the_gradient_is_the_whole_batchs_to_rounding(microbatch_size):
     jax.tree.map(lambda w, g: np.testing.assert_allclose(g, w, rtol=2e-6, atol=1e-7), want, got)
 
 
+@pytest.mark.slow
 def test_micro_batches_hold_fewer_activations():
     mesh = one_device_mesh()
     batch = jax.eval_shape(lambda: place_batch(make_batch(VIT), mesh))
