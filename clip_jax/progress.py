@@ -1,5 +1,6 @@
 """What a run tells while it goes on: process 0 writes and prints, the others only listen."""
 
+import functools
 import json
 import math
 import sys
@@ -25,8 +26,7 @@ from clip_jax.metrics import (
     progress_line,
     read_lines_until,
 )
-from clip_jax.models.flops import train_flops_per_pair
-from clip_jax.wiring import Wiring
+from clip_jax.wiring import Wiring, pair_flops
 
 
 class Report:
@@ -40,7 +40,7 @@ class Report:
     def __init__(self, config: Config, w: Wiring, steps: int, start: int, folder: Path) -> None:
         self.length = w.model.config.text.context_length
         self.waiting = DataWait()
-        self._model = w.model.config
+        self._pair_flops = functools.partial(pair_flops, config, w)
         self._steps = steps
         self._every = config.train.log_every
         self._folder = folder
@@ -74,7 +74,7 @@ class Report:
             rate = self._throughput.pairs_per_second
             if rate is not None:
                 values["pairs_per_second"] = rate
-                values["mfu"] = rate * train_flops_per_pair(self._model, self.length) / self._peak
+                values["mfu"] = rate * self._pair_flops(self.length) / self._peak
             skipped = distributed.total(self._part, loader.skipped)
             values |= {f"skipped/{cause}": n for cause, n in skipped.items()}
             values |= {f"left_out/{cause}": n for cause, n in loader.left_out.items()}

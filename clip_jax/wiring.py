@@ -34,7 +34,7 @@ from clip_jax.mesh import batch_part, batch_shards, check_batch_size, make_mesh,
 from clip_jax.models.attention import this_accelerator
 from clip_jax.models.clip import CLIP, CLIPConfig, attention_line
 from clip_jax.models.convnet import ConvNetConfig
-from clip_jax.models.flops import image_flops, text_flops
+from clip_jax.models.flops import image_flops, text_flops, train_flops_per_pair
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.vit import ViTConfig
 from clip_jax.models.zoo import model_config
@@ -133,13 +133,25 @@ def wire(config: Config, steps: int, workdir: str | None = None) -> Wiring:
     return Wiring(mesh, spec, tokenizer, model, schedule, optimizer, shapes, preprocess, origin)
 
 
+def kept_in_training(config: Config, w: Wiring) -> int | None:
+    """Patches of a training picture that its tower sees; None where that is all of them."""
+    vision, dropout = w.model.config.vision, config.model.patch_dropout
+    if not isinstance(vision, ViTConfig) or not dropout:
+        return None
+    return kept_patches(vision.grid_size**2, dropout)
+
+
+def pair_flops(config: Config, w: Wiring, length: int) -> int:
+    """Operations that training on one pair of this run takes, its caption trimmed to `length`."""
+    kept = kept_in_training(config, w)
+    return train_flops_per_pair(
+        w.model.config, length, kept_patches=kept, freeze=config.train.freeze
+    )
+
+
 def kernels(config: Config, w: Wiring) -> str:
     """One line on what computes the attention of each tower on these devices."""
-    vision, dropout = w.model.config.vision, config.model.patch_dropout
-    kept = None
-    if isinstance(vision, ViTConfig) and dropout:
-        kept = kept_patches(vision.grid_size**2, dropout)
-    return attention_line(w.model, this_accelerator(), kept)
+    return attention_line(w.model, this_accelerator(), kept_in_training(config, w))
 
 
 def describe(config: Config) -> str:

@@ -123,6 +123,8 @@ def compile_step(
     pairs: int = 64,
     microbatch_size: int = 0,
     mask_equal_captions: bool = True,
+    freeze: str = "",
+    patch_dropout: float = 0.0,
     **how,
 ) -> CompiledStep:
     """On as many of the devices as the mesh has."""
@@ -136,6 +138,8 @@ def compile_step(
         tile_size=16,
         mask_equal_captions=mask_equal_captions,
         microbatch_size=microbatch_size,
+        freeze=freeze,
+        patch_dropout=patch_dropout,
     )
     batch = batch_shapes(mesh, config, pairs)
     compiled = step.lower(shapes, batch).compile()

@@ -108,6 +108,14 @@ def test_fsdp_gathers_one_matrix_at_a_time_and_no_activations(form):
     assert not arrays(step, "collective-permute")
 
 
+def test_parameters_and_moments_are_overwritten_where_they_lie():
+    step = compile_step(shallow(VIT, 1), (1, 1, 1))
+    matrices = {x.shape for x in jax.tree.leaves(step.shapes.params) if x.ndim > 1}
+    lines = [line for lines in step.program.computations.values() for line in lines.values()]
+    copies = [line for line in lines if line.opcode == "copy" and line.shapes]
+    assert not [line for line in copies if tuple(line.shapes[0].dims) in matrices]
+
+
 @forms("fsdp")
 def test_every_gradient_is_summed_over_all_rows(form):
     """By all-reduce and a cut on CPUs, whose compiler makes no reduce-scatter of the two."""

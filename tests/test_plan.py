@@ -198,11 +198,30 @@ def test_a_resnets_operations_and_memory():
     check_memory(step)
 
 
-def check_operations(step, config, pairs):
-    hand = pairs * train_flops_per_pair(config, config.text.context_length)
-    hand += loss_flops(pairs, 1, config.embed_dim)
+def check_operations(step, config, pairs, **how):
+    hand = pairs * train_flops_per_pair(config, config.text.context_length, **how)
+    hand += loss_flops(pairs, 1, config.embed_dim, tile_size=16)
+    if how.get("freeze") != "image":
+        hand -= pairs * first_convolution(config.vision)
     # 2 %: products with a vector, which the compiler turns into sums, are not counted as products.
-    assert step.flops == pytest.approx(hand - pairs * first_convolution(config.vision), rel=0.02)
+    assert step.flops == pytest.approx(hand, rel=0.02)
+
+
+@pytest.mark.parametrize("freeze", ["image", "text"])
+def test_a_frozen_tower_has_no_backward_pass(freeze):
+    check_operations(compile_step(VIT, (1, 1, 1), freeze=freeze), VIT, 64, freeze=freeze)
+
+
+def test_dropped_patches_are_not_counted():
+    config = dataclasses.replace(VIT, vision=dataclasses.replace(VIT.vision, image_size=64))
+    step = compile_step(config, (1, 1, 1), pairs=32, patch_dropout=0.75)
+    kept = config.vision.grid_size**2 // 4
+    check_operations(step, config, 32, kept_patches=kept)
+
+
+def test_kept_cosines_are_not_computed_again():
+    assert 4 * loss_flops(4096, 1, 512) == 3 * loss_flops(4096, 1, 512, tile_size=1024)
+    assert loss_flops(2**16, 1, 512) == loss_flops(2**16, 1, 512, tile_size=1024)
 
 
 def test_in_a_large_model_the_first_convolution_is_nothing():

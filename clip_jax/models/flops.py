@@ -88,9 +88,18 @@ def text_flops(config: CLIPConfig, length: int) -> int:
     return blocks + 2 * c.width * config.embed_dim * c.project
 
 
-def train_flops_per_pair(config: CLIPConfig, length: int, kept_patches: int | None = None) -> int:
+def train_flops_per_pair(
+    config: CLIPConfig, length: int, *, kept_patches: int | None = None, freeze: str = ""
+) -> int:
     """Operations of a pair's training step; the backward pass is twice the forward.
 
-    What `remat` computes again is not counted: the model needs it no second time.
+    What `remat` and micro-batches compute again is not counted: the model needs it no second time.
+
+    Args:
+      config: the model.
+      length: tokens of the caption (after trimming).
+      kept_patches: of a picture; None is all.
+      freeze: the tower that is not trained, "image" or "text", has no backward pass.
     """
-    return 3 * (image_flops(config, kept_patches) + text_flops(config, length))
+    image, text = image_flops(config, kept_patches), text_flops(config, length)
+    return image * (1 if freeze == "image" else 3) + text * (1 if freeze == "text" else 3)

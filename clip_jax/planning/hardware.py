@@ -81,7 +81,7 @@ DEVICES = {
     "tpu-v4": Device("TPU v4", 32 * GB, 1.2 * TB, 300 * GB, 4096, None, "Cloud TPU v4 page"),
     "tpu-v5e": Device("TPU v5e", 16 * GB, 0.819 * TB, 200 * GB, 256, None, "Cloud TPU v5e page"),
     "tpu-v5p": Device("TPU v5p", 95 * GB, 2.765 * TB, 600 * GB, 8960, None, "Cloud TPU v5p page"),
-    "tpu-v6e": Device("TPU v6e", 32 * GB, 1.6 * TB, 400 * GB, 256, None, "Cloud TPU v6e page"),
+    "tpu-v6e": Device("TPU v6e", 32 * GB, 1.638 * TB, 400 * GB, 256, None, "Cloud TPU v6e page"),
 }
 
 

@@ -9,14 +9,14 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from clip_jax.config import Config
+from clip_jax.losses.tiling import choose_tiling
 from clip_jax.mesh import BATCH_AXES, batch_shards
 from clip_jax.models.clip import CLIPConfig
-from clip_jax.models.flops import train_flops_per_pair
 from clip_jax.planning.counts import Collective, collectives, matmul_flops
 from clip_jax.planning.hlo import parse_program
 from clip_jax.planning.memory import Memory, measure_memory
 from clip_jax.state import parameter_counts
-from clip_jax.wiring import make_step, wire
+from clip_jax.wiring import make_step, pair_flops, wire
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,8 @@ def compile_run(config: Config, steps: int) -> Facts:
     jitted: Any = make_step(config, w)
     compiled = jitted.lower(w.shapes, batch_shapes(w.mesh, sizes, pairs)).compile()
     program = parse_program(compiled.as_text())
-    pair_flops = train_flops_per_pair(sizes, sizes.text.context_length)
+    flops = pair_flops(config, w, sizes.text.context_length)
+    loss = loss_flops(pairs, shards, sizes.embed_dim, tile_size=config.train.loss_tile)
     return Facts(
         mesh=dict(w.mesh.shape),
         parameters=parameter_counts(w.shapes.params),
@@ -84,14 +85,17 @@ def compile_run(config: Config, steps: int) -> Facts:
             rows=(config.train.microbatch_size or pairs) // shards,
         ),
         flops=matmul_flops(program),
-        hand_flops=pairs * pair_flops / w.mesh.size + loss_flops(pairs, shards, sizes.embed_dim),
+        hand_flops=pairs * flops / w.mesh.size + loss,
         exchanges=collectives(program, w.mesh.size),
     )
 
 
-def loss_flops(pairs: int, shards: int, embed_dim: int) -> int:
-    """Of one device: the logits forward and again backward, and their products with both sides.
+def loss_flops(pairs: int, shards: int, embed_dim: int, *, tile_size: int = 0) -> int:
+    """Of one device: the logits, their products with both sides, and the logits a second time
+    where the loss did not keep them.
 
     Devices along `tensor` hold copies of the rows and compute the loss each for itself.
     """
-    return 4 * 2 * (pairs // shards) * pairs * embed_dim
+    rows = pairs // shards
+    keep = not tile_size and choose_tiling(rows, pairs, embed_dim, jax.default_backend()).keep
+    return (3 if keep else 4) * 2 * rows * pairs * embed_dim
