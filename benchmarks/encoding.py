@@ -5,9 +5,10 @@
 Unit-length features on both sides, through `LoadedCLIP.encode_image` / `encode_text` and through
 open_clip's, without gradients. Pictures are uint8 and normalised within the call. clip_jax's
 captions are trimmed to the bucket of the longest, as its evaluation and training do; `untrimmed`
-is the same call at the full context.
+is the same call at the full context. Each library has a process of its own (`benchmarks/apart.py`).
 """
 
+import argparse
 import contextlib
 from collections.abc import Callable
 
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 
 from benchmarks import both
+from benchmarks.apart import Calls, apart
 from benchmarks.turns import arguments, ratio, report, seconds, spread, take_turns
 
 
@@ -24,30 +26,18 @@ def main(argv: list[str] | None = None) -> None:
     parser = arguments(__doc__, warmup=1, repeats=7)
     both.add_arguments(parser, batch=32)
     options = parser.parse_args(argv)
+    torch_calls, _ = apart(torch_side, options)
     both.set_up(options)
-    model, loaded = both.make_models(options)
+    _, loaded = both.make_models(options)
     batch = both.make_batch(options, loaded)
-    forward_image = both.torch_compiled(options, model.eval().encode_image)
-    forward_text = both.torch_compiled(options, model.encode_text)
-
-    def torch_call(encode: Callable[[], torch.Tensor]) -> Callable[[], np.ndarray]:
-        def call() -> np.ndarray:
-            with torch.inference_mode(), contextlib.ExitStack() as stack:
-                stack.enter_context(both.torch_precision(options))
-                return encode().float().cpu().numpy()
-
-        return call
-
     images, tokens = jax.device_put(batch.images), jax.device_put(batch.tokens)
     whole = jax.device_put(np.asarray(batch.torch_tokens.cpu(), np.int32))
     calls = {
         ("image", "clip_jax"): lambda: np.asarray(loaded.encode_image(images)),
-        ("image", "open_clip"): torch_call(
-            lambda: forward_image(both.torch_normalized(batch.torch_images), normalize=True)
-        ),
+        ("image", "open_clip"): torch_calls["image"],
         ("text", "clip_jax"): lambda: np.asarray(loaded.encode_text(tokens)),
         ("text", "untrimmed"): lambda: np.asarray(loaded.encode_text(whole)),
-        ("text", "open_clip"): torch_call(lambda: forward_text(batch.torch_tokens, normalize=True)),
+        ("text", "open_clip"): torch_calls["text"],
     }
     first, features = {}, {}
     for key, call in calls.items():
@@ -74,6 +64,29 @@ def main(argv: list[str] | None = None) -> None:
         tokens_a_caption=batch.tokens_a_caption,
         tokens_computed=batch.tokens.shape[1],
     )
+
+
+def torch_side(options: argparse.Namespace) -> tuple[Calls, None]:
+    """open_clip's encoders of one batch, features as numpy arrays."""
+    both.set_up(options)
+    model, loaded = both.make_models(options)
+    batch = both.make_batch(options, loaded)
+    forward_image = both.torch_compiled(options, model.eval().encode_image)
+    forward_text = both.torch_compiled(options, model.encode_text)
+
+    def torch_call(encode: Callable[[], torch.Tensor]) -> Callable[[], np.ndarray]:
+        def call() -> np.ndarray:
+            with torch.inference_mode(), contextlib.ExitStack() as stack:
+                stack.enter_context(both.torch_precision(options))
+                return encode().float().cpu().numpy()
+
+        return call
+
+    calls = {
+        "image": lambda: forward_image(both.torch_normalized(batch.torch_images), normalize=True),
+        "text": lambda: forward_text(batch.torch_tokens, normalize=True),
+    }
+    return {name: torch_call(call) for name, call in calls.items()}, None
 
 
 if __name__ == "__main__":

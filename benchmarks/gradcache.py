@@ -4,12 +4,15 @@
 
 Both take the whole batch's exact gradient; GradCache holds one micro-batch's activations at a time
 and computes the forward pass twice. Memory is what the compiled step asks for beside its inputs
-and outputs, less one set of gradients, which both of them hold.
+and outputs, less one set of gradients, which both of them hold. Each step has a process of its own.
 """
+
+import argparse
 
 import jax
 
 from benchmarks import both
+from benchmarks.apart import Calls, apart
 from benchmarks.runs import Stepper, make_run
 from benchmarks.turns import arguments, ratio, report, spread, take_turns
 
@@ -20,16 +23,10 @@ def main(argv: list[str] | None = None) -> None:
     both.add_arguments(parser, batch=64)
     parser.add_argument("--microbatches", type=int, default=8)
     options = parser.parse_args(argv)
-    both.set_up(options)
-    _, loaded = both.make_models(options)
-    batch = both.make_batch(options, loaded)
-    gradients = sum(x.nbytes for x in jax.tree.leaves(loaded.params))
     calls, activations, losses = {}, {}, {}
     for name, size in (("plain", 0), ("gradcache", options.batch // options.microbatches)):
-        run = make_run(options, loaded, batch.images, batch.tokens, microbatch_size=size)
-        step = run.step.lower(run.state, run.batch).compile()
-        activations[name] = step.memory_analysis().temp_size_in_bytes - gradients
-        calls[name] = Stepper(run, step)
+        made, (activations[name], gradients) = apart(step_of, options, size)
+        calls[name] = made["step"]
         losses[name] = calls[name]()
     times = take_turns(calls, warmup=options.warmup, repeats=options.repeats)
     rows = [
@@ -44,6 +41,18 @@ def main(argv: list[str] | None = None) -> None:
         for name in calls
     ]
     report("gradcache", options, rows, gradients_MB=gradients / 1e6)
+
+
+def step_of(options: argparse.Namespace, microbatch_size: int) -> tuple[Calls, tuple[int, int]]:
+    """A step, its activations' bytes and its gradients'."""
+    both.set_up(options)
+    _, loaded = both.make_models(options)
+    batch = both.make_batch(options, loaded)
+    gradients = sum(x.nbytes for x in jax.tree.leaves(loaded.params))
+    run = make_run(options, loaded, batch.images, batch.tokens, microbatch_size=microbatch_size)
+    step = run.step.lower(run.state, run.batch).compile()
+    activations = step.memory_analysis().temp_size_in_bytes - gradients
+    return {"step": Stepper(run, step)}, (activations, gradients)
 
 
 if __name__ == "__main__":

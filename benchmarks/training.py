@@ -5,9 +5,11 @@
 
 A step is the whole of it: uint8 pictures normalised, both towers forward and backward, the loss,
 AdamW, and the temperature's clip. In every round a square matrix product is timed as well: the
-limit that utilisation is measured against, in the same weather as the steps.
+limit that utilisation is measured against, in the same weather as the steps. Each library has a
+process of its own (`benchmarks/apart.py` says why).
 """
 
+import argparse
 import statistics
 from collections.abc import Callable
 
@@ -15,6 +17,7 @@ import jax
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import both
+from benchmarks.apart import Calls, apart
 from benchmarks.runs import Stepper, make_run
 from benchmarks.turns import arguments, ratio, report, seconds, spread, take_turns
 from clip_jax.metrics import measure_matmul_flops, peak_flops
@@ -27,11 +30,12 @@ def main(argv: list[str] | None = None) -> None:
     both.add_arguments(parser, batch=32)
     options = parser.parse_args(argv)
     both.set_up(options)
-    model, loaded = both.make_models(options)
+    torch_calls, _ = apart(torch_side, options)
+    _, loaded = both.make_models(options)
     batch = both.make_batch(options, loaded)
-    calls = {
+    calls: Calls = {
         "clip_jax": Stepper(make_run(options, loaded, batch.images, batch.tokens)),
-        "open_clip": both.make_torch_step(options, model, batch),
+        "open_clip": torch_calls["open_clip"],
     }
     losses, first = {}, {}
     for name, call in calls.items():
@@ -46,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     peak = statistics.median(rates[options.warmup :])
     work = {
         "clip_jax": options.batch * train_flops_per_pair(loaded.config, batch.tokens.shape[1]),
-        "open_clip": torch_flops(calls["open_clip"]),
+        "open_clip": torch_calls["flops"](),
     }
     rows = [
         {
@@ -71,6 +75,14 @@ def main(argv: list[str] | None = None) -> None:
         tokens_a_caption=batch.tokens_a_caption,
         tokens_computed=batch.tokens.shape[1],
     )
+
+
+def torch_side(options: argparse.Namespace) -> tuple[Calls, None]:
+    """open_clip's step, and the count of its matrix products, which takes a step too."""
+    both.set_up(options)
+    model, loaded = both.make_models(options)
+    step = both.make_torch_step(options, model, both.make_batch(options, loaded))
+    return {"open_clip": step, "flops": lambda: torch_flops(step)}, None
 
 
 def torch_flops(step: Callable[[], float]) -> int:

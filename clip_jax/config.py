@@ -25,6 +25,8 @@ class ModelSection:
     """Of activations and matrix products, float32 or bfloat16; parameters stay float32."""
     init_from: str = ""
     """A checkpoint to start from, as `clip_jax.load` takes it (`initial.py`); empty is random."""
+    init_tag: str = ""
+    """open_clip's tag of a bare weights file in `init_from`: tells activation and preprocessing."""
     image_size: int = 0
     """Side of the pictures, pixels; 0 is the model's own."""
     context_length: int = 0
@@ -236,9 +238,8 @@ def _field(kind: Any, value: Any, key: str) -> Any:
             raise UserError(f"config.{key} is {value!r}; it is a section with fields of its own")
         return _section(typing.cast(type, kind), value, key + ".")
     if isinstance(kind, types.UnionType):
-        kind = next(
-            (k for k in typing.get_args(kind) if k is type(value)), typing.get_args(kind)[1]
-        )
+        kinds = typing.get_args(kind)
+        kind = next((k for k in kinds if k is type(value)), kinds[1])
     if typing.get_origin(kind) is tuple:
         item = typing.get_args(kind)[0]
         if isinstance(value, str) or not hasattr(value, "__len__"):
@@ -298,15 +299,17 @@ def _not_negative(prefix: str, section: Any, *keys: str) -> None:
         _require(value >= 0, f"config.{prefix}.{key} is {value:g}; it must not be negative")
 
 
+def _below_one(key: str, value: float) -> None:
+    _require(0 <= value < 1, f"config.{key} is {value:g}; it takes 0 <= value < 1")
+
+
 def _check_model(m: ModelSection) -> None:
     _one_of("model.dtype", m.dtype, ("float32", "bfloat16"))
     _one_of("model.attention", m.attention, ("auto", "xla", "cudnn"))
     _one_of("model.remat", m.remat, ("none", "dots", "blocks", "full"))
     _not_negative("model", m, "image_size", "context_length")
-    _require(
-        0 <= m.patch_dropout < 1,
-        f"config.model.patch_dropout is {m.patch_dropout:g}; it takes 0 <= share < 1",
-    )
+    _below_one("model.patch_dropout", m.patch_dropout)
+    _require(bool(m.init_from) or not m.init_tag, "config.model.init_tag needs init_from")
 
 
 def _check_train(t: TrainSection) -> None:
@@ -324,9 +327,7 @@ def _check_train(t: TrainSection) -> None:
     )
     _one_of("train.loss", t.loss, ("softmax", "sigmoid"))
     _one_of("train.freeze", t.freeze, ("", "image", "text"))
-    _require(
-        0 <= t.ema_decay < 1, f"config.train.ema_decay is {t.ema_decay:g}; it takes 0 <= decay < 1"
-    )
+    _below_one("train.ema_decay", t.ema_decay)
 
 
 def _check_optim(o: OptimSection) -> None:
@@ -337,7 +338,7 @@ def _check_optim(o: OptimSection) -> None:
 
 
 def _check_data(d: DataSection, batch_size: int) -> None:
-    _above_zero("data", d, "streams", "threads", "window")
+    _above_zero("data", d, "streams", "threads", "window", "max_pixels")
     _require(
         batch_size % d.streams == 0,
         f"config.train.batch_size {batch_size} is not a multiple of config.data.streams "
@@ -352,7 +353,6 @@ def _check_data(d: DataSection, batch_size: int) -> None:
     for key in ("flip", "grayscale", "max_skip_fraction"):
         share = getattr(d, key)
         _require(0 <= share <= 1, f"config.data.{key} is {share:g}; it takes 0 to 1")
-    _above_zero("data", d, "max_pixels")
     _require(
         0 < d.crop_scale[0] <= d.crop_scale[1] <= 1,
         f"config.data.crop_scale is {d.crop_scale}; it takes 0 < low <= high <= 1",

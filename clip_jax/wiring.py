@@ -113,7 +113,8 @@ def wire(config: Config, steps: int, workdir: str | None = None) -> Wiring:
     origin, preprocess = None, OPENAI
     if m.init_from and (workdir is not None or Path(m.init_from).exists()):
         goes_on = workdir is not None and has_checkpoints(workdir)
-        origin = read_origin(str(workdir) if goes_on else m.init_from, m.name)
+        model = f"{m.name}:{m.init_tag}" if m.init_tag else m.name
+        origin = read_origin(str(workdir) if goes_on else m.init_from, model)
         preprocess = origin.checkpoint.preprocess
     spec = origin_tokenizer(origin, given) if origin else tokenizer_spec(given)
     tokenizer = make_tokenizer(spec)
@@ -209,6 +210,7 @@ def run_fingerprint(config: Config, w: Wiring, data: str, pairs: int) -> dict[st
         key: value
         for key, value in (
             ("config.model.init_from", config.model.init_from),
+            ("config.model.init_tag", config.model.init_tag),
             ("config.model.patch_dropout", config.model.patch_dropout),
             ("config.train.freeze", config.train.freeze),
             ("config.train.ema_decay", config.train.ema_decay),

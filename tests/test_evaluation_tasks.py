@@ -1,5 +1,6 @@
 """Probes, neighbours, intervals, calibration, and features over a mesh, stored and found again."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -114,6 +115,12 @@ def test_learning_tasks_tell_clusters_apart_and_refuse_to_guess():
     (probe,), (near,), shots = linear_probe(subject), neighbours(subject), few_shot(subject)
     assert probe.metrics["lp_acc1"] > 0.9 and near.metrics["knn_acc1"] > 0.9
     assert [s.metrics["fewshot_k"] for s in shots] == [1.0, 4.0]
+    held = feature_set(z_BD[200:], y_B[200:])
+    given_ = dataclasses.replace(subject, validation=held, shots=(4,), draws=1)
+    (chosen,), rows = few_shot(given_), draw_shots(y_B[100:], 4, seed=0)
+    drawn = z_BD[100:][rows], y_B[100:][rows]
+    best, _ = choose_c(drawn, (z_BD[200:], y_B[200:]), num_classes=4)
+    assert chosen.metrics["C"] == pytest.approx(best) and shots[0].metrics["C"] == 1
     low, high = probe.intervals["lp_acc1"]
     assert low <= probe.metrics["lp_acc1"] <= high
     assert (np.bincount(y_B[draw_shots(y_B, 3, seed=0)]) == 3).all()

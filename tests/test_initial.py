@@ -22,6 +22,7 @@ from clip_jax.initial import place_origin, read_origin, started_from
 from clip_jax.mesh import make_mesh
 from clip_jax.models import zoo
 from clip_jax.models.clip import CLIP
+from clip_jax.pretrained import tags
 from clip_jax.pretrained.load import resized
 from clip_jax.pretrained.resize import resize_image_positions, resize_text_positions
 from clip_jax.pretrained.trees import from_variables
@@ -282,6 +283,29 @@ def test_mistakes_are_one_clear_line(data, short, tmp_path):
     refuses("multiples of 32", model__init_from="", model__name="tiny-rn", model__image_size=50)
     refuses("takes 32 alone", model__init_from="", model__name="tiny-conv", model__image_size=64)
     refuses("takes 8 or more", model__init_from="", model__image_size=4)
+
+
+def test_a_tag_says_how_a_bare_file_was_trained(data, short, tmp_path, monkeypatch):
+    sizes = of_layers(VIT)
+    for name, activation in (("tiny", "gelu"), ("tiny-quickgelu", "quick_gelu")):
+        made = zoo.clip(sizes.embed_dim, sizes.vision, sizes.text, activation)
+        monkeypatch.setitem(zoo.MODELS, name, made)
+    kind = Preprocess("squash", "bilinear", (0.4, 0.5, 0.6), (0.3, 0.2, 0.1))
+    monkeypatch.setitem(tags.TAGS, "tiny", "plain quick*")
+    monkeypatch.setitem(tags._OTHERS, ("tiny", "quick"), kind)
+    convert(short, tmp_path, "open_clip")
+    bare = (tmp_path / "open_clip_model.safetensors").rename(tmp_path / "bare.safetensors")
+
+    def wired(tag):
+        small = {"model__image_size": 16, "model__context_length": 8}
+        config = tiny_config(data, model__init_from=str(bare), model__init_tag=tag, **small)
+        return wiring.wire(config, 1)
+
+    tagged = wired("quick")
+    assert tagged.preprocess == kind and tagged.model.config.text.activation == "quick_gelu"
+    assert wired("plain").model.config.text.activation == "gelu"
+    with pytest.raises(UserError, match="no such pretrained pair"):
+        wired("unheard_of")
 
 
 def test_the_tokenizer_comes_from_the_checkpoint(data, short):

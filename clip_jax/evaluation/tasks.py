@@ -124,20 +124,29 @@ def neighbours(subject: Subject) -> list[Outcome]:
 
 
 def few_shot(subject: Subject) -> list[Outcome]:
-    """Logistic regression (C 1) on a few training pictures a class; the mean of some draws."""
+    """Logistic regression on a few training pictures a class; the mean of some draws.
+
+    C is 1, or every draw's own where there is a validation split to choose it by.
+    """
     classes, (x_BD, y_B), _ = _training(subject, FEW_SHOT)
+    validation = None if subject.validation is None else _pairs(subject.validation, classes)
     outcomes = []
     for shots in subject.shots:
         if shots > np.bincount(y_B, minlength=classes).max():
             break
-        found = []
+        found, chosen = [], []
         for seed in range(subject.draws):
             rows = draw_shots(y_B, shots, seed=seed)
-            probe = fit(x_BD[rows], y_B[rows], num_classes=classes, c=1.0, mesh=subject.mesh)
+            drawn, c = (x_BD[rows], y_B[rows]), 1.0
+            if validation is not None:
+                c, _ = choose_c(drawn, validation, num_classes=classes, mesh=subject.mesh)
+            chosen.append(c)
+            probe = fit(*drawn, num_classes=classes, c=c, mesh=subject.mesh)
             found.append(_learned(subject, probe.logits, classes, "lp_").metrics)
         mean = {name: float(np.mean([f[name] for f in found])) for name in found[0]}
         spread = float(np.std([f["lp_acc1"] for f in found]))
-        settings = {"fewshot_k": float(shots), "C": 1.0, "lp_acc1_std": spread}
+        middle = float(np.exp(np.mean(np.log(chosen))))
+        settings = {"fewshot_k": float(shots), "C": middle, "lp_acc1_std": spread}
         outcomes.append(Outcome(mean | settings))
     return outcomes
 

@@ -239,7 +239,7 @@ def _cell(share: float, words: str, *, own: bool) -> str:
 
 def _worst(run: Run, worst: look.Worst, pictures: dict[int, str]) -> str:
     names = run.class_names
-    head = "".join(f'<th class="top">{escape(names[m])}</th>' for m in worst.columns)
+    head = "".join(f'<th class="top"><span>{escape(names[m])}</span></th>' for m in worst.columns)
     rows = []
     for i, m in enumerate(worst.classes):
         image = _image(pictures, worst.places[i], names[m], 46)
@@ -260,7 +260,7 @@ def _worst(run: Run, worst: look.Worst, pictures: dict[int, str]) -> str:
 
 def _batch(batch: look.Batch, pictures: dict[int, str]) -> str:
     low, high = float(batch.cosines.min()), float(batch.cosines.max())
-    head = "".join(f'<th class="top">{escape(c)}</th>' for c in batch.captions)
+    head = "".join(f'<th class="top"><span>{escape(c)}</span></th>' for c in batch.captions)
     rows = []
     for i, place in enumerate(batch.places.tolist()):
         image = _image(pictures, place, batch.captions[i], 46)
