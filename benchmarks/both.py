@@ -16,9 +16,9 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-# JAX would take most of a GPU's memory at once and leave PyTorch none.
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+import benchmarks.first  # noqa: F401
 
+# isort: split
 import jax
 import numpy as np
 import torch
@@ -36,7 +36,6 @@ from benchmarks.captions import make_captions
 from clip_jax.api import LoadedCLIP
 from clip_jax.data.images import IMAGE_MEAN, IMAGE_STD
 from clip_jax.data.loader import trim_to_bucket
-from clip_jax.host_memory import keep_freed_memory
 
 TINY = {
     "embed_dim": 32,
@@ -77,8 +76,6 @@ def add_arguments(parser: argparse.ArgumentParser, *, batch: int) -> None:
 
 def set_up(options: argparse.Namespace) -> None:
     """Choose the device and use every core, before either library computes anything."""
-    # As training does on a CPU; one process, so PyTorch keeps its memory too.
-    keep_freed_memory()
     if options.device == "cpu":
         jax.config.update("jax_platforms", "cpu")
     elif jax.default_backend() != "gpu" or not torch.cuda.is_available():

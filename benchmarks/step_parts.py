@@ -22,7 +22,7 @@ from clip_jax.losses import make_loss
 from clip_jax.metrics import measure_matmul_flops, peak_flops
 from clip_jax.models.clip import unit_length
 from clip_jax.models.flops import image_flops, text_flops
-from clip_jax.step import normalize_images, unit_range
+from clip_jax.step import CPU_OPTIONS, normalize_images, unit_range
 
 
 def tower_calls(run: Run) -> dict[str, tuple]:
@@ -79,7 +79,8 @@ class Updater:
             return opt_state, optax.apply_updates(params, updates)
 
         params = jax.tree.map(jnp.copy, run.state.params)
-        self.step = jax.jit(update, donate_argnums=(1, 2))
+        options = CPU_OPTIONS if jax.default_backend() == "cpu" else None
+        self.step = jax.jit(update, donate_argnums=(1, 2), compiler_options=options)
         self.grads = jax.tree.map(jnp.ones_like, params)
         self.kept = optimizer.init(params), params
 

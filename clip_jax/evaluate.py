@@ -42,7 +42,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help='a prompt with {}, "imagenet_1", "imagenet_7", "imagenet_80", or a file; repeatable',
     )
     parser.add_argument("--train-data", help="labelled shards that probes learn from")
-    parser.add_argument("--val-data", help="labelled shards that choose C of linear_probe and few_shot")
+    parser.add_argument(
+        "--val-data", help="labelled shards that choose C of linear_probe and few_shot"
+    )
     parser.add_argument("--ablate", action="append", help="prompts to compare, as --template")
     parser.add_argument("--neighbours", type=int, default=20, help="of knn")
     parser.add_argument("--shots", default="1,2,4,8,16", help="of few_shot")

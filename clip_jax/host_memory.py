@@ -8,10 +8,13 @@ gigabytes of pages that have to be found and cleared first.
 import ctypes
 import importlib.metadata
 import importlib.util
+import os
 import sys
 
 # glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
+# Linux's mman-common.h, and the size of a huge page on x86-64 and on Arm with pages of 4 KiB.
+MADV_HUGEPAGE, HUGE_PAGE = 14, 2**21
 
 
 def keep_freed_memory() -> bool:
@@ -22,11 +25,33 @@ def keep_freed_memory() -> bool:
     """
     if not sys.platform.startswith("linux") or has_accelerator_plugin():
         return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    libc = ctypes.CDLL(None)
+    mallopt = getattr(libc, "mallopt", None)
     if mallopt is None:
         return False
     settings = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_ARENA_MAX, 1))
-    return all(mallopt(name, value) == 1 for name, value in settings)
+    if not all(mallopt(name, value) == 1 for name, value in settings):
+        return False
+    use_huge_pages(libc, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
+    return True
+
+
+def use_huge_pages(libc: ctypes.CDLL, size: int) -> bool:
+    """Ask for huge pages in the next `size` bytes of the heap, none of which is touched yet.
+
+    What is freed stays in the heap, so a block that is asked for, advised about, and freed at once
+    is where the next arrays will lie.
+    """
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    block = libc.malloc(size)
+    if block is None:
+        return False
+    start = -(-block // HUGE_PAGE) * HUGE_PAGE
+    advised = libc.madvise(start, (block + size - start) // HUGE_PAGE * HUGE_PAGE, MADV_HUGEPAGE)
+    libc.free(block)
+    return advised == 0
 
 
 def has_accelerator_plugin() -> bool:
