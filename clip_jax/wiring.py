@@ -113,8 +113,8 @@ def wire(config: Config, steps: int, workdir: str | None = None) -> Wiring:
     origin, preprocess = None, OPENAI
     if m.init_from and (workdir is not None or Path(m.init_from).exists()):
         goes_on = workdir is not None and has_checkpoints(workdir)
-        model = f"{m.name}:{m.init_tag}" if m.init_tag else m.name
-        origin = read_origin(str(workdir) if goes_on else m.init_from, model)
+        known_as = f"{m.name}:{m.init_tag}" if m.init_tag else m.name
+        origin = read_origin(str(workdir) if goes_on else m.init_from, known_as)
         preprocess = origin.checkpoint.preprocess
     spec = origin_tokenizer(origin, given) if origin else tokenizer_spec(given)
     tokenizer = make_tokenizer(spec)

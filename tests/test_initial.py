@@ -286,19 +286,20 @@ def test_mistakes_are_one_clear_line(data, short, tmp_path):
 
 
 def test_a_tag_says_how_a_bare_file_was_trained(data, short, tmp_path, monkeypatch):
-    sizes = of_layers(VIT)
+    made = of_layers(VIT)
+    vision = dataclasses.replace(made.vision, image_size=16)
+    text = dataclasses.replace(made.text, context_length=8, vocab_size=280, eot_id=1)
     for name, activation in (("tiny", "gelu"), ("tiny-quickgelu", "quick_gelu")):
-        made = zoo.clip(sizes.embed_dim, sizes.vision, sizes.text, activation)
-        monkeypatch.setitem(zoo.MODELS, name, made)
+        sizes = zoo.clip(made.embed_dim, vision, text, activation)
+        monkeypatch.setitem(zoo.MODELS, name, sizes)
     kind = Preprocess("squash", "bilinear", (0.4, 0.5, 0.6), (0.3, 0.2, 0.1))
     monkeypatch.setitem(tags.TAGS, "tiny", "plain quick*")
     monkeypatch.setitem(tags._OTHERS, ("tiny", "quick"), kind)
-    convert(short, tmp_path, "open_clip")
+    convert(str(short), str(tmp_path), to="open_clip")
     bare = (tmp_path / "open_clip_model.safetensors").rename(tmp_path / "bare.safetensors")
 
     def wired(tag):
-        small = {"model__image_size": 16, "model__context_length": 8}
-        config = tiny_config(data, model__init_from=str(bare), model__init_tag=tag, **small)
+        config = tiny_config(data, model__init_from=str(bare), model__init_tag=tag)
         return wiring.wire(config, 1)
 
     tagged = wired("quick")

@@ -346,9 +346,14 @@ def test_the_rule_keeps_cosines_only_while_they_are_small():
     assert keep(1024, 2**20) and not keep(1025, 2**20)  # as large as the texts and their gradient
 
 
+def test_what_is_small_is_one_tile():
+    assert choose_tiling(8192, 8192, 512, "cpu") == Tiling(8192, keep=True)  # 256 MiB
+    assert choose_tiling(2048, 32_768, 512, "gpu") == Tiling(32_768, keep=True)
+
+
 def test_tiles_are_smaller_on_a_cpu():
-    assert choose_tiling(128, 128, 768, "cpu").size == 1024
-    assert {choose_tiling(128, 128, 768, platform).size for platform in ("tpu", "gpu")} == {4096}
+    sizes = {p: choose_tiling(32_768, 32_768, 768, p).size for p in ("cpu", "gpu", "tpu")}
+    assert sizes == {"cpu": 1024, "gpu": 4096, "tpu": 4096}
 
 
 def test_a_batch_of_32768_on_one_device_takes_less_than_450_mb():
