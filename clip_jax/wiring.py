@@ -287,6 +287,7 @@ def make_evaluation(config: Config, w: Wiring) -> Evaluator | None:
         request,
         w.mesh,
         scale=lambda variables: math.exp(float(variables["params"]["logit_scale"])),
+        trim_behind=w.tokenizer.eot_id if w.model.config.text.trimmable else None,
         tokenizer=w.tokenizer,
         image_size=w.model.config.vision.image_size,
         context_length=w.model.config.text.context_length,

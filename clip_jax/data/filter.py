@@ -8,7 +8,6 @@ fields; with neither flag all scored ones do, for `config.data.filter="similarit
 
 import argparse
 import contextlib
-import dataclasses
 import itertools
 import math
 from collections import Counter
@@ -20,7 +19,6 @@ import numpy as np
 
 from clip_jax.data.bar import bar
 from clip_jax.data.faults import SkipLog
-from clip_jax.data.loader import trim_to_bucket
 from clip_jax.data.opening import open_line
 from clip_jax.data.receipt import claim_folder
 from clip_jax.data.samples import ShardIndex
@@ -59,17 +57,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def load_encoders(
     model: str, architecture: str | None = None, tokenizer: str | None = None
 ) -> "Encoders":
-    """A checkpoint's encoders over all devices; captions are trimmed where that is exact."""
+    """A checkpoint's encoders over all devices."""
     from clip_jax.evaluate import encoders_of, load_over_devices
 
-    clip, mesh = load_over_devices(model, architecture=architecture, tokenizer=tokenizer)
-    encoders = encoders_of(clip, mesh)
-    if not clip.config.text.trimmable:
-        return encoders
-    encode, eot_id = encoders.encode_text, encoders.tokenizer.eot_id
-    return dataclasses.replace(
-        encoders, encode_text=lambda tokens_BL: encode(trim_to_bucket(tokens_BL, eot_id))
-    )
+    return encoders_of(*load_over_devices(model, architecture=architecture, tokenizer=tokenizer))
 
 
 def score_set(

@@ -22,6 +22,7 @@ def make_evaluator(
     mesh: Mesh,
     *,
     scale: Callable[[Mapping[str, Any]], float],
+    trim_behind: int | None = None,
     **encoders: Any,
 ) -> Evaluator:
     """A function of the variables, {"params": ..., "batch_stats": ...}, that returns the metrics.
@@ -32,6 +33,7 @@ def make_evaluator(
 
     Args:
       scale: the factor between cosines and logits, of the variables.
+      trim_behind: see `features.text_encoder_over`.
       request: its data is indexed here, once.
       encoders: the other fields of `features.Encoders`: tokenizer, sizes, preprocess, shards.
     """
@@ -40,7 +42,9 @@ def make_evaluator(
     def evaluate(variables: Mapping[str, Any]) -> dict[str, float]:
         made = Encoders(
             image_encoder_over(lambda rows: encode_image(variables, rows), mesh),
-            text_encoder_over(lambda rows: encode_text(variables, rows), mesh),
+            text_encoder_over(
+                lambda rows: encode_text(variables, rows), mesh, trim_behind=trim_behind
+            ),
             scale=scale(variables),
             **encoders,
         )

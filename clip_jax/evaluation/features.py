@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float32
 
 from clip_jax.data.images import OPENAI, Preprocess
-from clip_jax.data.loader import Loader, make_eval_loader
+from clip_jax.data.loader import Loader, make_eval_loader, trim_to_bucket
 from clip_jax.data.samples import ShardIndex
 from clip_jax.errors import UserError
 from clip_jax.mesh import batch_shards, place_batch
@@ -77,10 +77,19 @@ def image_encoder_over(encode: EncodeImage, mesh: Mesh) -> EncodeImage:
     return encode_rows
 
 
-def text_encoder_over(encode: EncodeText, mesh: Mesh) -> EncodeText:
-    """As `image_encoder_over`, for rows that every process holds all of."""
+def text_encoder_over(
+    encode: EncodeText, mesh: Mesh, *, trim_behind: int | None = None
+) -> EncodeText:
+    """As `image_encoder_over`, for rows that every process holds all of.
+
+    Args:
+      trim_behind: the end token of a tower that nothing behind it reaches, whose rows are cut to
+        the bucket of the longest; None leaves them whole.
+    """
 
     def encode_rows(rows: np.ndarray) -> np.ndarray:
+        if trim_behind is not None:
+            rows = trim_to_bucket(rows, trim_behind)
         padded = _fill_up(rows, batch_shards(mesh))
         share = len(padded) // jax.process_count()
         own = padded[jax.process_index() * share : (jax.process_index() + 1) * share]

@@ -57,12 +57,10 @@ def fit(
     penalty = 1.0 / (c * len(z_BD))
     center_D = z_BD.mean(axis=0, dtype=np.float64)
     stretch_DD = _stretch(z_BD, center_D, num_classes, penalty)
-    moved_BD = ((z_BD - center_D.astype(np.float32)) @ stretch_DD).astype(np.float32)
-    rows = _place(moved_BD, label_B, mesh)
-    start = (
-        jnp.zeros((num_classes, z_BD.shape[1]), jnp.float32),
-        jnp.zeros(num_classes, jnp.float32),
-    )
+    z_BD, label_B, weight_B = _place(z_BD, label_B, mesh)
+    rows = _move(z_BD, center_D.astype(np.float32), stretch_DD), label_B, weight_B
+    width = z_BD.shape[1]
+    start = jnp.zeros((num_classes, width), jnp.float32), jnp.zeros(num_classes, jnp.float32)
     (v_MD, b_M), steps = _minimize(
         start, *rows, jnp.asarray(stretch_DD), jnp.float32(penalty), tolerance, max_steps
     )
@@ -82,6 +80,11 @@ def _stretch(
     floor = max(values_D[-1], 0.0) * 1e-7 + 1e-12
     scale_D = 1 / np.sqrt(np.maximum(values_D, floor) / num_classes + penalty)
     return (turn_DD * scale_D).astype(np.float32)
+
+
+@jax.jit
+def _move(z_BD, center_D, stretch_DD):
+    return jnp.matmul(z_BD - center_D, stretch_DD, precision=jax.lax.Precision.HIGHEST)
 
 
 def _place(x_BD: np.ndarray, label_B: np.ndarray, mesh: Mesh | None) -> tuple[jax.Array, ...]:
