@@ -57,8 +57,8 @@ def fit(
     penalty = 1.0 / (c * len(z_BD))
     center_D = z_BD.mean(axis=0, dtype=np.float64)
     stretch_DD = _stretch(z_BD, center_D, num_classes, penalty)
-    z_BD, label_B, weight_B = _place(z_BD, label_B, mesh)
-    rows = _move(z_BD, center_D.astype(np.float32), stretch_DD), label_B, weight_B
+    placed_BD, *rest = _place(z_BD, label_B, mesh)
+    rows = _move(placed_BD, center_D.astype(np.float32), stretch_DD), *rest
     width = z_BD.shape[1]
     start = jnp.zeros((num_classes, width), jnp.float32), jnp.zeros(num_classes, jnp.float32)
     (v_MD, b_M), steps = _minimize(
