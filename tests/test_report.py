@@ -1,5 +1,6 @@
 """The report page: what it shows, and how it looks in a browser."""
 
+import importlib.util
 import json
 import re
 import shutil
@@ -17,6 +18,7 @@ from clip_jax.errors import UserError
 from clip_jax.evaluation.features import Encoders
 from clip_jax.evaluation.run import Request, run_evaluation
 from clip_jax.report import report
+from clip_jax.report_page import look
 from clip_jax.report_page.svg import line_chart, log_ticks, ticks
 
 SIDE = 12
@@ -155,3 +157,27 @@ def test_nothing_overlaps_in_a_browser(runs, tmp_path, width):
     assert "CONSOLE" not in done.stderr
     found = json.loads(re.search("<title>(.*?)</title>", done.stdout).group(1))
     assert found["boxes"] > 50 and found["wrong"] == []
+
+
+def test_a_plane_is_mapped_as_it_is():
+    rng = np.random.default_rng(0)
+    plane_B2 = rng.normal(size=(look.NEIGHBOURS, 2)) * [3, 1]
+    z_BD = plane_B2 @ np.linalg.qr(rng.normal(size=(8, 2)))[0].T
+    about, flat_B2 = look.flat_map(z_BD.astype(np.float32))
+    assert "PCA, 100%" in about
+
+    def distances(x):
+        return np.linalg.norm(x[:, None] - x, axis=-1)
+
+    # float32 features of size 3.
+    np.testing.assert_allclose(distances(flat_B2), distances(plane_B2), atol=1e-5)
+
+
+def test_the_map_is_umaps_where_it_is_installed():
+    if importlib.util.find_spec("umap") is None:
+        pytest.skip("umap-learn is not installed")
+    rng = np.random.default_rng(0)
+    sides_B = np.arange(40) % 2
+    z_BD = np.float32(rng.normal(size=(40, 8)) * 0.1 + 4 * sides_B[:, None])
+    about, flat_B2 = look.flat_map(z_BD)
+    assert about.startswith("UMAP") and flat_B2.shape == (40, 2)

@@ -1,5 +1,7 @@
 """Which pictures, captions and classes of an evaluation are worth looking at."""
 
+import importlib.util
+import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -9,6 +11,8 @@ from clip_jax.evaluation.collect import FeatureSet
 
 # Pictures whose nearest captions are looked for: more would show no more.
 MOST_SEARCHED = 2000
+NEIGHBOURS = 15
+"""Of a picture on UMAP's map; its own default."""
 
 
 class Batch(NamedTuple):
@@ -156,16 +160,24 @@ def _softmax(logits_bM: np.ndarray) -> np.ndarray:
 
 
 def flat_map(z_BD: Float32[np.ndarray, "B D"]) -> tuple[str, Float[np.ndarray, "B 2"]]:
-    """Two coordinates of each feature: UMAP's where umap-learn is installed, else PCA's."""
-    try:
-        import umap
-    except ImportError:
-        centred_BD = z_BD - z_BD.mean(axis=0)
-        values_D, turn_DD = np.linalg.eigh(centred_BD.T @ centred_BD)
-        kept = values_D[-2:].sum() / max(float(values_D.sum()), 1e-12)
-        # The sign of an axis is chance; the larger tail goes right and down.
-        flat_B2 = centred_BD @ turn_DD[:, [-1, -2]]
-        flat_B2 *= np.sign((flat_B2**3).sum(axis=0)) + (flat_B2.sum(axis=0) == 0)
-        return f"the two directions of most variance (PCA, {kept:.0%} of it)", flat_B2
-    reducer = umap.UMAP(n_neighbors=15, min_dist=0.2, metric="cosine", random_state=0, n_jobs=1)
-    return "UMAP, 15 neighbours by cosine", reducer.fit_transform(z_BD)
+    """Two coordinates of each feature: UMAP's where umap-learn is installed, else PCA's.
+
+    PCA's also of so few pictures that each would have all the others for neighbours.
+    """
+    if len(z_BD) > NEIGHBOURS and importlib.util.find_spec("umap"):
+        with warnings.catch_warnings():
+            # It tells of an optional package, and that one seed means one thread.
+            warnings.simplefilter("ignore")
+            import umap
+
+            reducer = umap.UMAP(
+                n_neighbors=NEIGHBOURS, min_dist=0.2, metric="cosine", random_state=0, n_jobs=1
+            )
+            return f"UMAP, {NEIGHBOURS} neighbours by cosine", reducer.fit_transform(z_BD)
+    centred_BD = z_BD - z_BD.mean(axis=0)
+    values_D, turn_DD = np.linalg.eigh(centred_BD.T @ centred_BD)
+    kept = values_D[-2:].sum() / max(float(values_D.sum()), 1e-12)
+    # The sign of an axis is chance; the larger tail goes right and down.
+    flat_B2 = centred_BD @ turn_DD[:, [-1, -2]]
+    flat_B2 *= np.sign((flat_B2**3).sum(axis=0)) + (flat_B2.sum(axis=0) == 0)
+    return f"the two directions of most variance (PCA, {kept:.0%} of it)", flat_B2
