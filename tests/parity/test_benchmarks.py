@@ -47,9 +47,10 @@ def test_encoding(tmp_path):
 
 
 def test_gradcache(tmp_path):
-    rows = run(tmp_path, "gradcache", *TINY)[0]["rows"]
+    # So many pairs that activations are more than the tiny model's table of tokens.
+    rows = run(tmp_path, "gradcache", *TINY, "--batch", "256")[0]["rows"]
     assert abs(float(rows[0]["first loss"]) - float(rows[1]["first loss"])) < 1e-5
-    assert rows[1]["activations, MB"] < rows[0]["activations, MB"]
+    assert rows[1]["memory"] < 0.2
 
 
 def test_step_parts(tmp_path):
