@@ -1,4 +1,6 @@
-"""The losses in one pass over tiles of the logits, sharded by rows: the N x N matrix never exists.
+"""The losses in one pass over tiles of the logits, sharded by rows.
+
+The N x N matrix never exists, except where a device's rows of it are small (`tiling`).
 
 Every device holds b of the B rows. It gathers all texts once, and visits its [b, B] block of
 logits in tiles of r rows and c columns: r of its images, c of the texts. Both directions of the
@@ -275,11 +277,7 @@ def make_tiled_loss(
                 f"a batch of {rows} rows does not split over {devices} devices "
                 f"({' x '.join(batch_axes)}): take a multiple of {devices}"
             )
-        tiling = (
-            Tiling(tile_size, keep=False)
-            if tile_size
-            else choose_tiling(rows // devices, rows, features, platform)
-        )
+        tiling = choose_tiling(rows // devices, rows, features, platform, tile_size)
         scale = jnp.asarray(scale, jnp.float32)
         bias = jnp.asarray(bias if loss.takes_bias else 0, jnp.float32)
         tiled = _differentiable(Walk(loss, batch_axes, tiling), mesh)

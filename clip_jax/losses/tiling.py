@@ -27,8 +27,10 @@ class Tiling:
     keep: bool
 
 
-def choose_tiling(rows_a_device: int, batch: int, features: int, platform: str) -> Tiling:
-    """The tiling of a batch.
+def choose_tiling(
+    rows_a_device: int, batch: int, features: int, platform: str, tile_size: int = 0
+) -> Tiling:
+    """The tiling of a batch; with a `tile_size` that one, its cosines not kept.
 
     Keeping the cosines saves one of four matrix products. A device's are b x B float32 numbers,
     which grow with the square of the batch, and the tiles are there to prevent that: so they are
@@ -38,6 +40,8 @@ def choose_tiling(rows_a_device: int, batch: int, features: int, platform: str) 
     Up to `WHOLE_BYTES` there is one tile: three large matrix products are quicker than many small
     ones, and what they leave to memory is what the dense form leaves, or less.
     """
+    if tile_size:
+        return Tiling(tile_size, keep=False)
     cosines = 4 * rows_a_device * batch
     if cosines <= WHOLE_BYTES:
         return Tiling(batch, keep=True)

@@ -97,5 +97,5 @@ def loss_flops(pairs: int, shards: int, embed_dim: int, *, tile_size: int = 0) -
     Devices along `tensor` hold copies of the rows and compute the loss each for itself.
     """
     rows = pairs // shards
-    keep = not tile_size and choose_tiling(rows, pairs, embed_dim, jax.default_backend()).keep
-    return (3 if keep else 4) * 2 * rows * pairs * embed_dim
+    tiling = choose_tiling(rows, pairs, embed_dim, jax.default_backend(), tile_size)
+    return (3 if tiling.keep else 4) * 2 * rows * pairs * embed_dim
