@@ -22,7 +22,7 @@ from clip_jax.losses import make_loss
 from clip_jax.metrics import measure_matmul_flops, peak_flops
 from clip_jax.models.clip import unit_length
 from clip_jax.models.flops import image_flops, text_flops
-from clip_jax.step import CPU_OPTIONS, normalize_images, unit_range
+from clip_jax.step import compiler_options, normalize_images, unit_range
 
 
 def tower_calls(run: Run) -> dict[str, tuple]:
@@ -79,7 +79,7 @@ class Updater:
             return opt_state, optax.apply_updates(params, updates)
 
         params = jax.tree.map(jnp.copy, run.state.params)
-        options = CPU_OPTIONS if jax.default_backend() == "cpu" else None
+        options = compiler_options(jax.default_backend())
         self.step = jax.jit(update, donate_argnums=(1, 2), compiler_options=options)
         self.grads = jax.tree.map(jnp.ones_like, params)
         self.kept = optimizer.init(params), params
@@ -93,9 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = arguments(__doc__, warmup=1, repeats=5)
     both.add_arguments(parser, batch=32)
     options = parser.parse_args(argv)
-    both.set_up(options)
-    _, loaded = both.make_models(options)
-    batch = both.make_batch(options, loaded)
+    _, loaded, batch = both.prepare(options)
     run = make_run(options, loaded, batch.images, batch.tokens)
     parts = tower_calls(run) | {"loss": loss_call(run)}
     calls = {

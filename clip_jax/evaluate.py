@@ -78,11 +78,11 @@ def encoders_of(clip: "LoadedCLIP", mesh: "Mesh") -> "Encoders":
 
     tokenizer, spec = clip.known_tokenizer(), clip.tokenizer_spec
     digests = tree_digests({"params": clip.params, "batch_stats": clip.batch_stats})
-    causal = clip.config.text.trimmable
+    trim_behind = tokenizer.eot_id if clip.config.text.trimmable else None
     about = json.dumps([digests, repr(clip.config), spec and spec_digest(spec)])
     return Encoders(
         image_encoder_over(clip.encode_image, mesh),
-        text_encoder_over(clip.encode_text, mesh, trim_behind=tokenizer.eot_id if causal else None),
+        text_encoder_over(clip.encode_text, mesh, trim_behind=trim_behind),
         tokenizer,
         image_size=clip.config.vision.image_size,
         context_length=clip.config.text.context_length,

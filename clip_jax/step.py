@@ -19,10 +19,6 @@ from clip_jax.sharding import rows_stay_split, with_whole_table
 from clip_jax.state import TrainState, split_frozen
 from clip_jax.typing import Features, Params
 
-CPU_OPTIONS = {"xla_cpu_copy_insertion_use_region_analysis": True}
-"""The analysis that GPUs and TPUs have anyway. Without it XLA copies both moments of AdamW in every
-step, twice the parameters, before it overwrites them."""
-
 Metrics = dict[str, jax.Array]
 Batch = Mapping[str, jax.Array]
 
@@ -249,10 +245,21 @@ def make_train_step(
         }
         return new, metrics
 
-    options = CPU_OPTIONS if mesh.devices.flat[0].platform == "cpu" else None
     return jax.jit(
-        step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options
+        step,
+        donate_argnums=0,
+        out_shardings=(shardings, None),
+        compiler_options=compiler_options(mesh.devices.flat[0].platform),
     )
+
+
+def compiler_options(platform: str) -> dict[str, bool] | None:
+    """XLA's, of a program that overwrites its state.
+
+    On a CPU the analysis that GPUs and TPUs have anyway: without it XLA copies both moments of
+    AdamW in every step, twice the parameters, before it overwrites them.
+    """
+    return {"xla_cpu_copy_insertion_use_region_analysis": True} if platform == "cpu" else None
 
 
 def make_encoders(
