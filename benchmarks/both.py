@@ -119,6 +119,13 @@ def make_batch(options: argparse.Namespace, loaded: LoadedCLIP) -> Batch:
     )
 
 
+def prepare(options: argparse.Namespace) -> tuple[torch.nn.Module, LoadedCLIP, Batch]:
+    """A process set up, both models and the batch; what a side does not need it lets go of."""
+    set_up(options)
+    model, loaded = make_models(options)
+    return model, loaded, make_batch(options, loaded)
+
+
 def torch_device(options: argparse.Namespace) -> str:
     return "cuda" if options.device == "gpu" else "cpu"
 

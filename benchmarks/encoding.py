@@ -27,9 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     both.add_arguments(parser, batch=32)
     options = parser.parse_args(argv)
     torch_calls, _ = apart(torch_side, options)
-    both.set_up(options)
-    _, loaded = both.make_models(options)
-    batch = both.make_batch(options, loaded)
+    _, loaded, batch = both.prepare(options)
     images, tokens = jax.device_put(batch.images), jax.device_put(batch.tokens)
     whole = jax.device_put(np.asarray(batch.torch_tokens.cpu(), np.int32))
     calls = {
@@ -68,9 +66,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def torch_side(options: argparse.Namespace) -> tuple[Calls, None]:
     """open_clip's encoders of one batch, features as numpy arrays."""
-    both.set_up(options)
-    model, loaded = both.make_models(options)
-    batch = both.make_batch(options, loaded)
+    model, _, batch = both.prepare(options)
     forward_image = both.torch_compiled(options, model.eval().encode_image)
     forward_text = both.torch_compiled(options, model.encode_text)
 

@@ -45,9 +45,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def step_of(options: argparse.Namespace, microbatch_size: int) -> tuple[Calls, tuple[int, int]]:
     """A step, its activations' bytes and its gradients'."""
-    both.set_up(options)
-    _, loaded = both.make_models(options)
-    batch = both.make_batch(options, loaded)
+    _, loaded, batch = both.prepare(options)
     gradients = sum(x.nbytes for x in jax.tree.leaves(loaded.params))
     run = make_run(options, loaded, batch.images, batch.tokens, microbatch_size=microbatch_size)
     step = run.step.lower(run.state, run.batch).compile()

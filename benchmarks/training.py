@@ -29,10 +29,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = arguments(__doc__, warmup=1, repeats=5)
     both.add_arguments(parser, batch=32)
     options = parser.parse_args(argv)
-    both.set_up(options)
     torch_calls, _ = apart(torch_side, options)
-    _, loaded = both.make_models(options)
-    batch = both.make_batch(options, loaded)
+    _, loaded, batch = both.prepare(options)
     calls: Calls = {
         "clip_jax": Stepper(make_run(options, loaded, batch.images, batch.tokens)),
         "open_clip": torch_calls["open_clip"],
@@ -79,9 +77,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def torch_side(options: argparse.Namespace) -> tuple[Calls, None]:
     """open_clip's step, and the count of its matrix products, which takes a step too."""
-    both.set_up(options)
-    model, loaded = both.make_models(options)
-    step = both.make_torch_step(options, model, both.make_batch(options, loaded))
+    model, _, batch = both.prepare(options)
+    step = both.make_torch_step(options, model, batch)
     return {"open_clip": step, "flops": lambda: torch_flops(step)}, None
 
 
