@@ -1,4 +1,4 @@
-"""The linear probe against scikit-learn's LogisticRegression, at the same C, in one process.
+"""The linear probe against scikit-learn's LogisticRegression at the same C, a process each.
 
     python -m benchmarks.linear_probe --rows 50000 --width 512 --classes 100
 
@@ -10,10 +10,11 @@ import argparse
 from typing import Any
 
 import numpy as np
-from sklearn.linear_model import LogisticRegression
 
+from benchmarks.apart import Calls, apart
 from benchmarks.turns import arguments, ratio, report, seconds, spread, take_turns
-from clip_jax.evaluation.linear_probe import Probe, fit
+
+TEST_ROWS = 10_000
 
 
 def make_features(
@@ -30,33 +31,58 @@ def make_features(
     return z_BD.astype(np.float32), label_B
 
 
-def ours(options: argparse.Namespace, z_BD: np.ndarray, label_B: np.ndarray, c: float) -> Probe:
-    """Fitted on the first `options.rows`."""
-    rows = options.rows
-    return fit(z_BD[:rows], label_B[:rows], num_classes=options.classes, c=c)
+def our_side(options: argparse.Namespace, noise: float, c: float) -> tuple[Calls, None]:
+    """A fit on the first `options.rows`, and what it says of the rows behind."""
+    from clip_jax.evaluation.linear_probe import Probe, fit
+
+    z_BD, label_B = make_features(options.rows + TEST_ROWS, options.width, options.classes, noise)
+    rows, probes = options.rows, []
+
+    def fit_once() -> None:
+        probes.append(fit(z_BD[:rows], label_B[:rows], num_classes=options.classes, c=c))
+
+    def said() -> tuple[int, float]:
+        probe: Probe = probes[-1]
+        guess_B = probe.logits(z_BD[rows:]).argmax(axis=1)
+        return probe.steps, float((guess_B == label_B[rows:]).mean())
+
+    return {"fit": fit_once, "said": said}, None
 
 
-def compare(
-    options: argparse.Namespace, z_BD: np.ndarray, label_B: np.ndarray, c: float
-) -> dict[str, Any]:
-    """Fits of both in turns, and what they say of the rows behind `options.rows`."""
-    rows = options.rows
-    reference = LogisticRegression(C=c, max_iter=1000)
-    probes: list[Probe] = []
-    calls = {
-        "clip_jax": lambda: probes.append(ours(options, z_BD, label_B, c)),
-        "scikit-learn": lambda: reference.fit(z_BD[:rows], label_B[:rows]),
-    }
+def reference_side(options: argparse.Namespace, noise: float, c: float) -> tuple[Calls, None]:
+    """The same of scikit-learn."""
+    from sklearn.linear_model import LogisticRegression
+
+    z_BD, label_B = make_features(options.rows + TEST_ROWS, options.width, options.classes, noise)
+    rows, reference = options.rows, LogisticRegression(C=c, max_iter=1000)
+
+    def fit_once() -> None:
+        reference.fit(z_BD[:rows], label_B[:rows])
+
+    def said() -> tuple[int, float]:
+        return int(reference.n_iter_[0]), float(reference.score(z_BD[rows:], label_B[rows:]))
+
+    return {"fit": fit_once, "said": said}, None
+
+
+def compare(options: argparse.Namespace, noise: float, c: float) -> dict[str, Any]:
+    """Fits of both in turns, and what they say of other rows."""
+    ours, _ = apart(our_side, options, noise, c)
+    theirs, _ = apart(reference_side, options, noise, c)
+    first = seconds(ours["fit"])
+    calls = {"clip_jax": ours["fit"], "scikit-learn": theirs["fit"]}
     times = take_turns(calls, warmup=options.warmup, repeats=options.repeats)
-    guess_B = probes[-1].logits(z_BD[rows:]).argmax(axis=1)
+    (steps, accuracy), (their_steps, their_accuracy) = ours["said"](), theirs["said"]()
     return {
+        "noise": noise,
         "C": c,
         "clip_jax, s": spread(times["clip_jax"]),
         "scikit-learn, s": spread(times["scikit-learn"]),
         "faster": ratio(times["scikit-learn"], times["clip_jax"]),
-        "steps": f"{probes[-1].steps}, {reference.n_iter_[0]}",
-        "accuracy": f"{(guess_B == label_B[rows:]).mean():.2%}",
-        "scikit-learn's": f"{reference.score(z_BD[rows:], label_B[rows:]):.2%}",
+        "first fit, s": first,
+        "steps": f"{steps}, {their_steps}",
+        "accuracy": f"{accuracy:.2%}",
+        "scikit-learn's": f"{their_accuracy:.2%}",
     }
 
 
@@ -69,14 +95,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--noise", type=float, nargs="+", default=[1.2, 2.5, 4.0])
     parser.add_argument("--c", type=float, nargs="+", default=[0.316, 10.0])
     options = parser.parse_args(argv)
-    table, first = [], 0.0
-    for noise in options.noise:
-        features = make_features(options.rows + 10_000, options.width, options.classes, noise)
-        for c in options.c:
-            # What the first fit of all takes more than the others is its compilation.
-            first = first or seconds(lambda features=features, c=c: ours(options, *features, c))
-            table.append({"noise": noise} | compare(options, *features, c))
-    report("linear_probe", options, table, first_fit_with_compilation_s=first)
+    table = [compare(options, noise, c) for noise in options.noise for c in options.c]
+    report("linear_probe", options, table)
 
 
 if __name__ == "__main__":
