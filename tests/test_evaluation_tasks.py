@@ -1,6 +1,7 @@
 """Probes, neighbours, intervals, calibration, and features over a mesh, stored and found again."""
 
 import dataclasses
+import functools
 import json
 
 import numpy as np
@@ -15,7 +16,7 @@ from clip_jax.evaluation.bootstrap import mean_recall_interval, ratio_intervals
 from clip_jax.evaluation.calibration import calibration_error, reliability
 from clip_jax.evaluation.collect import FeatureSet, collect
 from clip_jax.evaluation.features import Encoders, image_encoder_over, text_encoder_over, unit_rows
-from clip_jax.evaluation.linear_probe import choose_c, draw_shots, fit
+from clip_jax.evaluation.linear_probe import MOST_FITS, choose_c, draw_shots, fit
 from clip_jax.evaluation.neighbours import neighbour_votes
 from clip_jax.evaluation.prompts import load_class_names, load_templates, shipped_templates
 from clip_jax.evaluation.run import Request, run_evaluation
@@ -67,9 +68,25 @@ def test_the_probe_is_at_the_minimum_on_any_mesh(c):
     assert (split.logits(x_BD).argmax(1) == alone.logits(x_BD).argmax(1)).all()
 
 
-def test_c_is_the_best_of_what_the_search_tried(monkeypatch):
-    from clip_jax.evaluation import linear_probe as module
+def test_the_probe_tells_of_its_steps_and_does_not_depend_on_how_often(monkeypatch, capfd):
+    x_BD, y_B = clusters(np.random.default_rng(4), 90)
+    fit_one, told = functools.partial(fit, num_classes=4, c=10.0), []
+    mesh = make_mesh(data=8, fsdp=1, tensor=1)
+    whole, split = fit_one(x_BD, y_B), fit_one(x_BD, y_B, mesh=mesh)
+    monkeypatch.setattr("clip_jax.evaluation.linear_probe.STEPS_AT_ONCE", 4)
+    often = fit_one(x_BD, y_B, told=told.append)
+    assert told == [*range(4, whole.steps, 4), whole.steps] and len(told) > 1
+    np.testing.assert_array_equal(often.weights_MD, whole.weights_MD)
+    np.testing.assert_array_equal(often.bias_M, whole.bias_M)
+    often = fit_one(x_BD, y_B, mesh=mesh)
+    np.testing.assert_array_equal(often.weights_MD, split.weights_MD)
+    assert fit_one(x_BD, y_B, max_steps=6).steps == 6
+    rest = feature_set(x_BD, y_B)
+    linear_probe(Subject(rest, train=rest, progress=True))
+    assert "linear_probe: 100%" in (shown := capfd.readouterr().err) and ", step " in shown
 
+
+def test_c_is_the_best_of_what_the_search_tried():
     peak, asked = -1.375, []
 
     class Ranked:
@@ -80,16 +97,15 @@ def test_c_is_the_best_of_what_the_search_tried(monkeypatch):
             right = np.arange(1000) >= 50 * self.off
             return np.stack([right, ~right], axis=1)
 
-    def pretended(x, y, *, num_classes, c, mesh):
+    def pretended(x, y, *, c):
         asked.append(c)
         return Ranked(c)
 
-    monkeypatch.setattr(module, "fit", pretended)
     data = np.zeros((1000, 2), np.float32), np.zeros(1000, int)
-    c, tried = choose_c(data, data, num_classes=2)
+    c, tried = choose_c(data, data, pretended)
     # An eighth of a decade, as the paper has it, and far fewer than its 97 values.
     assert c == pytest.approx(10**peak) and max(tried, key=tried.get) == c
-    assert len(asked) == len(set(asked)) < 20
+    assert len(asked) == len(set(asked)) <= MOST_FITS
 
 
 @settings(max_examples=15, deadline=None)
@@ -119,7 +135,7 @@ def test_learning_tasks_tell_clusters_apart_and_refuse_to_guess():
     given_ = dataclasses.replace(subject, validation=held, shots=(4,), draws=1)
     (chosen,), rows = few_shot(given_), draw_shots(y_B[100:], 4, seed=0)
     drawn = z_BD[100:][rows], y_B[100:][rows]
-    best, _ = choose_c(drawn, (z_BD[200:], y_B[200:]), num_classes=4)
+    best, _ = choose_c(drawn, (z_BD[200:], y_B[200:]), functools.partial(fit, num_classes=4))
     assert chosen.metrics["C"] == pytest.approx(best) and shots[0].metrics["C"] == 1
     low, high = probe.intervals["lp_acc1"]
     assert low <= probe.metrics["lp_acc1"] <= high

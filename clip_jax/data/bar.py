@@ -18,6 +18,14 @@ def bar(
     """Count, rate and time left, on stderr, over `items` or moved by hand; redrawn rarely where
     that is a file, in which one redrawn often is noise."""
     pace = 0.1 if sys.stderr.isatty() else 10.0
+    # Looks at the clock at every move: what is told between two items is shown in its time too.
     return tqdm(
-        items, title, total, unit=unit, initial=initial, mininterval=pace, disable=not shown
+        items,
+        title,
+        total,
+        unit=unit,
+        initial=initial,
+        mininterval=pace,
+        miniters=0,
+        disable=not shown,
     )

@@ -100,7 +100,8 @@ def collect(
     batches = batches_from(start)
     steps = getattr(batches, "num_steps", None)
     shown = progress and jax.process_index() == 0
-    counted = bar(steps, title, "batch", items=batches, initial=start, shown=shown)
+    done = start if steps is None else min(start, steps)  # the last part may not be full
+    counted = bar(steps, title, "batch", items=batches, initial=done, shown=shown)
 
     def keep(number: int, part: FeatureSet) -> None:
         if folder is not None and jax.process_index() == 0:

@@ -8,14 +8,14 @@ would have, and the penalty with them. The same function in other coordinates ha
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Float32, Int
 
 from clip_jax.mesh import batch_shards, place_batch
@@ -23,6 +23,10 @@ from clip_jax.mesh import batch_shards, place_batch
 # The paper's sweep (appendix A.3): 1 / C from 1e-6 to 1e6, eight steps a decade at the finest.
 C_EXPONENTS = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)
 STEPS_PER_DECADE = 8
+# Fits of a search: the seven, and for each of the four spans down to an eighth two more.
+MOST_FITS = len(C_EXPONENTS) + 2 * 4
+# Steps that a device takes before the host looks: it tells of them, and can be interrupted.
+STEPS_AT_ONCE = 20
 
 
 class Probe(NamedTuple):
@@ -46,6 +50,7 @@ def fit(
     mesh: Mesh | None = None,
     tolerance: float = 1e-4,
     max_steps: int = 1000,
+    told: Callable[[int], object] = lambda steps: None,
 ) -> Probe:
     """The probe of one C.
 
@@ -53,20 +58,27 @@ def fit(
       mesh: splits the rows between its devices; every process passes all rows. None is one device.
       tolerance: stops where no element of the mean loss's gradient is larger, in the stretched
         coordinates; scikit-learn's default is the same number in its own.
+      told: the number of steps, from time to time.
     """
     penalty = 1.0 / (c * len(z_BD))
     center_D = z_BD.mean(axis=0, dtype=np.float64)
     stretch_DD = _stretch(z_BD, center_D, num_classes, penalty)
     placed_BD, *rest = _place(z_BD, label_B, mesh)
     rows = _move(placed_BD, center_D.astype(np.float32), stretch_DD), *rest
-    width = z_BD.shape[1]
-    start = jnp.zeros((num_classes, width), jnp.float32), jnp.zeros(num_classes, jnp.float32)
-    (v_MD, b_M), steps = _minimize(
-        start, *rows, jnp.asarray(stretch_DD), jnp.float32(penalty), tolerance, max_steps
-    )
+    carry = _begin(num_classes, z_BD.shape[1])
+    if mesh is not None:  # where the next round finds it too
+        carry = jax.device_put(carry, NamedSharding(mesh, PartitionSpec()))
+    function = *rows, jnp.asarray(stretch_DD), jnp.float32(penalty)
+    steps = 0
+    while steps < max_steps and float(carry.largest) > tolerance:
+        until = min(steps + STEPS_AT_ONCE, max_steps)
+        carry = _advance(carry, *function, tolerance, until)
+        steps = int(carry.steps)
+        told(steps)
+    v_MD, b_M = carry.params
     weights_MD = np.asarray(v_MD, np.float64) @ stretch_DD.T.astype(np.float64)
-    bias_M = np.asarray(b_M, np.float64) - weights_MD @ center_D
-    return Probe(weights_MD.astype(np.float32), bias_M.astype(np.float32), int(steps))
+    bias_M = np.asarray(b_M, np.float64) * num_classes**0.5 - weights_MD @ center_D
+    return Probe(weights_MD.astype(np.float32), bias_M.astype(np.float32), steps)
 
 
 def _stretch(
@@ -102,15 +114,35 @@ def _place(x_BD: np.ndarray, label_B: np.ndarray, mesh: Mesh | None) -> tuple[ja
     return tuple(place_batch({n: a[own] for n, a in filled.items()}, mesh).values())
 
 
-@functools.partial(jax.jit, static_argnames=("max_steps",))
-def _minimize(start, x_BD, label_B, weight_B, stretch_DD, penalty, tolerance, max_steps):
-    # With equal probabilities the bias's Hessian is 1 / M: stretched like the rest, it is 1.
-    scale = len(start[1]) ** 0.5
+class _Carry(NamedTuple):
+    """Where the minimisation is: stretched weights and bias, L-BFGS's memory, steps taken, and
+    the largest element of the gradient before the last."""
+
+    params: tuple[jax.Array, jax.Array]
+    state: optax.OptState
+    steps: jax.Array
+    largest: jax.Array
+
+
+def _solver() -> optax.GradientTransformationExtraArgs:
+    return optax.lbfgs(memory_size=10)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _begin(num_classes, width):
+    params = jnp.zeros((num_classes, width), jnp.float32), jnp.zeros(num_classes, jnp.float32)
+    return _Carry(params, _solver().init(params), jnp.int32(0), jnp.float32(jnp.inf))
+
+
+@jax.jit
+def _advance(carry, x_BD, label_B, weight_B, stretch_DD, penalty, tolerance, until):
+    """Steps down to the tolerance or up to the step `until`."""
 
     def loss(params):
         v_MD, b_M = params
         precise = jax.lax.Precision.HIGHEST
-        logits_BM = jnp.matmul(x_BD, v_MD.T, precision=precise) + scale * b_M
+        # With equal probabilities the bias's Hessian is 1 / M: stretched like the rest, it is 1.
+        logits_BM = jnp.matmul(x_BD, v_MD.T, precision=precise) + len(b_M) ** 0.5 * b_M
         # A mask, where a gather of the labels' logits makes the CPU's gradient a quarter slower.
         target_B = jnp.sum(
             jnp.where(label_B[:, None] == jnp.arange(len(b_M)), logits_BM, 0), axis=1
@@ -119,42 +151,41 @@ def _minimize(start, x_BD, label_B, weight_B, stretch_DD, penalty, tolerance, ma
         w_MD = jnp.matmul(v_MD, stretch_DD.T, precision=precise)
         return jnp.sum(weight_B * entropy_B) + penalty / 2 * jnp.sum(w_MD**2)
 
-    solver = optax.lbfgs(memory_size=10)
+    solver = _solver()
     value_and_grad = optax.value_and_grad_from_state(loss)
 
     def step(carry):
-        params, state, count, _ = carry
+        params, state, steps, _ = carry
         value, grad = value_and_grad(params, state=state)
         largest = jnp.maximum(jnp.abs(grad[0]).max(), jnp.abs(grad[1]).max())
         updates, state = solver.update(grad, state, params, value=value, grad=grad, value_fn=loss)
-        return optax.apply_updates(params, updates), state, count + 1, largest
+        return _Carry(optax.apply_updates(params, updates), state, steps + 1, largest)
 
     def going_on(carry):
-        _, _, count, largest = carry
-        return (count < max_steps) & (largest > tolerance)
+        return (carry.steps < until) & (carry.largest > tolerance)
 
-    carry = (start, solver.init(start), 0, jnp.inf)
-    params, _, count, _ = jax.lax.while_loop(going_on, step, carry)
-    return (params[0], scale * params[1]), count
+    return jax.lax.while_loop(going_on, step, carry)
 
 
 def choose_c(
     train: tuple[np.ndarray, np.ndarray],
     validation: tuple[np.ndarray, np.ndarray],
-    *,
-    num_classes: int,
-    mesh: Mesh | None = None,
+    fit_one: Callable[..., Probe],
 ) -> tuple[float, dict[float, float]]:
     """C by accuracy on validation data, and the accuracy of every C that was tried.
 
     The paper's search: seven powers of ten, then ever nearer on both sides of the best one, down
     to eight steps a decade. Of equal accuracies the smaller C is taken.
+
+    Args:
+      train, validation: features and labels.
+      fit_one: called with training features, their labels and `c`.
     """
     tried: dict[float, float] = {}
 
     def accuracy(exponent: float) -> float:
         if exponent not in tried:
-            probe = fit(*train, num_classes=num_classes, c=10.0**exponent, mesh=mesh)
+            probe = fit_one(*train, c=10.0**exponent)
             guess_B = probe.logits(validation[0]).argmax(axis=1)
             tried[exponent] = float((guess_B == validation[1]).mean())
         return tried[exponent]

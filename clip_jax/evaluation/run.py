@@ -171,6 +171,7 @@ def make_subject(
         shots=request.shots,
         confuse_equal_captions=request.confuse_equal_captions,
         mesh=mesh,
+        progress=progress,
     )
 
 

@@ -1,18 +1,21 @@
 """The tasks: what each asks of a set of features, and how sure the answer is."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Float32, Int
 
+from clip_jax.data.bar import bar
 from clip_jax.errors import UserError
 from clip_jax.evaluation.bootstrap import Interval, mean_recall_interval, ratio_intervals
 from clip_jax.evaluation.calibration import calibration_error, reliability
 from clip_jax.evaluation.collect import FeatureSet
-from clip_jax.evaluation.linear_probe import choose_c, draw_shots, fit, hold_out
+from clip_jax.evaluation.linear_probe import MOST_FITS, Probe, choose_c, draw_shots, fit, hold_out
 from clip_jax.evaluation.neighbours import neighbour_votes
 from clip_jax.evaluation.retrieval import Ranks, recalls, retrieval_ranks
 from clip_jax.evaluation.zero_shot import rank_classes, zero_shot_metrics
@@ -34,6 +37,7 @@ class Subject:
       shots: labelled pictures a class in `few_shot`, each drawn `draws` times.
       confuse_equal_captions: retrieval as CLIP_benchmark has it, where equal captions of different
         pictures are wrong answers.
+      progress: a bar of the fits, on stderr.
     """
 
     test: FeatureSet
@@ -47,6 +51,7 @@ class Subject:
     draws: int = 3
     confuse_equal_captions: bool = False
     mesh: Mesh | None = None
+    progress: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,18 +99,14 @@ def retrieval(subject: Subject) -> list[Outcome]:
 def linear_probe(subject: Subject) -> list[Outcome]:
     """Logistic regression on all of the training features, C chosen as the paper does."""
     classes, (x_BD, y_B), held = _training(subject, PROBE)
-    c, tried = choose_c(
-        (x_BD[held[0]], y_B[held[0]]) if subject.validation is None else (x_BD, y_B),
-        (x_BD[held[1]], y_B[held[1]])
-        if subject.validation is None
-        else _pairs(subject.validation, classes),
-        num_classes=classes,
-        mesh=subject.mesh,
-    )
-    if subject.validation is not None:
-        more = _pairs(subject.validation, classes)
-        x_BD, y_B = np.concatenate([x_BD, more[0]]), np.concatenate([y_B, more[1]])
-    probe = fit(x_BD, y_B, num_classes=classes, c=c, mesh=subject.mesh)
+    if subject.validation is None:
+        train, validation = [(x_BD[rows], y_B[rows]) for rows in held]
+    else:
+        train, validation = (x_BD, y_B), _pairs(subject.validation, classes)
+        x_BD, y_B = (np.concatenate(both) for both in zip(train, validation, strict=True))
+    with _fits(subject, PROBE, classes, MOST_FITS + 1) as fit_one:
+        c, tried = choose_c(train, validation, fit_one)
+        probe = fit_one(x_BD, y_B, c=c)
     outcome = _learned(subject, probe.logits, classes, "lp_")
     settings = {"C": c, "fewshot_k": -1.0, "normalized": 1.0}
     tried_list = [{"C": k, "accuracy": a} for k, a in tried.items()]
@@ -135,14 +136,16 @@ def few_shot(subject: Subject) -> list[Outcome]:
         if shots > np.bincount(y_B, minlength=classes).max():
             break
         found, chosen = [], []
-        for seed in range(subject.draws):
-            rows = draw_shots(y_B, shots, seed=seed)
-            drawn, c = (x_BD[rows], y_B[rows]), 1.0
-            if validation is not None:
-                c, _ = choose_c(drawn, validation, num_classes=classes, mesh=subject.mesh)
-            chosen.append(c)
-            probe = fit(*drawn, num_classes=classes, c=c, mesh=subject.mesh)
-            found.append(_learned(subject, probe.logits, classes, "lp_").metrics)
+        most = subject.draws * (1 if validation is None else MOST_FITS + 1)
+        with _fits(subject, f"{FEW_SHOT} {shots}", classes, most) as fit_one:
+            for seed in range(subject.draws):
+                rows = draw_shots(y_B, shots, seed=seed)
+                drawn, c = (x_BD[rows], y_B[rows]), 1.0
+                if validation is not None:
+                    c, _ = choose_c(drawn, validation, fit_one)
+                chosen.append(c)
+                probe = fit_one(*drawn, c=c)
+                found.append(_learned(subject, probe.logits, classes, "lp_").metrics)
         mean = {name: float(np.mean([f[name] for f in found])) for name in found[0]}
         spread = float(np.std([f["lp_acc1"] for f in found]))
         middle = float(np.exp(np.mean(np.log(chosen))))
@@ -195,6 +198,27 @@ def _training(
     if len(y_B) < 2:
         raise UserError(f"{task}: the training data has {len(y_B)} labelled pictures")
     return classes, (x_BD, y_B), hold_out(y_B)
+
+
+@contextlib.contextmanager
+def _fits(subject: Subject, title: str, classes: int, most: int) -> Iterator[Callable[..., Probe]]:
+    """A function that fits a probe of C, and a bar that moves with every fit; `most` may be too
+    many, for a search does not always look on both sides."""
+    shown = subject.progress and jax.process_index() == 0
+    with bar(most, title, "fit", shown=shown) as moved:
+
+        def fit_one(z_BD: np.ndarray, label_B: np.ndarray, *, c: float) -> Probe:
+            def told(steps: int) -> None:
+                moved.set_postfix_str(f"C {c:.3g}, step {steps}", refresh=False)
+                moved.update(0)
+
+            probe = fit(z_BD, label_B, num_classes=classes, c=c, mesh=subject.mesh, told=told)
+            moved.update()
+            return probe
+
+        yield fit_one
+        moved.total = moved.n
+        moved.refresh()
 
 
 def _learned(
