@@ -151,9 +151,26 @@ def evaluate_workdir(
     return evaluate_model(workdir, request, out)
 
 
+def _shot_counts(text: str) -> list[int]:
+    try:
+        return sorted({int(n) for n in text.split(",")})
+    except ValueError:
+        raise UserError(f"--shots {text!r} is no list of whole numbers such as 1,2,4") from None
+
+
 def _request_fields(args: argparse.Namespace) -> dict[str, Any]:
-    """What the command line says of `evaluation.run.Request`, by field."""
+    """What the command line says of `evaluation.run.Request`, by field.
+
+    Raises:
+      UserError: a number is no count, or a data set without shipped names has none of its own.
+    """
     from clip_jax.evaluation.prompts import load_templates, shipped_class_names, shipped_templates
+    from clip_jax.evaluation.tasks import ZERO_SHOT
+
+    shots = _shot_counts(args.shots)
+    counts = (args.neighbours, args.batch_size, *shots)
+    if min(n for n in counts if n is not None) < 1:
+        raise UserError("--neighbours, --batch-size and --shots must be at least 1")
 
     def prompts(items: Sequence[str] | None) -> list[str]:
         return [
@@ -162,22 +179,29 @@ def _request_fields(args: argparse.Namespace) -> dict[str, Any]:
             for t in (load_templates([item]) if "{" in item else load_templates(item))
         ]
 
+    tasks = [name for item in args.task or () for name in item.split(",")]
     fields = {
         "data": args.data,
         "classnames": args.classnames,
         "templates": prompts(args.template),
         "ablate": prompts(args.ablate),
-        "tasks": [name for item in args.task or () for name in item.split(",")],
+        "tasks": tasks,
         "train_data": args.train_data,
         "val_data": args.val_data,
         "batch_size": args.batch_size,
         "dataset": args.dataset,
         "neighbours": args.neighbours,
-        "shots": [int(n) for n in args.shots.split(",")],
+        "shots": shots,
         "confuse_equal_captions": args.confuse_equal_captions,
     }
     if args.dataset in shipped_class_names() and not args.classnames:
         fields["classnames"] = args.dataset
+    elif args.dataset and not args.classnames and (not tasks or ZERO_SHOT in tasks):
+        # Else a run's own names would be taken for another data set's classes.
+        raise UserError(
+            f"no class names are shipped for --dataset {args.dataset}; give --classnames, or one "
+            f"of {', '.join(sorted(shipped_class_names()))}"
+        )
     if args.dataset in shipped_templates() and not args.template:
         fields["templates"] = load_templates(args.dataset)
     return {name: value for name, value in fields.items() if value}

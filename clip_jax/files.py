@@ -2,8 +2,10 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from clip_jax.errors import UserError
 
 
 @contextmanager
@@ -11,8 +13,31 @@ def whole_file(path: Path) -> Iterator[Path]:
     """A path to write to, which takes the place of `path` when the block ends well.
 
     The folder is made where it is not there. Killed in between, an older file stays as it was.
+
+    Raises:
+      UserError: it cannot be written: no right to, a full disk, a file where the folder would be.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    yield partial
-    os.replace(partial, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        os.replace(partial, path)
+    except OSError as error:
+        with suppress(OSError):  # a full disk has better use for the room
+            partial.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written ({error.strerror or error})") from error
+
+
+def make_folder(folder: str | Path, *, flag: str) -> Path:
+    """The folder, made where it is not there.
+
+    Raises:
+      UserError: it cannot be made; the message begins with the flag that names it.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"{flag} {folder} cannot be made ({reason}); give another") from None
+    return folder

@@ -22,6 +22,7 @@ from clip_jax.data.opening import TrainingData
 from clip_jax.data.sources import fingerprint
 from clip_jax.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED, UserError
 from clip_jax.evaluate import evaluate_workdir
+from clip_jax.files import make_folder
 from clip_jax.initial import start_state
 from clip_jax.mesh import batch_part, mesh_text, place_batch
 from clip_jax.progress import Report, SkipLimit
@@ -109,12 +110,8 @@ def make_workdir(workdir: str) -> Path:
       UserError: it cannot be made, or not be written to, or not be seen.
     """
     folder = Path(workdir)
-    try:
-        if distributed.is_first():
-            folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(f"--workdir {workdir} cannot be made ({reason}); give another") from None
+    if distributed.is_first():
+        make_folder(folder, flag="--workdir")
     distributed.gather(None)
     if not folder.is_dir():
         raise UserError(

@@ -13,7 +13,8 @@ PACKAGE = Path(__file__).parent.parent / "clip_jax"
 # Rooms by level; a room may import rooms of lower levels, and those named beside it. A command that
 # lives in a room and stands above it is a room of its own.
 LEVELS = [
-    {"errors", "files", "host_memory", "protobuf", "typing"},
+    {"errors"},
+    {"files", "host_memory", "protobuf", "typing"},
     {"models", "losses", "data", "tokenizers", "augment", "mesh", "optim", "metrics", "config"}
     | {"signals", "cluster"},
     {"sharding", "workdir", "distributed"},

@@ -10,6 +10,7 @@ from data_cases import ToyTokenizer, write_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clip_jax import evaluate
 from clip_jax.errors import UserError
 from clip_jax.evaluation import bootstrap
 from clip_jax.evaluation.bootstrap import mean_recall_interval, ratio_intervals
@@ -142,8 +143,47 @@ def test_learning_tasks_tell_clusters_apart_and_refuse_to_guess():
     assert (np.bincount(y_B[draw_shots(y_B, 3, seed=0)]) == 3).all()
     with pytest.raises(UserError, match="give --train-data"):
         linear_probe(Subject(rest))
+    few_at_last = dataclasses.replace(subject, shots=(1000, 1), draws=1)
+    assert [s.metrics["fewshot_k"] for s in few_shot(few_at_last)] == [1.0]
+    with pytest.raises(UserError, match=r"no class has more than [0-9]+ training pictures"):
+        few_shot(dataclasses.replace(subject, shots=(1000,)))
+    unlabelled = feature_set(z_BD, np.full(300, -1))
+    with pytest.raises(UserError, match="linear_probe: no picture of the test data has a label"):
+        linear_probe(dataclasses.replace(subject, test=unlabelled))
     with pytest.raises(UserError, match="no task 'zeroshot'; the tasks are zeroshot_class"):
         check_tasks(["zeroshot"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--shots", "1,two"], "--shots '1,two' is no list of whole numbers"),
+        (["--shots", "0"], "must be at least 1"),
+        (["--neighbours", "0"], "must be at least 1"),
+        (["--batch-size", "0"], "must be at least 1"),
+        (["--dataset", "imagenet1K"], "no class names are shipped for --dataset imagenet1K"),
+        (["--dataset", "cars"], "give --classnames, or one of .*imagenet1k"),
+    ],
+)
+def test_mistakes_on_the_command_line(monkeypatch, tmp_path, flags, message):
+    command = ["evaluate", "--model", str(tmp_path), "--data", "none.tar", *flags]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(UserError, match=message):
+        evaluate.main()
+
+
+def test_nothing_is_encoded_before_a_mistake_is_told(tmp_path):
+    write_shards(tmp_path, [5], side=SIDE)
+    encoders, seen = over_eight_devices()
+    ask = functools.partial(run_evaluation, encoders, folder=tmp_path / "out", progress=False)
+    with pytest.raises(UserError, match="no task 'few'"):
+        ask(Request(data=str(tmp_path), tasks=["few"]))
+    with pytest.raises(UserError, match="few_shot learns from labelled pictures"):
+        ask(Request(data=str(tmp_path), tasks=["few_shot"]))
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(UserError, match=r"--out .*/out cannot be made .*; give another"):
+        ask(Request(data=str(tmp_path)))
+    assert not seen
 
 
 def test_intervals_hold_what_they_should(monkeypatch):
@@ -278,10 +318,14 @@ def test_an_evaluation_that_was_killed_goes_on_at_its_last_part(tmp_path):
     for name, value in vars(whole).items():
         np.testing.assert_array_equal(getattr(resumed, name), value, err_msg=name)
     # A part that was damaged is made again.
-    (tmp_path / "part-00001.npz").write_bytes(b"PK")
-    seen.clear()
-    np.testing.assert_array_equal(run(batches_from, tmp_path).z_image_BD, whole.z_image_BD)
-    assert seen == [2, 3, 4, 5]
+    part = tmp_path / "part-00001.npz"
+    data = part.read_bytes()
+    flipped = data[:300] + bytes([data[300] ^ 255]) + data[301:]
+    for damaged in (b"", b"PK", data[: len(data) // 2], flipped):
+        part.write_bytes(damaged)
+        seen.clear()
+        np.testing.assert_array_equal(run(batches_from, tmp_path).z_image_BD, whole.z_image_BD)
+        assert seen == [2, 3, 4, 5]
 
 
 def test_shipped_names_and_templates():

@@ -72,6 +72,8 @@ def write_index(folder: str | Path, entries: Mapping[str, Entry], *, name: str =
         else:
             with whole_file(Path(path)) as partial:
                 partial.write_text(text, encoding="utf-8")
+    except UserError:
+        raise
     except Exception as e:  # every file system of fsspec has exceptions of its own
         raise UserError(f"{path} cannot be written ({short(e)}); give a folder that can") from e
 

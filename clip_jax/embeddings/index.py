@@ -64,7 +64,9 @@ def open_index(embeddings: Embeddings) -> Any:
             faiss.write_index(index, str(partial))
         with whole_file(stamp_path) as partial:
             partial.write_text(json.dumps(stamp) + "\n")
-    except (OSError, RuntimeError) as e:
+    except UserError as e:
+        raise UserError(f"{e}; make room, or use --using exact") from None
+    except RuntimeError as e:  # faiss
         raise UserError(f"{path} cannot be written: {short(e)}; or use --using exact") from None
     return index
 

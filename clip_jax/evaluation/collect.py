@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
+from zipfile import BadZipFile
 
 import jax
 import numpy as np
@@ -240,7 +241,7 @@ def stored_parts(folder: Path | None) -> list[FeatureSet]:
     while (path := folder / f"part-{len(found):05d}.npz").exists():
         try:
             found.append(_read(path))
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile):
             break  # cut off or damaged: made again
     return found
 
@@ -257,6 +258,7 @@ def _store(part: FeatureSet, path: Path) -> None:
 
 
 def _read(path: Path) -> FeatureSet:
-    with np.load(path, allow_pickle=False) as file:
+    # Opened here: of a damaged file, numpy leaves its own open.
+    with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
         rest = json.loads(file["rest"].tobytes())
         return FeatureSet(**{name: file[name] for name in _ARRAYS}, **rest)

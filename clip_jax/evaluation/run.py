@@ -23,6 +23,7 @@ from clip_jax.data.images import Preprocess, eval_transform
 from clip_jax.data.preprocess import preprocess_to_json
 from clip_jax.data.rows import RowReader
 from clip_jax.data.sources import ShardIndex, expand, fingerprint, index_shards
+from clip_jax.errors import UserError
 from clip_jax.evaluation.collect import FeatureSet, collect, gather_json
 from clip_jax.evaluation.evaluate import draw_examples, result_rows
 from clip_jax.evaluation.features import Encoders
@@ -46,7 +47,7 @@ from clip_jax.evaluation.tasks import (
     check_tasks,
 )
 from clip_jax.evaluation.zero_shot import class_embeddings, rank_classes
-from clip_jax.files import whole_file
+from clip_jax.files import make_folder, whole_file
 
 FEATURES = "features"
 PART_ROWS = 8192
@@ -91,8 +92,11 @@ def open_request(request: Request) -> Sources:
     """Index all the data that a request's tasks need.
 
     Raises:
-      UserError: a source names nothing or cannot be read.
+      UserError: a source names nothing or cannot be read, or a task lacks one.
     """
+    for task in request.tasks:
+        if task in LEARNING and not request.train_data:
+            raise UserError(f"{task} learns from labelled pictures; give --train-data")
 
     def indexed(pattern: str) -> Sequence[ShardIndex]:
         return index_shards(expand(pattern)) if pattern else ()
@@ -120,10 +124,10 @@ def run_evaluation(
     Raises:
       UserError: data or names are missing or do not fit each other.
     """
-    folder = Path(folder)
-    sources = open_request(request)
+    tasks, sources = check_tasks(request.tasks), open_request(request)
+    folder = make_folder(folder, flag="--out")
     subject = make_subject(encoders, request, sources, folder / FEATURES, mesh, progress=progress)
-    outcomes = {task: TASKS[task](subject) for task in check_tasks(request.tasks)}
+    outcomes = {task: TASKS[task](subject) for task in tasks}
     about = {
         "dataset": request.dataset or Path(request.data).name,
         "model": encoders.name,

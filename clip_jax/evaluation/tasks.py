@@ -131,10 +131,11 @@ def few_shot(subject: Subject) -> list[Outcome]:
     """
     classes, (x_BD, y_B), _ = _training(subject, FEW_SHOT)
     validation = None if subject.validation is None else _pairs(subject.validation, classes)
+    most_shots = int(np.bincount(y_B, minlength=classes).max())
     outcomes = []
     for shots in subject.shots:
-        if shots > np.bincount(y_B, minlength=classes).max():
-            break
+        if shots > most_shots:
+            continue
         found, chosen = [], []
         most = subject.draws * (1 if validation is None else MOST_FITS + 1)
         with _fits(subject, f"{FEW_SHOT} {shots}", classes, most) as fit_one:
@@ -151,6 +152,10 @@ def few_shot(subject: Subject) -> list[Outcome]:
         middle = float(np.exp(np.mean(np.log(chosen))))
         settings = {"fewshot_k": float(shots), "C": middle, "lp_acc1_std": spread}
         outcomes.append(Outcome(mean | settings))
+    if not outcomes:
+        raise UserError(
+            f"{FEW_SHOT}: no class has more than {most_shots} training pictures; give fewer --shots"
+        )
     return outcomes
 
 
@@ -192,6 +197,8 @@ def _training(
     """The number of classes, the labelled training pictures, and the rows that fit and choose."""
     if subject.train is None:
         raise UserError(f"{task} learns from labelled pictures; give --train-data")
+    if not (subject.test.label_B >= 0).any():
+        raise UserError(f"{task}: no picture of the test data has a label (a .cls member)")
     known = [f for f in (subject.train, subject.test, subject.validation) if f is not None]
     classes = len(subject.class_names) or 1 + max(int(f.label_B.max()) for f in known)
     x_BD, y_B = _pairs(subject.train, classes)
@@ -225,8 +232,6 @@ def _learned(
     subject: Subject, scores: Callable[[np.ndarray], np.ndarray], classes: int, prefix: str
 ) -> Outcome:
     z_BD, label_B = _pairs(subject.test, classes)
-    if not len(label_B):
-        raise UserError("no picture of the test data has a label (a .cls member)")
     top_Bk = np.argsort(-scores(z_BD), axis=1, kind="stable")[:, :5]
     metrics, intervals = _classification(top_Bk, label_B, classes)
     return Outcome(
