@@ -23,9 +23,11 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield partial
         os.replace(partial, path)
     except OSError as error:
+        # numpy tells of a short write without a reason.
+        reason = error.strerror or f"{error}; is the disk full?"
         with suppress(OSError):  # a full disk has better use for the room
             partial.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written ({error.strerror or error})") from error
+        raise UserError(f"{path} cannot be written ({reason})") from error
 
 
 def make_folder(folder: str | Path, *, flag: str) -> Path:

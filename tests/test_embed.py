@@ -119,6 +119,8 @@ def test_damaged_and_missing_files_of_a_part_are_made_again(data, whole, tmp_pat
         part_file(whole, "img_emb", 1, 4).read_bytes()[:99]
     )
     part_file(folder, "metadata", 3, 4).unlink()
+    with pytest.raises(UserError, match="2 of 4 parts are whole"):
+        open_embeddings(folder)
     assert make(data, folder) == [1, 3]
     finish(folder, toy_about(data))
     assert files(folder) == files(whole)

@@ -186,11 +186,13 @@ def open_embeddings(folder: str | Path, kind: str = "image") -> Embeddings:
         raise UserError(
             f"{folder} holds no {FOLDERS[kind]}/*.npy; make it with python -m clip_jax.embed"
         )
-    if about is not None and not all(is_whole(folder, about, n) for n in range(about.parts)):
-        raise UserError(
-            f"{folder} is not finished: {len(paths)} of {about.parts} parts are there; run the "
-            "same python -m clip_jax.embed again, which goes on where it stopped"
-        )
+    if about is not None:
+        whole = sum(is_whole(folder, about, n) for n in range(about.parts))
+        if whole < about.parts:
+            raise UserError(
+                f"{folder} is not finished: {whole} of {about.parts} parts are whole; run the "
+                "same python -m clip_jax.embed again, which makes the others"
+            )
     try:
         found = Embeddings(folder, kind, about, paths)
     except (OSError, ValueError) as e:
