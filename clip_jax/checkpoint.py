@@ -18,6 +18,7 @@ system they share; process 0 alone renames and reads what decides for all.
 import dataclasses
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -110,9 +111,14 @@ class Checkpoints:
         metrics: dict[str, float] | None = None,
     ) -> None:
         """Start saving the state after `step` updates, and what an evaluation of it found; a step
-        saved already is left alone."""
+        saved already is left alone.
+
+        Raises:
+          UserError: the disk has no room for it.
+        """
         if step in self._manager.all_steps():
             return
+        self.require_room(state)
         items = _items(state)
         meta = {
             "format": FORMAT,
@@ -125,6 +131,19 @@ class Checkpoints:
         self._manager.save(
             step, args=ocp.args.Composite(**args, meta=ocp.args.JsonSave(meta)), force=True
         )
+
+    def require_room(self, state: TrainState) -> None:
+        """Raises UserError when the disk has no room for one more checkpoint of this size.
+
+        Orbax finds that out in many threads at once, and ends in pages of their errors.
+        """
+        disk = from_first(shutil.disk_usage(self.folder)[:])
+        needed = sum(x.nbytes for x in jax.tree.leaves(_items(state)))
+        if disk[0] and disk[2] < needed:  # a file system in the cloud may have no size
+            raise UserError(
+                f"a checkpoint is {needed / 1e6:,.1f} MB and {self.folder} has room for "
+                f"{disk[2] / 1e6:,.1f} MB; make room and run the same command again"
+            )
 
     def restore(self, shapes: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest undamaged state, laid out as `shapes`, and its meta; None without any.

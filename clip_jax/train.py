@@ -71,6 +71,8 @@ def run(config: Config, workdir: str) -> int:
         state = restore_or_init(config, w, checkpoints, identity, folder)
         if distributed.is_first():
             write_description(folder, description_of(config, w))
+        if int(state.step) < steps:
+            checkpoints.require_room(state)
         code = train_loop(config, w, data, state, steps, checkpoints, identity, folder)
     finally:
         checkpoints.close()

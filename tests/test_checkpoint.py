@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -107,6 +108,25 @@ def test_all_damaged_is_one_line(tmp_path, state, shapes):
     with pytest.raises(UserError, match=r"none of the 1 checkpoints .* can be read"):
         reader.restore(shapes)
     reader.close()
+
+
+@pytest.mark.parametrize(
+    ("total", "free", "fits"), [(100, 1, False), (100, 99, True), (0, 0, True)]
+)
+def test_a_full_disk_is_one_line_before_anything_is_written(
+    tmp_path, state, monkeypatch, total, free, fits
+):
+    size = sum(x.nbytes for x in jax.tree.leaves(state))
+    disk = shutil.disk_usage(tmp_path)._replace(total=total * size, free=free * size - (not fits))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: disk)
+    saver = Checkpoints(tmp_path)
+    if fits:
+        saver.save(state, 1, {})
+    else:
+        with pytest.raises(UserError, match=r"a checkpoint is .* MB and .* make room and run the"):
+            saver.save(state, 1, {})
+    assert saver.steps() == ([1] if fits else [])
+    saver.close()
 
 
 def test_other_arrays_are_not_taken_for_damage(tmp_path, state, shapes):
