@@ -137,7 +137,7 @@ class Checkpoints:
 
         Orbax finds that out in many threads at once, and ends in pages of their errors.
         """
-        disk = from_first(shutil.disk_usage(self.folder)[:])
+        disk = from_first(shutil.disk_usage(self.folder)[:] if is_first() else None)
         needed = sum(x.nbytes for x in jax.tree.leaves(_items(state)))
         if disk[0] and disk[2] < needed:  # a file system in the cloud may have no size
             raise UserError(
