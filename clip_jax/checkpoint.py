@@ -137,12 +137,12 @@ class Checkpoints:
 
         Orbax finds that out in many threads at once, and ends in pages of their errors.
         """
-        disk = from_first(shutil.disk_usage(self.folder)[:] if is_first() else None)
-        needed = sum(x.nbytes for x in jax.tree.leaves(_items(state)))
-        if disk[0] and disk[2] < needed:  # a file system in the cloud may have no size
+        total, _, free = from_first(shutil.disk_usage(self.folder) if is_first() else None)
+        needed = sum(x.nbytes for x in jax.tree.leaves(state))
+        if total and free < needed:  # a file system in the cloud may have no size
             raise UserError(
                 f"a checkpoint is {needed / 1e6:,.1f} MB and {self.folder} has room for "
-                f"{disk[2] / 1e6:,.1f} MB; make room and run the same command again"
+                f"{free / 1e6:,.1f} MB; make room and run the same command again"
             )
 
     def restore(self, shapes: TrainState) -> tuple[TrainState, dict[str, Any]] | None:

@@ -153,7 +153,7 @@ def evaluate_workdir(
 
 def _shot_counts(text: str) -> list[int]:
     try:
-        return sorted({int(n) for n in text.split(",")})
+        return [int(n) for n in text.split(",")]
     except ValueError:
         raise UserError(f"--shots {text!r} is no list of whole numbers such as 1,2,4") from None
 

@@ -65,15 +65,13 @@ def write_index(folder: str | Path, entries: Mapping[str, Entry], *, name: str =
     older = _read_json(path)
     if older is not None and not _is_ours(older):
         raise UserError(f"{path} is another program's file: move it away to write an index there")
+    if not is_url(path):
+        with whole_file(Path(path)) as partial:
+            partial.write_text(text, encoding="utf-8")
+        return
     try:
-        if is_url(path):
-            fs, inner = file_system(path)
-            fs.pipe_file(inner, text.encode())
-        else:
-            with whole_file(Path(path)) as partial:
-                partial.write_text(text, encoding="utf-8")
-    except UserError:
-        raise
+        fs, inner = file_system(path)
+        fs.pipe_file(inner, text.encode())
     except Exception as e:  # every file system of fsspec has exceptions of its own
         raise UserError(f"{path} cannot be written ({short(e)}); give a folder that can") from e
 

@@ -26,7 +26,6 @@ from clip_jax.data.samples import Handles, Line, ShardIndex, Unusable
 from clip_jax.data.sources import fingerprint
 from clip_jax.data.tar_shards import INDEX_ENDING, index_shard, side_file
 from clip_jax.data.tar_writer import Sample, Shrink, image_suffix, read_sample, write_shard
-from clip_jax.errors import UserError
 from clip_jax.files import whole_file
 
 RECEIPT = "shards.json"
@@ -138,8 +137,6 @@ def write_set(
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
             total = sum((future.result() for future in futures), total)
-        except OSError as e:
-            raise UserError(f"{shards.out} cannot be written: {e.strerror or e}") from e
         finally:
             stop.set()  # after an error or Ctrl-C, no thread finishes its shard first
             pool.shutdown(wait=True, cancel_futures=True)

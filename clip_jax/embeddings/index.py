@@ -65,7 +65,7 @@ def open_index(embeddings: Embeddings) -> Any:
         with whole_file(stamp_path) as partial:
             partial.write_text(json.dumps(stamp) + "\n")
     except UserError as e:
-        raise UserError(f"{e}; make room, or use --using exact") from None
+        raise UserError(f"{e}; or use --using exact") from None
     except RuntimeError as e:  # faiss
         raise UserError(f"{path} cannot be written: {short(e)}; or use --using exact") from None
     return index

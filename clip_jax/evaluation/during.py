@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from clip_jax.evaluation.features import Encoders, image_encoder_over, text_encoder_over
 from clip_jax.evaluation.run import Request, make_subject, open_request
-from clip_jax.evaluation.tasks import TASKS, check_tasks
+from clip_jax.evaluation.tasks import TASKS
 
 # (variables, rows) -> features, jitted: `step.make_encoders` makes both.
 EncodeWith = Callable[[Mapping[str, Any], Any], Any]
@@ -37,7 +37,7 @@ def make_evaluator(
       request: its data is indexed here, once.
       encoders: the other fields of `features.Encoders`: tokenizer, sizes, preprocess, shards.
     """
-    tasks, sources = check_tasks(request.tasks), open_request(request)
+    sources = open_request(request)
 
     def evaluate(variables: Mapping[str, Any]) -> dict[str, float]:
         made = Encoders(
@@ -49,7 +49,7 @@ def make_evaluator(
             **encoders,
         )
         subject = make_subject(made, request, sources, None, mesh, progress=False)
-        return named_metrics({task: TASKS[task](subject) for task in tasks})
+        return named_metrics({task: TASKS[task](subject) for task in request.tasks})
 
     return evaluate
 

@@ -23,7 +23,6 @@ from clip_jax.data.images import Preprocess, eval_transform
 from clip_jax.data.preprocess import preprocess_to_json
 from clip_jax.data.rows import RowReader
 from clip_jax.data.sources import ShardIndex, expand, fingerprint, index_shards
-from clip_jax.errors import UserError
 from clip_jax.evaluation.collect import FeatureSet, collect, gather_json
 from clip_jax.evaluation.evaluate import draw_examples, result_rows
 from clip_jax.evaluation.features import Encoders
@@ -45,6 +44,7 @@ from clip_jax.evaluation.tasks import (
     Outcome,
     Subject,
     check_tasks,
+    lacks_training,
 )
 from clip_jax.evaluation.zero_shot import class_embeddings, rank_classes
 from clip_jax.files import make_folder, whole_file
@@ -92,11 +92,11 @@ def open_request(request: Request) -> Sources:
     """Index all the data that a request's tasks need.
 
     Raises:
-      UserError: a source names nothing or cannot be read, or a task lacks one.
+      UserError: there is no such task or it lacks its data, or a source cannot be read.
     """
-    for task in request.tasks:
+    for task in check_tasks(request.tasks):
         if task in LEARNING and not request.train_data:
-            raise UserError(f"{task} learns from labelled pictures; give --train-data")
+            raise lacks_training(task)
 
     def indexed(pattern: str) -> Sequence[ShardIndex]:
         return index_shards(expand(pattern)) if pattern else ()
@@ -124,10 +124,10 @@ def run_evaluation(
     Raises:
       UserError: data or names are missing or do not fit each other.
     """
-    tasks, sources = check_tasks(request.tasks), open_request(request)
+    sources = open_request(request)
     folder = make_folder(folder, flag="--out")
     subject = make_subject(encoders, request, sources, folder / FEATURES, mesh, progress=progress)
-    outcomes = {task: TASKS[task](subject) for task in tasks}
+    outcomes = {task: TASKS[task](subject) for task in request.tasks}
     about = {
         "dataset": request.dataset or Path(request.data).name,
         "model": encoders.name,

@@ -132,10 +132,13 @@ def few_shot(subject: Subject) -> list[Outcome]:
     classes, (x_BD, y_B), _ = _training(subject, FEW_SHOT)
     validation = None if subject.validation is None else _pairs(subject.validation, classes)
     most_shots = int(np.bincount(y_B, minlength=classes).max())
+    possible = [shots for shots in subject.shots if shots <= most_shots]
+    if not possible:
+        raise UserError(
+            f"{FEW_SHOT}: no class has more than {most_shots} training pictures; give fewer --shots"
+        )
     outcomes = []
-    for shots in subject.shots:
-        if shots > most_shots:
-            continue
+    for shots in possible:
         found, chosen = [], []
         most = subject.draws * (1 if validation is None else MOST_FITS + 1)
         with _fits(subject, f"{FEW_SHOT} {shots}", classes, most) as fit_one:
@@ -152,10 +155,6 @@ def few_shot(subject: Subject) -> list[Outcome]:
         middle = float(np.exp(np.mean(np.log(chosen))))
         settings = {"fewshot_k": float(shots), "C": middle, "lp_acc1_std": spread}
         outcomes.append(Outcome(mean | settings))
-    if not outcomes:
-        raise UserError(
-            f"{FEW_SHOT}: no class has more than {most_shots} training pictures; give fewer --shots"
-        )
     return outcomes
 
 
@@ -177,6 +176,11 @@ def check_tasks(names: Sequence[str]) -> list[str]:
     return list(names)
 
 
+def lacks_training(task: str) -> UserError:
+    """What is wrong where a task of `LEARNING` has no pictures to learn from."""
+    return UserError(f"{task} learns from labelled pictures; give --train-data")
+
+
 def _labelled(features: FeatureSet, num_classes: int) -> Int[np.ndarray, " rows"]:
     if len(features) and num_classes and features.label_B.max() >= num_classes:
         raise UserError(
@@ -196,7 +200,7 @@ def _training(
 ) -> tuple[int, tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
     """The number of classes, the labelled training pictures, and the rows that fit and choose."""
     if subject.train is None:
-        raise UserError(f"{task} learns from labelled pictures; give --train-data")
+        raise lacks_training(task)
     if not (subject.test.label_B >= 0).any():
         raise UserError(f"{task}: no picture of the test data has a label (a .cls member)")
     known = [f for f in (subject.train, subject.test, subject.validation) if f is not None]
