@@ -61,9 +61,9 @@ def write_set(folder: str, pairs: int, shards: int) -> None:
 
 def ours(folder: str, workers: int, passes: int = 1):
     """Batches of our training loader, opened as a run opens them."""
-    from clip_jax.data.faults import SkipLog
+    from clip_jax.data.dataset import open_sources
     from clip_jax.data.loader import make_train_loader
-    from clip_jax.data.opening import open_sources
+    from clip_jax.data.skip_log import SkipLog
     from clip_jax.tokenizers import make_tokenizer
 
     (shards,) = open_sources(folder, log=SkipLog(), resident=128, workdir=f"{folder}/run")

@@ -5,7 +5,8 @@
 Unit-length features on both sides, through `LoadedCLIP.encode_image` / `encode_text` and through
 open_clip's, without gradients. Pictures are uint8 and normalised within the call. clip_jax's
 captions are trimmed to the bucket of the longest, as its evaluation and training do; `untrimmed`
-is the same call at the full context. Each library has a process of its own (`benchmarks/apart.py`).
+is the same call at the full context. Each library has a process of
+its own (`benchmarks/subprocess_calls.py`).
 """
 
 import argparse
@@ -16,18 +17,18 @@ import jax
 import numpy as np
 import torch
 
-from benchmarks import both
-from benchmarks.apart import Calls, apart
-from benchmarks.turns import arguments, ratio, report, seconds, spread, take_turns
+from benchmarks import compare_open_clip
+from benchmarks.interleaved import arguments, ratio, report, seconds, spread, take_turns
+from benchmarks.subprocess_calls import Calls, apart
 
 
 def main(argv: list[str] | None = None) -> None:
     """Prints one table."""
     parser = arguments(__doc__, warmup=1, repeats=7)
-    both.add_arguments(parser, batch=32)
+    compare_open_clip.add_arguments(parser, batch=32)
     options = parser.parse_args(argv)
     torch_calls, _ = apart(torch_side, options)
-    _, loaded, batch = both.prepare(options)
+    _, loaded, batch = compare_open_clip.prepare(options)
     images, tokens = jax.device_put(batch.images), jax.device_put(batch.tokens)
     whole = jax.device_put(np.asarray(batch.torch_tokens.cpu(), np.int32))
     calls = {
@@ -66,20 +67,22 @@ def main(argv: list[str] | None = None) -> None:
 
 def torch_side(options: argparse.Namespace) -> tuple[Calls, None]:
     """open_clip's encoders of one batch, features as numpy arrays."""
-    model, _, batch = both.prepare(options)
-    forward_image = both.torch_compiled(options, model.eval().encode_image)
-    forward_text = both.torch_compiled(options, model.encode_text)
+    model, _, batch = compare_open_clip.prepare(options)
+    forward_image = compare_open_clip.torch_compiled(options, model.eval().encode_image)
+    forward_text = compare_open_clip.torch_compiled(options, model.encode_text)
 
     def torch_call(encode: Callable[[], torch.Tensor]) -> Callable[[], np.ndarray]:
         def call() -> np.ndarray:
             with torch.inference_mode(), contextlib.ExitStack() as stack:
-                stack.enter_context(both.torch_precision(options))
+                stack.enter_context(compare_open_clip.torch_precision(options))
                 return encode().float().cpu().numpy()
 
         return call
 
     calls = {
-        "image": lambda: forward_image(both.torch_normalized(batch.torch_images), normalize=True),
+        "image": lambda: forward_image(
+            compare_open_clip.torch_normalized(batch.torch_images), normalize=True
+        ),
         "text": lambda: forward_text(batch.torch_tokens, normalize=True),
     }
     return {name: torch_call(call) for name, call in calls.items()}, None

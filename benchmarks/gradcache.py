@@ -11,16 +11,16 @@ import argparse
 
 import jax
 
-from benchmarks import both
-from benchmarks.apart import Calls, apart
+from benchmarks import compare_open_clip
+from benchmarks.interleaved import arguments, ratio, report, spread, take_turns
 from benchmarks.runs import Stepper, make_run
-from benchmarks.turns import arguments, ratio, report, spread, take_turns
+from benchmarks.subprocess_calls import Calls, apart
 
 
 def main(argv: list[str] | None = None) -> None:
     """Prints one table."""
     parser = arguments(__doc__, warmup=1, repeats=3)
-    both.add_arguments(parser, batch=64)
+    compare_open_clip.add_arguments(parser, batch=64)
     parser.add_argument("--microbatches", type=int, default=8)
     options = parser.parse_args(argv)
     calls, activations, losses = {}, {}, {}
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def step_of(options: argparse.Namespace, microbatch_size: int) -> tuple[Calls, tuple[int, int]]:
     """A step, its activations' bytes and its gradients'."""
-    _, loaded, batch = both.prepare(options)
+    _, loaded, batch = compare_open_clip.prepare(options)
     gradients = sum(x.nbytes for x in jax.tree.leaves(loaded.params))
     run = make_run(options, loaded, batch.images, batch.tokens, microbatch_size=microbatch_size)
     step = run.step.lower(run.state, run.batch).compile()

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.apart import Calls, apart
-from benchmarks.turns import arguments, ratio, report, seconds, spread, take_turns
+from benchmarks.interleaved import arguments, ratio, report, seconds, spread, take_turns
+from benchmarks.subprocess_calls import Calls, apart
 
 TEST_ROWS = 10_000
 

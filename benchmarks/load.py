@@ -19,13 +19,13 @@ import jax
 import numpy as np
 
 import clip_jax
-from benchmarks.turns import arguments, ratio, report, spread
+from benchmarks.interleaved import arguments, ratio, report, spread
 from clip_jax.data.images import OPENAI
 from clip_jax.models.zoo import model_config
 from clip_jax.pretrained.export import WRITERS
 from clip_jax.pretrained.load import array_shapes
+from clip_jax.pretrained.workdir import Description
 from clip_jax.tokenizers import TokenizerSpec
-from clip_jax.workdir import Description
 
 WEIGHTS = {
     "own": "model.safetensors",

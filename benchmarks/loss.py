@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.turns import arguments, ratio, report, spread, take_turns
+from benchmarks.interleaved import arguments, ratio, report, spread, take_turns
 from clip_jax.losses import LOSSES, make_loss
 
 DEVICES = 8
@@ -108,7 +108,7 @@ def count_flops(options: argparse.Namespace) -> list[dict]:
 def torch_loss(inputs: tuple) -> Callable[[], float] | None:
     """open_clip's ClipLoss with its gradients, None where it is not installed."""
     try:
-        from benchmarks.both import open_clip, torch
+        from benchmarks.compare_open_clip import open_clip, torch
     except ImportError:
         return None
     z_image, z_text, scale = (

@@ -25,11 +25,11 @@ import numpy as np
 from PIL import Image
 
 from clip_jax.data.counting import Share
-from clip_jax.data.faults import SkipLog
-from clip_jax.data.index import Entry, write_index
+from clip_jax.data.dataset import open_sources
 from clip_jax.data.loader import make_train_loader
-from clip_jax.data.opening import open_sources
+from clip_jax.data.manifest import Entry, write_index
 from clip_jax.data.order import BatchOrder, Order
+from clip_jax.data.skip_log import SkipLog
 from clip_jax.data.sources import fingerprint
 from clip_jax.tokenizers import make_tokenizer, tokenizer_spec
 

@@ -1,4 +1,4 @@
-"""clip_jax's own training step over a loaded model, wired as `clip_jax.train` wires it."""
+"""clip_jax's own training step over a loaded model, wired as the trainer wires it."""
 
 import argparse
 import dataclasses
@@ -10,10 +10,10 @@ import numpy as np
 
 from clip_jax.api import LoadedCLIP
 from clip_jax.config import default, resolve
-from clip_jax.mesh import place_batch
-from clip_jax.state import TrainState, init_state, state_shapes
-from clip_jax.step import TrainStep
-from clip_jax.wiring import Wiring, make_step, wire
+from clip_jax.parallel.mesh import place_batch
+from clip_jax.training.setup import Wiring, make_step, wire
+from clip_jax.training.state import TrainState, init_state, state_shapes
+from clip_jax.training.step import TrainStep
 
 
 class Run(NamedTuple):

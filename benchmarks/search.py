@@ -16,10 +16,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks.turns import arguments, report, spread, take_turns
-from clip_jax.embeddings.exact import search_exact
+from benchmarks.interleaved import arguments, report, spread, take_turns
+from clip_jax.embeddings.brute_force import search_exact
+from clip_jax.embeddings.faiss_index import index_file, open_index, search_index
 from clip_jax.embeddings.folder import Embeddings, open_embeddings
-from clip_jax.embeddings.index import index_file, open_index, search_index
 
 PART = 65_536
 CENTRES = 5_000

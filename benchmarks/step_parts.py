@@ -14,15 +14,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from benchmarks import both
+from benchmarks import compare_open_clip
+from benchmarks.interleaved import arguments, report, spread, take_turns
 from benchmarks.runs import Run, Stepper, make_run
-from benchmarks.turns import arguments, report, spread, take_turns
 from clip_jax.data.images import IMAGE_MEAN, IMAGE_STD
 from clip_jax.losses import make_loss
-from clip_jax.metrics import measure_matmul_flops, peak_flops
 from clip_jax.models.clip import unit_length
 from clip_jax.models.flops import image_flops, text_flops
-from clip_jax.step import compiler_options, normalize_images, unit_range
+from clip_jax.training.metrics import measure_matmul_flops, peak_flops
+from clip_jax.training.step import compiler_options, normalize_images, unit_range
 
 
 def tower_calls(run: Run) -> dict[str, tuple]:
@@ -91,9 +91,9 @@ class Updater:
 def main(argv: list[str] | None = None) -> None:
     """Prints one table."""
     parser = arguments(__doc__, warmup=1, repeats=5)
-    both.add_arguments(parser, batch=32)
+    compare_open_clip.add_arguments(parser, batch=32)
     options = parser.parse_args(argv)
-    _, loaded, batch = both.prepare(options)
+    _, loaded, batch = compare_open_clip.prepare(options)
     run = make_run(options, loaded, batch.images, batch.tokens)
     parts = tower_calls(run) | {"loss": loss_call(run)}
     calls = {

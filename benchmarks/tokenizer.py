@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from benchmarks.turns import arguments, ratio, report, spread, take_turns
+from benchmarks.interleaved import arguments, ratio, report, spread, take_turns
 from clip_jax.tokenizers import make_clip_tokenizer
 from clip_jax.tokenizers.clip_bpe import END_OF_WORD, read_merges
 from clip_jax.typing import Tokenizer
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     makers: dict[str, Callable[[], Tokenizer]] = {"clip_jax": make_clip_tokenizer}
     try:
-        from benchmarks.both import open_clip
+        from benchmarks.compare_open_clip import open_clip
     except ImportError:
         print("open_clip is not installed: clip_jax alone")
     else:

@@ -6,7 +6,7 @@
 A step is the whole of it: uint8 pictures normalised, both towers forward and backward, the loss,
 AdamW, and the temperature's clip. In every round a square matrix product is timed as well: the
 limit that utilisation is measured against, in the same weather as the steps. Each library has a
-process of its own (`benchmarks/apart.py` says why).
+process of its own (`benchmarks/subprocess_calls.py` says why).
 """
 
 import argparse
@@ -16,21 +16,21 @@ from collections.abc import Callable
 import jax
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import both
-from benchmarks.apart import Calls, apart
+from benchmarks import compare_open_clip
+from benchmarks.interleaved import arguments, ratio, report, seconds, spread, take_turns
 from benchmarks.runs import Stepper, make_run
-from benchmarks.turns import arguments, ratio, report, seconds, spread, take_turns
-from clip_jax.metrics import measure_matmul_flops, peak_flops
+from benchmarks.subprocess_calls import Calls, apart
 from clip_jax.models.flops import train_flops_per_pair
+from clip_jax.training.metrics import measure_matmul_flops, peak_flops
 
 
 def main(argv: list[str] | None = None) -> None:
     """Prints one table."""
     parser = arguments(__doc__, warmup=1, repeats=5)
-    both.add_arguments(parser, batch=32)
+    compare_open_clip.add_arguments(parser, batch=32)
     options = parser.parse_args(argv)
     torch_calls, _ = apart(torch_side, options)
-    _, loaded, batch = both.prepare(options)
+    _, loaded, batch = compare_open_clip.prepare(options)
     calls: Calls = {
         "clip_jax": Stepper(make_run(options, loaded, batch.images, batch.tokens)),
         "open_clip": torch_calls["open_clip"],
@@ -77,8 +77,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def torch_side(options: argparse.Namespace) -> tuple[Calls, None]:
     """open_clip's step, and the count of its matrix products, which takes a step too."""
-    model, _, batch = both.prepare(options)
-    step = both.make_torch_step(options, model, batch)
+    model, _, batch = compare_open_clip.prepare(options)
+    step = compare_open_clip.make_torch_step(options, model, batch)
     return {"open_clip": step, "flops": lambda: torch_flops(step)}, None
 
 

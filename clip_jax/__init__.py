@@ -44,7 +44,8 @@ def load(
       tokenizer: "clip", or the path of a `tokenizer.json` or SentencePiece `.model`, for
         checkpoints that came without one.
       image_size, context_length: other than the checkpoint's; positions are interpolated.
-      mesh: places every array by the rules of `clip_jax.sharding`; None takes the first device.
+      mesh: places every array by the rules of `clip_jax.parallel.sharding`; None takes the first
+        device.
 
     Raises:
       UserError: the path is no checkpoint, is damaged, or holds another model.

@@ -13,15 +13,15 @@ from PIL import Image
 from clip_jax.data.images import OPENAI, Preprocess, eval_transform
 from clip_jax.errors import UserError
 from clip_jax.evaluation.zero_shot import class_embeddings
-from clip_jax.initial import place_arrays, read_origin, restore_run, variable_shapes
 from clip_jax.models.clip import CLIP, CLIPConfig, unit_length
 from clip_jax.models.relevance import make_relevance
 from clip_jax.models.zoo import model_config
 from clip_jax.pretrained.load import resized, tokenizer_family
 from clip_jax.pretrained.tags import family_preprocess
-from clip_jax.state import init_variables
-from clip_jax.step import make_encoders, normalize_images, unit_range
 from clip_jax.tokenizers import TokenizerSpec, make_tokenizer, tokenizer_from_file
+from clip_jax.training.state import init_variables
+from clip_jax.training.step import make_encoders, normalize_images, unit_range
+from clip_jax.training.warm_start import place_arrays, read_origin, restore_run, variable_shapes
 from clip_jax.typing import Tokenizer
 
 TEXT_BATCH = 256

@@ -86,7 +86,7 @@ def join() -> None:
     Raises:
       UserError: a flag is wrong, or the others cannot be reached.
     """
-    from clip_jax import distributed
+    from clip_jax.parallel import distributed
 
     ids = _DEVICE_IDS.value
     if ids is not None and not all(i.isdigit() for i in ids):
@@ -109,13 +109,14 @@ def main() -> int:
     keep_freed_memory()
     # Only now the heavy imports: a misspelt key answers at once.
     join()
-    from clip_jax import distributed, train, wiring
+    from clip_jax.parallel import distributed
+    from clip_jax.training import setup, trainer
 
     with distributed.ending_together():
         if workdir is None or _DRY_RUN.value:
-            distributed.tell(wiring.describe(config))
+            distributed.tell(setup.describe(config))
             return 0
-        return train.run(config, workdir)
+        return trainer.run(config, workdir)
 
 
 if __name__ == "__main__":

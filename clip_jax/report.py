@@ -1,42 +1,6 @@
-"""Show runs on one page: `python -m clip_jax.report WORKDIR [WORKDIR2 ...]`.
+"""The command `python -m clip_jax.report`, written in `clip_jax.tools.report`."""
 
-A folder is a run's, or the `--out` of `python -m clip_jax.evaluate`. The page is one HTML file that
-asks nothing of the network.
-"""
-
-import argparse
-from collections.abc import Sequence
-from pathlib import Path
-
-from clip_jax.errors import run_command
-
-
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m clip_jax.report", description=__doc__)
-    parser.add_argument("folders", nargs="+", metavar="WORKDIR", help="runs to show side by side")
-    parser.add_argument("--out", help="the page; report.html in the first folder if not given")
-    return parser.parse_args(argv)
-
-
-def report(folders: Sequence[str | Path], out: str | Path | None = None) -> str:
-    """Write the page of these folders; returns what to tell the user.
-
-    Raises:
-      UserError: a folder has nothing to report, or holds a damaged file.
-    """
-    from clip_jax.report_page.page import write_report
-
-    path = write_report(folders, out)
-    return f"report: {path} ({path.stat().st_size / 2**20:.1f} MiB)"
-
-
-def main() -> int:
-    """Parse and write; the exit code."""
-    args = parse(None)
-    print(report(args.folders, args.out))
-    return 0
-
+import runpy
 
 if __name__ == "__main__":
-    run_command(main)
+    runpy.run_module("clip_jax.tools.report", run_name="__main__")

@@ -14,7 +14,15 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 
-CHECKED = ("models", "losses", "data", "evaluation", "augment", "step", "pretrained.resize")
+CHECKED = (
+    "models",
+    "losses",
+    "data",
+    "evaluation",
+    "training.device_augment",
+    "training.step",
+    "pretrained.resize",
+)
 
 
 def check_devices() -> None:

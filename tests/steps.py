@@ -8,16 +8,16 @@ import numpy as np
 from test_models import make_tokens
 from tiny import ADAMW
 
-from clip_jax.augment import make_draws
 from clip_jax.losses import make_loss
-from clip_jax.mesh import make_mesh, place_batch
 from clip_jax.models.clip import CLIP, CLIPConfig
-from clip_jax.optim import make_optimizer, make_schedule
+from clip_jax.parallel.mesh import make_mesh, place_batch
 from clip_jax.planning.counts import Collective, collectives, matmul_flops
 from clip_jax.planning.hlo import Program, parse_program
 from clip_jax.planning.program import batch_shapes
-from clip_jax.state import TrainState, init_state, state_shapes
-from clip_jax.step import make_train_step
+from clip_jax.training.device_augment import make_draws
+from clip_jax.training.optimizer import make_optimizer, make_schedule
+from clip_jax.training.state import TrainState, init_state, state_shapes
+from clip_jax.training.step import make_train_step
 
 B = 16
 

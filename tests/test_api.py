@@ -8,14 +8,14 @@ from tiny import RESNET, VIT
 import clip_jax
 from clip_jax.errors import UserError
 from clip_jax.models import zoo
-from clip_jax.tokenizers import TokenizerSpec
-from clip_jax.workdir import (
+from clip_jax.pretrained.workdir import (
     Description,
     model_from_json,
     model_to_json,
     read_description,
     write_description,
 )
+from clip_jax.tokenizers import TokenizerSpec
 
 
 @pytest.fixture(scope="module", params=["vit", "resnet"])

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from clip_jax.data.index import Entry, entry_of, read_index, write_index
+from clip_jax.data.formats.options import split_options
+from clip_jax.data.formats.remote import is_url, remote_size
 from clip_jax.data.lazy import Lost
-from clip_jax.data.options import split_options
-from clip_jax.data.remote import is_url, remote_size
-from clip_jax.data.samples import ShardIndex
+from clip_jax.data.manifest import Entry, entry_of, read_index, write_index
+from clip_jax.data.shards import ShardIndex
 
 KEPT = "data_index.json"
 """The run's own index in its work folder; shards stand in it by their whole paths."""

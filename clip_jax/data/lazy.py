@@ -13,11 +13,11 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from clip_jax.data.faults import shard_cause
-from clip_jax.data.index import Entry, entry_of
-from clip_jax.data.options import split_options
-from clip_jax.data.remote import PASSED_OVER
-from clip_jax.data.samples import Handles, ShardIndex, Unusable
+from clip_jax.data.formats.options import split_options
+from clip_jax.data.formats.remote import PASSED_OVER
+from clip_jax.data.manifest import Entry, entry_of
+from clip_jax.data.shards import Handles, ShardIndex, Unusable
+from clip_jax.data.skip_log import shard_cause
 from clip_jax.errors import UserError
 
 

@@ -18,13 +18,13 @@ import grain
 import numpy as np
 from jaxtyping import Bool, Int32, UInt8, UInt32
 
-from clip_jax.data.faults import SkipLog
+from clip_jax.data.augment import make_decode, make_transform
 from clip_jax.data.images import MAX_PIXELS, OPENAI, Preprocess, decode_image, eval_transform
 from clip_jax.data.mixture import Mixture
 from clip_jax.data.order import BatchOrder, Order, Streams
-from clip_jax.data.rows import RowReader, Rows
-from clip_jax.data.samples import ShardIndex
-from clip_jax.data.training_pictures import make_decode, make_transform
+from clip_jax.data.sample_reader import RowReader, Rows
+from clip_jax.data.shards import ShardIndex
+from clip_jax.data.skip_log import SkipLog
 from clip_jax.errors import UserError
 from clip_jax.typing import Tokenizer
 

@@ -15,11 +15,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from clip_jax.data import folders, records, tables, tar_shards, tfds_source
-from clip_jax.data.options import Options, split_options
-from clip_jax.data.remote import is_url, list_urls
-from clip_jax.data.samples import ShardIndex
-from clip_jax.data.views import View
+from clip_jax.data.filters import View
+from clip_jax.data.formats import folders, records, tables, tfds, webdataset
+from clip_jax.data.formats.options import Options, split_options
+from clip_jax.data.formats.remote import is_url, list_urls
+from clip_jax.data.shards import ShardIndex
 from clip_jax.errors import UserError
 
 
@@ -34,11 +34,11 @@ class Kind:
 
 
 KINDS = (
-    Kind("tfds", r"tfds:.*", tfds_source.index_tfds),
+    Kind("tfds", r"tfds:.*", tfds.index_tfds),
     Kind(
         "tar",
         r".*\.tar",
-        lambda path, o: tar_shards.index_shard(path, o.caption or "caption"),
+        lambda path, o: webdataset.index_shard(path, o.caption or "caption"),
         True,
     ),
     Kind("csv", r".*\.(csv|tsv)", tables.index_csv),
@@ -180,7 +180,7 @@ def _expand_url(url: str) -> list[str]:
 def _expand_folder(folder: str) -> list[str]:
     """The shards in a folder, or else the folder itself as pictures."""
     files = sorted(entry.path for entry in os.scandir(folder) if entry.is_file())
-    if tfds_source.is_tfds_folder(folder):
+    if tfds.is_tfds_folder(folder):
         return [f"tfds:{folder}"]
     found = _of_one_kind(files)
     if all(os.path.isdir(file.removesuffix(".parquet")) for file in found):

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from clip_jax.data.augment import make_decode, make_transform
 from clip_jax.data.images import ImageError
 from clip_jax.data.loader import bucket_length, make_train_loader
-from clip_jax.data.samples import Handles, Line, ShardIndex, Unusable
-from clip_jax.data.training_pictures import make_decode, make_transform
+from clip_jax.data.shards import Handles, Line, ShardIndex, Unusable
 from clip_jax.errors import UserError
 from clip_jax.typing import Tokenizer
 

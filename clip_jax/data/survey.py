@@ -14,8 +14,8 @@ import numpy as np
 from jaxtyping import Int64
 
 from clip_jax.data.images import MAX_PIXELS, ImageError, decode_image
-from clip_jax.data.samples import Handles, Line, ShardIndex, Unusable
-from clip_jax.data.tar_writer import image_suffix, read_sample
+from clip_jax.data.shards import Handles, Line, ShardIndex, Unusable
+from clip_jax.data.writing.tar_writer import image_suffix, read_sample
 
 MAX_NAMED = 100_000
 """Bad samples that are named; further ones are only counted."""

@@ -14,17 +14,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clip_jax.data.bar import bar
-from clip_jax.data.faults import SkipLog
-from clip_jax.data.folders import index_folder
+from clip_jax.data.formats.folders import index_folder
+from clip_jax.data.formats.options import split_options
 from clip_jax.data.loader import Loader
-from clip_jax.data.options import split_options
-from clip_jax.data.samples import ShardIndex
+from clip_jax.data.shards import ShardIndex
+from clip_jax.data.skip_log import SkipLog
 from clip_jax.data.sources import FOLDER, expand, index_shards, kind_of
 from clip_jax.embeddings.folder import METADATA, About, is_whole, part_file
-from clip_jax.evaluation.collect import FeatureSet, encode_parts
-from clip_jax.evaluation.features import Encoders
+from clip_jax.evaluation.encoders import Encoders
+from clip_jax.evaluation.feature_store import FeatureSet, encode_parts
 from clip_jax.files import whole_file
+from clip_jax.progress_bar import bar
 
 SKIPPED = "skipped"
 LIST = "skipped.jsonl"

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from clip_jax.evaluation.collect import collect
-from clip_jax.evaluation.features import EncodeImage, EncodeText
+from clip_jax.evaluation.encoders import EncodeImage, EncodeText
+from clip_jax.evaluation.feature_store import collect
 from clip_jax.evaluation.tasks import RETRIEVAL, TASKS, ZERO_SHOT, Outcome, Subject
 from clip_jax.evaluation.zero_shot import class_embeddings
 from clip_jax.typing import Tokenizer

@@ -18,7 +18,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Float32, Int
 
-from clip_jax.mesh import batch_shards, place_batch
+from clip_jax.parallel.mesh import batch_shards, place_batch
 
 # The paper's sweep (appendix A.3): 1 / C from 1e-6 to 1e6, eight steps a decade at the finest.
 C_EXPONENTS = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)

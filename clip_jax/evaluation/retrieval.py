@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from clip_jax.evaluation.features import equal_blocks
+from clip_jax.evaluation.encoders import equal_blocks
 
 # Scores of one block: 64 MiB in float32, whatever the number of pairs.
 BLOCK_SCORES = 1 << 24

@@ -20,13 +20,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from clip_jax.data.images import Preprocess, eval_transform
-from clip_jax.data.preprocess import preprocess_to_json
-from clip_jax.data.rows import RowReader
+from clip_jax.data.sample_reader import RowReader
 from clip_jax.data.sources import ShardIndex, expand, fingerprint, index_shards
-from clip_jax.evaluation.collect import FeatureSet, collect, gather_json
+from clip_jax.evaluation.encoders import Encoders
 from clip_jax.evaluation.evaluate import draw_examples, result_rows
-from clip_jax.evaluation.features import Encoders
-from clip_jax.evaluation.pictures import loss_curve, prediction_grid
+from clip_jax.evaluation.feature_store import FeatureSet, collect, gather_json
+from clip_jax.evaluation.plots import loss_curve, prediction_grid
 from clip_jax.evaluation.prompts import load_class_names, load_templates
 from clip_jax.evaluation.results import (
     CONFUSION,
@@ -48,6 +47,7 @@ from clip_jax.evaluation.tasks import (
 )
 from clip_jax.evaluation.zero_shot import class_embeddings, rank_classes
 from clip_jax.files import make_folder, whole_file
+from clip_jax.pretrained.preprocess import preprocess_to_json
 
 FEATURES = "features"
 PART_ROWS = 8192

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
-from clip_jax.evaluation.features import Encoders, encode_padded, unit_rows
+from clip_jax.evaluation.encoders import Encoders, encode_padded, unit_rows
 
 
 def similarities(

@@ -10,15 +10,15 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Float32, Int
 
-from clip_jax.data.bar import bar
 from clip_jax.errors import UserError
 from clip_jax.evaluation.bootstrap import Interval, mean_recall_interval, ratio_intervals
 from clip_jax.evaluation.calibration import calibration_error, reliability
-from clip_jax.evaluation.collect import FeatureSet
+from clip_jax.evaluation.feature_store import FeatureSet
+from clip_jax.evaluation.knn import neighbour_votes
 from clip_jax.evaluation.linear_probe import MOST_FITS, Probe, choose_c, draw_shots, fit, hold_out
-from clip_jax.evaluation.neighbours import neighbour_votes
 from clip_jax.evaluation.retrieval import Ranks, recalls, retrieval_ranks
 from clip_jax.evaluation.zero_shot import rank_classes, zero_shot_metrics
+from clip_jax.progress_bar import bar
 
 ZERO_SHOT, RETRIEVAL = "zeroshot_classification", "zeroshot_retrieval"
 PROBE, NEIGHBOURS, FEW_SHOT = "linear_probe", "knn", "few_shot"

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Float32, Int
 
 from clip_jax.errors import UserError
-from clip_jax.evaluation.features import EncodeText, encode_padded, equal_blocks, unit_rows
+from clip_jax.evaluation.encoders import EncodeText, encode_padded, equal_blocks, unit_rows
 from clip_jax.evaluation.prompts import check_templates
 from clip_jax.typing import Tokenizer
 

@@ -7,7 +7,7 @@ from clip_jax.config import Config
 from clip_jax.planning.counts import Collective
 from clip_jax.planning.hardware import Device
 from clip_jax.planning.program import Facts
-from clip_jax.wiring import steps_of_run
+from clip_jax.training.setup import steps_of_run
 
 USABLE = 0.9
 """Share of a device's memory that a program can have: its code, the runtime and gaps take some."""

@@ -6,7 +6,7 @@ Rates are the makers' published ones, bytes a second in one direction.
 from typing import NamedTuple
 
 from clip_jax.errors import UserError
-from clip_jax.metrics import peak_flops
+from clip_jax.training.metrics import peak_flops
 
 GB, TB = 1e9, 1e12
 GBIT = 1e9 / 8

@@ -10,7 +10,7 @@ import jax
 
 from clip_jax.planning.hlo import Instruction, Program, called_computations
 from clip_jax.protobuf import Message, fields, varints
-from clip_jax.state import TrainState, device_bytes
+from clip_jax.training.state import TrainState, device_bytes
 
 TEMPORARIES = (
     "activations",

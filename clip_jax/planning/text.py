@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 
 from clip_jax.config import Config
-from clip_jax.mesh import mesh_text
+from clip_jax.parallel.mesh import mesh_text
 from clip_jax.planning.counts import COLLECTIVES
 from clip_jax.planning.estimate import (
     USABLE,

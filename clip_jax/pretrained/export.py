@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from clip_jax.data.preprocess import preprocess_to_hf, preprocess_to_open_clip
 from clip_jax.errors import UserError
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.resnet import ResNetConfig
@@ -23,7 +22,8 @@ from clip_jax.pretrained.hf_config import config_to_hf
 from clip_jax.pretrained.hf_tokenizer import write_clip_tokenizer
 from clip_jax.pretrained.layouts import to_theirs
 from clip_jax.pretrained.open_clip_config import config_to_open_clip
-from clip_jax.workdir import WEIGHTS, Description, write_description
+from clip_jax.pretrained.preprocess import preprocess_to_hf, preprocess_to_open_clip
+from clip_jax.pretrained.workdir import WEIGHTS, Description, write_description
 
 Arrays = Mapping[str, np.ndarray]
 

@@ -16,7 +16,6 @@ import jax
 import numpy as np
 
 from clip_jax.data.images import OPENAI, SIGLIP, Preprocess
-from clip_jax.data.preprocess import preprocess_from_hf, preprocess_from_open_clip
 from clip_jax.errors import UserError, short
 from clip_jax.models.clip import CLIP, CLIPConfig
 from clip_jax.models.convnet import ConvNetConfig
@@ -28,6 +27,7 @@ from clip_jax.pretrained.hf_config import config_from_hf
 from clip_jax.pretrained.layouts import to_ours
 from clip_jax.pretrained.npz_file import read_npz
 from clip_jax.pretrained.open_clip_config import config_from_open_clip
+from clip_jax.pretrained.preprocess import preprocess_from_hf, preprocess_from_open_clip
 from clip_jax.pretrained.resize import (
     extend_text_positions,
     resize_image_positions,
@@ -36,9 +36,9 @@ from clip_jax.pretrained.resize import (
 from clip_jax.pretrained.safetensors_file import read_safetensors
 from clip_jax.pretrained.tags import family_preprocess, find_pretrained
 from clip_jax.pretrained.torch_file import read_torch
-from clip_jax.state import init_variables
 from clip_jax.tokenizers.folder import tokenizer_from_folder
 from clip_jax.tokenizers.spec import TokenizerSpec
+from clip_jax.training.state import init_variables
 from clip_jax.typing import path_name
 
 Arrays = Mapping[str, np.ndarray]

@@ -10,7 +10,7 @@ from clip_jax.models.clip import CLIPConfig
 from clip_jax.pretrained.layouts import own_arrays
 from clip_jax.pretrained.load import array_shapes
 from clip_jax.pretrained.safetensors_file import read_safetensors
-from clip_jax.workdir import FILE
+from clip_jax.pretrained.workdir import FILE
 
 
 def is_work_folder(path: str | Path) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from clip_jax.files import whole_file
 from clip_jax.report_page import sections
-from clip_jax.report_page.gather import Run, read_run
+from clip_jax.report_page.load_run import Run, read_run
 
 FILE = "report.html"
 

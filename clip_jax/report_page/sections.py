@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from html import escape
 
 from clip_jax.evaluation.results import COUNTS
-from clip_jax.report_page import look
-from clip_jax.report_page.gather import Run, thumbnails
+from clip_jax.report_page import select_examples
+from clip_jax.report_page.load_run import Run, thumbnails
 from clip_jax.report_page.svg import bar_chart, diagonal_chart, line_chart, scatter
 
 # (title, metric names of metrics.jsonl, shares, logarithmic)
@@ -169,19 +169,19 @@ def _pictures_of(run: Run, several: bool) -> str:
     features = run.features
     assert features is not None
     texts = len(features.captions) > 0
-    batch = look.similarity_batch(features) if texts else None
-    queries = look.gallery(features) if texts else []
-    misses = look.nearest_wrong(features) if texts else []
+    batch = select_examples.similarity_batch(features) if texts else None
+    queries = select_examples.gallery(features) if texts else []
+    misses = select_examples.nearest_wrong(features) if texts else []
     worst = None
     if run.class_MD is not None:
-        worst = look.worst_classes(features, run.class_MD, run.evaluation["scale"])
-    how, flat_B2 = look.flat_map(features.z_image_BD[: look.MOST_SEARCHED])
+        worst = select_examples.worst_classes(features, run.class_MD, run.evaluation["scale"])
+    how, flat_B2 = select_examples.flat_map(features.z_image_BD[: select_examples.MOST_SEARCHED])
     shown = list(range(0, len(flat_B2), max(1, len(flat_B2) // 150)))
     places = [*shown, *(m.place for m in misses), *(p for q in queries for p in q.places)]
     places += [] if batch is None else batch.places.tolist()
     places += [] if worst is None else worst.places
     pictures = thumbnails(run, places)
-    captions = look.captions_of(features)
+    captions = select_examples.captions_of(features)
     names = [captions[i] or features.keys[i] for i in range(len(features))]
     of = f" ({run.name})" if several else ""
     points = [
@@ -237,7 +237,7 @@ def _cell(share: float, words: str, *, own: bool) -> str:
     return f'<td class="cell{own_class}" style="{style}">{words}</td>'
 
 
-def _worst(run: Run, worst: look.Worst, pictures: dict[int, str]) -> str:
+def _worst(run: Run, worst: select_examples.Worst, pictures: dict[int, str]) -> str:
     names = run.class_names
     head = "".join(f'<th class="top"><span>{escape(names[m])}</span></th>' for m in worst.columns)
     rows = []
@@ -258,7 +258,7 @@ def _worst(run: Run, worst: look.Worst, pictures: dict[int, str]) -> str:
     )
 
 
-def _batch(batch: look.Batch, pictures: dict[int, str]) -> str:
+def _batch(batch: select_examples.Batch, pictures: dict[int, str]) -> str:
     low, high = float(batch.cosines.min()), float(batch.cosines.max())
     head = "".join(f'<th class="top"><span>{escape(c)}</span></th>' for c in batch.captions)
     rows = []
@@ -275,7 +275,7 @@ def _batch(batch: look.Batch, pictures: dict[int, str]) -> str:
     )
 
 
-def _query(query: look.Query, pictures: dict[int, str]) -> str:
+def _query(query: select_examples.Query, pictures: dict[int, str]) -> str:
     shots = []
     for place, cosine, right in zip(query.places, query.cosines, query.right, strict=True):
         mark = " right" if right else ""
@@ -287,7 +287,7 @@ def _query(query: look.Query, pictures: dict[int, str]) -> str:
     )
 
 
-def _misses(misses: Sequence[look.Miss], pictures: dict[int, str]) -> str:
+def _misses(misses: Sequence[select_examples.Miss], pictures: dict[int, str]) -> str:
     cards = [
         f'<div class="miss">{_image(pictures, miss.place, miss.caption, 72)}<div>'
         f'<span class="no">{escape(miss.nearest)} {miss.nearest_cosine:.2f}</span><br>'

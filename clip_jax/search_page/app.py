@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from clip_jax.embeddings.find import Finder, Hit
-from clip_jax.embeddings.query import class_shares, encode_picture, encode_words
+from clip_jax.embeddings.encode_query import class_shares, encode_picture, encode_words
+from clip_jax.embeddings.searcher import Finder, Hit
 from clip_jax.errors import UserError
-from clip_jax.evaluation.features import Encoders
-from clip_jax.search_page.pictures import Pictures
+from clip_jax.evaluation.encoders import Encoders
+from clip_jax.search_page.thumbnails import Pictures
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette

@@ -5,12 +5,12 @@ import socket
 
 import numpy as np
 
-from clip_jax.embeddings.find import Finder
-from clip_jax.embeddings.query import encode_words
+from clip_jax.embeddings.encode_query import encode_words
+from clip_jax.embeddings.searcher import Finder
 from clip_jax.errors import UserError
-from clip_jax.evaluation.features import Encoders
+from clip_jax.evaluation.encoders import Encoders
 from clip_jax.search_page.app import TEMPLATE, make_app
-from clip_jax.search_page.pictures import Pictures
+from clip_jax.search_page.thumbnails import Pictures
 
 
 def serve(

@@ -1,7 +1,7 @@
 """Sets that img2dataset itself wrote, with its lists and statistics beside them, read as they are.
 
 The files are `make_img2dataset_files.py`'s. Sets by the webdataset and the TFDS libraries are made
-and read in tests/test_data_formats.py, since those libraries are among the tests' own.
+and read in tests/data/test_formats.py, since those libraries are among the tests' own.
 """
 
 import json
@@ -13,10 +13,10 @@ import pytest
 from data_cases import ToyTokenizer
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
+from clip_jax.data.dataset import open_sources
 from clip_jax.data.images import decode_image
 from clip_jax.data.loader import make_eval_loader, make_train_loader
-from clip_jax.data.opening import open_sources
-from clip_jax.data.samples import Handles
+from clip_jax.data.shards import Handles
 
 transforms = pytest.importorskip("torchvision.transforms.functional")
 

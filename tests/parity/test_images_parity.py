@@ -229,7 +229,7 @@ def test_the_families_are_open_clips_table():
     """Each of its 196 pretrained pairs has the settings of one of our constants."""
     import open_clip
 
-    from clip_jax.data.preprocess import preprocess_from_open_clip
+    from clip_jax.pretrained.preprocess import preprocess_from_open_clip
 
     families = {
         images.OPENAI: 138,
@@ -254,7 +254,7 @@ def test_hugging_face_reads_and_writes_the_same_settings(name, tmp_path):
     """Its PIL processors on our file: same pixels wherever its crop offset is torchvision's."""
     from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
-    from clip_jax.data.preprocess import preprocess_from_hf, preprocess_to_hf
+    from clip_jax.pretrained.preprocess import preprocess_from_hf, preprocess_to_hf
 
     preprocess = getattr(images, name)
     written = preprocess_to_hf(preprocess, 24)
@@ -280,7 +280,7 @@ def test_color_adjustments_are_torchvisions(factors):
     """One factor at a time and then all three in our order."""
     from torchvision.transforms import functional
 
-    from clip_jax.augment import adjust_colors
+    from clip_jax.training.device_augment import adjust_colors
 
     rng = np.random.default_rng(0)
     x_BHWC = rng.uniform(size=(3, 9, 7, 3)).astype(np.float32)

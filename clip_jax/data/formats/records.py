@@ -1,0 +1,242 @@
+"""TFRecord and ArrayRecord files of `tf.train.Example`, read without TensorFlow.
+
+The wire format of an Example: field 1 holds Features, whose field 1 is a map entry of a name and
+a Feature, which is one of bytes (1), floats (2, packed) or integers (3, packed).
+"""
+
+import os
+import struct
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from array_record.python import array_record_module
+from jaxtyping import UInt64
+
+from clip_jax.data.formats.options import Options
+from clip_jax.data.formats.remote import is_url, open_local
+from clip_jax.data.shards import (
+    MAX_IMAGE_BYTES,
+    Handles,
+    Unusable,
+    caption_values,
+    whole_label,
+)
+from clip_jax.errors import UserError, short
+from clip_jax.protobuf import BYTES, fields, varints
+
+IMAGE_FEATURES = ("image", "image/encoded", "jpg", "jpeg", "png", "webp", "image_bytes", "img")
+CAPTION_FEATURES = ("caption", "text", "txt", "title", "captions", "caption/text", "image/caption")
+LABEL_FEATURES = ("label", "cls", "image/class/label", "class")
+
+_MASK_DELTA = 0xA282EAD8
+
+
+def parse_example(data: bytes) -> dict[str, list[Any]]:
+    """Feature name -> its values: bytes, floats or integers.
+
+    Raises:
+      Unusable: `broken_record`, for whatever is wrong with the bytes.
+    """
+    try:
+        features: dict[str, list[Any]] = {}
+        for _, wire, body in fields(data, wanted=1):
+            if wire == BYTES:
+                for _, _, entry in fields(body, wanted=1):
+                    name, values = _map_entry(entry)
+                    features[name] = values
+        return features
+    except (IndexError, ValueError, TypeError, struct.error, UnicodeDecodeError) as e:
+        raise Unusable("broken_record", f"not a tf.train.Example ({short(e)})") from e
+
+
+def _map_entry(entry: memoryview) -> tuple[str, list[Any]]:
+    name = ""
+    values: list[Any] = []
+    for number, _, body in fields(entry):
+        if number == 1:
+            name = bytes(body).decode("utf-8")
+        elif number == 2:
+            for kind, _, value_list in fields(body):
+                values += _VALUES[kind](value_list) if kind in _VALUES else []
+    return name, values
+
+
+def _bytes_list(body: memoryview) -> list[bytes]:
+    return [bytes(value) for _, _, value in fields(body, wanted=1)]
+
+
+def _float_list(body: memoryview) -> list[float]:
+    # Packed or one by one, the bytes of a float are the same.
+    parts = [bytes(value) for _, _, value in fields(body, wanted=1)]
+    return np.frombuffer(b"".join(parts), "<f4").tolist()
+
+
+def _int_list(body: memoryview) -> list[int]:
+    values = [v for _, _, value in fields(body, wanted=1) for v in varints(value)]
+    return [v - (1 << 64) if v >> 63 else v for v in values]
+
+
+_VALUES: dict[int, Callable[[Any], list[Any]]] = {1: _bytes_list, 2: _float_list, 3: _int_list}
+
+
+def masked_crc(data: bytes) -> int:
+    """The checksum that TFRecord stores: CRC32C, rotated right by 15 bits, plus a constant."""
+    import google_crc32c
+
+    crc = google_crc32c.value(data)
+    return (((crc >> 15) | (crc << 17)) + _MASK_DELTA) & 0xFFFFFFFF
+
+
+class _Examples:
+    """What shards of Examples have in common: a record, and its features by name."""
+
+    path: str
+    size: int
+
+    def __init__(self, options: Options):
+        self._options = options
+
+    def _bytes(self, i: int, handles: Handles) -> bytes:
+        raise NotImplementedError
+
+    @property
+    def name(self) -> str:
+        return os.path.basename(self.path)
+
+    def key(self, i: int) -> str:
+        """The record's number, from 0."""
+        return f"{i:08d}"
+
+    def _example(self, i: int, handles: Handles) -> dict[str, list[Any]]:
+        return handles.once((self.path, i), lambda: parse_example(self._bytes(i, handles)))
+
+    def _values(self, i: int, handles: Handles, wanted: str, usual: Sequence[str]) -> list[Any]:
+        example = self._example(i, handles)
+        names = [wanted] if wanted else usual
+        return next((example[name] for name in names if name in example), [])
+
+    def image(self, i: int, handles: Handles) -> bytes:
+        values = self._values(i, handles, self._options.image, IMAGE_FEATURES)
+        if not values or not isinstance(values[0], bytes):
+            raise Unusable("no_image")
+        return values[0]
+
+    def captions(self, i: int, handles: Handles) -> list[str]:
+        return caption_values(self._values(i, handles, self._options.caption, CAPTION_FEATURES))
+
+    def label(self, i: int, handles: Handles) -> int:
+        values = self._values(i, handles, self._options.label, LABEL_FEATURES)
+        return whole_label(values[0] if values else None)
+
+    def record(self, i: int, handles: Handles) -> dict[str, Any]:
+        """Numbers and texts of one value; pictures are left out."""
+        record = {}
+        for name, values in self._example(i, handles).items():
+            value = values[0] if len(values) == 1 else None
+            if isinstance(value, bytes):
+                value = value.decode("utf-8", "replace") if len(value) < 4096 else None
+            if value is not None:
+                record[name] = value
+        return record
+
+    def incomplete(self) -> dict[str, list[str]]:
+        return {}
+
+
+class TFRecordShard(_Examples):
+    """Records by offset; the data's checksum is tested whenever a record is read."""
+
+    def __init__(
+        self, path: str, size: int, places: UInt64[np.ndarray, "samples 2"], options: Options
+    ):
+        super().__init__(options)
+        self.path, self.size = path, size
+        self._places = places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def _bytes(self, i: int, handles: Handles) -> bytes:
+        offset, length = (int(v) for v in self._places[i])
+        if length > MAX_IMAGE_BYTES:
+            raise Unusable("too_large", f"{length} bytes")
+        data = handles.read(self.path, self.size, offset, length + 4)
+        if struct.unpack("<I", data[length:])[0] != masked_crc(data[:length]):
+            raise Unusable("broken_record", "the checksum is wrong")
+        return data[:length]
+
+
+def index_tfrecord(path: str, options: Options) -> TFRecordShard:
+    """Walks the lengths of a TFRecord file; each has a checksum of its own.
+
+    Raises:
+      UserError: the file cannot be read, is cut, or a length is damaged (at the byte named).
+    """
+    places: list[tuple[int, int]] = []
+    try:
+        with os.fdopen(open_local(path), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            at = 0
+            while at < size:
+                head = os.pread(file.fileno(), 12, at)
+                if len(head) < 12 or struct.unpack("<I", head[8:])[0] != masked_crc(head[:8]):
+                    raise _damaged(path, at, "no length with a right checksum")
+                length = struct.unpack("<Q", head[:8])[0]
+                places.append((at + 12, length))
+                at += 12 + length + 4
+            if at != size:
+                raise _damaged(path, at, f"the file ends at byte {size}")
+    except OSError as e:
+        raise UserError(f"{path} cannot be read: {short(e)}") from e
+    return TFRecordShard(path, size, np.array(places, np.uint64).reshape(-1, 2), options)
+
+
+def _damaged(path: str, at: int, reason: str) -> UserError:
+    return UserError(
+        f"shard {path} is cut or damaged at byte {at}: {reason}."
+        " Fetch it again, or leave it out of the data pattern"
+    )
+
+
+class ArrayRecordShard(_Examples):
+    """Records by number, through the array_record library, which checks them itself."""
+
+    def __init__(self, path: str, options: Options):
+        super().__init__(options)
+        self.path = path
+        # The reader opens the file and keeps it, so a fetched copy may be thrown out later.
+        fd = open_local(path)
+        try:
+            self.size = os.fstat(fd).st_size
+            local = f"/proc/self/fd/{fd}" if is_url(path) else path
+            self._reader = array_record_module.ArrayRecordReader(
+                local, options="readahead_buffer_size:0"
+            )
+        finally:
+            os.close(fd)
+        self._count = self._reader.num_records()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return self._count
+
+    def _bytes(self, i: int, handles: Handles) -> bytes:
+        try:
+            with self._lock:
+                return self._reader.read([i])[0]
+        except (RuntimeError, ValueError, IndexError) as e:
+            raise Unusable("broken_record", short(e)) from e
+
+
+def index_array_record(path: str, options: Options) -> ArrayRecordShard:
+    """Opens an ArrayRecord file.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    try:
+        return ArrayRecordShard(path, options)
+    except (OSError, RuntimeError, ValueError) as e:
+        raise UserError(f"shard {path} cannot be read: {short(e)}. Fetch it again") from e

@@ -1,0 +1,243 @@
+"""Tar shards of image-text pairs, indexed once and then read by offset.
+
+The format is WebDataset's: the members of one sample lie next to each other and share a key, the
+part of the name before the first dot of the base name; what follows the dot, in lower case, is
+the suffix (`000.jpg`, `000.txt`, `000.json`, `000.cls`).
+
+A shard is indexed from its headers alone, see `clip_jax.data.formats.tar`; nothing is extracted.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt32
+
+from clip_jax.data.formats import tar
+from clip_jax.data.formats.remote import RemoteError, is_url, open_local
+from clip_jax.data.shards import (
+    MAX_IMAGE_BYTES,
+    MAX_TEXT_BYTES,
+    Handles,
+    Unusable,
+    caption_lines,
+    caption_values,
+    json_record,
+    whole_label,
+)
+from clip_jax.errors import UserError
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+SUFFIXES = (*IMAGE_SUFFIXES, "txt", "json", "cls")
+INDEX_ENDING = ".index.json"
+
+_MAX_MEMBER_BYTES = 2**32 - 1
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+
+
+@dataclass(frozen=True, eq=False)
+class TarShard:
+    """Where every sample's members lie in one tar file: 8 bytes a member, and the key.
+
+    Attributes:
+      path: the file.
+      size: its length in bytes.
+      key_bytes: all keys, in UTF-8, one after the other.
+      key_ends: uint32 [samples], where each key ends in `key_bytes`.
+      members: suffix -> uint32 [samples, 2]: the 512-byte block where the data starts, and its
+        length in bytes. Block 0 (always a header) says that the sample has no such member.
+      ignored: members that belong to no sample or have a suffix this reader has no use for.
+      caption_key: the field of `.json` that holds the caption or a list of them.
+    """
+
+    path: str
+    size: int
+    key_bytes: bytes
+    key_ends: UInt32[np.ndarray, " samples"]
+    members: dict[str, UInt32[np.ndarray, "samples 2"]]
+    ignored: int
+    caption_key: str = "caption"
+
+    def __len__(self) -> int:
+        return len(self.key_ends)
+
+    @property
+    def name(self) -> str:
+        """The shard's file name without its folder."""
+        return os.path.basename(self.path)
+
+    def key(self, i: int) -> str:
+        """The key of sample `i`, in this shard."""
+        start = int(self.key_ends[i - 1]) if i else 0
+        return self.key_bytes[start : int(self.key_ends[i])].decode("utf-8", "replace")
+
+    def member(self, i: int, suffix: str) -> tuple[int, int] | None:
+        """(byte offset, bytes) of one member of sample `i`, or None when it has none."""
+        table = self.members.get(suffix)
+        if table is None or not table[i, 0]:
+            return None
+        return int(table[i, 0]) * tar.BLOCK, int(table[i, 1])
+
+    def image_place(self, i: int) -> tuple[int, int] | None:
+        """(byte offset, bytes) of sample `i`'s picture, or None."""
+        return next(filter(None, (self.member(i, s) for s in IMAGE_SUFFIXES)), None)
+
+    def image(self, i: int, handles: Handles) -> bytes:
+        place = self.image_place(i)
+        if place is None:
+            raise Unusable("no_image")
+        if place[1] > MAX_IMAGE_BYTES:
+            raise Unusable("too_large", f"{place[1]} bytes")
+        return handles.read(self.path, self.size, *place)
+
+    def captions(self, i: int, handles: Handles) -> list[str]:
+        """The lines of `.txt`, or else `self.caption_key` of `.json`."""
+        if self.member(i, "txt"):
+            return caption_lines(self._text(i, "txt", handles))
+        if not self.member(i, "json"):
+            raise Unusable("no_caption")
+        return caption_values(self.record(i, handles).get(self.caption_key))
+
+    def label(self, i: int, handles: Handles) -> int:
+        place = self.member(i, "cls")
+        if place is None:
+            return -1
+        return whole_label(handles.read(self.path, self.size, place[0], min(place[1], 32)))
+
+    def record(self, i: int, handles: Handles) -> dict[str, Any]:
+        return json_record(self._text(i, "json", handles)) if self.member(i, "json") else {}
+
+    def _text(self, i: int, suffix: str, handles: Handles) -> bytes:
+        place = self.member(i, suffix)
+        if place is None:
+            return b""
+        if place[1] > MAX_TEXT_BYTES:
+            raise Unusable("caption_too_long", f"{place[1]} bytes")
+        return handles.read(self.path, self.size, *place)
+
+    def incomplete(self) -> dict[str, list[str]]:
+        """Samples without a picture, or with neither `.txt` nor `.json`."""
+        has = {suffix: table[:, 0] > 0 for suffix, table in self.members.items()}
+        nothing = np.zeros(len(self), bool)
+        image = np.logical_or.reduce([nothing, *(has.get(s, nothing) for s in IMAGE_SUFFIXES)])
+        caption = has.get("txt", nothing) | has.get("json", nothing)
+        return {
+            cause: [self.key(int(i)) for i in np.flatnonzero(~present)]
+            for cause, present in (("no_image", image), ("no_caption", caption))
+        }
+
+    def digest(self) -> str:
+        """A hash of the member table: keys, offsets and lengths, not the members' contents."""
+        state = hashlib.blake2b(self.key_bytes, digest_size=16)
+        state.update(self.key_ends.astype("<u4").tobytes())
+        for suffix in sorted(self.members):
+            state.update(suffix.encode() + b"\0")
+            state.update(self.members[suffix].astype("<u4").tobytes())
+        return state.hexdigest()
+
+
+def index_shard(path: str, caption_key: str = "caption") -> TarShard:
+    """Reads a shard's headers and proves that they are all there.
+
+    The walk must end at the archive's closing zeros, no member may run past the end of the file,
+    and where a side file `<path>.index.json` exists its count and hash must agree.
+
+    Raises:
+      UserError: the file cannot be read, is compressed, is cut or damaged, or disagrees with its
+        side file.
+    """
+    try:
+        with os.fdopen(open_local(path), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            _refuse_compressed(path, file.read(8))
+            index = _collect(path, size, tar.members(path, file, size), caption_key)
+    except RemoteError as e:
+        raise UserError(f"shard {path} cannot be fetched: {e}") from e
+    except OSError as e:
+        raise UserError(f"shard {path} cannot be read: {e.strerror or e}") from e
+    _check_side_file(index)
+    return index
+
+
+def _refuse_compressed(path: str, head: bytes) -> None:
+    for magic, kind in _COMPRESSED.items():
+        if head.startswith(magic):
+            raise UserError(
+                f"shard {path} is compressed with {kind}. Shards are read by offset, which a"
+                " compressed archive does not allow: unpack it first"
+            )
+
+
+def _collect(path: str, size: int, found: Sequence[tar.Member], caption_key: str) -> TarShard:
+    keys: list[bytes] = []
+    rows: list[dict[str, tuple[int, int]]] = []
+    ignored = 0
+    current = None
+    for member in found:
+        key, suffix = split_name(member.name)
+        known = suffix in SUFFIXES
+        ignored += not member.is_folder and not (key and member.is_file and known)
+        if not key or not member.is_file:
+            continue
+        # A sample of which nothing is known keeps its place, to be named and not dropped.
+        if key != current or (known and suffix in rows[-1]):
+            keys.append(key.encode("utf-8", "surrogateescape"))
+            rows.append({})
+            current = key
+        if known:
+            if member.size > _MAX_MEMBER_BYTES:
+                reason = f"member {member.name!r} has {member.size} bytes"
+                raise tar.damaged(path, member.offset, reason)
+            rows[-1][suffix] = (member.data // tar.BLOCK, member.size)
+    tables = {
+        suffix: np.array([row.get(suffix, (0, 0)) for row in rows], np.uint32)
+        for suffix in sorted({suffix for row in rows for suffix in row})
+    }
+    ends = np.cumsum([len(key) for key in keys], dtype=np.uint32)
+    return TarShard(path, size, b"".join(keys), ends, tables, ignored, caption_key)
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """(key, suffix) of a member: cut at the first dot of the base name, suffix in lower case.
+
+    Names without a key or a suffix (`README`, `.DS_Store`, `._000.jpg`) give ("", "").
+    """
+    folder, slash, base = name.rpartition("/")
+    stem, dot, suffix = base.partition(".")
+    if not stem or not dot or not suffix:
+        return "", ""
+    return folder + slash + stem, suffix.lower()
+
+
+def side_file(index: TarShard) -> str:
+    """The text of `<shard>.index.json`: what `index_shard` will hold the shard to."""
+    record = {"samples": len(index), "bytes": index.size, "members": index.digest()}
+    return json.dumps(record) + "\n"
+
+
+def _check_side_file(index: TarShard) -> None:
+    side = index.path + INDEX_ENDING
+    if is_url(side) or not os.path.exists(side):
+        return
+    try:
+        with open(side, encoding="utf-8") as file:
+            want = json.loads(file.read(65536))
+        samples, size, members = want["samples"], want["bytes"], want["members"]
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
+        raise UserError(
+            f"{side} is damaged ({type(e).__name__}): delete it or write it anew"
+        ) from e
+    for what, expected, found in (
+        ("samples", samples, len(index)),
+        ("bytes", size, index.size),
+        ("members (hash)", members, index.digest()),
+    ):
+        if expected != found:
+            raise UserError(
+                f"shard {index.path} is damaged or was replaced: {what} {found}, and its side file"
+                f" says {expected}. Fetch it again, or delete {side} if the change was meant"
+            )

@@ -1,0 +1,1 @@
+"""Tar shards and scores, written so that a killed command goes on."""

@@ -1,0 +1,70 @@
+"""What a user asks, words or a picture, as features of the model that made the embeddings."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float32
+
+from clip_jax.data.images import ImageError, decode_image, eval_transform
+from clip_jax.embeddings.folder import Embeddings
+from clip_jax.errors import UserError
+from clip_jax.evaluation.encoders import Encoders, encode_padded, unit_rows
+from clip_jax.evaluation.zero_shot import class_embeddings
+
+# Rows of one call: texts are filled up to it, so that few programs are compiled.
+TEXT_ROWS = 8
+# Of a picture that somebody gives: a few times what a camera makes.
+MAX_PIXELS = 50_000_000
+
+
+def check_model(embeddings: Embeddings, encoders: Encoders, model: str) -> None:
+    """Raises UserError when these are not the encoders that made the rows."""
+    about = embeddings.about
+    if about is not None and about.identity != encoders.identity:
+        raise UserError(
+            f"{embeddings.folder} was made by {about.name} ({about.model}) with weights or settings"
+            f" other than those of {model} now: give --model the one that made it, or embed again"
+        )
+
+
+def encode_words(encoders: Encoders, words: Sequence[str]) -> Float32[np.ndarray, "Q D"]:
+    """Unit features of texts, taken as they are."""
+    tokens_QL = encoders.tokenizer(list(words), encoders.context_length)
+    return encode_padded(encoders.encode_text, tokens_QL, TEXT_ROWS)
+
+
+def encode_picture(encoders: Encoders, data: bytes) -> Float32[np.ndarray, "1 D"]:
+    """The unit feature of an encoded picture.
+
+    Raises:
+      UserError: it is no picture, is damaged, or has too many pixels.
+    """
+    try:
+        image = decode_image(data, max_pixels=MAX_PIXELS)
+        pixels_HWC = eval_transform(
+            image, encoders.image_size, encoders.preprocess, max_pixels=MAX_PIXELS
+        )
+    except ImageError as e:
+        raise UserError(f"the picture cannot be used ({e}); give a JPEG, PNG or WebP") from None
+    return unit_rows(encoders.encode_image(pixels_HWC[None]))
+
+
+def class_shares(
+    encoders: Encoders, z_image_1D: np.ndarray, labels: Sequence[str], template: str
+) -> Float32[np.ndarray, " M"]:
+    """How likely each label is for a picture, at the model's own temperature.
+
+    Raises:
+      UserError: the template lacks its {}, or there are no labels.
+    """
+    class_MD = class_embeddings(
+        encoders.encode_text,
+        encoders.tokenizer,
+        labels,
+        [template],
+        batch_size=TEXT_ROWS,
+        context_length=encoders.context_length,
+    )
+    logits_M = encoders.scale * (class_MD @ z_image_1D[0])
+    share_M = np.exp(logits_M - logits_M.max())
+    return (share_M / share_M.sum()).astype(np.float32)

@@ -1,0 +1,1 @@
+"""The commands: flags in, a result printed."""

@@ -1,0 +1,134 @@
+"""Embed pictures: `python -m clip_jax.embed --model MODEL --data SOURCE --out DIR`.
+
+DIR gets clip-retrieval's layout: `img_emb/`, `text_emb/` and `metadata/`, float16 of unit length.
+The same command goes on where it was stopped. On a cluster start it once on every machine: each
+process makes parts of its own, none waits for another.
+"""
+
+import argparse
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from clip_jax.errors import UserError, run_command
+from clip_jax.parallel.cluster import detected_place
+
+if TYPE_CHECKING:
+    from clip_jax.embeddings.folder import About
+    from clip_jax.evaluation.encoders import Encoders
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m clip_jax.embed", description=__doc__)
+    parser.add_argument("--model", required=True, help="a run, or a published model")
+    parser.add_argument("--architecture", default="", help='of a bare file: "NAME" or "NAME:TAG"')
+    parser.add_argument("--tokenizer", default="", help="its tokenizer.json or .model")
+    parser.add_argument("--data", required=True, help="pictures, as docs/data.md names sources")
+    parser.add_argument("--out", required=True, help="the folder")
+    parser.add_argument("--batch-size", type=int, default=256, help="pictures at a time")
+    parser.add_argument("--part-size", type=int, default=32_768, help="samples of a part's files")
+    parser.add_argument("--part-of", metavar="I/N", help="this process and how many, from 0/N on")
+    parser.add_argument("--no-text", action="store_true", help="captions are not embedded")
+    return parser.parse_args(argv)
+
+
+def place_of(part_of: str | None) -> tuple[int, int]:
+    """(this process, processes), by the flag or else by the cluster's environment.
+
+    Raises:
+      UserError: the flag is no I/N.
+    """
+    if part_of is None:
+        return detected_place()
+    match = re.fullmatch(r"(\d+)/(\d+)", part_of)
+    if match is None or int(match[1]) >= int(match[2]):
+        raise UserError(f"--part-of {part_of!r} is not I/N with I from 0 to N - 1, such as 0/8")
+    return int(match[1]), int(match[2])
+
+
+def from_anywhere(source: str) -> str:
+    """A source or path whose local parts do not depend on the folder a command is run in."""
+
+    def absolute(part: str) -> str:
+        is_local = not re.match(r"[a-z][a-z0-9+.-]+:", part)
+        return os.path.abspath(os.path.expanduser(part)) if is_local else part
+
+    return "::".join(absolute(part.strip()) for part in source.split("::"))
+
+
+def embed_source(args: argparse.Namespace) -> str:
+    """Embed what the command line says; returns what to tell the user.
+
+    Raises:
+      UserError: the model or the data cannot be read, or the folder holds something else.
+    """
+    import jax
+
+    from clip_jax.data.sources import fingerprint
+    from clip_jax.embeddings.folder import claim
+    from clip_jax.embeddings.write import LIST, embed, finish, index_pictures
+    from clip_jax.tools.evaluate import encoders_of, load_over_devices
+
+    if min(args.batch_size, args.part_size) < 1:
+        raise UserError("--batch-size and --part-size must be at least 1")
+    index, count = place_of(args.part_of)
+    indexes = index_pictures(args.data)
+    if not (samples := sum(map(len, indexes))):
+        raise UserError(f"--data {args.data} holds no picture")
+    clip, mesh = load_over_devices(
+        args.model, architecture=args.architecture or None, tokenizer=args.tokenizer or None
+    )
+    if jax.process_count() > 1:
+        raise UserError(
+            "the devices of this machine have started together with those of others, as on a TPU "
+            "pod, and embed works with a machine's own; start it on a single one"
+        )
+    encoders = encoders_of(clip, mesh)
+    about = describe(args, encoders, clip.config.embed_dim, fingerprint(indexes), samples)
+    folder = Path(args.out)
+    claim(folder, about)
+    made = embed(encoders, indexes, about, folder, index=index, count=count)
+    told = f"{args.out}: {len(made)} of {about.parts} parts made"
+    done = finish(folder, about)
+    if done is None:
+        return f"{told}; parts of other processes are missing still"
+    rows, skipped = done
+    causes = ", ".join(f"{n:,} {cause}" for cause, n in skipped.most_common())
+    lost = f"; could not be used: {causes} ({folder / LIST})" if causes else ""
+    return f"{told}; {rows:,} pictures of {about.embed_dim} features{lost}"
+
+
+def describe(
+    args: argparse.Namespace, encoders: "Encoders", embed_dim: int, fingerprint: str, samples: int
+) -> "About":
+    """What the folder will say of itself."""
+    from clip_jax.embeddings.folder import About
+
+    model = os.path.abspath(args.model) if os.path.exists(args.model) else args.model
+    return About(
+        model=model,
+        architecture=args.architecture,
+        tokenizer=from_anywhere(args.tokenizer) if args.tokenizer else "",
+        name=encoders.name,
+        identity=encoders.identity,
+        embed_dim=embed_dim,
+        data=from_anywhere(args.data),
+        fingerprint=fingerprint,
+        samples=samples,
+        part_rows=max(1, args.part_size // args.batch_size) * args.batch_size,
+        batch_size=args.batch_size,
+        texts=not args.no_text,
+    )
+
+
+def main() -> int:
+    """Parse and embed; the exit code."""
+    print(embed_source(parse(None)))
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,233 @@
+"""Evaluate a model: `python -m clip_jax.evaluate --model MODEL --task TASKS --data SOURCE`.
+
+MODEL is what `clip_jax.load` reads: a run's work folder or a published file or folder. What a run's
+own config names need not be said again: `python -m clip_jax.evaluate --model runs/emoji`.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clip_jax.config import EvalSection
+from clip_jax.errors import UserError, run_command
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from clip_jax.api import LoadedCLIP
+    from clip_jax.evaluation.encoders import Encoders
+    from clip_jax.evaluation.run import Request
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; what it leaves out comes from the run's own config."""
+    parser = argparse.ArgumentParser(prog="python -m clip_jax.evaluate", description=__doc__)
+    parser.add_argument("--model", "--workdir", required=True, help="a run, or a published model")
+    parser.add_argument("--architecture", help='of a bare file: "NAME" or "NAME:TAG"')
+    parser.add_argument("--tokenizer", help="its tokenizer.json or SentencePiece .model")
+    parser.add_argument("--data", help="tar shards; .cls members hold the classes")
+    parser.add_argument("--task", action="append", help="one or several, joined by commas")
+    parser.add_argument(
+        "--dataset", help='a data set whose names and prompts are shipped: "imagenet1k", "pets"'
+    )
+    parser.add_argument("--classnames", help="class names: one a line, or a JSON list")
+    parser.add_argument(
+        "--template",
+        action="append",
+        help='a prompt with {}, "imagenet_1", "imagenet_7", "imagenet_80", or a file; repeatable',
+    )
+    parser.add_argument("--train-data", help="labelled shards that probes learn from")
+    parser.add_argument(
+        "--val-data", help="labelled shards that choose C of linear_probe and few_shot"
+    )
+    parser.add_argument("--ablate", action="append", help="prompts to compare, as --template")
+    parser.add_argument("--neighbours", type=int, default=20, help="of knn")
+    parser.add_argument("--shots", default="1,2,4,8,16", help="of few_shot")
+    parser.add_argument("--batch-size", type=int, help="images at a time")
+    parser.add_argument("--out", help="where results go; the model's folder, or eval-NAME")
+    parser.add_argument(
+        "--confuse-equal-captions",
+        action="store_true",
+        help="as CLIP_benchmark: an equal caption of another picture is a wrong answer",
+    )
+    return parser.parse_args(argv)
+
+
+def load_over_devices(
+    model: str, *, architecture: str | None = None, tokenizer: str | None = None
+) -> "tuple[LoadedCLIP, Mesh]":
+    """A model with its parameters on every device, and the mesh of all of them."""
+    from clip_jax import api
+    from clip_jax.parallel.mesh import make_mesh
+
+    mesh = make_mesh(data=-1, fsdp=1, tensor=1)
+    return api.load(model, architecture, tokenizer=tokenizer, mesh=mesh), mesh
+
+
+def encoders_of(clip: "LoadedCLIP", mesh: "Mesh") -> "Encoders":
+    """A loaded model as the evaluators take it, its batches split over the mesh."""
+    from clip_jax.evaluation.encoders import Encoders, image_encoder_over, text_encoder_over
+    from clip_jax.parallel.mesh import batch_shards
+    from clip_jax.tokenizers import spec_digest
+    from clip_jax.training.checkpoint import tree_digests
+
+    tokenizer, spec = clip.known_tokenizer(), clip.tokenizer_spec
+    digests = tree_digests({"params": clip.params, "batch_stats": clip.batch_stats})
+    trim_behind = tokenizer.eot_id if clip.config.text.trimmable else None
+    about = json.dumps([digests, repr(clip.config), spec and spec_digest(spec)])
+    return Encoders(
+        image_encoder_over(clip.encode_image, mesh),
+        text_encoder_over(clip.encode_text, mesh, trim_behind=trim_behind),
+        tokenizer,
+        image_size=clip.config.vision.image_size,
+        context_length=clip.config.text.context_length,
+        preprocess=clip.preprocessing,
+        scale=clip.scale,
+        name=clip.name,
+        identity=hashlib.blake2b(about.encode(), digest_size=8).hexdigest(),
+        shards=batch_shards(mesh),
+    )
+
+
+def evaluate_model(model: str, request: "Request", out: str | Path, **load: Any) -> str:
+    """Evaluate what `clip_jax.load` reads; returns the table to print."""
+    import jax
+
+    from clip_jax.evaluation.results import CONFUSION, CURVE, GRID, RESULTS, table
+    from clip_jax.evaluation.run import run_evaluation
+
+    start = time.perf_counter()
+    clip, mesh = load_over_devices(model, **load)
+    results = run_evaluation(encoders_of(clip, mesh), request, folder=out, mesh=mesh)
+    if jax.process_index():
+        return ""
+    names = [name for name in (RESULTS, GRID, CONFUSION, CURVE) if (Path(out) / name).exists()]
+    written = ", ".join(str(Path(out) / name) for name in names)
+    return table(results, time.perf_counter() - start) + f"\nwritten: {written}"
+
+
+def evaluate_workdir(
+    workdir: str,
+    *,
+    data: str | None = None,
+    classnames: str | None = None,
+    templates: Sequence[str] | None = None,
+    batch_size: int | None = None,
+    **more: Any,
+) -> str:
+    """Evaluate the newest checkpoint of a run as its config says; returns the table to print.
+
+    Args:
+      more: other fields of `evaluation.run.Request` to set, and `out`.
+
+    Raises:
+      UserError: the folder is no work folder, or there is nothing to evaluate on.
+    """
+    from clip_jax.evaluation.run import Request
+    from clip_jax.pretrained.workdir import read_description
+
+    description = read_description(workdir)
+    # A model that was converted names nothing to evaluate on; an older run lacks newer fields.
+    section = dataclasses.asdict(EvalSection()) | (description.config.get("eval") or {})
+    if not (data or section["data"]):
+        raise UserError(f"the run in {workdir} names no evaluation data; give --data")
+    out = more.pop("out", None) or workdir
+    own = {
+        "data": data or section["data"],
+        "classnames": classnames or section["classnames"],
+        "templates": templates or section["templates"],
+        "batch_size": batch_size or section["batch_size"],
+        "tasks": section["tasks"],
+        "train_data": section["train_data"],
+        "ablate": section["ablate"],
+        "pretrained": Path(workdir).name,
+    }
+    request = Request(**own | {name: value for name, value in more.items() if value})
+    return evaluate_model(workdir, request, out)
+
+
+def _shot_counts(text: str) -> list[int]:
+    try:
+        return [int(n) for n in text.split(",")]
+    except ValueError:
+        raise UserError(f"--shots {text!r} is no list of whole numbers such as 1,2,4") from None
+
+
+def _request_fields(args: argparse.Namespace) -> dict[str, Any]:
+    """What the command line says of `evaluation.run.Request`, by field.
+
+    Raises:
+      UserError: a number is no count, or a data set without shipped names has none of its own.
+    """
+    from clip_jax.evaluation.prompts import load_templates, shipped_class_names, shipped_templates
+    from clip_jax.evaluation.tasks import ZERO_SHOT
+
+    shots = _shot_counts(args.shots)
+    counts = (args.neighbours, args.batch_size, *shots)
+    if min(n for n in counts if n is not None) < 1:
+        raise UserError("--neighbours, --batch-size and --shots must be at least 1")
+
+    def prompts(items: Sequence[str] | None) -> list[str]:
+        return [
+            t
+            for item in items or ()
+            for t in (load_templates([item]) if "{" in item else load_templates(item))
+        ]
+
+    tasks = [name for item in args.task or () for name in item.split(",")]
+    fields = {
+        "data": args.data,
+        "classnames": args.classnames,
+        "templates": prompts(args.template),
+        "ablate": prompts(args.ablate),
+        "tasks": tasks,
+        "train_data": args.train_data,
+        "val_data": args.val_data,
+        "batch_size": args.batch_size,
+        "dataset": args.dataset,
+        "neighbours": args.neighbours,
+        "shots": shots,
+        "confuse_equal_captions": args.confuse_equal_captions,
+    }
+    if args.dataset in shipped_class_names() and not args.classnames:
+        fields["classnames"] = args.dataset
+    elif args.dataset and not args.classnames and (not tasks or ZERO_SHOT in tasks):
+        # Else a run's own names would be taken for another data set's classes.
+        raise UserError(
+            f"no class names are shipped for --dataset {args.dataset}; give --classnames, or one "
+            f"of {', '.join(sorted(shipped_class_names()))}"
+        )
+    if args.dataset in shipped_templates() and not args.template:
+        fields["templates"] = load_templates(args.dataset)
+    return {name: value for name, value in fields.items() if value}
+
+
+def main() -> int:
+    """Parse and evaluate; the exit code."""
+    from clip_jax.evaluation.run import Request
+    from clip_jax.evaluation.tasks import LEARNING, check_tasks
+    from clip_jax.pretrained.own import is_work_folder
+
+    args = parse(None)
+    fields = _request_fields(args)
+    tasks = check_tasks(fields.get("tasks", ()))
+    if is_work_folder(args.model):
+        print(evaluate_workdir(args.model, out=args.out, **fields))
+        return 0
+    if "data" not in fields:
+        raise UserError(f"--data is missing: {args.model} names no evaluation data of its own")
+    if "classnames" not in fields and not set(tasks) & {*LEARNING, "zeroshot_retrieval"}:
+        raise UserError("classification needs class names; give --classnames or --dataset")
+    out = args.out or f"eval-{Path(args.model).stem}"
+    load = {"architecture": args.architecture, "tokenizer": args.tokenizer}
+    print(evaluate_model(args.model, Request(**fields), out, **load))
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

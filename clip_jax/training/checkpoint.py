@@ -1,0 +1,343 @@
+"""Save, verify and restore a run, over Orbax.
+
+Orbax keeps no checksum of array data: a flipped bit restores silently. So a digest of every
+array, computed on the device, travels in the checkpoint's `meta` item and is compared after
+reading; a checkpoint that fails is moved to `quarantine/` and the one before it is tried. Orbax
+also casts another dtype silently and knows nothing of the data: `meta` holds a fingerprint too.
+
+A checkpoint has three items: `model` (parameters and batch statistics), `train` (the step and
+the optimiser's state) and `meta` (JSON); a run that keeps moving averages has them in a fourth,
+`ema`, laid out as `model`. The data order is a function of the step alone, so it needs no state of
+its own. A checkpoint with its blocks stacked for a loop restores into a model that has them one by
+one, and the other way round.
+
+With several processes all of them save and restore, each its own parts of the arrays, on a file
+system they share; process 0 alone renames and reads what decides for all.
+"""
+
+import dataclasses
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from clip_jax.errors import UserError
+from clip_jax.models.stack import stack_layers, unstack_layers
+from clip_jax.parallel.distributed import (
+    from_first,
+    gather,
+    is_first,
+    process_count,
+    process_index,
+    tell,
+)
+from clip_jax.training.state import TrainState
+from clip_jax.typing import path_name
+
+FORMAT = 1
+FOLDER = "checkpoints"
+QUARANTINE = "quarantine"
+
+
+@jax.jit
+def _digests(tree: Any) -> list[jax.Array]:
+    return [_digest(x) for x in jax.tree.leaves(tree)]
+
+
+def _digest(x: jax.Array) -> jax.Array:
+    """A uint32 over an array's raw bits, the same however it is sharded.
+
+    The sum of bits weighted by odd numbers, modulo 2^32: a change of any one element changes
+    it, since an odd number has an inverse.
+    """
+    kinds = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
+    bits = jax.lax.bitcast_convert_type(x, kinds[x.dtype.itemsize]).astype(jnp.uint32)
+    weight = jnp.ones((), jnp.uint32)
+    stride = 2
+    for axis in reversed(range(x.ndim)):
+        weight = weight + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(
+            stride % 2**32
+        )
+        stride *= x.shape[axis]
+    return jnp.sum(bits * weight, dtype=jnp.uint32)
+
+
+def tree_digests(tree: Any) -> dict[str, int]:
+    """A digest for every array of a tree, by its path."""
+    names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    return {n: int(d) for n, d in zip(names, jax.device_get(_digests(tree)), strict=True)}
+
+
+class Checkpoints:
+    """The checkpoints of a work folder. Saving is asynchronous; `close` waits for it."""
+
+    def __init__(self, workdir: str | Path, *, keep: int = 1, read_only: bool = False) -> None:
+        self.folder = Path(workdir).absolute() / FOLDER
+        self._read_only = read_only
+        self._keep = keep
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        # Orbax warns through absl about choices that are made here on purpose.
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=checkpoint_managers.LatestN(self._keep),
+            cleanup_tmp_directories=not self._read_only,
+            create=not self._read_only,
+            read_only=self._read_only,
+            multiprocessing_options=self._processes(),
+        )
+        return ocp.CheckpointManager(self.folder, options=options)
+
+    def _processes(self) -> ocp.options.MultiprocessingOptions:
+        if process_count() == 1 or not self._read_only:
+            return ocp.options.MultiprocessingOptions()
+        # Reading waits for nobody, so that one process may do it alone.
+        me = process_index()
+        return ocp.options.MultiprocessingOptions(
+            primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"reader_{me}"
+        )
+
+    def steps(self) -> list[int]:
+        """Steps with a committed checkpoint, newest first."""
+        self._manager.wait_until_finished()
+        return sorted(self._manager.all_steps(), reverse=True)
+
+    def save(
+        self,
+        state: TrainState,
+        step: int,
+        fingerprint: dict[str, Any],
+        *,
+        metrics: dict[str, float] | None = None,
+    ) -> None:
+        """Start saving the state after `step` updates, and what an evaluation of it found; a step
+        saved already is left alone.
+
+        Raises:
+          UserError: the disk has no room for it.
+        """
+        if step in self._manager.all_steps():
+            return
+        self.require_room(state)
+        items = _items(state)
+        meta = {
+            "format": FORMAT,
+            "step": step,
+            "fingerprint": fingerprint,
+            "digests": tree_digests(items),
+            "metrics": metrics or {},
+        }
+        args = {name: ocp.args.StandardSave(item) for name, item in items.items()}
+        self._manager.save(
+            step, args=ocp.args.Composite(**args, meta=ocp.args.JsonSave(meta)), force=True
+        )
+
+    def require_room(self, state: TrainState) -> None:
+        """Raises UserError when the disk has no room for one more checkpoint of this size.
+
+        Orbax finds that out in many threads at once, and ends in pages of their errors.
+        """
+        total, _, free = from_first(shutil.disk_usage(self.folder) if is_first() else None)
+        needed = sum(x.nbytes for x in jax.tree.leaves(state))
+        if total and free < needed:  # a file system in the cloud may have no size
+            raise UserError(
+                f"a checkpoint is {needed / 1e6:,.1f} MB and {self.folder} has room for "
+                f"{free / 1e6:,.1f} MB; make room and run the same command again"
+            )
+
+    def restore(self, shapes: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """The newest undamaged state, laid out as `shapes`, and its meta; None without any.
+
+        Damaged checkpoints are moved into `quarantine/` and named on the way.
+
+        Raises:
+          UserError: there were checkpoints and none of them is whole, or they hold the arrays of
+            another model or optimiser.
+        """
+        found = self._restore(_items(shapes))
+        if found is None:
+            return None
+        items, meta = found
+        state = TrainState(
+            step=items["train"]["step"],
+            params=items["model"]["params"],
+            batch_stats=items["model"]["batch_stats"],
+            opt_state=items["train"]["opt_state"],
+            ema=items.get("ema", {}),
+        )
+        return state, meta
+
+    def restore_model(self, shapes: Any) -> tuple[Any, dict[str, Any]] | None:
+        """The newest undamaged `{"params", "batch_stats"}` and its meta.
+
+        The moving averages where the run keeps them: they are what it is trained for.
+        """
+        meta = self.latest_meta()
+        averaged = meta is not None and any(name.startswith("ema/") for name in meta["digests"])
+        item = "ema" if averaged else "model"
+        found = self._restore({item: shapes})
+        return None if found is None else (found[0][item], found[1])
+
+    def latest_meta(self) -> dict[str, Any] | None:
+        """The meta item of the newest checkpoint that has a readable one."""
+        metas = (self._read_meta(step) for step in self.steps())
+        meta = next((meta for meta in metas if meta is not None), None)
+        return meta if self._read_only else from_first(meta)
+
+    def _read_meta(self, step: int) -> dict[str, Any] | None:
+        try:
+            meta = json.loads((self.folder / str(step) / "meta" / "metadata").read_text())
+            return meta if meta.get("format") == FORMAT and "digests" in meta else None
+        except (OSError, ValueError, AttributeError):
+            return None
+
+    def _as_saved(self, meta: dict[str, Any], shapes: dict[str, Any]) -> dict[str, Any]:
+        """The shapes in the layout of the checkpoint: blocks stacked or one by one."""
+        saved = frozenset(name for name in meta["digests"] if name.split("/")[0] in shapes)
+        found = _with_names(shapes, saved)
+        if _names(found) != saved:
+            raise UserError(
+                f"the checkpoints in {self.folder} hold other arrays than this model and "
+                f"optimiser have, the first is {min(saved ^ _names(found))}; choose another "
+                "--workdir"
+            )
+        return found
+
+    def _restore(self, shapes: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        # What one process cannot read none restores: they agree before they go on together.
+        together = not all(x.sharding.is_fully_addressable for x in jax.tree.leaves(shapes))
+        steps = from_first(self.steps()) if together else self.steps()
+        for step in steps:
+            fault: str | None
+            meta = from_first(self._read_meta(step)) if together else self._read_meta(step)
+            if meta is None:
+                fault = "its meta item is missing or unreadable"
+            else:
+                as_saved = self._as_saved(meta, shapes)
+                items, fault = self._try_read(step, as_saved)
+                if together:
+                    fault = next((f for f in gather(fault) if f), None)
+                if fault is None:
+                    fault = _first_difference(items, meta["digests"])
+            if fault is None:
+                assert meta is not None
+                return _laid_out_as(items, shapes), meta
+            self._set_aside(step, fault)
+        if steps:
+            raise UserError(
+                f"none of the {len(steps)} checkpoints in {self.folder} can be read; "
+                "start again in another --workdir"
+            )
+        return None
+
+    def _try_read(self, step: int, shapes: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+        """The items, or why they cannot be read."""
+        # The handler, not the manager: that one waits for all processes, and one may have failed.
+        handler = ocp.StandardCheckpointHandler()
+        try:
+            found = {
+                name: handler.restore(
+                    self.folder / str(step) / name, args=ocp.args.StandardRestore(tree)
+                )
+                for name, tree in shapes.items()
+            }
+            return found, None
+        except Exception as error:  # Orbax raises many kinds for a damaged file
+            return {}, f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        finally:
+            handler.close()
+
+    def _set_aside(self, step: int, fault: str) -> None:
+        if self._read_only:
+            tell(f"checkpoint {step} is damaged and left out ({fault})")
+            return
+        self._manager.close()
+        if is_first():
+            self._rename(step, fault)
+        gather(None)  # nobody looks into the folder before it is as it should be
+        self._manager = self._open()
+
+    def _rename(self, step: int, fault: str) -> None:
+        target = self.folder.parent / QUARANTINE / str(step)
+        target.parent.mkdir(exist_ok=True)
+        number = 0
+        while target.exists():
+            number += 1
+            target = target.with_name(f"{step}-{number}")
+        (self.folder / str(step)).rename(target)
+        tell(f"checkpoint {step} is damaged and moved to {target} ({fault})")
+
+    def close(self) -> None:
+        """Wait for what is being saved, and let go."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+    items = {
+        "model": {"params": state.params, "batch_stats": state.batch_stats},
+        "train": {"step": state.step, "opt_state": state.opt_state},
+    }
+    return items | {"ema": state.ema} if state.ema else items
+
+
+def _names(tree: Any) -> frozenset[str]:
+    return frozenset(path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree))
+
+
+def _with_names(items: dict[str, Any], names: frozenset[str]) -> dict[str, Any]:
+    """The items, each part's blocks stacked or one by one, whichever has these names."""
+
+    def layout(item: str, key: str, part: Any) -> Any:
+        forms = (part, stack_layers(part), unstack_layers(part))
+        return next((form for form in forms if _names({item: {key: form}}) <= names), part)
+
+    return {
+        item: {key: layout(item, key, part) for key, part in parts.items()}
+        for item, parts in items.items()
+    }
+
+
+def _laid_out_as(items: dict[str, Any], shapes: dict[str, Any]) -> dict[str, Any]:
+    """The items in the layout and the shardings of `shapes`."""
+    names = _names(shapes)
+    if _names(items) == names:
+        return items
+    shardings = jax.tree.map(lambda x: x.sharding, shapes)
+    return jax.jit(lambda tree: _with_names(tree, names), out_shardings=shardings)(items)
+
+
+def _first_difference(items: dict[str, Any], digests: dict[str, int]) -> str | None:
+    found = tree_digests(items)
+    expected = {k: v for k, v in digests.items() if k.split("/")[0] in items}
+    for name in sorted(found.keys() | expected.keys()):
+        if found.get(name) != expected.get(name):
+            return f"{name} differs from what was saved"
+    return None
+
+
+def check_fingerprint(saved: dict[str, Any], current: dict[str, Any], workdir: str | Path) -> None:
+    """Refuse to continue a run on other data, another model or another seed.
+
+    Raises:
+      UserError: a field differs; the line names it with both values.
+    """
+    for key in current | saved:
+        old, new = saved.get(key), current.get(key)
+        if old != new:
+            raise UserError(
+                f"the run in {workdir} was made with {key} = {_short(old)} and now it is "
+                f"{_short(new)}; continue with the old value or choose another --workdir"
+            )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value) if not dataclasses.is_dataclass(value) else str(value)
+    return text if len(text) <= 80 else text[:77] + "..."

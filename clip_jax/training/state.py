@@ -1,0 +1,124 @@
+"""Everything a step changes, made in place on the mesh."""
+
+import math
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from clip_jax.models.clip import CLIP, unrolled
+from clip_jax.models.stack import stack_layers
+from clip_jax.parallel.sharding import tree_shardings
+from clip_jax.typing import Params
+
+FROZEN = {"": (), "image": ("visual",), "text": ("text",)}
+"""The parameters' top names that a run with `freeze` leaves as they are."""
+
+
+@flax.struct.dataclass
+class TrainState:
+    """The state of a run after `step` updates.
+
+    Attributes:
+      step: int32 scalar.
+      params: the model's parameters, float32.
+      batch_stats: a ResNet's running statistics; empty for a ViT.
+      opt_state: the optimiser's, of the parameters that are trained.
+      ema: the moving averages {"params", "batch_stats"}; empty where none is kept.
+    """
+
+    step: jax.Array
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+    ema: Any
+
+
+def split_frozen(params: Params, freeze: str) -> tuple[Params, Params]:
+    """Parameters that are trained, and those that stay; `a | b` is the whole again."""
+    trained = {name: tree for name, tree in params.items() if name not in FROZEN[freeze]}
+    return trained, {name: tree for name, tree in params.items() if name not in trained}
+
+
+def init_variables(model: CLIP, seed: int) -> dict[str, Any]:
+    """Random parameters (and batch statistics) by the paper's initialisation; traceable."""
+    size, length = model.config.vision.image_size, model.config.text.context_length
+    images_BHWC = jnp.zeros((1, size, size, 3))
+    tokens_BL = jnp.zeros((1, length), jnp.int32)
+    # A flax loop draws other numbers for its layers than the layers by themselves.
+    variables = dict(unrolled(model).init(jax.random.key(seed), images_BHWC, tokens_BL))
+    return stack_layers(variables) if model.scan else variables
+
+
+def make_state(
+    variables: dict[str, Any],
+    optimizer: optax.GradientTransformation,
+    *,
+    freeze: str = "",
+    ema: bool = False,
+) -> TrainState:
+    """A state before its first step; traceable."""
+    params, batch_stats = variables["params"], variables.get("batch_stats", {})
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        batch_stats=batch_stats,
+        opt_state=optimizer.init(split_frozen(params, freeze)[0]),
+        # Arrays of their own: the step donates its state, and one buffer cannot be given twice.
+        ema=jax.tree.map(jnp.copy, {"params": params, "batch_stats": batch_stats}) if ema else {},
+    )
+
+
+def state_shapes(
+    model: CLIP,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    freeze: str = "",
+    ema: bool = False,
+) -> TrainState:
+    """A state of ShapeDtypeStructs with their shardings; allocates nothing."""
+    shapes = jax.eval_shape(
+        lambda: make_state(init_variables(model, 0), optimizer, freeze=freeze, ema=ema)
+    )
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes,
+        tree_shardings(shapes, mesh),
+    )
+
+
+def init_state(
+    model: CLIP,
+    optimizer: optax.GradientTransformation,
+    shapes: TrainState,
+    seed: int,
+    *,
+    freeze: str = "",
+) -> TrainState:
+    """A fresh state laid out as `shapes`, each device making its own part of it."""
+    shardings = jax.tree.map(lambda x: x.sharding, shapes)
+
+    def make() -> TrainState:
+        variables = init_variables(model, seed)
+        return make_state(variables, optimizer, freeze=freeze, ema=bool(shapes.ema))
+
+    return jax.jit(make, out_shardings=shardings)()
+
+
+def parameter_counts(params: Any) -> dict[str, int]:
+    """Parameters of each tower, of the rest, and in all."""
+    visual = sum(x.size for x in jax.tree.leaves(params["visual"]))
+    text = sum(x.size for x in jax.tree.leaves(params["text"]))
+    total = sum(x.size for x in jax.tree.leaves(params))
+    return {"image": visual, "text": text, "other": total - visual - text, "total": total}
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes of a tree's arrays (or shapes with shardings) on one device."""
+    return sum(
+        x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree)
+    )

@@ -1,0 +1,285 @@
+"""One training step: uint8 images and tokens in, the next state and its metrics out."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from clip_jax.losses import LossFn, LossOutput
+from clip_jax.models.clip import CLIP
+from clip_jax.parallel.mesh import BATCH_AXES, batch_shards
+from clip_jax.parallel.sharding import rows_stay_split, with_whole_table
+from clip_jax.training.device_augment import DrawFn, adjust_colors
+from clip_jax.training.state import TrainState, split_frozen
+from clip_jax.typing import Features, Params
+
+Metrics = dict[str, jax.Array]
+Batch = Mapping[str, jax.Array]
+
+
+@runtime_checkable
+class TrainStep(Protocol):
+    """A jitted step. The state is donated: use the returned one."""
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        """`batch` holds image uint8 [B, H, W, 3], text int32 [B, L], caption_id uint32 [B] and
+        ok bool [B], split over the mesh's batch axes."""
+        ...
+
+
+@runtime_checkable
+class FeaturesFn(Protocol):
+    """Both towers over rows of a batch."""
+
+    def __call__(
+        self, params: Params, batch_stats: Any, rows: Batch
+    ) -> tuple[Features, Features, Any]:
+        """Unit features of images and of texts, and the batch statistics after these rows."""
+        ...
+
+
+@runtime_checkable
+class GradientFn(Protocol):
+    """The loss of a batch and its gradient."""
+
+    def __call__(
+        self, trained: Params, frozen: Params, batch_stats: Any, rows: Batch
+    ) -> tuple[LossOutput, Any, Params]:
+        """The loss, the batch statistics after it, and the gradient of what is trained."""
+        ...
+
+
+def unit_range(images_BHWC: jax.Array) -> jax.Array:
+    """uint8 images to float32 in 0..1."""
+    return images_BHWC.astype(jnp.float32) / 255
+
+
+def normalize_images(
+    images_BHWC: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]
+) -> jax.Array:
+    """Images in 0..1, less this mean and over this standard deviation."""
+    return (images_BHWC - jnp.array(mean)) / jnp.array(std)
+
+
+def make_features(
+    model: CLIP,
+    *,
+    mesh: Mesh,
+    image_mean: tuple[float, ...],
+    image_std: tuple[float, ...],
+    freeze: str,
+) -> FeaturesFn:
+    """A frozen image tower runs as in evaluation: its batch norms use their running statistics."""
+    train = freeze != "image"
+    split = rows_stay_split(mesh)
+
+    def features(params: Params, batch_stats: Any, rows: Batch) -> tuple[Features, Features, Any]:
+        images_BHWC = unit_range(rows["image"])
+        if "colors_B3" in rows:
+            images_BHWC = adjust_colors(images_BHWC, rows["colors_B3"])
+        with nn.intercept_methods(split):
+            (z_image_BD, z_text_BD), updated = model.apply(
+                {"params": with_whole_table(params, mesh), "batch_stats": batch_stats},
+                normalize_images(images_BHWC, image_mean, image_std),
+                rows["text"],
+                train,
+                rows["ok"],
+                rows.get("kept_Bl"),
+                mutable=["batch_stats"],
+            )
+        return z_image_BD, z_text_BD, updated.get("batch_stats", batch_stats)
+
+    return features
+
+
+def feature_loss(
+    loss_fn: LossFn, z_image_BD: Features, z_text_BD: Features, params: Params, rows: Batch
+) -> tuple[jax.Array, LossOutput]:
+    """The loss of a batch's features; of the parameters it takes the temperature and the bias."""
+    bias = params.get("logit_bias", jnp.zeros(()))
+    scale = jnp.exp(params["logit_scale"])
+    out = loss_fn(z_image_BD, z_text_BD, scale, bias, rows["ok"], rows["caption_id"])
+    return out.loss, out
+
+
+def make_whole_gradient(features: FeaturesFn, loss_fn: LossFn) -> GradientFn:
+    """The plain form: every activation of the batch is held until its gradient is taken."""
+
+    def gradient(trained: Params, frozen: Params, batch_stats: Any, rows: Batch):
+        def loss_of(trained: Params):
+            z_image_BD, z_text_BD, stats = features(trained | frozen, batch_stats, rows)
+            loss, out = feature_loss(loss_fn, z_image_BD, z_text_BD, trained, rows)
+            return loss, (out, stats)
+
+        grads, (out, stats) = jax.grad(loss_of, has_aux=True)(trained)
+        return out, stats, grads
+
+    return gradient
+
+
+def make_cached_gradient(
+    features: FeaturesFn, loss_fn: LossFn, shardings: Params, *, mesh: Mesh, microbatch_size: int
+) -> GradientFn:
+    """GradCache (Gao et al. 2021, arXiv:2101.06983): activations of one micro-batch at a time.
+
+    Equal to the plain form by the chain rule: the loss meets the towers only through the features,
+    so its gradient on all features, taken once, can be sent through each micro-batch by itself.
+    Both visits see the same rows, draws included. Where a tower has batch norms, their statistics
+    are each micro-batch's own, which is another function than the plain form's.
+    """
+    shards = batch_shards(mesh)
+
+    def split(x: jax.Array) -> jax.Array:
+        """[B, ...] as [micro-batches, rows, ...]; each device gives rows of its own to every one,
+        so nothing travels."""
+        x = x.reshape(shards, -1, microbatch_size // shards, *x.shape[1:])
+        x = jnp.moveaxis(x, 0, 1).reshape(-1, microbatch_size, *x.shape[3:])
+        return lax.with_sharding_constraint(x, NamedSharding(mesh, P(None, BATCH_AXES)))
+
+    def join(x: jax.Array) -> jax.Array:
+        """The inverse of `split`."""
+        x = x.reshape(-1, shards, microbatch_size // shards, *x.shape[2:])
+        x = jnp.moveaxis(x, 1, 0).reshape(-1, *x.shape[3:])
+        return lax.with_sharding_constraint(x, NamedSharding(mesh, P(BATCH_AXES)))
+
+    def gradient(trained: Params, frozen: Params, batch_stats: Any, rows: Batch):
+        parts = {name: split(x) for name, x in rows.items()}
+
+        def embed(stats: Any, part: Batch):
+            z_image, z_text, stats = features(trained | frozen, stats, part)
+            return stats, (z_image, z_text)
+
+        stats, z = lax.scan(embed, batch_stats, parts)
+
+        def loss_of(z: tuple[Features, Features], trained: Params):
+            return feature_loss(loss_fn, *z, trained, rows)
+
+        (dz, grads), out = jax.grad(loss_of, argnums=(0, 1), has_aux=True)(
+            jax.tree.map(join, z), trained
+        )
+
+        def add_part(grads: Params, part):
+            part_rows, dz_part = part
+
+            def embed_again(trained: Params):
+                return features(trained | frozen, batch_stats, part_rows)[:2]
+
+            (part_grads,) = jax.vjp(embed_again, trained)[1](dz_part)
+            grads = jax.tree.map(jnp.add, grads, part_grads)
+            return lax.with_sharding_constraint(grads, shardings), None
+
+        grads, _ = lax.scan(add_part, grads, (parts, jax.tree.map(split, dz)))
+        return out, stats, grads
+
+    return gradient
+
+
+def make_train_step(
+    model: CLIP,
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    shapes: TrainState,
+    *,
+    mesh: Mesh,
+    image_mean: tuple[float, ...],
+    image_std: tuple[float, ...],
+    draws: DrawFn,
+    microbatch_size: int = 0,
+    freeze: str = "",
+    ema_decay: float = 0.0,
+) -> TrainStep:
+    """The step of one model, loss and optimiser, its state laid out as `shapes`.
+
+    A loss or gradient that is not finite leaves the whole state as it was; the metric `finite`
+    says so.
+
+    Args:
+      draws: the chance of a step, see `augment`.
+      microbatch_size: rows that the towers hold at once; 0 is the whole batch.
+      freeze: the tower that stays as it is, "image" or "text"; its gradients are not computed.
+      ema_decay: of the moving averages; 0 where the state keeps none.
+    """
+    features = make_features(
+        model, mesh=mesh, image_mean=image_mean, image_std=image_std, freeze=freeze
+    )
+    shardings = jax.tree.map(lambda x: x.sharding, shapes)
+    trained_shardings = split_frozen(shardings.params, freeze)[0]
+    gradient = make_whole_gradient(features, loss_fn)
+    if microbatch_size:
+        gradient = make_cached_gradient(
+            features, loss_fn, trained_shardings, mesh=mesh, microbatch_size=microbatch_size
+        )
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        trained, frozen = split_frozen(state.params, freeze)
+        rows = {**batch, **draws(state.step, batch["ok"].size)}
+        out, batch_stats, grads = gradient(trained, frozen, state.batch_stats, rows)
+        # Gradients lie where their parameters do, and are summed into place, not copied whole.
+        grads = lax.with_sharding_constraint(grads, trained_shardings)
+        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+        params = optax.apply_updates(trained, updates) | frozen
+        ema = state.ema
+        if ema_decay:
+            newest = {"params": params, "batch_stats": batch_stats}
+            ema = optax.incremental_update(newest, ema, 1 - ema_decay)
+        grad_norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(out.loss) & jnp.isfinite(grad_norm)
+        new = TrainState(state.step + 1, params, batch_stats, opt_state, ema)
+        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+        metrics = {
+            "loss": out.loss,
+            "image_accuracy": out.image_accuracy,
+            "text_accuracy": out.text_accuracy,
+            "logit_scale": state.params["logit_scale"],
+            "learning_rate": schedule(state.step),
+            "grad_norm": grad_norm,
+            "ok": jnp.mean(batch["ok"]),
+            "finite": finite,
+        }
+        return new, metrics
+
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=(shardings, None),
+        compiler_options=compiler_options(mesh.devices.flat[0].platform),
+    )
+
+
+def compiler_options(platform: str) -> dict[str, bool] | None:
+    """XLA's, of a program that overwrites its state.
+
+    On a CPU the analysis that GPUs and TPUs have anyway: without it XLA copies both moments of
+    AdamW in every step, twice the parameters, before it overwrites them.
+    """
+    return {"xla_cpu_copy_insertion_use_region_analysis": True} if platform == "cpu" else None
+
+
+def make_encoders(
+    model: CLIP, *, image_mean: tuple[float, ...], image_std: tuple[float, ...]
+) -> tuple[Callable[..., jax.Array], Callable[..., jax.Array]]:
+    """Jitted `encode_image(variables, images)` and `encode_text(variables, tokens)`.
+
+    Images are uint8, normalised on the device, or float, taken as normalised already. Features
+    are float32 [B, D] and not of unit length.
+    """
+
+    @jax.jit
+    def encode_image(variables, images_BHWC):
+        if images_BHWC.dtype == jnp.uint8:
+            images_BHWC = normalize_images(unit_range(images_BHWC), image_mean, image_std)
+        z_BD = model.apply(variables, images_BHWC, method="encode_image")
+        return z_BD.astype(jnp.float32)
+
+    @jax.jit
+    def encode_text(variables, tokens_BL):
+        return model.apply(variables, tokens_BL, method="encode_text").astype(jnp.float32)
+
+    return encode_image, encode_text

@@ -1,0 +1,312 @@
+"""The weights a run starts from: any checkpoint that can be read, laid straight onto the mesh.
+
+What belongs to weights travels with them: preprocessing, tokenizer, activation. The run says which
+sizes it wants; positions are interpolated to its picture size and context length, and everything
+else has to match.
+"""
+
+import dataclasses
+import functools
+import math
+import os
+import re
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from clip_jax.errors import UserError
+from clip_jax.models.clip import CLIPConfig
+from clip_jax.parallel.sharding import partition_spec
+from clip_jax.pretrained.load import (
+    Checkpoint,
+    array_shapes,
+    read_checkpoint,
+    resized,
+    tokenizer_family,
+)
+from clip_jax.pretrained.own import is_work_folder, read_weights
+from clip_jax.pretrained.trees import to_variables
+from clip_jax.pretrained.workdir import WEIGHTS, read_description
+from clip_jax.tokenizers import TokenizerSpec, make_tokenizer, tokenizer_from_file
+from clip_jax.training.checkpoint import FOLDER, Checkpoints
+from clip_jax.training.state import TrainState, make_state
+from clip_jax.typing import path_name
+
+Reader = Callable[[], Any]
+"""Reads an array: numpy's from a file, jax's from a run."""
+
+THREADS = min(8, os.cpu_count() or 1)
+POSITIONS = re.compile(r"positional_embedding$")
+# What the arrays' shapes do not tell, and a run must agree with its checkpoint about.
+ALIKE = ("vision.pool", "text.pool", "text.causal")
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """A checkpoint that a run starts from.
+
+    Attributes:
+      path: its file or folder.
+      checkpoint: what it holds; its `arrays` are empty where a run's own checkpoints hold them.
+    """
+
+    path: str
+    checkpoint: Checkpoint
+
+
+def read_origin(path: str, model: str | None) -> Origin:
+    """Read what a checkpoint is; its arrays are read when they are placed.
+
+    Args:
+      path: what `clip_jax.load` takes.
+      model: decides where a bare file does not say what it is; a run's own, or None.
+
+    Raises:
+      UserError: nothing there can be read.
+    """
+    if not is_work_folder(path):
+        return Origin(path, read_checkpoint(path, model))
+    about = read_description(path)
+    weights = Path(path) / WEIGHTS
+    arrays = read_weights(weights, about.model) if weights.is_file() else {}
+    return Origin(
+        path,
+        Checkpoint(about.model_name, about.model, arrays, about.preprocess, about.tokenizer),
+    )
+
+
+def has_checkpoints(workdir: str | Path) -> bool:
+    """Whether a run in this folder has something to go on from."""
+    folder = Path(workdir) / FOLDER
+    return folder.is_dir() and any(step.name.isdigit() for step in folder.iterdir())
+
+
+def origin_tokenizer(origin: Origin, given: str) -> TokenizerSpec:
+    """The checkpoint's own tokenizer, or the config's where the checkpoint came without one.
+
+    Args:
+      origin: the checkpoint.
+      given: config.data.tokenizer; "clip", its default, leaves it to the checkpoint.
+
+    Raises:
+      UserError: there is none, or the config's is another than the checkpoint was trained with.
+    """
+    own, text = origin.checkpoint.tokenizer, origin.checkpoint.config.text
+    if given == "clip":
+        if own is None:
+            raise UserError(
+                f"{origin.path} came without its tokenizer; give config.data.tokenizer the path of "
+                "its tokenizer.json or SentencePiece .model"
+            )
+        return own
+    spec = tokenizer_from_file(given, tokenizer_family(origin.checkpoint.config))
+    tokenizer = make_tokenizer(spec)
+    if own is None:
+        ends_alike = text.pool != "end" or tokenizer.eot_id == text.eot_id
+        fits = tokenizer.vocab_size <= text.vocab_size and ends_alike
+        advice = "give the one it was trained with"
+    else:
+        fits = own.file is not None and Path(own.file).read_bytes() == Path(given).read_bytes()
+        advice = 'leave it at "clip" to take the checkpoint\'s own'
+    if not fits:
+        raise UserError(
+            f"config.data.tokenizer {given} ({tokenizer.vocab_size:,} entries, end token "
+            f"{tokenizer.eot_id}) is not the tokenizer of {origin.path} ({text.vocab_size:,} "
+            f"entries, end token {text.eot_id}); {advice}"
+        )
+    return own or spec
+
+
+def started_from(origin: Origin, sizes: CLIPConfig) -> CLIPConfig:
+    """The sizes of a run that starts there: the checkpoint's, with the run's picture and text size.
+
+    Raises:
+      UserError: they do not match what the run asks for.
+    """
+    own = origin.checkpoint.config
+    # `origin_tokenizer` has checked the vocabulary; a text tower may have room for more.
+    text = dataclasses.replace(sizes.text, vocab_size=own.text.vocab_size, eot_id=own.text.eot_id)
+    sizes = dataclasses.replace(sizes, text=text)
+    made = dataclasses.replace(
+        own,
+        vision=dataclasses.replace(own.vision, image_size=sizes.vision.image_size),
+        text=dataclasses.replace(own.text, context_length=sizes.text.context_length),
+        init_logit_scale=sizes.init_logit_scale,
+        init_logit_bias=sizes.init_logit_bias,
+    )
+    found, wanted = (
+        {**array_shapes(config), **{field: _field(config, field) for field in ALIKE}}
+        for config in (made, sizes)
+    )
+    for name in sorted(found.keys() | wanted.keys()):
+        if found.get(name) != wanted.get(name):
+            raise UserError(
+                f"{origin.path} holds {origin.checkpoint.name}, which is not the model that "
+                f"config.model.name says: {name} is {_said(found.get(name))} and there "
+                f"{_said(wanted.get(name))}; give config.model.name the checkpoint's model"
+            )
+    return made
+
+
+def _field(config: CLIPConfig, name: str) -> Any:
+    tower, field = name.split(".")
+    return getattr(getattr(config, tower), field, None)
+
+
+def _said(value: Any) -> str:
+    return "not there" if value is None else str(list(value) if isinstance(value, tuple) else value)
+
+
+def start_state(
+    origin: Origin,
+    config: CLIPConfig,
+    optimizer: optax.GradientTransformation,
+    shapes: TrainState,
+    mesh: Mesh,
+    *,
+    freeze: str,
+    max_logit_scale: float,
+) -> TrainState:
+    """A state before its first step, laid out as `shapes`, with the checkpoint's weights.
+
+    Raises:
+      UserError: the checkpoint's temperature is beyond the run's limit.
+    """
+    wanted = {"params": shapes.params, "batch_stats": shapes.batch_stats}
+    variables = place_origin(origin, config, wanted, mesh)
+    scale = math.exp(float(variables["params"]["logit_scale"]))
+    # OpenAI's models end on the limit itself, a float32's rounding above or below it.
+    if scale > max_logit_scale * (1 + 1e-5):
+        raise UserError(
+            f"the scale of {origin.path} is {scale:.1f}, above config.optim.max_logit_scale "
+            f"{max_logit_scale:g}; raise that, or the first step would change it"
+        )
+
+    def make(variables: dict[str, Any]) -> TrainState:
+        return make_state(variables, optimizer, freeze=freeze, ema=bool(shapes.ema))
+
+    shardings = jax.tree.map(lambda x: x.sharding, shapes)
+    # Donated: the state holds these very arrays, not a second copy.
+    return jax.jit(make, donate_argnums=0, out_shardings=shardings)(variables)
+
+
+def place_origin(
+    origin: Origin, sizes: CLIPConfig, shapes: Mapping[str, Any], mesh: Mesh
+) -> dict[str, Any]:
+    """The variables that a run starts from, each array straight onto its devices.
+
+    Where the run has the sigmoid loss's bias and the checkpoint has none, bias and scale start as
+    in a run from random weights: they mean something only together. A bias that the run does not
+    have is left behind: a constant added to the logits changes nothing in a softmax.
+
+    Args:
+      origin: the checkpoint.
+      sizes: what `started_from` returned.
+      shapes: ShapeDtypeStructs of {"params", "batch_stats"} with their shardings.
+      mesh: where they lie.
+    """
+    checkpoint, threads = origin.checkpoint, THREADS
+    if not checkpoint.arrays:
+        restored = run_arrays(origin.path, checkpoint.config, mesh)
+        # Arrays on several processes' devices must be moved in the same order on each of them.
+        checkpoint, threads = dataclasses.replace(checkpoint, arrays=restored), 1
+    size, length = sizes.vision.image_size, sizes.text.context_length
+    arrays: dict[str, Reader] = {**resized(checkpoint, size, length, grow_text=True).arrays}
+    if sizes.init_logit_bias is not None and "logit_bias" not in arrays:
+        starts = {"logit_scale": sizes.init_logit_scale, "logit_bias": sizes.init_logit_bias}
+        arrays |= {k: functools.partial(np.float32, start) for k, start in starts.items()}
+    return place_arrays(arrays, shapes, threads=threads)
+
+
+def run_arrays(path: str, config: CLIPConfig, mesh: Mesh | None) -> dict[str, Reader]:
+    """The newest undamaged weights of a run, by path, restored onto the mesh.
+
+    Raises:
+      UserError: there is no checkpoint.
+    """
+    variables = restore_run(path, variable_shapes(config, mesh))
+    arrays = by_path(variables)
+    return {name: functools.partial(_as_read, name, array) for name, array in arrays.items()}
+
+
+def _as_read(name: str, array: jax.Array) -> np.ndarray | jax.Array:
+    # Positions may be interpolated, on the host.
+    return np.asarray(array) if POSITIONS.search(name) else array
+
+
+def restore_run(path: str | Path, shapes: Mapping[str, Any]) -> dict[str, Any]:
+    """The newest undamaged weights of a run, laid out as `shapes`.
+
+    Raises:
+      UserError: there is no checkpoint.
+    """
+    checkpoints = Checkpoints(path, read_only=True)
+    try:
+        found = checkpoints.restore_model(shapes)
+    finally:
+        checkpoints.close()
+    if found is None:
+        raise UserError(f"{path} has no checkpoint yet; train until the first one is saved")
+    return found[0]
+
+
+def variable_shapes(config: CLIPConfig, mesh: Mesh | None) -> dict[str, Any]:
+    """ShapeDtypeStructs of a model's variables with their shardings; allocates nothing.
+
+    They lie on the first device, or over a mesh by the rules of `sharding`; positions are whole
+    on every device.
+    """
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def struct(path: str, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+        sharding: jax.sharding.Sharding = one
+        if mesh is not None:
+            spec = P() if POSITIONS.search(path) else partition_spec(path, shape, mesh)
+            sharding = NamedSharding(mesh, spec)
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+
+    shapes = array_shapes(config)
+    return to_variables({path: struct(path, shape) for path, shape in shapes.items()})
+
+
+def by_path(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves of {"params", "batch_stats"} by their paths in them."""
+    leaves = jax.tree_util.tree_leaves_with_path(variables)
+    return {path_name(path[1:]): leaf for path, leaf in leaves}
+
+
+def place_arrays(
+    arrays: Mapping[str, Reader], shapes: Mapping[str, Any], *, threads: int = THREADS
+) -> dict[str, Any]:
+    """Variables laid out as `shapes`, made from arrays by path, every layer by itself.
+
+    Only as many arrays as there are threads are on the host at a time, and of each device's part
+    no more than that part is sent: a model larger than the host can be placed.
+    """
+    wanted = by_path(shapes)
+
+    def read(path: str, shape: tuple[int, ...]) -> Any:
+        before, stack, after = path.partition("/resblocks/")
+        if not stack:
+            return arrays[path]()
+        layers = [arrays[f"{before}/resblocks_{i}/{after}"]() for i in range(shape[0])]
+        return (jnp if isinstance(layers[0], jax.Array) else np).stack(layers)
+
+    def put(path: str) -> jax.Array:
+        value, sharding = read(path, wanted[path].shape), wanted[path].sharding
+        if isinstance(value, jax.Array):
+            return jax.device_put(value, sharding)
+        # Unlike `device_put`, it asks no other process whether its array is the same.
+        return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+    with ThreadPoolExecutor(threads) as pool:
+        placed = dict(zip(wanted, pool.map(put, wanted), strict=True))
+    return to_variables(placed)

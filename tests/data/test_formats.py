@@ -1,0 +1,391 @@
+"""Every kind of source gives the same pairs; each is written by the library whose format it is."""
+
+import csv
+import json
+import os
+import struct
+from collections import Counter
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import webdataset
+from array_record.python import array_record_module
+from data_cases import ToyTokenizer, encode, picture
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clip_jax.data import filters
+from clip_jax.data.formats import records, remote
+from clip_jax.data.loader import make_eval_loader, make_train_loader
+from clip_jax.data.shards import Handles, Unusable
+from clip_jax.data.sources import expand, index_shards, kind_of
+from clip_jax.errors import UserError
+
+COUNT = 6
+PICTURES = [encode(picture("RGB", 14, 12, seed=k), "PNG") for k in range(COUNT)]
+CAPTIONS = [f"caption {k}, é" for k in range(COUNT)]
+SETTINGS = {"image_size": 8, "context_length": 16, "batch_size": COUNT, "threads": 0}
+
+
+def varint(n: int) -> bytes:
+    out = b""
+    while n > 127:
+        out, n = out + bytes([n & 127 | 128]), n >> 7
+    return out + bytes([n])
+
+
+def field(number: int, body: bytes) -> bytes:
+    return varint(number << 3 | 2) + varint(len(body)) + body
+
+
+def example(features: dict[str, bytes | int | float]) -> bytes:
+    """A tf.train.Example by the published wire format."""
+    entries = b""
+    for name, value in features.items():
+        if isinstance(value, bytes):
+            feature = field(1, field(1, value))
+        elif isinstance(value, float):
+            feature = field(2, field(1, struct.pack("<f", value)))
+        else:
+            feature = field(3, field(1, varint(value % 2**64)))
+        entries += field(1, field(1, name.encode()) + field(2, feature))
+    return field(1, entries)
+
+
+def example_of(k: int) -> bytes:
+    return example({"image": PICTURES[k], "caption": CAPTIONS[k].encode(), "label": k})
+
+
+def files(folder):
+    for k, data in enumerate(PICTURES):
+        (folder / f"p{k}.png").write_bytes(data)
+
+
+def write_tar(folder):
+    with webdataset.TarWriter(str(folder / "0.tar")) as writer:
+        for k in range(COUNT):
+            sample = {"__key__": f"{k:09d}", "png": PICTURES[k], "txt": CAPTIONS[k], "cls": k}
+            writer.write(sample | {"json": {"caption": "other", "width": 100 * k}})
+    return folder / "0.tar"
+
+
+def write_csv(folder, delimiter=",", ending="csv"):
+    files(folder)
+    with open(folder / f"t.{ending}", "w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file, delimiter=delimiter)
+        rows.writerow(["filepath", "title", "label", "width"])
+        rows.writerows([f"p{k}.png", CAPTIONS[k], k, 100 * k] for k in range(COUNT))
+    return folder / f"t.{ending}"
+
+
+def write_jsonl(folder):
+    files(folder)
+    lines = [
+        json.dumps({"file_name": f"p{k}.png", "text": CAPTIONS[k], "label": k, "width": 100 * k})
+        for k in range(COUNT)
+    ]
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n\n")
+    return folder  # found by the folder's name alone
+
+
+def write_parquet(folder, struct_column=False):
+    image = [{"bytes": p, "path": "x.png"} for p in PICTURES] if struct_column else PICTURES
+    table = pa.table(
+        {
+            "image": image,
+            "caption": CAPTIONS,
+            "label": list(range(COUNT)),
+            "width": [100 * k for k in range(COUNT)],
+        }
+    )
+    pq.write_table(table, folder / "t.parquet", row_group_size=4)
+    return folder / "t.parquet"
+
+
+def write_parquet_paths(folder):
+    files(folder)
+    paths = [f"p{k}.png" for k in range(COUNT)]
+    table = pa.table({"path": paths, "caption": CAPTIONS, "label": list(range(COUNT))})
+    pq.write_table(table, folder / "t.parquet")
+    return folder / "t.parquet"
+
+
+def write_tfrecord(folder):
+    with open(folder / "t.tfrecord-00000-of-00001", "wb") as file:
+        for k in range(COUNT):
+            data = example_of(k)
+            head = struct.pack("<Q", len(data))
+            file.write(head + struct.pack("<I", records.masked_crc(head)))
+            file.write(data + struct.pack("<I", records.masked_crc(data)))
+    return folder / "t.tfrecord-00000-of-00001"
+
+
+def write_array_record(folder):
+    writer = array_record_module.ArrayRecordWriter(str(folder / "t.array_record"), "group_size:1")
+    for k in range(COUNT):
+        writer.write(example_of(k))
+    writer.close()
+    return folder / "t.array_record"
+
+
+def write_files(folder):
+    """img2dataset's "files" layout."""
+    (folder / "00000").mkdir()
+    for k in range(COUNT):
+        (folder / "00000" / f"{k:09d}.png").write_bytes(PICTURES[k])
+        (folder / "00000" / f"{k:09d}.txt").write_text(CAPTIONS[k])
+    return folder
+
+
+FORMATS = {
+    "tar": write_tar,
+    "csv": write_csv,
+    "tsv": lambda folder: write_csv(folder, "\t", "tsv"),
+    "tabs in .csv": lambda folder: write_csv(folder, "\t"),
+    "jsonl": write_jsonl,
+    "parquet": write_parquet,
+    "parquet of structs": lambda folder: write_parquet(folder, True),
+    "parquet of paths": write_parquet_paths,
+    "tfrecord": write_tfrecord,
+    "array_record": write_array_record,
+    "files": write_files,
+}
+NO_LABEL = {"files"}
+
+
+def read_all(indexes):
+    with make_eval_loader(indexes, ToyTokenizer(), **SETTINGS) as loader:
+        batches = list(loader)
+        assert not loader.skipped, loader.recent
+    return batches
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_format_gives_the_same_pairs(kind, tmp_path):
+    indexes = index_shards(expand(str(FORMATS[kind](tmp_path))))
+    (batch,) = read_all(indexes)
+    assert batch["ok"].all()
+    assert batch["captions"] == [[caption] for caption in CAPTIONS]
+    assert batch["label"].tolist() == ([-1] * COUNT if kind in NO_LABEL else list(range(COUNT)))
+    (tmp_path / "reference").mkdir()
+    (reference,) = read_all(index_shards(expand(str(write_tar(tmp_path / "reference")))))
+    np.testing.assert_array_equal(batch["image"], reference["image"])
+    np.testing.assert_array_equal(batch["text"], reference["text"])
+    settings_ = SETTINGS | {"threads": 2, "seed": 1, "num_streams": 2, "repeat": False}
+    with make_train_loader(indexes, ToyTokenizer(), **settings_) as loader:
+        trained = list(loader)
+    keys = Counter(key for b in trained for key, ok in zip(b["key"], b["ok"], strict=True) if ok)
+    assert keys == Counter(batch["key"])
+
+
+def test_a_parquet_file_is_opened_twice(tmp_path):
+    """For training and for evaluation, say: the pictures that one has spooled serve the other."""
+    path = str(write_parquet(tmp_path))
+    images = [read_all(index_shards([path]))[0]["image"] for _ in range(2)]
+    np.testing.assert_array_equal(*images)
+
+
+def test_a_tfds_set_made_from_a_folder_by_tfds_itself(tmp_path, monkeypatch):
+    import tensorflow_datasets as tfds
+
+    class Pairs(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = {
+                "image": tfds.features.Image(shape=(None, None, 3)),
+                "caption": tfds.features.Text(),
+                "label": tfds.features.ClassLabel(names=["red_fox", "b", "c", "d", "e", "f"]),
+            }
+            features = tfds.features.FeaturesDict(features)
+            return tfds.core.DatasetInfo(builder=self, features=features)
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for k in range(COUNT):
+                path = tmp_path / f"p{k}.png"
+                yield k, {"image": str(path), "caption": CAPTIONS[k], "label": k}
+
+    files(tmp_path)
+    builder = Pairs(data_dir=str(tmp_path / "tfds"), file_format="array_record")
+    builder.download_and_prepare()
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+    (batch,) = read_all(index_shards(expand("tfds:pairs#split=train")))
+    # tfds shuffles when it writes.
+    assert sorted(batch["captions"]) == [[caption] for caption in CAPTIONS]
+    assert [f"caption {k}, é" for k in batch["label"]] == [c[0] for c in batch["captions"]]
+    other = index_shards(expand(builder.data_dir))
+    np.testing.assert_array_equal(read_all(other)[0]["image"], batch["image"])
+    with pytest.raises(UserError, match="is not prepared in"):
+        index_shards(expand("tfds:nothing"))
+    with pytest.raises(UserError, match="cannot be read"):
+        index_shards(expand("tfds:pairs#split=tset"))
+
+
+def test_class_folders_give_labels_and_sentences(tmp_path):
+    for k, name in enumerate(["bird", "bird", "polar_bear"]):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / f"{k}.png").write_bytes(PICTURES[k])
+    (index,) = index_shards(expand(f"{tmp_path}#template=a photo of a {{}}.|a {{}}"))
+    with Handles() as handles:
+        assert [index.label(i, handles) for i in range(3)] == [0, 0, 1]
+        assert index.captions(2, handles) == ["a photo of a polar bear.", "a polar bear"]
+    (tmp_path / "loose.png").write_bytes(PICTURES[0])
+    with pytest.raises(UserError, match=r"put loose.txt beside it"):
+        index_shards(expand(str(tmp_path)))
+
+
+def test_columns_by_name_and_relative_to_another_folder(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    files(tmp_path / "pictures")
+    (tmp_path / "t.csv").write_text("where,words\np0.png,hello\n")
+    with pytest.raises(UserError, match=r"t.csv#image=COLUMN"):
+        index_shards([f"{tmp_path}/t.csv"])
+    root = tmp_path / "pictures"
+    (index,) = index_shards(expand(f"{tmp_path}/t.csv#image=where&caption=words&root={root}"))
+    with Handles() as handles:
+        assert index.image(0, handles) == PICTURES[0]
+        assert index.captions(0, handles) == ["hello"]
+
+
+def test_bad_rows_of_a_table_are_counted_and_the_rest_is_read(tmp_path):
+    files(tmp_path)
+    rows = [b"p0.png,good", b"absent.png,x", b"p1.png,\xff\xfe", b"p2.png,", b",x"]
+    (tmp_path / "t.csv").write_bytes(b"filepath,title\n" + b"\n".join(rows) + b"\n")
+    with make_eval_loader(
+        index_shards([f"{tmp_path}/t.csv"]), ToyTokenizer(), **SETTINGS
+    ) as loader:
+        assert next(loader)["ok"].tolist() == [True] + [False] * 5
+        expected = {"read_failed": 1, "caption_not_utf8": 1, "empty_caption": 1, "no_image": 1}
+        assert loader.skipped == expected
+
+
+@pytest.mark.parametrize("kind", ["tfrecord", "array_record"])
+def test_a_flipped_bit_in_a_record_is_one_bad_sample_or_an_error(kind, tmp_path):
+    path = FORMATS[kind](tmp_path)
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for _ in range(25):
+        data = bytearray(whole)
+        data[rng.integers(len(data))] ^= 1 << rng.integers(8)
+        path.write_bytes(data)
+        try:
+            indexes = index_shards([str(path)])
+        except UserError:
+            continue
+        with make_eval_loader(indexes, ToyTokenizer(), **SETTINGS) as loader:
+            batch = next(loader)
+        good = [b for b, ok in zip(batch["captions"], batch["ok"], strict=True) if ok]
+        # A damage is seen, or (in bytes that say nothing) changes nothing.
+        assert all(captions in [[c] for c in CAPTIONS] for captions in good)
+
+
+def test_a_cut_tfrecord_is_refused(tmp_path):
+    path = write_tfrecord(tmp_path)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match="cut or damaged at byte"):
+        index_shards([str(path)])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=60))
+def test_a_strange_record_is_never_another_error(data):
+    try:
+        records.parse_example(data)
+    except Unusable as e:
+        assert e.cause == "broken_record"
+
+
+def test_examples_hold_bytes_floats_and_signed_integers():
+    data = example({"a": b"x", "b": 0.5, "c": -3})
+    assert records.parse_example(data) == {"a": [b"x"], "b": [0.5], "c": [-3]}
+    # The checksum of TFRecord: CRC32C of "123456789" is 0xE3069283 (RFC 3720, B.4), masked.
+    rotated = (0xE3069283 >> 15 | 0xE3069283 << 17) & 0xFFFFFFFF
+    assert records.masked_crc(b"123456789") == (rotated + 0xA282EAD8) & 0xFFFFFFFF
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    """fsspec's file system in memory, and no pauses between tries."""
+    monkeypatch.setattr(remote, "PAUSE", 0.0)
+    fs = fsspec.filesystem("memory")
+    fs.store.clear()
+    yield fs
+    remote.CACHE.close()
+    fs.store.clear()
+
+
+@pytest.mark.parametrize("kind", ["tar", "csv", "parquet", "tfrecord", "array_record"])
+def test_remote_files_are_read_as_local_ones(kind, tmp_path, memory):
+    path = FORMATS[kind](tmp_path)
+    memory.put(str(tmp_path) + "/", "/bucket/", recursive=True)
+    (batch,) = read_all(index_shards(expand(f"memory://bucket/{path.name}")))
+    assert batch["captions"] == [[caption] for caption in CAPTIONS]
+
+
+def test_a_remote_read_is_tried_again_and_then_the_shard_passed_over(tmp_path, memory, monkeypatch):
+    write_tar(tmp_path)
+    memory.put(str(tmp_path / "0.tar"), "/bucket/0.tar")
+    calls = []
+    plain_open = type(memory)._open
+
+    def failing(self, path, *args, **kwargs):
+        calls.append(path)
+        if len(calls) <= broken:
+            raise ConnectionError("try later")
+        return plain_open(self, path, *args, **kwargs)
+
+    monkeypatch.setattr(type(memory), "_open", failing)
+    broken = 2
+    indexes = index_shards(expand("memory://bucket/{0..0}.tar"))
+    assert len(calls) == 3
+    remote.CACHE.close()
+    calls.clear()
+    broken = 100
+    with make_eval_loader(indexes, ToyTokenizer(), **SETTINGS) as loader:
+        assert not next(loader)["ok"].any()
+        assert loader.skipped == {"shard_unreadable": COUNT}
+        assert "failed 4 times" in loader.recent[-1] and "try later" in loader.recent[-1]
+    assert len(calls) == remote.TRIES  # its other samples were passed over at once
+
+
+def test_the_cache_on_disk_is_bounded_and_what_is_open_stays_readable(tmp_path):
+    cache = remote.DiskCache(limit=250, folder=str(tmp_path))
+
+    def write(path):
+        with open(path, "wb") as file:
+            file.write(b"x" * 100)
+
+    fds = [cache.open(f"{k}", write) for k in range(4)]
+    (folder,) = tmp_path.iterdir()
+    assert sum(f.stat().st_size for f in folder.iterdir()) == 200
+    assert all(os.pread(fd, 200, 0) == b"x" * 100 for fd in fds)
+    for fd in fds:
+        os.close(fd)
+    cache.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_filters_and_repeated_keys(tmp_path):
+    (index,) = index_shards([str(write_tar(tmp_path))])
+    kept = filters.filtered(index, filters.parse_filter("width>=200, width!=300"))
+    assert [kept.key(i) for i in range(len(kept))] == ["000000002", "000000004", "000000005"]
+    assert len(filters.filtered(index, filters.parse_filter("caption==other"))) == COUNT
+    assert len(filters.filtered(index, filters.parse_filter("absent>0"))) == 0
+    first, second = filters.without_repeats([kept, index])
+    assert len(first) == 3
+    assert [second.key(i) for i in range(3)] == ["000000000", "000000001", "000000003"]
+    for text in ("width", "width>x", ">3"):
+        with pytest.raises(UserError, match=r"config\.data\.filter"):
+            filters.parse_filter(text)
+
+
+def test_names_that_are_no_data(tmp_path):
+    for name in ("x.txt", "a.tar.gz", "a.tgz"):
+        with pytest.raises(UserError):
+            kind_of(name)

@@ -1,0 +1,185 @@
+"""What goes wrong outside the pictures: servers that fail, keys that repeat, a thousand shards."""
+
+import json
+import threading
+from collections import Counter
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import data_cases
+import numpy as np
+import pytest
+from data_cases import ToyTokenizer
+from run_tiny import log as log_file
+from run_tiny import start_two, write_experiment
+
+from clip_jax.data.dataset import open_sources
+from clip_jax.data.formats import remote
+from clip_jax.data.loader import make_train_loader
+from clip_jax.data.manifest import Entry, write_index
+from clip_jax.data.skip_log import SkipLog
+
+SETTINGS = {"image_size": 8, "context_length": 16, "seed": 5, "threads": 2}
+
+
+def one_epoch(indexes, log, batch_size=8, streams=4):
+    """Every row of one pass: (keys, which of them are ok)."""
+    keys, good = [], []
+    settings = SETTINGS | {"batch_size": batch_size, "num_streams": streams, "repeat": False}
+    with make_train_loader(indexes, ToyTokenizer(), log=log, **settings) as loader:
+        for batch in loader:
+            keys += [key for key in batch["key"] if key]
+            good += [ok for key, ok in zip(batch["key"], batch["ok"], strict=True) if key]
+    return keys, np.array(good)
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A real HTTP server on a folder of four shards: `failures` says how many tries of a file it
+    answers with an error, `asked` counts them all."""
+    data_cases.write_shards(tmp_path, [4] * 4)
+    failures, asked, lock = Counter(), Counter(), threading.Lock()
+
+    class Handler(SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(tmp_path))
+
+        def do_GET(self):
+            name = Path(self.path).name
+            with lock:
+                asked[name] += 1
+                fails = asked[name] <= failures[name]
+            if fails:
+                self.send_error(503)
+            else:
+                super().do_GET()
+
+        def log_message(self, *args):
+            pass
+
+    monkeypatch.setattr(remote, "PAUSE", 0.01)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+        thread = threading.Thread(target=http.serve_forever)
+        thread.start()
+        pattern = f"http://127.0.0.1:{http.server_port}/s-{{00000..00003}}.tar"
+        yield pattern, failures, asked
+        http.shutdown()
+        thread.join()
+    remote.CACHE.close()
+
+
+def test_a_server_that_fails_at_first_loses_nothing(server):
+    pattern, failures, asked = server
+    failures["s-00001.tar"] = remote.TRIES - 1
+    log = SkipLog()
+    (shards,) = open_sources(pattern, log=log, resident=8)
+    keys, good = one_epoch(shards, log)
+    assert len(set(keys)) == 16 and good.all() and not log.shards
+    # With the last, good try; each shard is fetched once for all its samples.
+    assert asked["s-00001.tar"] == remote.TRIES and asked["s-00002.tar"] == 1
+
+
+def test_a_server_that_always_fails_loses_the_shard_and_names_it(server, tmp_path):
+    pattern, failures, asked = server
+    failures["s-00001.tar"] = 10**6
+    log = SkipLog(tmp_path / "skipped.jsonl")
+    (shards,) = open_sources(pattern, log=log, resident=8)
+    assert [len(shard) for shard in shards] == [4] * 3
+    assert log.shards == {"shard_unreadable": 1} and asked["s-00001.tar"] == remote.TRIES
+    (line,) = (tmp_path / "skipped.jsonl").read_text().splitlines()
+    assert json.loads(line)["name"].endswith("/s-00001.tar") and "503" in line
+
+
+def test_a_promised_shard_that_a_server_does_not_give_is_passed_over(server, tmp_path):
+    """With an index nothing is fetched at the start; the fault comes in the middle of a run."""
+    pattern, failures, asked = server
+    paths = sorted(tmp_path.glob("*.tar"))
+    write_index(tmp_path, {path.name: Entry(4, path.stat().st_size) for path in paths})
+    failures["s-00002.tar"] = 10**6
+    log = SkipLog(tmp_path / "skipped.jsonl")
+    (shards,) = open_sources(pattern, log=log, resident=8)
+    assert not asked.keys() - {"index.json"}
+    keys, good = one_epoch(shards, log)
+    assert len(keys) == 16 and log.counts == {"shard_unreadable": 4}
+    assert {key.partition("/")[0] for key in np.array(keys)[~good]} == {"s-00002.tar"}
+    # All tries once, and then the shard's other samples are passed over at once.
+    assert asked["s-00002.tar"] == remote.TRIES
+    (line,) = (tmp_path / "skipped.jsonl").read_text().splitlines()
+    assert json.loads(line)["name"] == "s-00002.tar"
+
+
+def test_repeated_keys_and_filtered_samples_are_counted(tmp_path):
+    data_cases.write_shards(tmp_path, [4, 3], prefix="a")
+    data_cases.write_shards(tmp_path, [5], prefix="b")  # keys 0 to 4 again
+    log = SkipLog(tmp_path / "skipped.jsonl")
+    (shards,) = open_sources(str(tmp_path), log=log, unique_keys=True, resident=4)
+    assert [len(shard) for shard in shards] == [4, 3, 0]
+    assert log.left_out == {"duplicate_key": 5}
+    lines = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    assert [line["name"] for line in lines] == [f"b-00000.tar/{k:06d}" for k in range(5)]
+    log = SkipLog()
+    (shards,) = open_sources(str(tmp_path), log=log, where="caption==caption 2", resident=4)
+    assert sum(map(len, shards)) == 2 and log.left_out == {"filtered": 10}
+    assert log.counts.total() == 0
+
+
+SHARD_DAMAGES = {
+    "cut": (lambda data: data[:1500], "shard_damaged"),
+    "flipped bit": (lambda data: data[:5] + bytes([data[5] ^ 4]) + data[6:], "shard_damaged"),
+    "zero bytes": (lambda data: b"", "shard_damaged"),
+    "another type": (lambda data: b"\x1f\x8b" + data[2:], "shard_damaged"),
+    "zeros": (lambda data: bytes(len(data)), "shard_changed"),  # an archive without members
+}
+
+
+def test_a_thousand_damaged_shards_lose_their_rows_and_leave_nothing_open(tmp_path):
+    """They were whole when the run counted them; 100 others stay whole."""
+    (path,) = data_cases.write_shards(tmp_path, [2])
+    whole = Path(path).read_bytes()
+    Path(path).unlink()
+    kinds = [*SHARD_DAMAGES] * 200 + ["good"] * 100
+    paths = [tmp_path / f"{k:05d}.tar" for k in range(len(kinds))]
+    for path in paths:
+        path.write_bytes(whole)
+    pattern, run = f"{tmp_path}/{{00000..01099}}.tar", str(tmp_path / "run")
+    open_sources(pattern, log=SkipLog(), resident=8, workdir=run)
+    for path, kind in zip(paths, kinds, strict=True):
+        if kind != "good":
+            path.write_bytes(SHARD_DAMAGES[kind][0](whole))
+    for path in paths[:7]:
+        path.unlink()
+    log = SkipLog(tmp_path / "skipped.jsonl")
+    (shards,) = open_sources(pattern, log=log, resident=64, workdir=run)
+    files = len(list(Path("/proc/self/fd").iterdir()))
+    keys, good = one_epoch(shards, log, batch_size=64)
+    assert len(keys) == 2200 and good.sum() == 200
+    want = Counter(SHARD_DAMAGES[kind][1] for kind in kinds[7:1000])
+    assert log.counts == {cause: 2 * n for cause, n in want.items()} | {"shard_missing": 2 * 7}
+    assert len((tmp_path / "skipped.jsonl").read_text().splitlines()) == 1000
+    assert len(list(Path("/proc/self/fd").iterdir())) == files
+    assert len(shards[0]._resident._shards) <= 64
+
+
+@pytest.mark.slow
+def test_two_processes_end_together_on_what_one_of_them_skips(tmp_path):
+    """All samples of process 1 are damaged; a shard that both leave out is listed once."""
+    experiment = write_experiment(tmp_path / "data", shards=4, samples=24)
+    for shard in (2, 3):
+        path = tmp_path / f"data/0000{shard}.tar"
+        path.write_bytes(path.read_bytes().replace(b"\x89PNG", b"\x89XXX"))
+    whole = (tmp_path / "data/00000.tar").read_bytes()
+    for k in range(4, 44):  # good ones, so that one lost shard is not too much
+        (tmp_path / f"data/{k:05d}.tar").write_bytes(bytes(1024))  # no sample at all
+    (tmp_path / "data/00044.tar").write_bytes(whole[:1000])
+    flags = ("--config.train.steps=500", f"--config.data.train={tmp_path}/data")
+    workdir = tmp_path / "run"
+    processes = start_two(experiment, workdir, *flags)
+    assert [process.wait(200) for process in processes] == [2, 2]
+    for index in range(2):
+        lines = log_file(workdir, index).read_text()
+        # 8 of each step's 16 rows: more than a tenth of 1,000 with batch 13, and 14 is fetched.
+        assert f"error: process {index}: 112 of 224 samples could not be used: 112 not" in lines
+    listed = [json.loads(line) for line in (workdir / "skipped.jsonl").read_text().splitlines()]
+    assert [Path(line["name"]).name for line in listed] == ["00044.tar"]
+    others = (workdir / "skipped-1.jsonl").read_text().splitlines()
+    assert len(others) == 48 and all("not_an_image" in line for line in others)

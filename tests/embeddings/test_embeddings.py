@@ -1,0 +1,232 @@
+"""Folders of embeddings: their layout, what is skipped, and that they do not know of a kill."""
+
+import itertools
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import webdataset
+from data_cases import encode, picture, write_shards
+from embedded import SIDE, toy_about, toy_encoders, write_tiny_model
+from hypothesis import given
+from hypothesis import strategies as st
+from pairs import write_data
+from run_tiny import ROOT, environment
+
+from clip_jax.data.images import eval_transform
+from clip_jax.embeddings.folder import claim, open_embeddings, part_file, read_about
+from clip_jax.embeddings.write import embed, finish, index_pictures, neighbours, own_parts
+from clip_jax.errors import UserError
+from clip_jax.tools import embed as command
+
+# From unit rows in float32 to float16: half a last place below 1 is 2^-12, and of two such
+# roundings in a product of unit vectors no more is left.
+HALF = 2**-12
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def damage(folder: Path) -> None:
+    """A shard more, with two samples that cannot be used and one without a caption."""
+    with webdataset.TarWriter(str(folder / "s-00009.tar")) as writer:
+        writer.write({"__key__": "x0", "png": b"no picture", "txt": "broken"})
+        writer.write({"__key__": "x1", "png": encode(picture("RGB", 15, 12), "PNG")})
+        writer.write({"__key__": "x2", "txt": "no picture at all"})
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("embed")
+    write_shards(folder, [30, 23], side=SIDE)
+    damage(folder)
+    return str(folder)
+
+
+def make(data, folder, *, after=None, **place):
+    about = toy_about(data)
+    claim(folder, about)
+    encoders = toy_encoders(after=after)
+    return embed(encoders, index_pictures(data), about, folder, progress=False, **place)
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    assert make(data, folder) == [0, 1, 2, 3]
+    assert finish(folder, toy_about(data))[0] == 54
+    return folder
+
+
+def test_rows_are_the_encoders_and_the_metadata_names_them(data, whole):
+    encoders, indexes = toy_encoders(), index_pictures(data)
+    images, texts = open_embeddings(whole), open_embeddings(whole, "text")
+    assert [p.name for p in images.paths] == [f"img_emb_{i}.npy" for i in range(4)]
+    assert images.parts[0].dtype == np.float16 and len(images) == len(texts) == 54
+    assert len(files(whole)) == 4 * 4 + 2
+    z_image, z_text = images.rows(np.arange(54)), texts.rows(np.arange(54))
+    for row in (0, 15, 16, 29, 30, 52):
+        about = images.metadata(row)
+        assert about["row"] == row and about["caption"] == f"caption {row}"
+        shard = "s-00000.tar" if row < 30 else "s-00001.tar"
+        assert about["image_path"] == f"{shard}/{about['key']}" == f"{shard}/{row:06d}"
+        pixels = eval_transform(picture("RGB", SIDE, SIDE + 3, seed=row), SIDE)
+        for found, z in (
+            (z_image[row], encoders.encode_image(pixels[None])[0]),
+            (z_text[row], encoders.encode_text(encoders.tokenizer([about["caption"]], 16))[0]),
+        ):
+            np.testing.assert_allclose(found, z / np.linalg.norm(z), atol=HALF)
+    # The one without a caption has the features of an empty text, as an empty file would have.
+    assert images.metadata(53)["caption"] == "" and images.metadata(53)["row"] == 54
+    assert sum(map(len, indexes)) == 56
+
+
+def test_what_cannot_be_used_is_listed_with_its_cause(whole):
+    lines = [json.loads(line) for line in (whole / "skipped.jsonl").read_text().splitlines()]
+    assert [(line["cause"], line["name"]) for line in lines] == [
+        ("not_an_image", "s-00009.tar/x0"),
+        ("no_image", "s-00009.tar/x2"),
+    ]
+
+
+@pytest.mark.parametrize("after", [0, 1, 3, 6])
+def test_stopped_anywhere_it_goes_on_to_the_same_bytes(data, whole, tmp_path, after):
+    folder = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        make(data, folder, after=after)
+    # A killed process may leave what it was writing.
+    torn = part_file(folder, "img_emb", after // 2, 4)
+    torn.parent.mkdir(exist_ok=True)
+    torn.with_name(torn.name + ".partial").write_bytes(b"half")
+    assert finish(folder, toy_about(data)) is None
+    with pytest.raises(UserError, match=r"is not finished|holds no img_emb"):
+        open_embeddings(folder)
+    assert make(data, folder) == list(range(after // 2, 4))
+    finish(folder, toy_about(data))
+    assert files(folder) == files(whole)
+
+
+def test_damaged_and_missing_files_of_a_part_are_made_again(data, whole, tmp_path):
+    folder = tmp_path / "out"
+    make(data, folder)
+    part_file(folder, "img_emb", 1, 4).write_bytes(
+        part_file(whole, "img_emb", 1, 4).read_bytes()[:99]
+    )
+    part_file(folder, "metadata", 3, 4).unlink()
+    with pytest.raises(UserError, match="2 of 4 parts are whole"):
+        open_embeddings(folder)
+    assert make(data, folder) == [1, 3]
+    finish(folder, toy_about(data))
+    assert files(folder) == files(whole)
+
+
+def test_processes_make_parts_of_their_own_and_the_last_one_finishes(data, whole, tmp_path):
+    folder = tmp_path / "out"
+    made = []
+    for index in (2, 0, 1):
+        assert finish(folder, toy_about(data)) is None
+        made += make(data, folder, index=index, count=3)
+    assert sorted(made) == [0, 1, 2, 3]
+    finish(folder, toy_about(data))
+    assert files(folder) == files(whole)
+
+
+@given(st.integers(0, 60), st.integers(1, 20))
+def test_parts_are_shared_out_once_and_evenly(parts, count):
+    shares = [own_parts(parts, index, count) for index in range(count)]
+    assert [n for share in shares for n in share] == list(range(parts))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@given(st.sets(st.integers(0, 40)))
+def test_neighbours_are_the_numbers_in_runs_with_gaps_between(numbers):
+    runs = neighbours(sorted(numbers))
+    assert [n for run in runs for n in run] == sorted(numbers)
+    assert all(a.stop < b.start for a, b in itertools.pairwise(runs))
+
+
+def test_another_model_or_source_is_refused_by_name(data, whole, tmp_path):
+    claim(whole, toy_about(data, model="moved"))
+    with pytest.raises(UserError, match="begun with identity 'a' and this is 'b'"):
+        claim(whole, toy_about(data, identity="b"))
+    with pytest.raises(UserError, match="begun with part_rows 16 and this is 32"):
+        claim(whole, toy_about(data, part_rows=32))
+    (tmp_path / "img_emb").mkdir()
+    with pytest.raises(UserError, match=r"without embedding\.json"):
+        claim(tmp_path, toy_about(data))
+    (tmp_path / "embedding.json").write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        read_about(tmp_path)
+
+
+def test_numbers_have_the_digits_of_clip_retrieval():
+    names = [part_file(Path(), "metadata", 3, parts).name for parts in (1, 9, 10, 99, 100)]
+    assert names == [f"metadata_{n}.parquet" for n in ("3", "3", "03", "03", "003")]
+
+
+@pytest.mark.parametrize("wrong", ["2", "2/2", "-1/2", "a/b", "1/0"])
+def test_a_wrong_place_among_processes_is_one_line(wrong):
+    with pytest.raises(UserError, match="is not I/N"):
+        command.place_of(wrong)
+
+
+def test_the_place_comes_from_the_flag_or_the_cluster(monkeypatch):
+    assert command.place_of(None) == (0, 1)
+    monkeypatch.setenv("SLURM_JOB_ID", "5")
+    for name, value in {"PROCID": 2, "NTASKS": 3, "LOCALID": 0, "STEP_NUM_NODES": 3}.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "a,b,c")
+    assert command.place_of(None) == (2, 3)
+    assert command.place_of("1/8") == (1, 8)
+
+
+def test_pictures_alone_in_a_folder_are_embedded(tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(encode(picture("RGB", 14, 14, seed=i), "PNG"))
+    about = toy_about(str(tmp_path), texts=False)
+    out = tmp_path / "out"
+    embed(toy_encoders(), index_pictures(str(tmp_path)), about, out, progress=False)
+    table = pq.read_table(out / "metadata/metadata_0.parquet")
+    assert table["key"].to_pylist() == ["0.png", "1.png", "2.png"]
+    assert not (out / "text_emb").exists()
+
+
+def run_command(data: str, model: Path, out: Path) -> list[str]:
+    line = [sys.executable, "-m", "clip_jax.embed", "--model", str(model), "--data", data]
+    return [*line, "--out", str(out), "--batch-size", "16", "--part-size", "48"]
+
+
+@pytest.mark.slow
+def test_the_command_killed_three_times_leaves_the_same_bytes(tmp_path):
+    folder, pattern = write_data(tmp_path / "data", shards=8, samples=300)
+    model = write_tiny_model(tmp_path / "model", folder / "t.model")
+
+    def start(out):
+        return subprocess.Popen(
+            run_command(pattern, model, out),
+            cwd=ROOT,
+            env=environment(8),
+            stderr=subprocess.DEVNULL,
+        )
+
+    assert start(tmp_path / "whole").wait() == 0
+    assert len(list((tmp_path / "whole/metadata").iterdir())) == 50
+    killed = tmp_path / "killed"
+    for parts in (4, 17, 31):
+        process = start(killed)
+        while len(list(killed.glob("metadata/*.parquet"))) < parts:
+            assert process.poll() is None
+            time.sleep(0.002)
+        process.kill()
+        process.wait()
+        assert not (killed / "skipped.jsonl").exists()
+    assert start(killed).wait() == 0
+    assert {n: b for n, b in files(killed).items() if "partial" not in n} == files(
+        tmp_path / "whole"
+    )

@@ -1,0 +1,373 @@
+"""Probes, neighbours, intervals, calibration, and features over a mesh, stored and found again."""
+
+import dataclasses
+import functools
+import json
+
+import numpy as np
+import pytest
+from data_cases import ToyTokenizer, write_shards
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clip_jax.errors import UserError
+from clip_jax.evaluation import bootstrap
+from clip_jax.evaluation.bootstrap import mean_recall_interval, ratio_intervals
+from clip_jax.evaluation.calibration import calibration_error, reliability
+from clip_jax.evaluation.encoders import Encoders, image_encoder_over, text_encoder_over, unit_rows
+from clip_jax.evaluation.feature_store import FeatureSet, collect
+from clip_jax.evaluation.knn import neighbour_votes
+from clip_jax.evaluation.linear_probe import MOST_FITS, choose_c, draw_shots, fit
+from clip_jax.evaluation.prompts import load_class_names, load_templates, shipped_templates
+from clip_jax.evaluation.run import Request, run_evaluation
+from clip_jax.evaluation.tasks import Subject, check_tasks, few_shot, linear_probe, neighbours
+from clip_jax.parallel.mesh import make_mesh
+from clip_jax.tools import evaluate
+
+SIDE, D = 12, 8
+WEIGHTS = np.random.default_rng(0).normal(size=(SIDE * SIDE * 3, D)).astype(np.float32)
+WORDS = np.random.default_rng(1).normal(size=(ToyTokenizer.vocab_size, D)).astype(np.float32)
+
+
+def encode_image(images_BHWC):
+    return (images_BHWC.reshape(len(images_BHWC), -1) / 255.0) @ WEIGHTS
+
+
+def encode_text(tokens_BL):
+    return (WORDS[np.asarray(tokens_BL)] * (np.asarray(tokens_BL) > 0)[..., None]).sum(axis=1)
+
+
+def clusters(rng, rows, classes=4, width=6, noise=0.5):
+    centres = rng.normal(size=(classes, width))
+    label_B = rng.integers(classes, size=rows)
+    return unit_rows(centres[label_B] + noise * rng.normal(size=(rows, width))), label_B
+
+
+def feature_set(z_BD, label_B):
+    return FeatureSet(
+        z_BD, np.arange(len(z_BD)), label_B.astype(np.int32), [""] * len(z_BD),
+        np.zeros((0, z_BD.shape[1]), np.float32), [], np.zeros(0, np.int64), {},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("c", [0.1, 10.0])
+def test_the_probe_is_at_the_minimum_on_any_mesh(c):
+    x_BD, y_B = clusters(np.random.default_rng(2), 203)
+    alone = fit(x_BD, y_B, num_classes=4, c=c, tolerance=1e-6)
+    mesh = make_mesh(data=4, fsdp=2, tensor=1)
+    # The gradient of C * sum of cross-entropies + |W|^2 / 2 in float64, over C and the rows: of
+    # float32 sums of terms below 1 some 1e-6 is left, times what the coordinates' change stretches.
+    logits_BM = x_BD.astype(np.float64) @ alone.weights_MD.T + alone.bias_M
+    p_BM = np.exp(logits_BM - logits_BM.max(axis=1, keepdims=True))
+    p_BM /= p_BM.sum(axis=1, keepdims=True)
+    off_BM = (p_BM - np.eye(4)[y_B]) / len(y_B)
+    assert np.abs(off_BM.T @ x_BD + alone.weights_MD / (c * len(y_B))).max() < 2e-5
+    assert np.abs(off_BM.sum(axis=0)).max() < 2e-5
+    # 203 rows are no multiple of 8: the rows that fill them up weigh nothing.
+    split = fit(x_BD, y_B, num_classes=4, c=c, tolerance=1e-6, mesh=mesh)
+    np.testing.assert_allclose(split.logits(x_BD), alone.logits(x_BD), atol=2e-2)
+    assert (split.logits(x_BD).argmax(1) == alone.logits(x_BD).argmax(1)).all()
+
+
+def test_the_probe_tells_of_its_steps_and_does_not_depend_on_how_often(monkeypatch, capfd):
+    x_BD, y_B = clusters(np.random.default_rng(4), 90)
+    fit_one, told = functools.partial(fit, num_classes=4, c=10.0), []
+    mesh = make_mesh(data=8, fsdp=1, tensor=1)
+    whole, split = fit_one(x_BD, y_B), fit_one(x_BD, y_B, mesh=mesh)
+    monkeypatch.setattr("clip_jax.evaluation.linear_probe.STEPS_AT_ONCE", 4)
+    often = fit_one(x_BD, y_B, told=told.append)
+    assert told == [*range(4, whole.steps, 4), whole.steps] and len(told) > 1
+    np.testing.assert_array_equal(often.weights_MD, whole.weights_MD)
+    np.testing.assert_array_equal(often.bias_M, whole.bias_M)
+    often = fit_one(x_BD, y_B, mesh=mesh)
+    np.testing.assert_array_equal(often.weights_MD, split.weights_MD)
+    assert fit_one(x_BD, y_B, max_steps=6).steps == 6
+    rest = feature_set(x_BD, y_B)
+    linear_probe(Subject(rest, train=rest, progress=True))
+    assert "linear_probe: 100%" in (shown := capfd.readouterr().err) and ", step " in shown
+
+
+def test_c_is_the_best_of_what_the_search_tried():
+    peak, asked = -1.375, []
+
+    class Ranked:
+        def __init__(self, c):
+            self.off = abs(np.log10(c) - peak)
+
+        def logits(self, z_BD):
+            right = np.arange(1000) >= 50 * self.off
+            return np.stack([right, ~right], axis=1)
+
+    def pretended(x, y, *, c):
+        asked.append(c)
+        return Ranked(c)
+
+    data = np.zeros((1000, 2), np.float32), np.zeros(1000, int)
+    c, tried = choose_c(data, data, pretended)
+    # An eighth of a decade, as the paper has it, and far fewer than its 97 values.
+    assert c == pytest.approx(10**peak) and max(tried, key=tried.get) == c
+    assert len(asked) == len(set(asked)) <= MOST_FITS
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(1, 30), st.integers(1, 40), st.integers(1, 7), st.integers(0, 2**32 - 1))
+def test_neighbours_vote_as_defined(rows, train, k, seed):
+    rng = np.random.default_rng(seed)
+    (z_BD, _), (x_ND, y_N) = clusters(rng, rows), clusters(rng, train)
+    found = neighbour_votes(z_BD, x_ND, y_N, num_classes=4, k=k)
+    cosine = z_BD.astype(np.float64) @ x_ND.T
+    order = np.argsort(-cosine, axis=1)[:, :k]
+    near = np.take_along_axis(cosine, order, 1)
+    votes = np.exp((near - near[:, :1]) / 0.07)
+    expected = [[v[y_N[o] == m].sum() for m in range(4)] for v, o in zip(votes, order, strict=True)]
+    # exp(x / 0.07) makes 14 times the rounding of a float32 cosine.
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_learning_tasks_tell_clusters_apart_and_refuse_to_guess():
+    rng = np.random.default_rng(3)
+    z_BD, y_B = clusters(rng, 300, noise=0.15)
+    rest = feature_set(z_BD[100:], y_B[100:])
+    subject = Subject(feature_set(z_BD[:100], y_B[:100]), train=rest, shots=(1, 4), draws=2)
+    (probe,), (near,), shots = linear_probe(subject), neighbours(subject), few_shot(subject)
+    assert probe.metrics["lp_acc1"] > 0.9 and near.metrics["knn_acc1"] > 0.9
+    assert [s.metrics["fewshot_k"] for s in shots] == [1.0, 4.0]
+    held = feature_set(z_BD[200:], y_B[200:])
+    given_ = dataclasses.replace(subject, validation=held, shots=(4,), draws=1)
+    (chosen,), rows = few_shot(given_), draw_shots(y_B[100:], 4, seed=0)
+    drawn = z_BD[100:][rows], y_B[100:][rows]
+    best, _ = choose_c(drawn, (z_BD[200:], y_B[200:]), functools.partial(fit, num_classes=4))
+    assert chosen.metrics["C"] == pytest.approx(best) and shots[0].metrics["C"] == 1
+    low, high = probe.intervals["lp_acc1"]
+    assert low <= probe.metrics["lp_acc1"] <= high
+    assert (np.bincount(y_B[draw_shots(y_B, 3, seed=0)]) == 3).all()
+    with pytest.raises(UserError, match="give --train-data"):
+        linear_probe(Subject(rest))
+    few_at_last = dataclasses.replace(subject, shots=(1000, 1), draws=1)
+    assert [s.metrics["fewshot_k"] for s in few_shot(few_at_last)] == [1.0]
+    with pytest.raises(UserError, match=r"no class has more than [0-9]+ training pictures"):
+        few_shot(dataclasses.replace(subject, shots=(1000,)))
+    unlabelled = feature_set(z_BD, np.full(300, -1))
+    with pytest.raises(UserError, match="linear_probe: no picture of the test data has a label"):
+        linear_probe(dataclasses.replace(subject, test=unlabelled))
+    with pytest.raises(UserError, match="no task 'zeroshot'; the tasks are zeroshot_class"):
+        check_tasks(["zeroshot"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--shots", "1,two"], "--shots '1,two' is no list of whole numbers"),
+        (["--shots", "0"], "must be at least 1"),
+        (["--neighbours", "0"], "must be at least 1"),
+        (["--batch-size", "0"], "must be at least 1"),
+        (["--dataset", "imagenet1K"], "no class names are shipped for --dataset imagenet1K"),
+        (["--dataset", "cars"], "give --classnames, or one of .*imagenet1k"),
+    ],
+)
+def test_mistakes_on_the_command_line(monkeypatch, tmp_path, flags, message):
+    command = ["evaluate", "--model", str(tmp_path), "--data", "none.tar", *flags]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(UserError, match=message):
+        evaluate.main()
+
+
+def test_nothing_is_encoded_before_a_mistake_is_told(tmp_path):
+    write_shards(tmp_path, [5], side=SIDE)
+    encoders, seen = over_eight_devices()
+    ask = functools.partial(run_evaluation, encoders, folder=tmp_path / "out", progress=False)
+    with pytest.raises(UserError, match="no task 'few'"):
+        ask(Request(data=str(tmp_path), tasks=["few"]))
+    with pytest.raises(UserError, match="few_shot learns from labelled pictures"):
+        ask(Request(data=str(tmp_path), tasks=["few_shot"]))
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(UserError, match=r"--out .*/out cannot be made .*; give another"):
+        ask(Request(data=str(tmp_path)))
+    assert not seen
+
+
+def test_intervals_hold_what_they_should(monkeypatch):
+    rng = np.random.default_rng(4)
+    label_B, right_B = rng.integers(5, size=400), rng.random(400) < 0.3
+    hits = right_B.astype(float)[:, None]
+    ((low, high),) = ratio_intervals(hits, np.ones((400, 1)))
+    # The normal approximation of a share's error; 1,000 resamples leave some 5 % of its width.
+    spread = 1.96 * np.sqrt(hits.mean() * (1 - hits.mean()) / 400)
+    assert low == pytest.approx(hits.mean() - spread, abs=0.15 * spread)
+    assert high == pytest.approx(hits.mean() + spread, abs=0.15 * spread)
+    # Three equal captions a picture bring no news.
+    assert ratio_intervals(3 * hits, np.full((400, 1), 3.0)) == [(low, high)]
+    a, b = mean_recall_interval(right_B, label_B)
+    assert a < np.mean([right_B[label_B == m].mean() for m in range(5)]) < b
+    # One picture a class is as uncertain as the pictures are.
+    a, b = mean_recall_interval(right_B, np.arange(400))
+    assert b - a > spread
+    monkeypatch.setattr(bootstrap, "RESAMPLES", 10)
+    assert ratio_intervals(np.zeros((5, 1)), np.ones((5, 1))) == [(0.0, 0.0)]
+
+
+def test_calibration_error_is_the_definition():
+    share_B = np.array([0.05, 0.95, 0.95, 0.95, 1.0])
+    right_B = np.array([False, True, True, False, True])
+    # Two bins: one picture at 0.05, never right; four at 0.9625, three of them right.
+    assert calibration_error(share_B, right_B, bins=10) == pytest.approx(
+        (1 * 0.05 + 4 * abs(0.9625 - 0.75)) / 5
+    )
+    assert [row["images"] for row in reliability(share_B, right_B, bins=10)] == [1] + [0] * 8 + [4]
+
+
+def over_eight_devices():
+    import jax
+
+    mesh = make_mesh(data=4, fsdp=2, tensor=1)
+    seen = []
+
+    @jax.jit
+    def image(images):
+        return (images.reshape(len(images), -1) / 255.0) @ WEIGHTS
+
+    @jax.jit
+    def text(tokens):
+        return (jax.numpy.asarray(WORDS)[tokens] * (tokens > 0)[..., None]).sum(axis=1)
+
+    def watched(images):
+        seen.append((images.shape, len(images.sharding.device_set)))
+        return image(images)
+
+    encoders = Encoders(
+        image_encoder_over(watched, mesh),
+        text_encoder_over(text, mesh),
+        ToyTokenizer(),
+        image_size=SIDE,
+        context_length=16,
+        name="toy",
+        identity="a",
+        shards=8,
+    )
+    return encoders, seen
+
+
+def test_a_prime_number_of_images_on_eight_devices_counts_each_once(tmp_path):
+    write_shards(tmp_path, [20, 17], side=SIDE)
+    (tmp_path / "names.txt").write_text("".join(f"name {i}\n" for i in range(7)))
+    request = Request(
+        data=str(tmp_path), classnames=str(tmp_path / "names.txt"), templates=["{}", "a {}"],
+        ablate=["{}", "a {}"], batch_size=10,
+    )  # fmt: skip
+    encoders, seen = over_eight_devices()
+    results = run_evaluation(encoders, request, folder=tmp_path / "out", progress=False)
+    # Batches of 10 become 16, so that eight devices share them; every one has that shape.
+    assert set(seen) == {((16, SIDE, SIDE, 3), 8)} and len(seen) == 3
+    assert [r["images"] for r in results] == [37, 37]
+    alone = Encoders(
+        encode_image, encode_text, ToyTokenizer(),
+        image_size=SIDE, context_length=16, name="toy", identity="b",
+    )  # fmt: skip
+    expected = run_evaluation(alone, request, folder=tmp_path / "alone", progress=False)
+    for ours, theirs in zip(results, expected, strict=True):
+        assert ours["metrics"] == pytest.approx(theirs["metrics"], abs=1e-6)
+    written = json.loads((tmp_path / "out" / "eval.json").read_text())
+    assert [a["template"] for a in written["ablation"]] == ["{}", "a {}", "all 2 together"]
+    assert written["ablation"][2]["acc1"] == pytest.approx(results[0]["metrics"]["acc1"])
+    rows = (tmp_path / "out" / "confusion.csv").read_text().splitlines()
+    assert rows[0] == "truth,guess,images"
+    assert sum(int(row.rsplit(",", 1)[1]) for row in rows[1:]) == 37
+
+    # Again, with other tasks: nothing is encoded twice; with other weights everything is.
+    before = len(seen)
+    again = run_evaluation(encoders, request, folder=tmp_path / "out", progress=False)
+    assert again == results and len(seen) == before
+    other = over_eight_devices()[0].__class__(**{**vars(encoders), "identity": "c"})
+    run_evaluation(other, request, folder=tmp_path / "out", progress=False)
+    assert len(seen) == 2 * before
+
+
+def test_an_evaluation_that_was_killed_goes_on_at_its_last_part(tmp_path):
+    rng = np.random.default_rng(5)
+    images = rng.integers(0, 256, (23, SIDE, SIDE, 3), dtype=np.uint8)
+    seen = []
+
+    def batches_from(start, stop=None):
+        for step in range(start, 6):
+            if step == stop:
+                raise KeyboardInterrupt
+            rows = np.arange(step * 4, step * 4 + 4)
+            ok = rows < 23
+            seen.append(step)
+            yield {
+                "image": images[np.minimum(rows, 22)],
+                "ok": ok,
+                "label": rows % 3,
+                "key": [f"k{r}" for r in rows],
+                "captions": [[f"caption {r}"] * (r % 3) for r in rows],
+            }
+
+    def run(source, folder):
+        return collect(
+            encode_image, encode_text, ToyTokenizer(), source, context_length=16,
+            text_batch_size=4, batches_per_part=2, folder=folder, progress=False,
+        )  # fmt: skip
+
+    whole = run(batches_from, None)
+    assert len(whole) == 23 and whole.row_B.tolist() == list(range(23))
+    with pytest.raises(KeyboardInterrupt):
+        run(lambda start: batches_from(start, 5), tmp_path)
+    seen.clear()
+    resumed = run(batches_from, tmp_path)
+    assert seen == [4, 5]
+    for name, value in vars(whole).items():
+        np.testing.assert_array_equal(getattr(resumed, name), value, err_msg=name)
+    # A part that was damaged is made again.
+    part = tmp_path / "part-00001.npz"
+    data = part.read_bytes()
+    flipped = data[:300] + bytes([data[300] ^ 255]) + data[301:]
+    for damaged in (b"", b"PK", data[: len(data) // 2], flipped):
+        part.write_bytes(damaged)
+        seen.clear()
+        np.testing.assert_array_equal(run(batches_from, tmp_path).z_image_BD, whole.z_image_BD)
+        assert seen == [2, 3, 4, 5]
+
+
+def test_shipped_names_and_templates():
+    assert len(load_class_names("imagenet1k")) == 1000 and len(load_class_names("pets")) == 37
+    assert [len(load_templates(f"imagenet_{n}")) for n in (1, 7, 80)] == [1, 7, 80]
+    assert load_templates(["{}", "imagenet_7"]) == ["{}", *load_templates("imagenet_7")]
+    # Every shipped list is fit for use.
+    for name in shipped_templates():
+        assert load_templates(name)
+
+
+def test_evaluation_during_a_run_compiles_once_and_follows_the_parameters(tmp_path):
+    import jax
+
+    from clip_jax.evaluation.in_training import make_evaluator
+
+    write_shards(tmp_path, [20], side=SIDE)
+    (tmp_path / "names.txt").write_text("".join(f"name {i}\n" for i in range(7)))
+    request = Request(data=str(tmp_path), classnames=str(tmp_path / "names.txt"), batch_size=8)
+    traced = []
+
+    @jax.jit
+    def image(variables, images):
+        traced.append(images.shape)
+        return (images.reshape(len(images), -1) / 255.0) @ variables["params"]["image"]
+
+    @jax.jit
+    def text(variables, tokens):
+        z = variables["params"]["text"][tokens]
+        return (z * (tokens > 0)[..., None]).sum(axis=1)
+
+    evaluate = make_evaluator(
+        image, text, request, make_mesh(data=8, fsdp=1, tensor=1), scale=lambda v: 10.0,
+        tokenizer=ToyTokenizer(), image_size=SIDE, context_length=16, shards=8,
+    )  # fmt: skip
+    first = evaluate({"params": {"image": WEIGHTS, "text": WORDS}})
+    second = evaluate({"params": {"image": -WEIGHTS, "text": WORDS}})
+    assert len(traced) == 1 and first != second
+    alone = Encoders(
+        encode_image, encode_text, ToyTokenizer(), image_size=SIDE, context_length=16, scale=10.0
+    )
+    results = run_evaluation(alone, request, folder=tmp_path / "out", progress=False)
+    expected = results[0]["metrics"] | results[1]["metrics"]
+    # Sums of float32 numbers in another order; ranks are the same.
+    assert first == pytest.approx(expected, abs=1e-6)

@@ -1,0 +1,391 @@
+"""The planner: what it counts equals the compiler's figures and the hand counts."""
+
+import dataclasses
+import math
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from steps import compile_step
+from test_compiled import step_of
+from tiny import RESNET, VIT
+
+from clip_jax.config import default, resolve
+from clip_jax.errors import UserError
+from clip_jax.models.flops import train_flops_per_pair
+from clip_jax.models.resnet import ResNetConfig
+from clip_jax.models.zoo import model_config
+from clip_jax.parallel.mesh import batch_shards
+from clip_jax.planning.counts import collectives, matmul_flops, replica_group
+from clip_jax.planning.estimate import USABLE, advice, gigabytes, run_steps, step_times
+from clip_jax.planning.hardware import DEVICES, find_device
+from clip_jax.planning.hlo import parse_program, trip_count, visits
+from clip_jax.planning.memory import Memory, measure_memory
+from clip_jax.planning.program import Facts, loss_flops
+from clip_jax.planning.text import plan_text
+from clip_jax.protobuf import fields, varints
+from clip_jax.tools.plan import plan
+from clip_jax.training.state import device_bytes
+
+
+def program_of(function, *shapes):
+    arrays = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
+    compiled = jax.jit(function).lower(*arrays).compile()
+    return parse_program(compiled.as_text()), compiled
+
+
+@settings(max_examples=5, deadline=None)
+@given(st.integers(2, 9), st.integers(2, 9), st.integers(2, 9))
+def test_a_product_counts_as_the_compiler_counts_it(m, k, n):
+    program, compiled = program_of(jnp.matmul, (m, k), (k, n))
+    assert matmul_flops(program) == compiled.cost_analysis()["flops"] == 2 * m * k * n
+
+
+def convolve(x, kernel):
+    """Without padding, and with a stride of one: where the compiler's count is the same."""
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=numbers)
+
+
+def test_a_convolution_counts_as_the_compiler_counts_it():
+    program, compiled = program_of(convolve, (2, 9, 9, 3), (3, 3, 3, 5))
+    assert matmul_flops(program) == compiled.cost_analysis()["flops"] == 2 * 2 * 49 * 27 * 5
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_convolutions_gradients_cost_as_much_as_itself(stride):
+    def loss(x, kernel):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        y = jax.lax.conv_general_dilated(
+            x, kernel, (stride, stride), ((1, 1), (1, 1)), dimension_numbers=numbers
+        )
+        return jnp.sum(y * y)
+
+    program, _ = program_of(jax.grad(loss, argnums=(0, 1)), (4, 8, 8, 16), (3, 3, 16, 32))
+    once = 2 * 4 * (8 // stride) ** 2 * 9 * 16 * 32
+    assert matmul_flops(program) == 3 * once
+
+
+@pytest.mark.parametrize("times", [2, 7])
+def test_a_loops_body_counts_as_often_as_it_runs(times):
+    """The compiler's own count takes it once."""
+
+    def looped(x, w):
+        return jax.lax.scan(lambda x, _: (jnp.tanh(x @ w), None), x, length=times)[0]
+
+    program, compiled = program_of(looped, (8, 8), (8, 8))
+    assert matmul_flops(program) == times * 2 * 8**3
+    assert compiled.cost_analysis()["flops"] < 2 * 2 * 8**3
+    (loop,) = [v.instruction for v in visits(program) if v.instruction.opcode == "while"]
+    assert trip_count(program, loop) == times
+
+
+def test_a_loop_that_ends_on_the_data_is_refused():
+    def looped(x, w):
+        return jax.lax.while_loop(lambda x: jnp.sum(x) < 9.0, lambda x: x @ w, x)
+
+    program, _ = program_of(looped, (4, 4), (4, 4))
+    with pytest.raises(ValueError, match="trip count"):
+        matmul_flops(program)
+
+
+@pytest.mark.parametrize(
+    ("text", "group"),
+    [
+        ("replica_groups={{0,1,2,3},{4,5,6,7}}", (0, 1, 2, 3)),
+        ("replica_groups=[2,4]<=[8]", (0, 1, 2, 3)),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", (0, 4)),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b'}", (0, 1, 2, 3)),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a'}", (0, 4)),
+        ("replica_groups=mesh['a'=8] {'a':(1)2}", (0, 4)),
+        ("replica_groups=mesh['a'=8] {'a':(2)4}", (0, 1, 2, 3)),
+        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}", (0, 1, 2, 3)),
+        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}", (0, 4)),
+        ("source_target_pairs={{0,1},{1,0}}", (0, 1)),
+        ("replica_groups={}", tuple(range(8))),
+    ],
+)
+def test_groups_of_a_collective(text, group):
+    assert replica_group(text, 8) == group
+
+
+def test_what_a_device_sends():
+    """A ring of n: (n-1)/n of the array for a gather or a scatter, twice that for a sum."""
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def exchange(x):
+        gathered = jax.lax.all_gather(x, "x", tiled=True)
+        summed = jax.lax.psum(gathered * x[0, 0], "x")
+        return jax.lax.psum_scatter(summed * gathered, "x", tiled=True)
+
+    mapped = jax.shard_map(exchange, mesh=mesh, in_specs=jax.P("x"), out_specs=jax.P("x"))
+    program, _ = program_of(mapped, (64, 4))
+    found = {x.kind: x for x in collectives(program, 8)}
+    size = 64 * 4 * 4
+    assert {kind: x.bytes for kind, x in found.items()} == {
+        "all-gather": size,
+        "all-reduce": size,
+        "reduce-scatter": size,
+    }
+    assert found["all-gather"].wire_bytes == found["reduce-scatter"].wire_bytes == 7 / 8 * size
+    assert found["all-reduce"].wire_bytes == 2 * 7 / 8 * size
+
+
+def check_memory(step):
+    stats = step.compiled.memory_analysis()
+    shards = batch_shards(step.shapes.step.sharding.mesh)
+    memory = measure_memory(
+        step.compiled,
+        step.program,
+        step.shapes,
+        embed_dim=step.config.embed_dim,
+        rows=step.batch["ok"].size // shards,
+    )
+    total = (
+        stats.argument_size_in_bytes
+        + stats.output_size_in_bytes
+        - stats.alias_size_in_bytes
+        + stats.temp_size_in_bytes
+    )
+    assert memory.total == total == sum(memory.kinds.values())
+    assert all(size >= 0 for size in memory.kinds.values())
+    s = step.shapes
+    assert memory.kinds["parameters"] == device_bytes(s.params)
+    assert memory.kinds["optimiser"] == device_bytes(s.opt_state)
+    # To the byte: the program's arguments are the state and the batch.
+    state = device_bytes(s)
+    assert stats.argument_size_in_bytes == state + device_bytes(step.batch)
+    assert memory.kinds["batch"] == device_bytes(step.batch)
+    # The compiler names what is alive at its peak; gaps and constants are the rest of it.
+    named = sum(
+        memory.kinds.get(kind, 0)
+        for kind in ("activations", "gradients", "copies of parameters", "embeddings", "loss")
+    )
+    assert 0.7 * stats.temp_size_in_bytes < named <= stats.temp_size_in_bytes
+    assert memory.kinds["activations"] > 0.5 * named
+
+
+def test_memory_is_the_compilers():
+    check_memory(step_of("fsdp"))
+
+
+def first_convolution(c):
+    """Its input is the picture, whose gradient nobody takes; a hand count of 3 x forward has it."""
+    if isinstance(c, ResNetConfig):
+        return 2 * (c.image_size // 2) ** 2 * 27 * c.width // 2
+    return 2 * c.grid_size**2 * 3 * c.patch_size**2 * c.width
+
+
+@pytest.mark.parametrize("scan", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_operations_are_the_hand_count(scan):
+    config = dataclasses.replace(VIT, vision=dataclasses.replace(VIT.vision, image_size=64))
+    step = compile_step(config, (1, 1, 1), pairs=32, scan=scan)
+    check_operations(step, config, 32)
+    check_memory(step)
+
+
+@pytest.mark.slow
+def test_a_resnets_operations_and_memory():
+    config = dataclasses.replace(RESNET, vision=ResNetConfig(64, (1, 1, 1, 1), 32))
+    step = compile_step(config, (1, 1, 1), pairs=16)
+    check_operations(step, config, 16)
+    check_memory(step)
+
+
+def check_operations(step, config, pairs, **how):
+    hand = pairs * train_flops_per_pair(config, config.text.context_length, **how)
+    hand += loss_flops(pairs, 1, config.embed_dim, tile_size=16)
+    if how.get("freeze") != "image":
+        hand -= pairs * first_convolution(config.vision)
+    # 2 %: products with a vector, which the compiler turns into sums, are not counted as products.
+    assert step.flops == pytest.approx(hand, rel=0.02)
+
+
+@pytest.mark.parametrize("freeze", ["image", "text"])
+def test_a_frozen_tower_has_no_backward_pass(freeze):
+    check_operations(compile_step(VIT, (1, 1, 1), freeze=freeze), VIT, 64, freeze=freeze)
+
+
+def test_dropped_patches_are_not_counted():
+    config = dataclasses.replace(VIT, vision=dataclasses.replace(VIT.vision, image_size=64))
+    step = compile_step(config, (1, 1, 1), pairs=32, patch_dropout=0.75)
+    kept = config.vision.grid_size**2 // 4
+    check_operations(step, config, 32, kept_patches=kept)
+
+
+def test_kept_cosines_are_not_computed_again():
+    assert 4 * loss_flops(4096, 1, 512) == 3 * loss_flops(4096, 1, 512, tile_size=1024)
+    assert loss_flops(2**16, 1, 512) == loss_flops(2**16, 1, 512, tile_size=1024)
+
+
+def test_in_a_large_model_the_first_convolution_is_nothing():
+    config = model_config("ViT-L/14")
+    pair = train_flops_per_pair(config, config.text.context_length)
+    assert first_convolution(config.vision) < 0.002 * pair
+
+
+def facts(**changes):
+    kinds = {"parameters": 10e9, "optimiser": 20e9, "batch": 1e9, "activations": 60e9}
+    start = Facts(
+        mesh={"data": 32, "fsdp": 1, "tensor": 1},
+        parameters={"image": 1, "text": 1, "other": 1, "total": 3},
+        rows=128,
+        memory=Memory(kinds, sum(kinds.values())),
+        flops=10**14,
+        hand_flops=10**14,
+        exchanges=[],
+    )
+    return dataclasses.replace(start, **changes)
+
+
+def config_of(**values):
+    c = default()
+    c.train.steps, c.train.batch_size, c.model.dtype = 10, 4096, "bfloat16"
+    with c.unlocked():
+        c.update_from_flattened_dict(values)
+    return resolve(c)
+
+
+def test_seconds_of_a_step():
+    times = step_times(facts(), DEVICES["h100"], "bfloat16", 0.5)
+    assert times.compute == pytest.approx(1e14 / (0.5 * 989.4e12))
+    # State read and written, gradients written and read.
+    assert times.update == pytest.approx((2 * 30e9 + 2 * 10e9) / 3.35e12)
+    assert times.loss == times.others == 0
+    assert times.least == times.most == times.compute + times.update
+
+
+def test_rates_inside_a_machine_and_between_machines():
+    h100 = DEVICES["h100"]
+    assert h100.rate(tuple(range(8))) == 450e9
+    assert h100.rate(tuple(range(256))) == 8 * 50e9  # eight of each machine share its network
+    assert h100.rate(tuple(range(0, 256, 8))) == 50e9  # one of each machine
+    assert DEVICES["tpu-v5p"].rate(tuple(range(256))) == 600e9
+
+
+def test_what_fits_needs_no_advice():
+    small = facts(memory=Memory({"activations": 5e10}, 5e10))
+    assert advice(small, config_of(), DEVICES["h100"]) == []
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    batch=st.sampled_from([2**12, 3 * 2**10, 5 * 2**11]),
+    data=st.sampled_from([1, 4, 32]),
+    activations=st.floats(2e10, 2e12),
+)
+def test_the_micro_batch_it_names_fits(batch, data, activations):
+    kinds = {"parameters": 10e9, "optimiser": 20e9, "activations": activations}
+    mesh = {"data": data, "fsdp": 1, "tensor": 1}
+    f = facts(mesh=mesh, rows=batch // data, memory=Memory(kinds, sum(kinds.values())))
+    lines = " ".join(advice(f, config_of(**{"train.batch_size": batch}), DEVICES["h100"]))
+    found = re.search(r"microbatch_size=(\d+)", lines)
+    if found:
+        size = int(found.group(1))
+        assert batch % size == 0 and size % data == 0
+        assert 30e9 + activations * size / batch <= USABLE * 80e9
+    elif f.memory.total > USABLE * 80e9:
+        # Not even one row a device at a time.
+        assert 30e9 + activations * data / batch > USABLE * 80e9
+
+
+def test_advice_names_what_splits_the_state():
+    big = facts(memory=Memory({"parameters": 30e9, "optimiser": 60e9}, int(9e10)))
+    (line, *_) = advice(big, config_of(), DEVICES["h100"])
+    assert line.startswith("config.mesh.fsdp=8") and "11.2 GB instead of 90.0 GB" in line
+
+
+def test_the_answer_in_words():
+    c = config_of(**{"train.steps": 86_400})
+    text = plan_text(facts(), c, "h100", DEVICES["h100"], utilisation=0.5, pairs=None)
+    assert "does not fit: 114 % of the h100's 80 GB" in text
+    assert "remat=blocks" in text and "microbatch_size=2048" in text
+    seconds = step_times(facts(), DEVICES["h100"], "bfloat16", 0.5).most
+    assert f"the run, 86,400 steps: {seconds:.2f}" in text  # as many days as seconds a step
+
+
+def test_steps_of_the_run():
+    epochs = {"train.steps": 0, "train.epochs": 2.0}
+    assert run_steps(config_of(), None) == 10
+    assert run_steps(config_of(**epochs), 8192) == 4
+    assert run_steps(config_of(**epochs), None) is None
+
+
+def test_units():
+    sizes = [0, 999, 1e3, 2.5e6, 1e9, 1.23e12]
+    assert [gigabytes(n) for n in sizes] == [
+        *("0 B", "999 B", "1.0 kB", "2.5 MB", "1.0 GB", "1,230.0 GB")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "abacus"}, "'abacus' is not known; known are: v100"),
+        ({"devices": 0}, "--devices is 0"),
+        ({"utilisation": 0.0}, "--utilisation is 0"),
+        ({"utilisation": 1.5}, "--utilisation is 1.5"),
+        ({"pairs": 3}, "--pairs is 3"),
+        ({"device": "v100"}, "no rate is published for bfloat16 on V100"),
+    ],
+)
+def test_mistakes_are_one_line(options, message):
+    given_ = {"devices": 8, "device": "h100"} | options
+    with pytest.raises(UserError, match=re.escape(message)):
+        plan(config_of(), **given_)
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_every_device_has_a_peak(name):
+    device = find_device(name.upper())
+    dtype = "float32" if name == "v100" else "bfloat16"
+    assert device.peak(dtype) > 1e13
+    assert device.memory_rate > device.link_rate >= (device.network_rate or 0)
+
+
+def command(*arguments):
+    line = [sys.executable, "-m", "clip_jax.plan", *arguments]
+    return subprocess.run(line, capture_output=True, text=True)
+
+
+def test_the_command_says_what_is_missing_or_does_not_fit():
+    experiment = ("--config", "experiments/vit_b32.py")
+    missing = command(*experiment)
+    assert missing.returncode == 2 and "error: --devices is missing" in missing.stderr
+    wrong = command(*experiment, "--devices", "12", "--config.mesh.fsdp=8")
+    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1, wrong.stderr
+    assert "config.mesh asks for 1 x 8 x 1" in wrong.stderr and "there are 12" in wrong.stderr
+
+
+@pytest.mark.slow
+def test_the_command_plans_more_devices_than_there_are():
+    done = command(
+        *("--config", "experiments/emoji_vit.py", "--devices", "32", "--device", "a100"),
+        *("--config.data.tokenizer=clip", "--config.mesh.fsdp=4", "--config.eval.data="),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "32 x a100: data=8 x fsdp=4 x tensor=1" in done.stdout
+    ratio = float(re.search(r"does ([\d.]+) times", done.stdout).group(1))
+    assert math.isclose(ratio, 1, abs_tol=0.1)  # a tiny model: its first convolution shows
+
+
+@given(st.lists(st.integers(0, 2**64 - 1), max_size=20))
+def test_numbers_of_a_protocol_buffer(values):
+    def varint(n):
+        low = [(n >> shift) & 127 for shift in range(0, max(n.bit_length(), 1), 7)]
+        return bytes([b | 128 for b in low[:-1]] + low[-1:])
+
+    packed = b"".join(map(varint, values))
+    assert varints(packed) == values
+    message = b"".join(varint(5 << 3) + varint(v) for v in values)
+    message += varint(7 << 3 | 2) + varint(len(packed)) + packed
+    message += varint(9 << 3 | 1) + np.float64(1).tobytes() + varint(10 << 3 | 5) + bytes(4)
+    *read, text, double, single = [(number, value) for number, _, value in fields(message)]
+    assert read == [(5, v) for v in values] and text == (7, packed)
+    assert double == (9, np.float64(1).tobytes()) and single == (10, bytes(4))

@@ -1,0 +1,380 @@
+"""Search: exactly as brute force, by faiss, on the command line and on the page."""
+
+import http.client
+import json
+import shutil
+import socket
+import sys
+import threading
+import time
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from browser import CHROMIUM, probe
+from data_cases import encode, picture, write_shards
+from embedded import SIDE, toy_about, toy_encoders, write_tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pairs import write_data
+
+from clip_jax.data.shards import Handles
+from clip_jax.data.sources import fingerprint
+from clip_jax.embeddings import brute_force
+from clip_jax.embeddings import faiss_index as index_module
+from clip_jax.embeddings.brute_force import search_exact
+from clip_jax.embeddings.encode_query import class_shares, encode_picture, encode_words
+from clip_jax.embeddings.faiss_index import faiss_or_none, index_file, open_index, search_index
+from clip_jax.embeddings.folder import claim, open_embeddings
+from clip_jax.embeddings.searcher import Finder
+from clip_jax.embeddings.write import embed, finish, index_pictures
+from clip_jax.errors import UserError
+from clip_jax.evaluation.encoders import unit_rows
+from clip_jax.tools import embed as embed_command
+from clip_jax.tools import search as command
+
+
+def all_products(parts, query_QD, k):
+    """All inner products in float64, sorted; of equal ones the first row first."""
+    rows = np.concatenate(parts).astype(np.float64)
+    scores = [(rows * q.astype(np.float64)).sum(axis=1) for q in query_QD]
+    orders = [np.argsort(-s, kind="stable")[:k] for s in scores]
+    return np.stack([s[o] for s, o in zip(scores, orders, strict=True)]), np.stack(orders)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 70), min_size=1, max_size=4),
+    k=st.integers(1, 40),
+    seed=st.integers(0, 2**32 - 1),
+    copies=st.floats(0, 1),
+    block=st.sampled_from([1, 3, 16, 10_000]),
+)
+def test_exact_search_is_brute_force_ties_and_all(sizes, k, seed, copies, block):
+    rng = np.random.default_rng(seed)
+    z = unit_rows(rng.normal(size=(sum(sizes), 24))).astype(np.float16)
+    # Equal rows in several blocks and parts, whose scores must be equal to the last bit.
+    same = rng.random(len(z)) < copies
+    z[same] = z[rng.integers(0, min(3, len(z)), same.sum())]
+    parts = np.split(z, np.cumsum(sizes)[:-1])
+    query = unit_rows(rng.normal(size=(3, 24)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(brute_force, "BLOCK_ROWS", block)
+        scores, rows = search_exact(parts, query, k)
+    wanted_scores, wanted_rows = all_products(parts, query, k)
+    np.testing.assert_array_equal(rows, wanted_rows)
+    np.testing.assert_array_equal(scores, wanted_scores)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(2, 700))
+def test_no_float32_product_is_further_off_than_the_slack(seed, dim):
+    rng = np.random.default_rng(seed)
+    rows, query = (rng.normal(size=(n, dim)).astype(np.float32) for n in (40, 1))
+    wrong = np.abs(query @ rows.T - brute_force.scores_of(rows, query[0]))
+    assert wrong.max() < brute_force.slack(rows, query[0])
+
+
+def write_rows(folder, z, parts=1):
+    for number, part in enumerate(np.array_split(z, parts)):
+        for name in ("img_emb", "metadata"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        np.save(folder / f"img_emb/img_emb_{number}.npy", part.astype(np.float16))
+        table = pa.table({"image_path": [f"{number}/{i}" for i in range(len(part))]})
+        pq.write_table(table, folder / f"metadata/metadata_{number}.parquet", row_group_size=7)
+    return open_embeddings(folder)
+
+
+needs_faiss = pytest.mark.skipif(faiss_or_none() is None, reason="faiss is not installed")
+
+
+@needs_faiss
+def test_faiss_finds_the_nearest_and_its_index_follows_the_embeddings(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    z, query = unit_rows(rng.normal(size=(9000, 32))), unit_rows(rng.normal(size=(20, 32)))
+    embeddings = write_rows(tmp_path, z, parts=3)
+    finder = Finder(embeddings, "faiss")
+    wanted = search_exact(embeddings.parts, query, 10)
+    found = search_index(open_index(embeddings), embeddings, query, 10)
+    same = [np.isin(w, f).mean() for w, f in zip(wanted[1], found[1], strict=True)]
+    # 512 candidates of 9,000: of these 200 nearest it finds all here, and must find nearly all.
+    assert np.mean(same) > 0.98
+    every = np.isin(found[1], wanted[1]) & (found[1] == wanted[1])
+    assert (found[0][every] == wanted[0][every]).all()
+    assert finder.search(query[:1], 1)[0][0].about["image_path"].count("/") == 1
+    # Kept, and not made again.
+    monkeypatch.setattr(index_module, "build", lambda embeddings: pytest.fail("made again"))
+    open_index(open_embeddings(tmp_path))
+    monkeypatch.undo()
+    before = index_file(embeddings).read_bytes()
+    changed = write_rows(tmp_path, unit_rows(rng.normal(size=(8000, 32))))
+    (tmp_path / "img_emb/img_emb_1.npy").unlink()
+    assert open_index(open_embeddings(tmp_path)).ntotal != 9000
+    assert index_file(changed).read_bytes() != before
+    index_file(changed).write_bytes(b"torn")
+    assert open_index(open_embeddings(tmp_path)).ntotal > 0
+
+
+def test_without_faiss_search_is_exact_and_asking_for_it_is_one_line(tmp_path, monkeypatch):
+    embeddings = write_rows(tmp_path, np.eye(8), parts=2)
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    finder = Finder(embeddings)
+    assert finder.way == "exact"
+    (hits,) = finder.search(np.eye(8, dtype=np.float32)[5:6], 3)
+    assert [hit.row for hit in hits] == [5, 0, 1] and hits[0].about == {"image_path": "1/1"}
+    assert len(finder.search(np.eye(8, dtype=np.float32)[:1], 99)[0]) == 8
+    with pytest.raises(UserError, match=r"clip_jax\[search\]"):
+        Finder(embeddings, "faiss")
+    with pytest.raises(UserError, match="one of auto, faiss, exact"):
+        Finder(embeddings, "best")
+    with pytest.raises(UserError, match="rows of 8 features and the model makes 4"):
+        finder.search(np.ones((1, 4), np.float32), 1)
+
+
+def test_metadata_is_found_across_row_groups_and_parts(tmp_path):
+    embeddings = write_rows(tmp_path, np.ones((45, 4)), parts=2)
+    for row in (0, 6, 7, 22, 23, 29, 30, 44):
+        part, place = divmod(row, 23)
+        assert embeddings.metadata(row) == {"image_path": f"{part}/{place}"}
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory):
+    """A model, its embeddings of a few drawings, and the drawings."""
+    root = tmp_path_factory.mktemp("search")
+    folder, pattern = write_data(root / "data", samples=24)
+    model = write_tiny_model(root / "model", folder / "t.model")
+    args = ["--model", str(model), "--data", pattern, "--out", str(root / "out")]
+    told = embed_command.embed_source(embed_command.parse(args))
+    assert "48 pictures of 16 features" in told
+    return root
+
+
+def run(monkeypatch, capsys, *args):
+    monkeypatch.setattr(sys, "argv", ["search", *map(str, args)])
+    assert command.main() == 0
+    return capsys.readouterr().out
+
+
+def test_the_command_finds_what_was_embedded(embedded, monkeypatch, capsys):
+    row = 17
+    with Handles() as handles:
+        (shard, _) = index_pictures(str(embedded / "data"))
+        (embedded / "one.png").write_bytes(shard.image(row, handles))
+    text = run(monkeypatch, capsys, embedded / "out", "--image", embedded / "one.png", "--json")
+    hits = json.loads(text)
+    assert len(hits) == 10 and hits[0]["index"] == hits[0]["row"] == row
+    assert hits[0]["caption"] == "green dot" and abs(hits[0]["score"] - 1) < 2**-11
+    text = run(monkeypatch, capsys, embedded / "out", "red bar", "--among", "text", "--top", 4)
+    lines = text.splitlines()
+    assert len(lines) == 4 and all(line.endswith("red bar") for line in lines)
+
+
+def test_a_model_that_was_named_from_another_folder_is_the_same(
+    embedded, monkeypatch, capsys, tmp_path
+):
+    """Its tokenizer's file has another path then; the same file moved is the same, too."""
+    pattern = str(embedded / "data/{00000..00001}.tar")
+    monkeypatch.chdir(embedded)
+    args = ["--model", "model", "--data", pattern, "--out", str(tmp_path / "out")]
+    embed_command.embed_source(embed_command.parse(args))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(embedded / "model", tmp_path / "moved")
+    text = run(monkeypatch, capsys, "out", "red bar")
+    assert text == run(monkeypatch, capsys, "out", "red bar", "--model", "moved")
+    assert len(text.splitlines()) == 10
+
+
+def test_a_changed_model_and_wrong_questions_are_one_line(embedded, monkeypatch, capsys, tmp_path):
+    write_tiny_model(tmp_path / "other", embedded / "data/t.model", seed=1)
+    out = str(embedded / "out")
+    for args, message in (
+        ([out, "red bar", "--model", str(tmp_path / "other")], "weights or settings"),
+        ([out], "and not both"),
+        ([out, "red", "--image", "x.png"], "and not both"),
+        ([out, "--image", str(tmp_path / "no.png")], "cannot be read"),
+        ([str(tmp_path), "red"], "holds no img_emb"),
+        ([out, "red", "--top", "0"], "at least 1"),
+        ([out, "red", "--serve"], "leave the query out"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(monkeypatch, capsys, *args)
+    (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more IEND")
+    with pytest.raises(UserError, match="cannot be used"):
+        run(monkeypatch, capsys, out, "--image", str(tmp_path / "bad.png"))
+
+
+def test_a_folder_of_clip_retrieval_needs_its_model_named(embedded, monkeypatch, capsys, tmp_path):
+    shutil.copytree(embedded / "out", tmp_path / "theirs")
+    (tmp_path / "theirs/embedding.json").unlink()
+    with pytest.raises(UserError, match="does not say what made it; give --model"):
+        run(monkeypatch, capsys, tmp_path / "theirs", "red bar")
+    text = run(monkeypatch, capsys, tmp_path / "theirs", "red bar", "--model", embedded / "model")
+    assert text == run(monkeypatch, capsys, embedded / "out", "red bar")
+
+
+def test_shares_are_the_softmax_of_scaled_cosines():
+    encoders = toy_encoders()
+    z = encode_picture(encoders, encode(picture("RGB", 20, 20), "PNG"))
+    labels = ["one", "two", "three"]
+    texts = encode_words(encoders, [f"a {label}" for label in labels])
+    logits = encoders.scale * (texts @ z[0]).astype(np.float64)
+    wanted = np.exp(logits - logits.max())
+    found = class_shares(encoders, z, labels, "a {}")
+    # exp of logits up to 100, which float32 holds to 8e-6.
+    np.testing.assert_allclose(found, wanted / wanted.sum(), rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    """The page's server over toy embeddings, in a thread; (host, port)."""
+    pytest.importorskip("starlette")
+    uvicorn = pytest.importorskip("uvicorn")
+    from clip_jax.search_page.app import make_app
+    from clip_jax.search_page.thumbnails import Pictures
+
+    root = tmp_path_factory.mktemp("page")
+    write_shards(root, [30], side=SIDE)
+    about = toy_about(str(root), fingerprint=fingerprint(index_pictures(str(root))))
+    claim(root / "out", about)
+    embed(toy_encoders(), index_pictures(str(root)), about, root / "out", progress=False)
+    finish(root / "out", about)
+    embeddings = open_embeddings(root / "out")
+    app = make_app(Finder(embeddings), toy_encoders(), Pictures(embeddings))
+    listening = socket.create_server(("127.0.0.1", 0))
+    # The websockets that it looks for are not used, and warn of themselves.
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error", ws="none", lifespan="off"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield listening.getsockname()
+    server.should_exit = True
+    thread.join()
+    listening.close()
+
+
+def ask(address, method, path, body=None, **headers):
+    connection = http.client.HTTPConnection(*address, timeout=60)
+    connection.request(method, path, body, headers)
+    response = connection.getresponse()
+    data = response.read()
+    connection.close()
+    return response.status, data, response.headers
+
+
+def test_the_server_answers_as_the_functions_do(address):
+    encoders = toy_encoders()
+    status, data, headers = ask(address, "GET", "/search?words=caption%207&top=5")
+    hits = json.loads(data)["hits"]
+    assert status == 200 and len(hits) == 5
+    assert "default-src 'none'" in headers["content-security-policy"]
+    data = encode(picture("RGB", SIDE, SIDE + 3, seed=4), "PNG")
+    status, found, _ = ask(address, "POST", "/search?top=1", data)
+    assert json.loads(found)["hits"][0]["row"] == 4
+    status, found, _ = ask(address, "GET", "/search?row=4&top=1")
+    assert json.loads(found)["hits"][0] == {
+        "row": 4, "score": pytest.approx(1, abs=2**-10), "caption": "caption 4",
+        "path": "s-00000.tar/000004",
+    }  # fmt: skip
+    status, found, _ = ask(address, "POST", "/classify?label=x&label=yy&template=a+{}", data)
+    wanted = class_shares(encoders, encode_picture(encoders, data), ["x", "yy"], "a {}")
+    np.testing.assert_allclose(json.loads(found)["shares"], wanted, rtol=1e-5)
+    status, small, headers = ask(address, "GET", "/picture/4")
+    assert status == 200 and headers["content-type"] == "image/jpeg" and small[:2] == b"\xff\xd8"
+    assert json.loads(ask(address, "GET", "/about")[1])["count"] == 30
+
+
+def test_the_server_refuses_what_it_must(address, monkeypatch):
+    from clip_jax.search_page import app
+
+    for path in ("/picture/30", "/picture/-1", "/picture/..%2f..%2fetc%2fpasswd", "/app.py",
+                 "/../../../../etc/passwd", "/picture/99999999999999999999"):  # fmt: skip
+        assert ask(address, "GET", path)[0] == 404, path
+    for path in ("/search?words=", "/search?words=" + "a" * 1001, "/search?row=30",
+                 "/search?row=1e3", "/search?words=a&top=1000"):  # fmt: skip
+        status, data, _ = ask(address, "GET", path)
+        assert status == 400 and json.loads(data)["error"], path
+    for path in ("/classify?row=1", "/classify?row=1&label=a&template=none", "/search"):
+        assert ask(address, "POST", path, b"no picture")[0] == 400, path
+    # A page elsewhere that gives this machine a name of its own.
+    assert ask(address, "GET", "/about", Host="evil.example")[0] == 400
+    monkeypatch.setattr(app, "MAX_UPLOAD", 1000)
+    assert ask(address, "POST", "/search", bytes(1001))[0] == 413
+    monkeypatch.undo()
+    # Few bytes that would become many pixels.
+    bomb = encode(picture("1", 8, 8).resize((10_000, 10_000)), "PNG")
+    status, data, _ = ask(address, "POST", "/search", bomb)
+    assert len(bomb) < 1 << 20 and status == 400 and "too_large" in json.loads(data)["error"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1200, 420])
+def test_the_page_works_in_a_browser(address, tmp_path, width, scheme):
+    playwright = pytest.importorskip("playwright.sync_api")
+    (tmp_path / "asked.png").write_bytes(encode(picture("RGB", SIDE, SIDE + 3, seed=9), "PNG"))
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"], timeout=120_000
+        )
+        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        page.set_default_timeout(60_000)
+        said = []
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.goto("http://{}:{}/".format(*address))
+        page.wait_for_selector('#about:has-text("30 pictures by toy")')
+        page.get_by_label("By words").fill("caption 3")
+        page.get_by_role("button", name="Search").click()
+        page.wait_for_selector("#status:has-text('20 nearest to “caption 3”')")
+        page.get_by_label("By a picture").set_input_files(tmp_path / "asked.png")
+        page.wait_for_selector("#status:has-text('asked.png')")
+        assert page.locator(".hit .caption").first.inner_text() == "caption 9"
+        page.get_by_role("button", name="more like it").nth(1).click()
+        page.wait_for_selector("#status:has-text('caption')")
+        page.get_by_role("button", name="Name it", exact=True).click()
+        page.get_by_role("textbox", name="Labels").fill("<b>one</b>\ntwo\nthree words here")
+        page.get_by_role("button", name="Name it", exact=True).click()
+        page.wait_for_selector("#name-status.wrong:has-text('Choose a picture')")
+        page.get_by_role("button", name="name it", exact=True).first.click()
+        page.get_by_role("button", name="Name it", exact=True).click()
+        page.wait_for_selector(".bar >> nth=2")
+        page.wait_for_load_state("networkidle")
+        found = page.evaluate(probe("section, label, button, .hit, .frame, .bar, img"))
+        paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        shares = [float(x.split()[0]) for x in page.locator(".share").all_inner_texts()]
+        browser.close()
+    assert said == []
+    assert found["boxes"] > 80 and found["wrong"] == []
+    assert (paper == "rgb(20, 23, 27)") == (scheme == "dark")
+    assert shares == sorted(shares, reverse=True) and abs(sum(shares) - 100) < 0.2
+
+
+def test_a_taken_port_is_one_line():
+    from clip_jax.search_page.serve import is_local, listen
+
+    with (
+        socket.create_server(("127.0.0.1", 0)) as taken,
+        pytest.raises(UserError, match="choose another --port"),
+    ):
+        listen("127.0.0.1", taken.getsockname()[1])
+    assert [is_local(h) for h in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "box")] == [
+        True, True, True, False, False,
+    ]  # fmt: skip
+
+
+@needs_faiss
+def test_the_benchmark_measures_both_ways(tmp_path, capsys):
+    from benchmarks.search import main
+
+    main(["--rows", "3000", "--dim", "32", "--queries", "3", "--repeats", "2", "--warmup", "0",
+          "--out", str(tmp_path)])  # fmt: skip
+    rows = json.loads((tmp_path / "search.json").read_text())["rows"]
+    assert [(row["rows"], row["way"]) for row in rows] == [
+        (kind, way) for kind in ("clustered", "uniform") for way in ("exact", "faiss")
+    ]
+    # 512 candidates of 3,000.
+    assert all(row["recall@10"] > 0.9 for row in rows) and "ms a query" in capsys.readouterr().out

@@ -1,0 +1,168 @@
+"""Checkpoints: the same bits on any mesh, damage found and set aside, other runs refused."""
+
+import json
+import random
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import ADAMW, VIT
+
+from clip_jax.errors import UserError
+from clip_jax.models.clip import CLIP
+from clip_jax.parallel.mesh import make_mesh
+from clip_jax.training.checkpoint import Checkpoints, check_fingerprint, tree_digests
+from clip_jax.training.optimizer import make_optimizer
+from clip_jax.training.state import init_state, state_shapes
+
+MODEL = CLIP(VIT)
+OPTIMIZER = make_optimizer(lambda step: 1e-3, **ADAMW)
+
+
+@pytest.fixture(scope="module")
+def shapes():
+    return state_shapes(MODEL, OPTIMIZER, make_mesh(data=2, fsdp=2, tensor=2))
+
+
+@pytest.fixture(scope="module")
+def state(shapes):
+    state = init_state(MODEL, OPTIMIZER, shapes, seed=0)
+    # Moments that are not zero, so that a lost one would show.
+    return state.replace(opt_state=jax.tree.map(lambda x: x + 1, state.opt_state))
+
+
+def assert_same_bits(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y), strict=True)
+
+
+def test_restores_the_same_bits_on_another_mesh(tmp_path, state):
+    saver = Checkpoints(tmp_path, keep=2)
+    for step in (1, 2, 3):
+        saver.save(state.replace(step=jnp.int32(step)), step, {"config.seed": 0})
+    assert saver.steps() == [3, 2]
+    saver.close()
+    other = state_shapes(MODEL, OPTIMIZER, make_mesh(data=8, fsdp=1, tensor=1))
+    reader = Checkpoints(tmp_path)
+    restored, meta = reader.restore(other)
+    reader.close()
+    assert meta["step"] == 3 and meta["fingerprint"] == {"config.seed": 0}
+    assert_same_bits(restored, state.replace(step=jnp.int32(3)))
+    for x, shape in zip(jax.tree.leaves(restored), jax.tree.leaves(other), strict=True):
+        assert x.sharding.is_equivalent_to(shape.sharding, x.ndim)
+
+
+def test_nothing_saved_yet(tmp_path, shapes):
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.restore(shapes) is None and checkpoints.latest_meta() is None
+    checkpoints.close()
+
+
+def flip_a_bit(path, rng):
+    data = bytearray(path.read_bytes())
+    place = rng.randrange(len(data))
+    data[place] ^= 1 << rng.randrange(8)
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "missing", "meta"])
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(
+    tmp_path, state, shapes, damage, capsys
+):
+    saver = Checkpoints(tmp_path, keep=3)
+    for step in (1, 2):
+        saver.save(state.replace(step=jnp.int32(step)), step, {})
+    saver.close()
+    folder = tmp_path / "checkpoints" / "2"
+    # Which of the files hold what is read is the library's choice: all are damaged.
+    files = [p for p in (folder / "model").rglob("*") if p.is_file()]
+    rng = random.Random(0)
+    for path in files:
+        if damage == "flip":
+            flip_a_bit(path, rng)
+        elif damage == "cut":
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        elif damage == "missing":
+            path.unlink()
+    if damage == "meta":
+        (folder / "meta" / "metadata").write_text("{")
+    reader = Checkpoints(tmp_path, keep=3)
+    restored, meta = reader.restore(shapes)
+    assert meta["step"] == 1 and reader.steps() == [1]
+    reader.close()
+    assert_same_bits(restored, state.replace(step=jnp.int32(1)))
+    assert (tmp_path / "quarantine" / "2").is_dir()
+    assert "checkpoint 2 is damaged and moved to" in capsys.readouterr().out
+
+
+def test_all_damaged_is_one_line(tmp_path, state, shapes):
+    saver = Checkpoints(tmp_path)
+    saver.save(state, 1, {})
+    saver.close()
+    (tmp_path / "checkpoints" / "1" / "meta" / "metadata").unlink()
+    reader = Checkpoints(tmp_path)
+    with pytest.raises(UserError, match=r"none of the 1 checkpoints .* can be read"):
+        reader.restore(shapes)
+    reader.close()
+
+
+@pytest.mark.parametrize(
+    ("total", "free", "fits"), [(100, 1, False), (100, 99, True), (0, 0, True)]
+)
+def test_a_full_disk_is_one_line_before_anything_is_written(
+    tmp_path, state, monkeypatch, total, free, fits
+):
+    size = sum(x.nbytes for x in jax.tree.leaves(state))
+    disk = shutil.disk_usage(tmp_path)._replace(total=total * size, free=free * size - (not fits))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: disk)
+    saver = Checkpoints(tmp_path)
+    if fits:
+        saver.save(state, 1, {})
+    else:
+        with pytest.raises(UserError, match=r"a checkpoint is .* MB and .* make room and run the"):
+            saver.save(state, 1, {})
+    assert saver.steps() == ([1] if fits else [])
+    saver.close()
+
+
+def test_other_arrays_are_not_taken_for_damage(tmp_path, state, shapes):
+    saver = Checkpoints(tmp_path)
+    saver.save(state, 1, {})
+    other = make_optimizer(lambda step: 1e-3, **ADAMW | {"weight_decay": 0.0, "clip_norm": 1.0})
+    assert saver.restore(state_shapes(MODEL, other, shapes.step.sharding.mesh)) is not None
+    with pytest.raises(UserError, match="other arrays than this model and optimiser"):
+        saver.restore(shapes.replace(opt_state={"momentum": shapes.step}))
+    assert saver.steps() == [1]
+    saver.close()
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 11), st.integers(0, 31))
+def test_digest_sees_every_bit(place, bit):
+    x = np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4)
+    bits = x.view(np.uint32).copy()
+    bits.reshape(-1)[place] ^= np.uint32(1 << bit)
+    assert tree_digests({"x": x}) != tree_digests({"x": bits.view(np.float32)})
+
+
+def test_digest_does_not_depend_on_the_sharding():
+    x = jax.random.normal(jax.random.key(0), (16, 8))
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    specs = [("data", None), (None, "fsdp"), (("data", "fsdp"), "tensor")]
+    digests = {
+        tree_digests(jax.device_put(x, jax.NamedSharding(mesh, jax.P(*spec))))[""] for spec in specs
+    }
+    assert len(digests) == 1
+
+
+def test_fingerprint_names_the_field_that_differs():
+    saved = {"config.seed": 0, "the data": "abc"}
+    check_fingerprint(saved, dict(saved), "runs/x")
+    with pytest.raises(UserError, match=r"runs/x was made with config.seed = 0 and now it is 1"):
+        check_fingerprint(saved, {**saved, "config.seed": 1}, "runs/x")
+    # As it is after a round trip through JSON.
+    check_fingerprint(json.loads(json.dumps(saved)), saved, "runs/x")

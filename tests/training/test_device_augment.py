@@ -1,0 +1,75 @@
+"""Colour jitter: what leaves a picture alone, what the ends of the range mean, what it hangs on."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from clip_jax.parallel.mesh import make_mesh
+from clip_jax.training.device_augment import adjust_colors, make_draws
+
+
+@pytest.fixture(scope="module")
+def images():
+    return jax.random.uniform(jax.random.key(0), (8, 6, 5, 3))
+
+
+def factors(images, brightness=1.0, contrast=1.0, saturation=1.0):
+    return jnp.tile(jnp.array([brightness, contrast, saturation]), (len(images), 1))
+
+
+def test_ones_leave_a_picture_as_it_is(images):
+    out = adjust_colors(images, factors(images))
+    # Grey is taken away and put back: two roundings of values below 1.
+    np.testing.assert_allclose(out, images, atol=2e-7)
+
+
+def test_zeros_are_black_flat_and_grey(images):
+    assert not adjust_colors(images, factors(images, brightness=0.0)).any()
+    flat = np.asarray(adjust_colors(images, factors(images, contrast=0.0)))
+    assert np.ptp(flat, axis=(1, 2, 3)).max() == 0
+    grey = np.asarray(adjust_colors(images, factors(images, saturation=0.0)))
+    assert np.ptp(grey, axis=3).max() == 0 and np.ptp(grey, axis=(1, 2)).min() > 0
+
+
+def test_values_stay_in_range(images):
+    out = adjust_colors(images, factors(images, 2.0, 2.0, 2.0))
+    assert float(out.min()) == 0 and float(out.max()) == 1
+
+
+def test_draws_hang_on_seed_and_step_and_not_on_the_mesh():
+    options = {"color_jitter": (0.3, 0.3, 0.3), "patches": 49, "patch_dropout": 0.5}
+    draw = make_draws(seed=1, **options)
+    first = draw(jnp.int32(4), 8)
+    rows = NamedSharding(make_mesh(data=2, fsdp=2, tensor=2), P(("data", "fsdp")))
+    split = jax.jit(lambda step: draw(step, 8), out_shardings=rows)(jnp.int32(4))
+    jax.tree.map(np.testing.assert_array_equal, split, first)
+    others = draw(jnp.int32(5), 8), make_draws(seed=2, **options)(jnp.int32(4), 8)
+    for name, x in first.items():
+        assert all(not np.array_equal(x, other[name]) for other in others)
+        # Each picture has its own draws.
+        assert len(np.unique(np.asarray(x), axis=0)) == 8
+
+
+def test_what_is_off_draws_nothing():
+    assert make_draws(seed=0)(jnp.int32(1), 8) == {}
+
+
+@given(patches=st.integers(1, 64), share=st.floats(0.01, 0.99), step=st.integers(0, 1000))
+@settings(max_examples=20, deadline=None)
+def test_patches_that_stay_are_distinct_and_of_the_promised_number(patches, share, step):
+    draw = make_draws(seed=0, patches=patches, patch_dropout=share)
+    kept_Bl = np.asarray(draw(jnp.int32(step), 3)["kept_Bl"])
+    assert kept_Bl.shape == (3, max(1, int(patches * (1 - share))))
+    assert (np.diff(kept_Bl, axis=1) > 0).all() and kept_Bl.min() >= 0 and kept_Bl.max() < patches
+
+
+def test_every_patch_stays_as_often_as_another():
+    kept = make_draws(seed=0, patches=10, patch_dropout=0.5)(jnp.int32(0), 4000)["kept_Bl"]
+    counts = np.bincount(np.asarray(kept).ravel(), minlength=10)
+    # 4,000 draws at one half: a standard deviation of 32; five of them.
+    assert abs(counts - 2000).max() < 160

@@ -1,0 +1,395 @@
+"""Whole runs on genuine shards: resuming bit for bit, any mesh, bad input, signals, evaluation."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from pairs import NAMES, run_losses, tiny_config, write_data
+from quick import QUICK
+from tiny import CONVNET, VIT
+
+import clip_jax
+from clip_jax.data.images import Preprocess
+from clip_jax.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED, UserError
+from clip_jax.models import zoo
+from clip_jax.pretrained.workdir import Description
+from clip_jax.tools.evaluate import evaluate_workdir
+from clip_jax.training import run_logger, trainer
+from clip_jax.training.best_checkpoint import Best
+from clip_jax.training.checkpoint import Checkpoints
+from clip_jax.training.state import TrainState
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("pairs"))
+
+
+@pytest.fixture(autouse=True)
+def tiny_model(monkeypatch):
+    text = dataclasses.replace(VIT.text, layers=1, context_length=16)
+    vision = dataclasses.replace(VIT.vision, layers=1)
+    monkeypatch.setitem(zoo.MODELS, "tiny", dataclasses.replace(VIT, vision=vision, text=text))
+
+
+def make_config(data, **changes):
+    return tiny_config(data, **{"train__steps": 12, "checkpoint__every": 5} | changes)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(zoo.MODELS, "tiny", _tiny())
+        assert trainer.run(make_config(data), str(workdir)) == 0
+    return workdir
+
+
+def _tiny():
+    text = dataclasses.replace(VIT.text, layers=1, context_length=16)
+    return dataclasses.replace(VIT, vision=dataclasses.replace(VIT.vision, layers=1), text=text)
+
+
+def test_evaluation_during_a_run_changes_no_loss_and_its_best_state_is_kept(
+    data, uninterrupted, tmp_path, capsys
+):
+    folder, pattern = data
+    config = make_config(
+        data,
+        eval__data=pattern,
+        eval__classnames=str(folder / "names.txt"),
+        eval__every=5,
+        eval__best="mean_per_class_recall",
+    )
+    assert trainer.run(config, str(tmp_path)) == 0
+    lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    found = {line["step"]: line for line in lines if "eval/acc1" in line}
+    assert list(found) == [5, 10]
+    assert 0 <= found[5]["eval/acc1"] <= 1 and "eval/image_retrieval_recall@5" in found[10]
+    assert "step 5 evaluated:" in capsys.readouterr().out
+    kept = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    assert kept == run_losses(uninterrupted)
+    best = Checkpoints(tmp_path / "best", read_only=True)
+    values = {step: line["eval/mean_per_class_recall"] for step, line in found.items()}
+    assert best.steps() == [max(values, key=values.__getitem__)]  # the earliest of equal ones
+    meta = best.latest_meta()
+    assert meta["metrics"]["mean_per_class_recall"] == values[meta["step"]]
+    assert clip_jax.load(str(tmp_path / "best")).config == clip_jax.load(str(tmp_path)).config
+
+
+def test_the_best_is_kept_over_a_restart_and_a_wrong_metric_is_named(tmp_path, capsys):
+    about = Description("tiny", VIT, None, Preprocess(), config={})
+    one = {"x": jnp.ones(2)}
+    states = {step: TrainState(jnp.int32(step), one, {}, one, {}) for step in (1, 2, 3)}
+    with Best(tmp_path, "acc1", about) as best:
+        best.offer(states[1], 1, {"acc1": 0.5}, {})
+    with Best(tmp_path, "acc1", about) as best:
+        best.offer(states[2], 2, {"acc1": 0.5}, {})
+        best.offer(states[3], 3, {"acc1": 0.6}, {})
+        with pytest.raises(UserError, match="'acc1'; the evaluations during the run measure acc5"):
+            best.offer(states[3], 3, {"acc5": 0.6}, {})
+    assert Checkpoints(tmp_path / "best", read_only=True).steps() == [3]
+    assert capsys.readouterr().out.count("best so far") == 2
+
+
+def stop_at(monkeypatch, step, number=signal.SIGTERM):
+    """Raise a signal while the metrics of a step are read."""
+    original = run_logger.Report.step
+
+    def spy(self, at, *args):
+        if at == step:
+            signal.raise_signal(number)
+        return original(self, at, *args)
+
+    monkeypatch.setattr(run_logger.Report, "step", spy)
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, EXIT_TERMINATED), (signal.SIGINT, EXIT_INTERRUPTED)]
+)
+def test_stopped_and_run_again_is_the_same_to_the_last_digit(
+    data, uninterrupted, tmp_path, monkeypatch, capsys, number, code
+):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 7, number)
+        assert trainer.run(make_config(data), str(tmp_path)) == code
+    assert "the same command goes on from there" in capsys.readouterr().out
+    stopped = run_losses(tmp_path)
+    assert 7 <= stopped[-1][0] < 12
+    assert trainer.run(make_config(data), str(tmp_path)) == 0
+    assert f"going on from step {stopped[-1][0]}" in capsys.readouterr().out
+    assert run_losses(tmp_path) == run_losses(uninterrupted)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(data, uninterrupted, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    original = run_logger.Report.step
+
+    def die(self, at, *args):
+        if at == 8:
+            raise Killed
+        return original(self, at, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(run_logger.Report, "step", die)
+        trainer.run(make_config(data), str(tmp_path))
+    assert run_losses(tmp_path)[-1][0] == 7
+    assert trainer.run(make_config(data), str(tmp_path)) == 0
+    assert run_losses(tmp_path) == run_losses(uninterrupted)
+
+
+def test_finished_runs_do_nothing_more(data, uninterrupted):
+    before = run_losses(uninterrupted)
+    assert trainer.run(make_config(data), str(uninterrupted)) == 0
+    assert run_losses(uninterrupted) == before
+
+
+@pytest.mark.parametrize("fsdp,tensor", [(2, 2), pytest.param(4, 1, marks=pytest.mark.slow)])
+def test_another_mesh_gives_the_same_losses(data, uninterrupted, tmp_path, fsdp, tensor):
+    config = make_config(data, mesh__fsdp=fsdp, mesh__tensor=tensor)
+    assert trainer.run(config, str(tmp_path)) == 0
+    got, want = np.array(run_losses(tmp_path)), np.array(run_losses(uninterrupted))
+    # Float32 sums in another order, over 12 steps.
+    np.testing.assert_allclose(got[:, 1], want[:, 1], rtol=1e-5)
+
+
+def test_metrics_hold_what_a_run_is_judged_by(uninterrupted):
+    lines = (uninterrupted / "metrics.jsonl").read_text().splitlines()
+    line = json.loads(lines[-1])
+    wanted = {"step", "loss", "grad_norm", "learning_rate", "logit_scale", "scale", "mfu"}
+    wanted |= {"image_accuracy", "text_accuracy", "pairs_per_second", "ok"}
+    assert wanted <= set(line)
+    assert line["ok"] == 1 and 0 < line["mfu"] < 1
+    assert list(uninterrupted.glob("events.out.tfevents.*"))
+
+
+# The sigmoid loss starts from a bias of -10, which it has to climb from.
+@pytest.mark.parametrize(
+    ("loss", "steps"), [("softmax", 80), pytest.param("sigmoid", 200, marks=pytest.mark.slow)]
+)
+def test_a_run_learns_evaluates_and_loads(data, tmp_path, loss, steps, capsys):
+    folder, pattern = data
+    config = make_config(
+        data,
+        train__loss=loss,
+        train__steps=steps,
+        train__batch_size=32,
+        train__log_every=20,
+        checkpoint__every=1000,
+        eval__data=pattern,
+        eval__classnames=str(folder / "names.txt"),
+        eval__templates=("{}",),
+        eval__batch_size=40,
+    )
+    assert trainer.run(config, str(tmp_path)) == 0
+    results = json.loads((tmp_path / "eval.json").read_text())
+    metrics = {r["task"]: r["metrics"] for r in results["results"]}
+    # Twelve things in four colours: chance is 8 %.
+    assert metrics["zeroshot_classification"]["acc1"] > 0.5
+    assert {
+        f"{kind}_retrieval_recall@{k}" for kind in ("image", "text") for k in (1, 5, 10)
+    } <= set(metrics["zeroshot_retrieval"])
+    for name in ("predictions.png", "loss.png"):
+        assert (tmp_path / name).stat().st_size > 1000
+    assert "acc1" in capsys.readouterr().out
+
+    clip = clip_jax.load(tmp_path)
+    again = evaluate_workdir(str(tmp_path), templates=["{}"])
+    assert json.loads((tmp_path / "eval.json").read_text()) == results and "acc1" in again
+    assert clip.tokenizer.vocab_size == 280
+    assert clip_jax.load(tmp_path, tokenizer="clip").tokenizer.vocab_size == 49_408
+    tokens = clip.tokenize(NAMES)
+    assert clip.encode_text(tokens).shape == (12, 16)
+
+
+def test_not_finite_stops_with_the_step_the_keys_and_the_last_checkpoint(
+    data, tmp_path, monkeypatch, capsys
+):
+    from clip_jax.training import setup
+
+    make_loader = setup.make_loader
+
+    def poisoned(*args):
+        loader = make_loader(*args)
+        original = type(loader).__next__
+
+        class Poisoned:
+            count = 0
+
+            def __getattr__(self, name):
+                return getattr(loader, name)
+
+            def __enter__(self):
+                loader.__enter__()
+                return self
+
+            def __exit__(self, *exc):
+                return loader.__exit__(*exc)
+
+            def __next__(self):
+                self.count += 1
+                batch = original(loader)
+                # The step's own guard is what is tried here: images cannot hold a NaN.
+                return batch | (
+                    {"image": batch["image"].astype(np.float32) * np.nan} if self.count == 8 else {}
+                )
+
+        return Poisoned()
+
+    monkeypatch.setattr(trainer, "make_loader", poisoned)
+    assert trainer.run(make_config(data), str(tmp_path)) == EXIT_ERROR
+    line = capsys.readouterr().err.strip()
+    assert "\n" not in line
+    assert "step 8 is not finite (loss nan)" in line
+    assert f"last good checkpoint: step 5 in {tmp_path}" in line
+    told = json.loads((tmp_path / "not_finite.json").read_text())
+    assert told["step"] == 8 and len(told["keys"]) == 16
+    assert told["keys"][0] in line and told["keys"][0].count("/") == 1
+    assert run_losses(tmp_path)[-1][0] == 7
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 1}, "config.seed = 0 and now it is 1"),
+        ({"train__batch_size": 32}, "config.train.batch_size = 16 and now it is 32"),
+        ({"model__name": "tiny2"}, 'config.model.name = "tiny" and now it is "tiny2"'),
+        ({"data__train": "ONE SHARD"}, "number of training pairs = 96 and now it is 48"),
+    ],
+)
+def test_another_runs_work_folder_is_refused(data, uninterrupted, monkeypatch, changes, message):
+    monkeypatch.setitem(zoo.MODELS, "tiny2", dataclasses.replace(_tiny(), embed_dim=8))
+    if "data__train" in changes:
+        changes = {"data__train": str(data[0] / "00000.tar")}
+    before = sorted(p.name for p in (uninterrupted / "checkpoints").iterdir())
+    with pytest.raises(UserError) as caught:
+        trainer.run(make_config(data, **changes), str(uninterrupted))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert sorted(p.name for p in (uninterrupted / "checkpoints").iterdir()) == before
+
+
+def test_data_that_is_not_there(data, tmp_path):
+    with pytest.raises(UserError, match=r"nothing-\{0\.\.1\}\.tar"):
+        trainer.run(make_config(data, data__train="nothing-{0..1}.tar"), str(tmp_path))
+    with pytest.raises(UserError, match=r"config\.data\.train is empty"):
+        trainer.run(make_config(data, data__train=""), str(tmp_path))
+
+
+def test_a_work_folder_that_cannot_be(data, tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    file.touch()
+    for bad in (file, file / "below"):
+        with pytest.raises(UserError, match=f"--workdir {bad} cannot be made .*; give another"):
+            trainer.run(make_config(data), str(bad))
+        # Shards that are left out would be listed there.
+        missing = make_config(data, data__train=f"{data[0]}/{{00000..00002}}.tar")
+        with pytest.raises(UserError, match=f"--workdir {bad} cannot be made .*; give another"):
+            trainer.run(missing, str(bad))
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(UserError, match="cannot be written to"):
+        trainer.run(make_config(data), str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model__name": "tiny-conv"}, "tiny-conv has no patches to drop"),
+        ({"train__freeze": "image"}, "a frozen tower sees whole pictures"),
+    ],
+)
+def test_patches_that_cannot_be_dropped(data, tmp_path, monkeypatch, changes, message):
+    """Said before anything of the run is written."""
+    monkeypatch.setitem(zoo.MODELS, "tiny-conv", CONVNET)
+    with pytest.raises(UserError, match=message):
+        trainer.run(make_config(data, model__patch_dropout=0.5, **changes), str(tmp_path))
+    # Nothing of a run: the data alone was counted.
+    assert {path.name for path in tmp_path.iterdir()} <= {"data_index.json"}
+
+
+def test_a_shard_cut_in_half(data, tmp_path):
+    shard = tmp_path / "half.tar"
+    whole = (data[0] / "00000.tar").read_bytes()
+    shard.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"half\.tar is cut or damaged"):
+        trainer.run(make_config(data, data__train=str(shard)), str(tmp_path / "run"))
+
+
+def test_a_text_file_named_jpg_is_skipped_counted_and_named(data, tmp_path, capsys):
+    import webdataset
+
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    with webdataset.TarWriter(str(folder / "0.tar")) as writer:
+        writer.write({"__key__": "not-a-picture", "jpg": b"hello", "txt": "red dot"})
+        writer.write({"__key__": "no-words", "png": (ROOT / "tests/pairs.py").read_bytes()})
+    pattern = f"{data[0]}/00000.tar::{folder}/0.tar"
+    config = make_config(data, data__train=pattern, train__steps=0, train__epochs=1.0)
+    assert trainer.run(config, str(tmp_path / "run")) == 0
+    out = capsys.readouterr().out
+    assert "1 samples have no caption and are left out, first 0.tar/no-words" in out
+    assert "1 not_an_image" in out and "not-a-picture" in out
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["skipped/not_an_image"] == 1
+
+
+def test_command_line_to_the_end(data, tmp_path):
+    """The real entry points as a user calls them, on one device."""
+    folder, pattern = data
+    environment = {**os.environ, "XLA_FLAGS": QUICK}
+
+    def call(module, *args):
+        return subprocess.run(
+            [sys.executable, "-m", module, *args],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+
+    workdir = str(tmp_path / "run")
+    done = call(
+        "clip_jax.main",
+        "--config=experiments/emoji.py",
+        f"--workdir={workdir}",
+        "--config.train.steps=2",
+        "--config.train.batch_size=8",
+        f"--config.data.train={pattern}",
+        f"--config.data.tokenizer={folder}/t.model",
+        "--config.eval.data=",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "step 2/2" in done.stdout
+    assert done.stdout.count("attention: image tower none, text tower xla") == 1
+    missing = call("clip_jax.evaluate", "--workdir", workdir)
+    assert missing.returncode == 2 and missing.stderr.startswith("error: ")
+    assert "names no evaluation data; give --data" in missing.stderr
+    done = call(
+        "clip_jax.evaluate",
+        "--workdir",
+        workdir,
+        "--data",
+        pattern,
+        "--classnames",
+        f"{folder}/names.txt",
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "eval.json").exists()
+    done = call(
+        "clip_jax.main", "--config=experiments/emoji.py", "--dry_run",
+        f"--config.data.tokenizer={folder}/t.model",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for word in ("image tower", "mesh", "per device", '"seed": 0'):
+        assert word in done.stdout
