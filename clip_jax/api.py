@@ -1,5 +1,7 @@
 """A loaded model for notebooks and commands: jitted `encode_image` / `encode_text`, `classify`."""
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,14 +14,16 @@ from PIL import Image
 
 from clip_jax.data.images import OPENAI, Preprocess, eval_transform
 from clip_jax.errors import UserError
+from clip_jax.evaluation.encoders import Encoders, image_encoder_over, text_encoder_over
 from clip_jax.evaluation.zero_shot import class_embeddings
-from clip_jax.models.clip import CLIP, CLIPConfig, unit_length
+from clip_jax.models.clip import CLIP, CLIPConfig, init_variables, unit_length
 from clip_jax.models.relevance import make_relevance
 from clip_jax.models.zoo import model_config
+from clip_jax.parallel.mesh import batch_shards, make_mesh
 from clip_jax.pretrained.load import resized, tokenizer_family
 from clip_jax.pretrained.tags import family_preprocess
-from clip_jax.tokenizers import TokenizerSpec, make_tokenizer, tokenizer_from_file
-from clip_jax.training.state import init_variables
+from clip_jax.tokenizers import TokenizerSpec, make_tokenizer, spec_digest, tokenizer_from_file
+from clip_jax.training.checkpoint import tree_digests
 from clip_jax.training.step import make_encoders, normalize_images, unit_range
 from clip_jax.training.warm_start import place_arrays, read_origin, restore_run, variable_shapes
 from clip_jax.typing import Tokenizer
@@ -239,4 +243,32 @@ def load(
         variables,
         tokenizer_spec=spec,
         preprocessing=checkpoint.preprocess,
+    )
+
+
+def load_over_devices(
+    model: str, *, architecture: str | None = None, tokenizer: str | None = None
+) -> tuple[LoadedCLIP, Mesh]:
+    """A model with its parameters on every device, and the mesh of all of them."""
+    mesh = make_mesh(data=-1, fsdp=1, tensor=1)
+    return load(model, architecture, tokenizer=tokenizer, mesh=mesh), mesh
+
+
+def encoders_of(clip: LoadedCLIP, mesh: Mesh) -> Encoders:
+    """A loaded model as the evaluators take it, its batches split over the mesh."""
+    tokenizer, spec = clip.known_tokenizer(), clip.tokenizer_spec
+    digests = tree_digests({"params": clip.params, "batch_stats": clip.batch_stats})
+    trim_behind = tokenizer.eot_id if clip.config.text.trimmable else None
+    about = json.dumps([digests, repr(clip.config), spec and spec_digest(spec)])
+    return Encoders(
+        image_encoder_over(clip.encode_image, mesh),
+        text_encoder_over(clip.encode_text, mesh, trim_behind=trim_behind),
+        tokenizer,
+        image_size=clip.config.vision.image_size,
+        context_length=clip.config.text.context_length,
+        preprocess=clip.preprocessing,
+        scale=clip.scale,
+        name=clip.name,
+        identity=hashlib.blake2b(about.encode(), digest_size=8).hexdigest(),
+        shards=batch_shards(mesh),
     )

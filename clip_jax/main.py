@@ -3,21 +3,15 @@
 Started once on each machine of a cluster, it is one run over all of their devices.
 """
 
-import os
 import sys
-from collections.abc import Sequence
 
-import ml_collections
 from absl import flags
-from ml_collections import config_flags
 
-from clip_jax.config import known_keys, resolve, unknown_key_message
+from clip_jax.config import Config, resolve
 from clip_jax.errors import UserError, run_command
 from clip_jax.host_memory import keep_freed_memory
+from clip_jax.tools.config_flags import parse
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "An experiment file; --config.a.b=value overrides a field."
-)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and results.")
 _DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Print the config, parameters, mesh and bytes per device, and exit."
@@ -37,47 +31,6 @@ _HEARTBEAT = flags.DEFINE_integer(
 _HANG = flags.DEFINE_integer(
     "hang_seconds", 1800, "Longest step of several processes, compiling included; 0: any.", 0
 )
-
-
-def parse(argv: Sequence[str]) -> ml_collections.ConfigDict:
-    """The experiment's config with its overrides.
-
-    Raises:
-      UserError: a flag, a config key or the experiment file is wrong.
-    """
-    known = known_keys()
-    for arg in argv[1:]:
-        key = arg.lstrip("-").removeprefix("config.").split("=")[0]
-        if arg.lstrip("-").startswith("config.") and key not in known:
-            raise UserError(unknown_key_message(key))
-    try:
-        rest = flags.FLAGS(list(argv))[1:]
-        config = _CONFIG.value
-        if config is not None:
-            config.to_dict()  # a file that could not be read says so only when it is used
-    except Exception as error:
-        raise UserError(_reason(error, argv)) from None
-    if rest:
-        raise UserError(f"unexpected argument {rest[0]!r}; fields are set as --config.a.b=value")
-    if config is None:
-        raise UserError("--config is missing; for example --config experiments/emoji.py")
-    return config
-
-
-def _reason(error: Exception, argv: Sequence[str]) -> str:
-    """One line on why the flags could not be parsed."""
-    text = str(error).strip()
-    in_file = "Traceback" in text or not isinstance(error, flags.Error)
-    if not in_file:
-        return " ".join(text.split())
-    # What the experiment file raises comes through ml_collections, at times as a whole traceback.
-    flat = " ".join(argv[1:]).replace("--config=", "--config ")
-    path = flat.partition("--config ")[2].split(" ")[0].partition(":")[0]
-    if not os.path.isfile(path):
-        return f"--config {path}: no such file (folder: {os.getcwd()})"
-    last = text.splitlines()[-1] if text else ""
-    kind = "" if "Traceback" in text else f"{type(error).__name__}: "
-    return f"experiment file {path}: {kind}{last}"
 
 
 def join() -> None:
@@ -110,13 +63,33 @@ def main() -> int:
     # Only now the heavy imports: a misspelt key answers at once.
     join()
     from clip_jax.parallel import distributed
-    from clip_jax.training import setup, trainer
+    from clip_jax.training import setup
 
     with distributed.ending_together():
         if workdir is None or _DRY_RUN.value:
             distributed.tell(setup.describe(config))
             return 0
-        return trainer.run(config, workdir)
+        return run(config, workdir)
+
+
+def run(config: Config, workdir: str) -> int:
+    """Train, or go on with the run in `workdir`, then evaluate; the process's exit code.
+
+    Raises:
+      UserError: the data, the config or the work folder is not fit for the run.
+    """
+    from clip_jax.parallel import distributed
+    from clip_jax.tools.evaluate import evaluate_workdir
+    from clip_jax.tools.report import report
+    from clip_jax.training.trainer import train
+
+    code = train(config, workdir)
+    if code == 0 and config.eval.data:
+        # On the devices of all processes, so all of them take part.
+        distributed.tell(evaluate_workdir(workdir))
+        if distributed.is_first():
+            distributed.tell(report([workdir]))
+    return code
 
 
 if __name__ == "__main__":

@@ -11,12 +11,11 @@ from tiny import VIT
 from clip_jax.embeddings.folder import About
 from clip_jax.embeddings.write import index_pictures
 from clip_jax.evaluation.encoders import Encoders
-from clip_jax.models.clip import CLIP
+from clip_jax.models.clip import CLIP, init_variables
 from clip_jax.pretrained.export import write_own
 from clip_jax.pretrained.trees import from_variables
 from clip_jax.pretrained.workdir import Description
 from clip_jax.tokenizers import TokenizerSpec, make_tokenizer
-from clip_jax.training.state import init_variables
 
 SIDE = 12
 

@@ -12,9 +12,9 @@ from pairs import run_losses, write_data
 from tiny import VIT
 
 import clip_jax
+from clip_jax import main
 from clip_jax.config import resolve
 from clip_jax.models import zoo
-from clip_jax.training import trainer
 
 # What each is there for is also tested in seconds elsewhere; here the whole file runs.
 FRESH = ["flip", "siglip", "lion", "adafactor", "muon", "ema"]
@@ -45,7 +45,7 @@ def train_experiment(name, folder, *, steps):
     if c.model.init_from:
         c.model.init_from = str(folder / Path(c.model.init_from).name)
     workdir = folder / f"emoji_{name}"
-    assert trainer.run(resolve(c), str(workdir)) == 0
+    assert main.run(resolve(c), str(workdir)) == 0
     return [loss for _, loss in run_losses(workdir)]
 
 

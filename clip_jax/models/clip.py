@@ -1,8 +1,10 @@
 """CLIP: two towers that meet only in a shared unit sphere (Radford et al. 2021, section 2)."""
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
@@ -13,6 +15,7 @@ from clip_jax.models.attention import Accelerator, Kernel, choose_kernel
 from clip_jax.models.convnet import ConvNet, ConvNetConfig
 from clip_jax.models.execution import Execution, remat_tower
 from clip_jax.models.resnet import HEAD_SIZE, ModifiedResNet, ResNetConfig
+from clip_jax.models.stack import stack_layers
 from clip_jax.models.text import TextConfig, TextTransformer
 from clip_jax.models.vit import VisionTransformer, ViTConfig
 
@@ -132,6 +135,16 @@ class CLIP(nn.Module):
 def unrolled(model: CLIP) -> CLIP:
     """The same model with every block's parameters by themselves; `stack_layers` leads back."""
     return model.clone(scan=False)
+
+
+def init_variables(model: CLIP, seed: int) -> dict[str, Any]:
+    """Random parameters (and batch statistics) by the paper's initialisation; traceable."""
+    size, length = model.config.vision.image_size, model.config.text.context_length
+    images_BHWC = jnp.zeros((1, size, size, 3))
+    tokens_BL = jnp.zeros((1, length), jnp.int32)
+    # A flax loop draws other numbers for its layers than the layers by themselves.
+    variables = dict(unrolled(model).init(jax.random.key(seed), images_BHWC, tokens_BL))
+    return stack_layers(variables) if model.scan else variables
 
 
 def attention_line(model: CLIP, on: Accelerator, kept_patches: int | None = None) -> str:

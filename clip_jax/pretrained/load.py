@@ -17,7 +17,7 @@ import numpy as np
 
 from clip_jax.data.images import OPENAI, SIGLIP, Preprocess
 from clip_jax.errors import UserError, short
-from clip_jax.models.clip import CLIP, CLIPConfig
+from clip_jax.models.clip import CLIP, CLIPConfig, init_variables
 from clip_jax.models.convnet import ConvNetConfig
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.vit import ViTConfig
@@ -38,7 +38,6 @@ from clip_jax.pretrained.tags import family_preprocess, find_pretrained
 from clip_jax.pretrained.torch_file import read_torch
 from clip_jax.tokenizers.folder import tokenizer_from_folder
 from clip_jax.tokenizers.spec import TokenizerSpec
-from clip_jax.training.state import init_variables
 from clip_jax.typing import path_name
 
 Arrays = Mapping[str, np.ndarray]

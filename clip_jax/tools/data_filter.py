@@ -58,7 +58,7 @@ def load_encoders(
     model: str, architecture: str | None = None, tokenizer: str | None = None
 ) -> "Encoders":
     """A checkpoint's encoders over all devices."""
-    from clip_jax.tools.evaluate import encoders_of, load_over_devices
+    from clip_jax.api import encoders_of, load_over_devices
 
     return encoders_of(*load_over_devices(model, architecture=architecture, tokenizer=tokenizer))
 

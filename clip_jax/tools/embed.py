@@ -67,10 +67,10 @@ def embed_source(args: argparse.Namespace) -> str:
     """
     import jax
 
+    from clip_jax.api import encoders_of, load_over_devices
     from clip_jax.data.sources import fingerprint
     from clip_jax.embeddings.folder import claim
     from clip_jax.embeddings.write import LIST, embed, finish, index_pictures
-    from clip_jax.tools.evaluate import encoders_of, load_over_devices
 
     if min(args.batch_size, args.part_size) < 1:
         raise UserError("--batch-size and --part-size must be at least 1")

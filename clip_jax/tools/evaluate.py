@@ -6,8 +6,6 @@ own config names need not be said again: `python -m clip_jax.evaluate --model ru
 
 import argparse
 import dataclasses
-import hashlib
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,10 +15,6 @@ from clip_jax.config import EvalSection
 from clip_jax.errors import UserError, run_command
 
 if TYPE_CHECKING:
-    from jax.sharding import Mesh
-
-    from clip_jax.api import LoadedCLIP
-    from clip_jax.evaluation.encoders import Encoders
     from clip_jax.evaluation.run import Request
 
 
@@ -58,46 +52,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def load_over_devices(
-    model: str, *, architecture: str | None = None, tokenizer: str | None = None
-) -> "tuple[LoadedCLIP, Mesh]":
-    """A model with its parameters on every device, and the mesh of all of them."""
-    from clip_jax import api
-    from clip_jax.parallel.mesh import make_mesh
-
-    mesh = make_mesh(data=-1, fsdp=1, tensor=1)
-    return api.load(model, architecture, tokenizer=tokenizer, mesh=mesh), mesh
-
-
-def encoders_of(clip: "LoadedCLIP", mesh: "Mesh") -> "Encoders":
-    """A loaded model as the evaluators take it, its batches split over the mesh."""
-    from clip_jax.evaluation.encoders import Encoders, image_encoder_over, text_encoder_over
-    from clip_jax.parallel.mesh import batch_shards
-    from clip_jax.tokenizers import spec_digest
-    from clip_jax.training.checkpoint import tree_digests
-
-    tokenizer, spec = clip.known_tokenizer(), clip.tokenizer_spec
-    digests = tree_digests({"params": clip.params, "batch_stats": clip.batch_stats})
-    trim_behind = tokenizer.eot_id if clip.config.text.trimmable else None
-    about = json.dumps([digests, repr(clip.config), spec and spec_digest(spec)])
-    return Encoders(
-        image_encoder_over(clip.encode_image, mesh),
-        text_encoder_over(clip.encode_text, mesh, trim_behind=trim_behind),
-        tokenizer,
-        image_size=clip.config.vision.image_size,
-        context_length=clip.config.text.context_length,
-        preprocess=clip.preprocessing,
-        scale=clip.scale,
-        name=clip.name,
-        identity=hashlib.blake2b(about.encode(), digest_size=8).hexdigest(),
-        shards=batch_shards(mesh),
-    )
-
-
 def evaluate_model(model: str, request: "Request", out: str | Path, **load: Any) -> str:
     """Evaluate what `clip_jax.load` reads; returns the table to print."""
     import jax
 
+    from clip_jax.api import encoders_of, load_over_devices
     from clip_jax.evaluation.results import CONFUSION, CURVE, GRID, RESULTS, table
     from clip_jax.evaluation.run import run_evaluation
 

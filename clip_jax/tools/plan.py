@@ -11,7 +11,7 @@ from absl import flags
 
 from clip_jax.config import Config, resolve
 from clip_jax.errors import UserError, run_command
-from clip_jax.main import parse
+from clip_jax.tools.config_flags import parse
 
 _DEVICES = flags.DEFINE_integer("devices", None, "How many devices; config.mesh has to fit them.")
 _DEVICE = flags.DEFINE_string("device", "h100", "Their kind: h100, a100, tpu-v5e, ...")

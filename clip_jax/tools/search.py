@@ -50,8 +50,8 @@ def load_encoders(args: argparse.Namespace, embeddings: "Embeddings") -> "Encode
     Raises:
       UserError: it is not there any more, or has changed.
     """
+    from clip_jax.api import encoders_of, load_over_devices
     from clip_jax.embeddings.encode_query import check_model
-    from clip_jax.tools.evaluate import encoders_of, load_over_devices
 
     about = embeddings.about
     model = args.model or (about.model if about else None)

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from clip_jax.models.clip import CLIP, unrolled
-from clip_jax.models.stack import stack_layers
+from clip_jax.models.clip import CLIP, init_variables
 from clip_jax.parallel.sharding import tree_shardings
 from clip_jax.typing import Params
 
@@ -41,16 +40,6 @@ def split_frozen(params: Params, freeze: str) -> tuple[Params, Params]:
     """Parameters that are trained, and those that stay; `a | b` is the whole again."""
     trained = {name: tree for name, tree in params.items() if name not in FROZEN[freeze]}
     return trained, {name: tree for name, tree in params.items() if name not in trained}
-
-
-def init_variables(model: CLIP, seed: int) -> dict[str, Any]:
-    """Random parameters (and batch statistics) by the paper's initialisation; traceable."""
-    size, length = model.config.vision.image_size, model.config.text.context_length
-    images_BHWC = jnp.zeros((1, size, size, 3))
-    tokens_BL = jnp.zeros((1, length), jnp.int32)
-    # A flax loop draws other numbers for its layers than the layers by themselves.
-    variables = dict(unrolled(model).init(jax.random.key(seed), images_BHWC, tokens_BL))
-    return stack_layers(variables) if model.scan else variables
 
 
 def make_state(

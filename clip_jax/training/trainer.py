@@ -22,8 +22,6 @@ from clip_jax.files import make_folder
 from clip_jax.parallel import distributed
 from clip_jax.parallel.mesh import batch_part, mesh_text, place_batch
 from clip_jax.pretrained.workdir import Description, write_description
-from clip_jax.tools.evaluate import evaluate_workdir
-from clip_jax.tools.report import report
 from clip_jax.training.best_checkpoint import Best
 from clip_jax.training.checkpoint import Checkpoints, check_fingerprint
 from clip_jax.training.run_logger import Report, SkipLimit
@@ -43,8 +41,8 @@ from clip_jax.training.state import TrainState, init_state, parameter_counts
 from clip_jax.training.warm_start import start_state
 
 
-def run(config: Config, workdir: str) -> int:
-    """Train, or go on with the run in `workdir`, then evaluate; the process's exit code.
+def train(config: Config, workdir: str) -> int:
+    """Train, or go on with the run in `workdir`; the process's exit code.
 
     Raises:
       UserError: the data, the config or the work folder is not fit for the run.
@@ -77,11 +75,6 @@ def run(config: Config, workdir: str) -> int:
     finally:
         checkpoints.close()
     distributed.stand_by()
-    if code == 0 and config.eval.data:
-        # On the devices of all processes, so all of them take part.
-        distributed.tell(evaluate_workdir(workdir))
-        if distributed.is_first():
-            distributed.tell(report([workdir]))
     return code
 
 

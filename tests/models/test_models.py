@@ -16,14 +16,14 @@ from tiny import CONVNET, RESNET, SIGLIP, TEXT, TINY, VIT
 
 from clip_jax.errors import UserError
 from clip_jax.models import table
-from clip_jax.models.clip import CLIP, unit_length
+from clip_jax.models.clip import CLIP, init_variables, unit_length
 from clip_jax.models.flops import image_flops, text_flops
 from clip_jax.models.layers import LayerNorm, gelu, gelu_tanh, quick_gelu
 from clip_jax.models.text import TextTransformer, end_positions
 from clip_jax.models.vit import VisionTransformer, ViTConfig
 from clip_jax.models.zoo import MODELS, left_out, list_models, model_config
 from clip_jax.pretrained.workdir import model_from_json, model_to_json
-from clip_jax.training.state import init_variables, parameter_counts
+from clip_jax.training.state import parameter_counts
 
 GOLDEN = json.loads(
     (Path(__file__).parents[1] / "golden/open_clip_parameter_counts.json").read_text()

@@ -15,10 +15,9 @@ from tiny import TINY, VIT
 
 from clip_jax import api
 from clip_jax.errors import UserError
-from clip_jax.models.clip import CLIP, unit_length
+from clip_jax.models.clip import CLIP, init_variables, unit_length
 from clip_jax.models.relevance import make_relevance, watched_module
 from clip_jax.tools.relevance import overlay, relevance_picture
-from clip_jax.training.state import init_variables
 
 
 def inputs(config, batch=2, seed=0):

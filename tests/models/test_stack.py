@@ -10,12 +10,12 @@ import pytest
 from test_models import assert_trees_close, features_and_gradients, make_tokens
 from tiny import SIGLIP, TEXT, TINY, VIT
 
-from clip_jax.models.clip import CLIP, unrolled
+from clip_jax.models.clip import CLIP, init_variables, unrolled
 from clip_jax.models.stack import stack_layers, unstack_layers
 from clip_jax.parallel.mesh import make_mesh
 from clip_jax.parallel.sharding import partition_spec, tree_shardings
 from clip_jax.training.checkpoint import Checkpoints
-from clip_jax.training.state import TrainState, init_variables
+from clip_jax.training.state import TrainState
 from clip_jax.typing import path_name
 
 # As the others, with three blocks where they have two: a stack of one would hide its axis.

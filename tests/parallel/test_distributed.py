@@ -20,13 +20,13 @@ from run_tiny import ROOT, environment, log, one, start_two, two, write_experime
 from tiny import ADAMW
 
 from clip_jax.errors import EXIT_ERROR, EXIT_TERMINATED, EXIT_USAGE, UserError
-from clip_jax.models.clip import CLIP
+from clip_jax.models.clip import CLIP, init_variables
 from clip_jax.models.zoo import model_config
 from clip_jax.parallel import cluster, distributed
 from clip_jax.parallel.mesh import AXES, batch_part, make_mesh
 from clip_jax.training import trainer
 from clip_jax.training.optimizer import make_optimizer
-from clip_jax.training.state import device_bytes, init_variables, make_state, state_shapes
+from clip_jax.training.state import device_bytes, make_state, state_shapes
 
 FSDP = "--config.mesh.fsdp=8"  # over both processes
 

@@ -14,6 +14,7 @@ import published  # noqa: E402
 from published import Case, compare, difference  # noqa: E402
 
 import clip_jax  # noqa: E402
+from clip_jax import main  # noqa: E402
 from clip_jax.data.images import OPENAI, SIGLIP  # noqa: E402
 from clip_jax.pretrained.open_clip_config import (  # noqa: E402
     config_from_open_clip,
@@ -196,7 +197,6 @@ def test_a_model_trained_here_gives_the_same_features_there(to, tmp_path, monkey
 
     from clip_jax.config import default, resolve
     from clip_jax.tokenizers.train import train as train_tokenizer
-    from clip_jax.training import trainer
 
     pattern = write_pairs(tmp_path / "pairs")
     model_path = str(tmp_path / "t.model")
@@ -204,7 +204,7 @@ def test_a_model_trained_here_gives_the_same_features_there(to, tmp_path, monkey
     c = default()
     c.model.name, c.train.steps, c.train.batch_size = "ViT-48", 6, 16
     c.data.train, c.data.tokenizer = pattern, model_path
-    assert trainer.run(resolve(c), str(tmp_path / "run")) == 0
+    assert main.run(resolve(c), str(tmp_path / "run")) == 0
     convert(str(tmp_path / "run"), str(tmp_path / "out"), to=to)
     if to == "hf":
         model = transformers.CLIPModel.from_pretrained(tmp_path / "out")

@@ -21,13 +21,12 @@ from clip_jax.data.shards import Handles
 from clip_jax.data.writing.scores import part_path, read_part, select, write_part
 from clip_jax.errors import UserError
 from clip_jax.evaluation.encoders import Encoders
-from clip_jax.models.clip import CLIP
+from clip_jax.models.clip import CLIP, init_variables
 from clip_jax.pretrained.export import write_own
 from clip_jax.pretrained.trees import from_variables
 from clip_jax.pretrained.workdir import Description
 from clip_jax.tokenizers import make_tokenizer, tokenizer_spec
 from clip_jax.tools import data_filter as command
-from clip_jax.training.state import init_variables
 
 SIDE, COUNT = 12, 50
 _RNG = np.random.default_rng(0)

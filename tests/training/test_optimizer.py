@@ -14,7 +14,7 @@ from flax import traverse_util
 from steps import make_all, make_batch, one_device_mesh, run
 from tiny import TINY, VIT
 
-from clip_jax.models.clip import CLIP
+from clip_jax.models.clip import CLIP, init_variables
 from clip_jax.parallel.mesh import make_mesh, place_batch
 from clip_jax.training.optimizer import (
     SCALERS,
@@ -24,7 +24,7 @@ from clip_jax.training.optimizer import (
     make_schedule,
     muon_matrix,
 )
-from clip_jax.training.state import init_variables, state_shapes
+from clip_jax.training.state import state_shapes
 from clip_jax.typing import path_name
 
 

@@ -16,6 +16,7 @@ from quick import QUICK
 from tiny import CONVNET, VIT
 
 import clip_jax
+from clip_jax import main
 from clip_jax.data.images import Preprocess
 from clip_jax.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED, UserError
 from clip_jax.models import zoo
@@ -50,7 +51,7 @@ def uninterrupted(data, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(zoo.MODELS, "tiny", _tiny())
-        assert trainer.run(make_config(data), str(workdir)) == 0
+        assert main.run(make_config(data), str(workdir)) == 0
     return workdir
 
 
@@ -70,7 +71,7 @@ def test_evaluation_during_a_run_changes_no_loss_and_its_best_state_is_kept(
         eval__every=5,
         eval__best="mean_per_class_recall",
     )
-    assert trainer.run(config, str(tmp_path)) == 0
+    assert main.run(config, str(tmp_path)) == 0
     lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     found = {line["step"]: line for line in lines if "eval/acc1" in line}
     assert list(found) == [5, 10]
@@ -121,11 +122,11 @@ def test_stopped_and_run_again_is_the_same_to_the_last_digit(
 ):
     with monkeypatch.context() as patch:
         stop_at(patch, 7, number)
-        assert trainer.run(make_config(data), str(tmp_path)) == code
+        assert main.run(make_config(data), str(tmp_path)) == code
     assert "the same command goes on from there" in capsys.readouterr().out
     stopped = run_losses(tmp_path)
     assert 7 <= stopped[-1][0] < 12
-    assert trainer.run(make_config(data), str(tmp_path)) == 0
+    assert main.run(make_config(data), str(tmp_path)) == 0
     assert f"going on from step {stopped[-1][0]}" in capsys.readouterr().out
     assert run_losses(tmp_path) == run_losses(uninterrupted)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -144,22 +145,22 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(data, uninterrupted, tmp_
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(run_logger.Report, "step", die)
-        trainer.run(make_config(data), str(tmp_path))
+        main.run(make_config(data), str(tmp_path))
     assert run_losses(tmp_path)[-1][0] == 7
-    assert trainer.run(make_config(data), str(tmp_path)) == 0
+    assert main.run(make_config(data), str(tmp_path)) == 0
     assert run_losses(tmp_path) == run_losses(uninterrupted)
 
 
 def test_finished_runs_do_nothing_more(data, uninterrupted):
     before = run_losses(uninterrupted)
-    assert trainer.run(make_config(data), str(uninterrupted)) == 0
+    assert main.run(make_config(data), str(uninterrupted)) == 0
     assert run_losses(uninterrupted) == before
 
 
 @pytest.mark.parametrize("fsdp,tensor", [(2, 2), pytest.param(4, 1, marks=pytest.mark.slow)])
 def test_another_mesh_gives_the_same_losses(data, uninterrupted, tmp_path, fsdp, tensor):
     config = make_config(data, mesh__fsdp=fsdp, mesh__tensor=tensor)
-    assert trainer.run(config, str(tmp_path)) == 0
+    assert main.run(config, str(tmp_path)) == 0
     got, want = np.array(run_losses(tmp_path)), np.array(run_losses(uninterrupted))
     # Float32 sums in another order, over 12 steps.
     np.testing.assert_allclose(got[:, 1], want[:, 1], rtol=1e-5)
@@ -193,7 +194,7 @@ def test_a_run_learns_evaluates_and_loads(data, tmp_path, loss, steps, capsys):
         eval__templates=("{}",),
         eval__batch_size=40,
     )
-    assert trainer.run(config, str(tmp_path)) == 0
+    assert main.run(config, str(tmp_path)) == 0
     results = json.loads((tmp_path / "eval.json").read_text())
     metrics = {r["task"]: r["metrics"] for r in results["results"]}
     # Twelve things in four colours: chance is 8 %.
@@ -249,7 +250,7 @@ def test_not_finite_stops_with_the_step_the_keys_and_the_last_checkpoint(
         return Poisoned()
 
     monkeypatch.setattr(trainer, "make_loader", poisoned)
-    assert trainer.run(make_config(data), str(tmp_path)) == EXIT_ERROR
+    assert main.run(make_config(data), str(tmp_path)) == EXIT_ERROR
     line = capsys.readouterr().err.strip()
     assert "\n" not in line
     assert "step 8 is not finite (loss nan)" in line
@@ -275,16 +276,16 @@ def test_another_runs_work_folder_is_refused(data, uninterrupted, monkeypatch, c
         changes = {"data__train": str(data[0] / "00000.tar")}
     before = sorted(p.name for p in (uninterrupted / "checkpoints").iterdir())
     with pytest.raises(UserError) as caught:
-        trainer.run(make_config(data, **changes), str(uninterrupted))
+        main.run(make_config(data, **changes), str(uninterrupted))
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert sorted(p.name for p in (uninterrupted / "checkpoints").iterdir()) == before
 
 
 def test_data_that_is_not_there(data, tmp_path):
     with pytest.raises(UserError, match=r"nothing-\{0\.\.1\}\.tar"):
-        trainer.run(make_config(data, data__train="nothing-{0..1}.tar"), str(tmp_path))
+        main.run(make_config(data, data__train="nothing-{0..1}.tar"), str(tmp_path))
     with pytest.raises(UserError, match=r"config\.data\.train is empty"):
-        trainer.run(make_config(data, data__train=""), str(tmp_path))
+        main.run(make_config(data, data__train=""), str(tmp_path))
 
 
 def test_a_work_folder_that_cannot_be(data, tmp_path, monkeypatch):
@@ -292,14 +293,14 @@ def test_a_work_folder_that_cannot_be(data, tmp_path, monkeypatch):
     file.touch()
     for bad in (file, file / "below"):
         with pytest.raises(UserError, match=f"--workdir {bad} cannot be made .*; give another"):
-            trainer.run(make_config(data), str(bad))
+            main.run(make_config(data), str(bad))
         # Shards that are left out would be listed there.
         missing = make_config(data, data__train=f"{data[0]}/{{00000..00002}}.tar")
         with pytest.raises(UserError, match=f"--workdir {bad} cannot be made .*; give another"):
-            trainer.run(missing, str(bad))
+            main.run(missing, str(bad))
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
     with pytest.raises(UserError, match="cannot be written to"):
-        trainer.run(make_config(data), str(tmp_path))
+        main.run(make_config(data), str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -313,7 +314,7 @@ def test_patches_that_cannot_be_dropped(data, tmp_path, monkeypatch, changes, me
     """Said before anything of the run is written."""
     monkeypatch.setitem(zoo.MODELS, "tiny-conv", CONVNET)
     with pytest.raises(UserError, match=message):
-        trainer.run(make_config(data, model__patch_dropout=0.5, **changes), str(tmp_path))
+        main.run(make_config(data, model__patch_dropout=0.5, **changes), str(tmp_path))
     # Nothing of a run: the data alone was counted.
     assert {path.name for path in tmp_path.iterdir()} <= {"data_index.json"}
 
@@ -323,7 +324,7 @@ def test_a_shard_cut_in_half(data, tmp_path):
     whole = (data[0] / "00000.tar").read_bytes()
     shard.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=r"half\.tar is cut or damaged"):
-        trainer.run(make_config(data, data__train=str(shard)), str(tmp_path / "run"))
+        main.run(make_config(data, data__train=str(shard)), str(tmp_path / "run"))
 
 
 def test_a_text_file_named_jpg_is_skipped_counted_and_named(data, tmp_path, capsys):
@@ -336,7 +337,7 @@ def test_a_text_file_named_jpg_is_skipped_counted_and_named(data, tmp_path, caps
         writer.write({"__key__": "no-words", "png": (ROOT / "tests/pairs.py").read_bytes()})
     pattern = f"{data[0]}/00000.tar::{folder}/0.tar"
     config = make_config(data, data__train=pattern, train__steps=0, train__epochs=1.0)
-    assert trainer.run(config, str(tmp_path / "run")) == 0
+    assert main.run(config, str(tmp_path / "run")) == 0
     out = capsys.readouterr().out
     assert "1 samples have no caption and are left out, first 0.tar/no-words" in out
     assert "1 not_an_image" in out and "not-a-picture" in out

@@ -14,6 +14,7 @@ from pairs import run_losses, tiny_config, write_data
 from tiny import CONVNET, RESNET, SIGLIP, VIT
 
 import clip_jax
+from clip_jax import main
 from clip_jax.data.images import Preprocess
 from clip_jax.errors import UserError
 from clip_jax.models import zoo
@@ -26,7 +27,7 @@ from clip_jax.pretrained.trees import from_variables
 from clip_jax.pretrained.workdir import read_description, write_description
 from clip_jax.tokenizers.train import train as train_tokenizer
 from clip_jax.tools.convert import convert
-from clip_jax.training import setup, trainer
+from clip_jax.training import setup
 from clip_jax.training.state import state_shapes
 from clip_jax.training.warm_start import place_origin, read_origin, started_from
 
@@ -68,7 +69,7 @@ def short(data, tmp_path_factory):
     """A run on small pictures and short captions, with pictures of its own kind."""
     workdir = tmp_path_factory.mktemp("short")
     config = tiny_config(data, model__image_size=16, model__context_length=8)
-    assert trainer.run(config, str(workdir)) == 0
+    assert main.run(config, str(workdir)) == 0
     kind = Preprocess("squash", "bilinear", (0.4, 0.5, 0.6), (0.3, 0.2, 0.1))
     write_description(workdir, dataclasses.replace(read_description(workdir), preprocess=kind))
     return workdir
@@ -127,7 +128,7 @@ def test_layers_are_stacked_for_a_scan():
 @pytest.mark.slow
 def test_a_longer_run_grows_the_positions_of_a_short_one(data, short, tmp_path, capsys):
     config = tiny_config(data, model__init_from=str(short))
-    assert trainer.run(config, str(tmp_path)) == 0
+    assert main.run(config, str(tmp_path)) == 0
     assert f"starting from {short}" in capsys.readouterr().out
 
     w = setup.wire(config, 3)
@@ -196,7 +197,7 @@ def test_the_first_loss_is_that_of_the_weights(data, short, tmp_path):
     convert(str(short), str(tmp_path / "made"), to="own")
     for name, source in (("again", short), ("other", tmp_path / "made")):
         config = tiny_config(data, model__init_from=str(source), **sizes)
-        assert trainer.run(config, str(tmp_path / name)) == 0
+        assert main.run(config, str(tmp_path / name)) == 0
     assert losses(tmp_path / "again") == losses(tmp_path / "other")
     assert losses(tmp_path / "again")[0] < losses(short)[0]
 
@@ -205,23 +206,23 @@ def test_a_run_that_goes_on_needs_its_origin_no_more(data, short, tmp_path, caps
     origin = tmp_path / "origin"
     shutil.copytree(short, origin)
     config = tiny_config(data, model__init_from=str(origin), train__steps=2)
-    assert trainer.run(config, str(tmp_path / "run")) == 0
+    assert main.run(config, str(tmp_path / "run")) == 0
     shutil.rmtree(origin)
     longer = tiny_config(data, model__init_from=str(origin), train__steps=3)
-    assert trainer.run(longer, str(tmp_path / "run")) == 0
+    assert main.run(longer, str(tmp_path / "run")) == 0
     assert "going on from step 2" in capsys.readouterr().out
     assert read_description(tmp_path / "run").preprocess.mean == (0.4, 0.5, 0.6)
     with pytest.raises(
         UserError, match=r"made with config.model.init_from = .* and now it is null"
     ):
-        trainer.run(tiny_config(data, train__steps=4), str(tmp_path / "run"))
+        main.run(tiny_config(data, train__steps=4), str(tmp_path / "run"))
 
 
 @pytest.fixture(scope="module")
 def siglip(data, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("siglip")
     config = tiny_config(data, model__name="tiny-siglip", train__loss="sigmoid", train__steps=2)
-    assert trainer.run(config, str(workdir)) == 0
+    assert main.run(config, str(workdir)) == 0
     return workdir
 
 
@@ -241,7 +242,7 @@ def test_siglips_scale_and_bias(data, siglip, tmp_path, loss):
     start = jax.device_get(start_of(setup.wire(config, 2))["params"])
     assert start["logit_bias"] == before["logit_bias"]
     assert start["logit_scale"] == before["logit_scale"]
-    assert trainer.run(config, str(tmp_path)) == 0
+    assert main.run(config, str(tmp_path)) == 0
     after = jax.device_get(clip_jax.load(tmp_path).params)
     assert (after["logit_bias"] == before["logit_bias"]) == (loss == "softmax")
     assert after["logit_scale"] != before["logit_scale"]
@@ -269,7 +270,7 @@ def test_mistakes_are_one_clear_line(data, short, tmp_path):
     def refuses(message, **changes):
         changes.setdefault("model__init_from", str(short))
         with pytest.raises(UserError, match=message) as caught:
-            trainer.run(tiny_config(data, **changes), str(tmp_path / "run"))
+            main.run(tiny_config(data, **changes), str(tmp_path / "run"))
         assert "\n" not in str(caught.value)
 
     other = str(folder / "other.model")
