@@ -79,7 +79,7 @@ def ours(folder: str, workers: int, passes: int = 1):
         repeat=passes > 1,
     ) as loader:
         for batch in itertools.islice(loader, -(-passes * pairs // BATCH)):
-            yield int(batch["ok"].sum())
+            yield int(batch["valid"].sum())
 
 
 def theirs(folder: str, workers: int):

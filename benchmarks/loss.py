@@ -35,8 +35,8 @@ def make_inputs(rows: int, features: int, dtype: str) -> tuple:
         for z in (z_image_BD, z_text_BD)
     )
     scale, bias = jnp.float32(1 / 0.07), jnp.float32(-10)
-    ok_B, caption_id_B = jnp.ones(rows, bool), jnp.arange(rows, dtype=jnp.uint32)
-    return z_image_BD, z_text_BD, scale, bias, ok_B, caption_id_B
+    valid_B, caption_id_B = jnp.ones(rows, bool), jnp.arange(rows, dtype=jnp.uint32)
+    return z_image_BD, z_text_BD, scale, bias, valid_B, caption_id_B
 
 
 def make_mesh(devices: int) -> Mesh:

@@ -84,7 +84,7 @@ def first_batch(folder: str, run: str, step: int) -> None:
     settings = {"image_size": 32, "context_length": 77, "batch_size": 256, "seed": 0, "threads": 2}
     with make_train_loader(shards, tokenizer, start_step=step, **settings) as loader:
         batch = next(loader)
-        assert batch["ok"].all()
+        assert batch["valid"].all()
         clock.told(f"first batch at step {step:,}, {len(shards):,} shards")
 
 

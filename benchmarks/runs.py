@@ -11,7 +11,7 @@ import numpy as np
 from clip_jax.api import LoadedCLIP
 from clip_jax.config import default, resolve
 from clip_jax.parallel.mesh import place_batch
-from clip_jax.training.setup import Wiring, make_step, wire
+from clip_jax.training.setup import RunComponents, build_run, make_step
 from clip_jax.training.state import TrainState, init_state, state_shapes
 from clip_jax.training.step import TrainStep
 
@@ -26,7 +26,7 @@ class Run(NamedTuple):
       batch: on the device.
     """
 
-    wiring: Wiring
+    wiring: RunComponents
     step: TrainStep
     state: TrainState
     batch: dict[str, jax.Array]
@@ -47,7 +47,7 @@ def make_run(
     values.model.dtype = options.dtype
     values.optim.learning_rate = 1e-5
     config = resolve(values)
-    w = wire(config, config.train.steps)
+    w = build_run(config, config.train.steps)
     # The run's own model with the loaded one's sizes, which are open_clip's.
     model = w.model.clone(config=loaded.config)
     w = dataclasses.replace(w, model=model, shapes=state_shapes(model, w.optimizer, w.mesh))
@@ -60,7 +60,7 @@ def make_run(
         "image": images,
         "text": tokens,
         "caption_id": np.arange(rows, dtype=np.uint32),
-        "ok": np.ones(rows, bool),
+        "valid": np.ones(rows, bool),
     }
     return Run(w, make_step(config, w), state, place_batch(batch, w.mesh))
 

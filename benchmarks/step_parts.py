@@ -65,7 +65,7 @@ def loss_call(run: Run) -> tuple:
 
     step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
     b = run.batch
-    return step, (*z, jnp.float32(14), jnp.float32(0), b["ok"], b["caption_id"])
+    return step, (*z, jnp.float32(14), jnp.float32(0), b["valid"], b["caption_id"])
 
 
 class Updater:

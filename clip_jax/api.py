@@ -25,7 +25,7 @@ from clip_jax.pretrained.tags import family_preprocess
 from clip_jax.tokenizers import TokenizerSpec, make_tokenizer, spec_digest, tokenizer_from_file
 from clip_jax.training.checkpoint import tree_digests
 from clip_jax.training.step import make_encoders, normalize_images, unit_range
-from clip_jax.training.warm_start import place_arrays, read_origin, restore_run, variable_shapes
+from clip_jax.training.warm_start import place_arrays, read_source, restore_run, variable_shapes
 from clip_jax.typing import Tokenizer
 
 TEXT_BATCH = 256
@@ -144,9 +144,12 @@ class LoadedCLIP:
           UserError: the shape is not what the model takes.
         """
         text = self.config.text
-        longest, shortest = text.context_length, 1 if text.trimmable else text.context_length
+        longest, shortest = (
+            text.context_length,
+            1 if text.supports_trimming else text.context_length,
+        )
         if tokens.ndim != 2 or not shortest <= tokens.shape[1] <= longest:
-            takes = f"at most {longest}" if text.trimmable else f"{longest}"
+            takes = f"at most {longest}" if text.supports_trimming else f"{longest}"
             raise UserError(
                 f"encode_text takes [batch, {takes}] token ids and got "
                 f"{list(tokens.shape)}; make them with tokenize()"
@@ -226,7 +229,7 @@ def load(
     mesh: Mesh | None = None,
 ) -> LoadedCLIP:
     """A run's model, or a published one in any format; see `clip_jax.load`."""
-    checkpoint = read_origin(str(path), model).checkpoint
+    checkpoint = read_source(str(path), model).checkpoint
     spec = checkpoint.tokenizer
     if tokenizer is not None:
         spec = tokenizer_from_file(tokenizer, tokenizer_family(checkpoint.config))
@@ -258,7 +261,7 @@ def encoders_of(clip: LoadedCLIP, mesh: Mesh) -> Encoders:
     """A loaded model as the evaluators take it, its batches split over the mesh."""
     tokenizer, spec = clip.known_tokenizer(), clip.tokenizer_spec
     digests = tree_digests({"params": clip.params, "batch_stats": clip.batch_stats})
-    trim_behind = tokenizer.eot_id if clip.config.text.trimmable else None
+    trim_behind = tokenizer.eot_id if clip.config.text.supports_trimming else None
     about = json.dumps([digests, repr(clip.config), spec and spec_digest(spec)])
     return Encoders(
         image_encoder_over(clip.encode_image, mesh),

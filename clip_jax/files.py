@@ -9,7 +9,7 @@ from clip_jax.errors import UserError
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """A path to write to, which takes the place of `path` when the block ends well.
 
     The folder is made where it is not there. Killed in between, an older file stays as it was.

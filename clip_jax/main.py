@@ -67,7 +67,7 @@ def main() -> int:
 
     with distributed.ending_together():
         if workdir is None or _DRY_RUN.value:
-            distributed.tell(setup.describe(config))
+            distributed.print_on_main(setup.describe(config))
             return 0
         return run(config, workdir)
 
@@ -86,9 +86,9 @@ def run(config: Config, workdir: str) -> int:
     code = train(config, workdir)
     if code == 0 and config.eval.data:
         # On the devices of all processes, so all of them take part.
-        distributed.tell(evaluate_workdir(workdir))
+        distributed.print_on_main(evaluate_workdir(workdir))
         if distributed.is_first():
-            distributed.tell(report([workdir]))
+            distributed.print_on_main(report([workdir]))
     return code
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from tqdm import tqdm
 
 
-def bar(
+def progress_bar(
     total: int | None,
     title: str,
     unit: str = "pair",

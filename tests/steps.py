@@ -29,7 +29,7 @@ def make_batch(config, seed=0):
         "image": rng.integers(0, 256, (B, size, size, 3)).astype(np.uint8),
         "text": make_tokens(rng, B),
         "caption_id": rng.integers(0, 12, B).astype(np.uint32),
-        "ok": np.arange(B) != 5,
+        "valid": np.arange(B) != 5,
     }
 
 

@@ -33,7 +33,7 @@ def smallest_crop(
     return least_width, min(least_height, float(height), width / ratio[0])
 
 
-def eighths(
+def jpeg_scale(
     width: int,
     height: int,
     image_size: int,
@@ -59,7 +59,7 @@ def make_decode(
             return decode_image(data, max_pixels=max_pixels)
         try:
             height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
-            k = eighths(width, height, image_size, scale, ratio)
+            k = jpeg_scale(width, height, image_size, scale, ratio)
             if k == 8 or colors != "YCbCr" or width * height > max_pixels:
                 return decode_image(data, max_pixels=max_pixels)
             array = simplejpeg.decode_jpeg(

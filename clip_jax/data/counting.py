@@ -17,7 +17,7 @@ from clip_jax.data.formats.options import split_options
 from clip_jax.data.formats.remote import is_url, remote_size
 from clip_jax.data.lazy import Lost
 from clip_jax.data.manifest import Entry, entry_of, read_index, write_index
-from clip_jax.data.shards import ShardIndex
+from clip_jax.data.shards import Shard
 
 KEPT = "data_index.json"
 """The run's own index in its work folder; shards stand in it by their whole paths."""
@@ -65,7 +65,7 @@ class Known:
 
 def count_shards(
     shards: Sequence[str],
-    read: Callable[[str], ShardIndex | Lost],
+    read: Callable[[str], Shard | Lost],
     indexes: Known,
     *,
     workdir: str = "",
@@ -114,7 +114,7 @@ def _count_part(
     shards: Sequence[str],
     paths: Sequence[str],
     known: Mapping[str, Entry],
-    read: Callable[[str], ShardIndex | Lost],
+    read: Callable[[str], Shard | Lost],
     threads: int,
 ) -> dict[int, list[Any]]:
     """What of this part is not as the indexes say: place -> [pairs, bytes, lacks], or [cause,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from clip_jax.data.counting import ALONE, Counted, Known, Share, count_shards
 from clip_jax.data.filters import filtered, parse_filter, without_repeats
 from clip_jax.data.lazy import LazyShard, Resident
-from clip_jax.data.shards import ShardIndex
+from clip_jax.data.shards import Shard
 from clip_jax.data.skip_log import SkipLog, on_shard_error
 from clip_jax.data.sources import expand, index_shard, index_shards, is_lazy
 from clip_jax.errors import UserError
@@ -17,11 +17,11 @@ from clip_jax.errors import UserError
 class TrainingData:
     """The shards of every source, and the account of what is skipped in them."""
 
-    sources: list[list[ShardIndex]]
+    sources: list[list[Shard]]
     log: SkipLog
 
     @property
-    def indexes(self) -> list[ShardIndex]:
+    def indexes(self) -> list[Shard]:
         """All shards, in one line."""
         return [shard for source in self.sources for shard in source]
 
@@ -47,7 +47,7 @@ def open_sources(
     resident: int = 0,
     workdir: str = "",
     share: Share = ALONE,
-) -> list[list[ShardIndex]]:
+) -> list[list[Shard]]:
     """The shards of every source.
 
     Args:
@@ -67,7 +67,7 @@ def open_sources(
     lazy = resident > 0 and log is not None and not conditions and not unique_keys
     indexes = Known(workdir) if lazy else None
     shared = Resident(resident, index_shard)
-    sources: list[list[ShardIndex]] = []
+    sources: list[list[Shard]] = []
     named = 0
     for pattern in [train] if isinstance(train, str) else train:
         missing: list[str] = []
@@ -105,7 +105,7 @@ def open_sources(
 
 def open_line(
     source: Sequence[str], *, log: SkipLog, where: str = "", unique_keys: bool = False
-) -> list[ShardIndex]:
+) -> list[Shard]:
     """The shards of all sources, one after the other, for a command that has a `--filter`.
 
     Raises:
@@ -120,9 +120,9 @@ def open_line(
 
 def _promised(
     shards: Sequence[str], counted: Counted, resident: Resident, log: SkipLog
-) -> list[ShardIndex]:
+) -> list[Shard]:
     """Each counted shard, to be read when it is needed; the lost ones go to the log."""
-    found: list[ShardIndex] = []
+    found: list[Shard] = []
     for shard, entry in zip(shards, counted.entries, strict=True):
         if entry is None:
             cause, detail = counted.lost[shard]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int64
 
-from clip_jax.data.shards import Handles, ShardIndex, Unusable, with_templates
+from clip_jax.data.shards import BadSampleError, Handles, Shard, with_templates
 from clip_jax.errors import UserError
 
 _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
@@ -69,7 +69,7 @@ def parse_filter(text: str) -> list[Condition]:
     return conditions
 
 
-class View:
+class FilteredShard:
     """Some of a shard's samples, each caption in every template.
 
     Args:
@@ -80,7 +80,7 @@ class View:
 
     def __init__(
         self,
-        shard: ShardIndex,
+        shard: Shard,
         *,
         keep: Int64[np.ndarray, " kept"] | None = None,
         templates: tuple[str, ...] = ("{}",),
@@ -124,21 +124,21 @@ class View:
         return {cause: [key for key in keys if key in kept] for cause, keys in found.items()}
 
 
-def filtered(shard: ShardIndex, conditions: Sequence[Condition]) -> ShardIndex:
+def filtered(shard: Shard, conditions: Sequence[Condition]) -> Shard:
     """The samples whose record meets every condition; one that cannot be read does not."""
     keep = []
     with Handles() as handles:
         for i in range(len(shard)):
             try:
                 record = shard.record(i, handles)
-            except (Unusable, OSError):
+            except (BadSampleError, OSError):
                 continue
             if all(condition.holds(record) for condition in conditions):
                 keep.append(i)
-    return View(shard, keep=np.array(keep, np.int64))
+    return FilteredShard(shard, keep=np.array(keep, np.int64))
 
 
-def first_of_key(shards: Sequence[ShardIndex]) -> Bool[np.ndarray, " samples"]:
+def first_of_key(shards: Sequence[Shard]) -> Bool[np.ndarray, " samples"]:
     """For each sample of the shards in line, whether its key did not come before."""
     hashes = [
         np.array(
@@ -157,8 +157,8 @@ def first_of_key(shards: Sequence[ShardIndex]) -> Bool[np.ndarray, " samples"]:
 
 
 def without_repeats(
-    shards: Sequence[ShardIndex], on_repeat: Callable[[str], None] = lambda name: None
-) -> list[ShardIndex]:
+    shards: Sequence[Shard], on_repeat: Callable[[str], None] = lambda name: None
+) -> list[Shard]:
     """The shards without the samples whose key came before, in any of them.
 
     Args:
@@ -166,11 +166,13 @@ def without_repeats(
     """
     first = first_of_key(shards)
     starts = np.cumsum([0, *map(len, shards)])
-    out: list[ShardIndex] = []
+    out: list[Shard] = []
     for shard, start in zip(shards, starts[:-1], strict=True):
         is_first = first[start : start + len(shard)]
         keep = np.flatnonzero(is_first)
         for i in np.flatnonzero(~is_first):
             on_repeat(f"{shard.name}/{shard.key(int(i))}")
-        out.append(shard if len(keep) == len(shard) else View(shard, keep=keep.astype(np.int64)))
+        out.append(
+            shard if len(keep) == len(shard) else FilteredShard(shard, keep=keep.astype(np.int64))
+        )
     return out

@@ -16,7 +16,7 @@ from typing import Any
 from clip_jax.data.formats.options import split_options
 from clip_jax.data.formats.remote import PASSED_OVER
 from clip_jax.data.manifest import Entry, entry_of
-from clip_jax.data.shards import Handles, ShardIndex, Unusable
+from clip_jax.data.shards import BadSampleError, Handles, Shard
 from clip_jax.data.skip_log import shard_cause
 from clip_jax.errors import UserError
 
@@ -37,12 +37,12 @@ class Resident:
     else each sample would read its shard's headers again.
     """
 
-    def __init__(self, limit: int, read: Callable[[str], ShardIndex]):
+    def __init__(self, limit: int, read: Callable[[str], Shard]):
         self._limit, self._read = limit, read
         self._lock = threading.Lock()
-        self._shards: OrderedDict[str, Future[ShardIndex | Lost]] = OrderedDict()
+        self._shards: OrderedDict[str, Future[Shard | Lost]] = OrderedDict()
 
-    def get(self, shard: str) -> ShardIndex | Lost:
+    def get(self, shard: str) -> Shard | Lost:
         """The shard, read by the first thread that asks while the others wait for it."""
         with self._lock:
             future = self._shards.get(shard)
@@ -66,7 +66,7 @@ class Resident:
             return self.get(shard)
         return found
 
-    def _outcome(self, shard: str) -> ShardIndex | Lost:
+    def _outcome(self, shard: str) -> Shard | Lost:
         try:
             return self._read(shard)
         except UserError as e:
@@ -98,7 +98,7 @@ class LazyShard:
         """The key; `#i` where the shard is lost."""
         try:
             return self._read().key(i)
-        except Unusable:
+        except BadSampleError:
             return f"#{i}"
 
     def image(self, i: int, handles: Handles) -> bytes:
@@ -117,14 +117,14 @@ class LazyShard:
         """The first key of each cause: more is not kept in an index."""
         return {cause: [first] for cause, (_, first) in self.entry.lacks.items()}
 
-    def _read(self) -> ShardIndex:
+    def _read(self) -> Shard:
         """Raises Unusable where the shard is lost, or is not the one that was promised."""
         found = self._resident.get(self.shard)
         if isinstance(found, Lost):
-            raise Unusable(found.cause, found.detail)
+            raise BadSampleError(found.cause, found.detail)
         pairs, size, _ = self.entry
         if len(found) != pairs or (size and found.size != size):
-            raise Unusable(
+            raise BadSampleError(
                 "shard_changed",
                 f"shard {self.shard} holds {len(found)} pairs in {found.size} bytes and its index"
                 f" says {pairs} in {size or 'some'}: write the index anew, and begin a new run",
@@ -132,7 +132,7 @@ class LazyShard:
         return found
 
 
-def lacking(shards: Sequence[ShardIndex]) -> dict[str, tuple[int, str]]:
+def lacking(shards: Sequence[Shard]) -> dict[str, tuple[int, str]]:
     """What samples are known to lack: cause -> (how many, the first as "shard/key")."""
     found: dict[str, tuple[int, str]] = {}
     for shard in shards:

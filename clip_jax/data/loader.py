@@ -5,7 +5,7 @@ bookkeeping per element costs about half of that. The position is the step alone
 made with `start_step=t` gives the batches that an uninterrupted one would have given from t on.
 
 A sample that cannot be used never raises and never moves another: its row travels as a
-placeholder with `ok=False`, is counted by cause when its batch is handed out, and is named.
+placeholder with `valid=False`, is counted by cause when its batch is handed out, and is named.
 """
 
 import itertools
@@ -22,8 +22,8 @@ from clip_jax.data.augment import make_decode, make_transform
 from clip_jax.data.images import MAX_PIXELS, OPENAI, Preprocess, decode_image, eval_transform
 from clip_jax.data.mixture import Mixture
 from clip_jax.data.order import BatchOrder, Order, Streams
-from clip_jax.data.sample_reader import RowReader, Rows
-from clip_jax.data.shards import ShardIndex
+from clip_jax.data.sample_reader import Rows, SampleReader
+from clip_jax.data.shards import Shard
 from clip_jax.data.skip_log import SkipLog
 from clip_jax.errors import UserError
 from clip_jax.typing import Tokenizer
@@ -42,7 +42,7 @@ class Batch(TypedDict, total=False):
     image: UInt8[np.ndarray, "b H W 3"]
     text: Int32[np.ndarray, "b L"]
     caption_id: UInt32[np.ndarray, " b"]  # equal captions <=> equal ids, up to 32-bit collisions
-    ok: Bool[np.ndarray, " b"]  # False: the row is a placeholder and must not count
+    valid: Bool[np.ndarray, " b"]  # False: the row is a placeholder and must not count
     key: list[str]  # "shard/key"
     label: Int32[np.ndarray, " b"]  # class number, -1 when the sample has none
     captions: list[list[str]]  # every caption of the picture
@@ -87,7 +87,7 @@ class Loader(Iterator[Batch]):
             image=np.concatenate([p.image for p in parts]),
             text=np.concatenate([p.text for p in parts]),
             caption_id=np.concatenate([p.caption_id for p in parts]),
-            ok=np.concatenate([p.ok for p in parts]),
+            valid=np.concatenate([p.valid for p in parts]),
             key=[key for p in parts for key in p.key],
         )
         if self._evaluation:
@@ -112,7 +112,7 @@ class Loader(Iterator[Batch]):
 
 
 def make_train_loader(
-    indexes: Sequence[ShardIndex],
+    indexes: Sequence[Shard],
     tokenizer: Tokenizer,
     *,
     image_size: int,
@@ -155,7 +155,7 @@ def make_train_loader(
       flip, grayscale: see `training_pictures.make_transform`.
       cache_bytes: memory for decoded pictures, so that later epochs need not decode them again.
       repeat: False ends after one epoch, in which every sample comes once; the last batch is
-        filled up with rows of `ok=False`.
+        filled up with rows of `valid=False`.
       shards_per_source, weights: with weights, how many of `indexes` belong to each source, and
         the sources' shares; without, all samples count alike.
       max_pixels: larger pictures are not decoded.
@@ -179,7 +179,7 @@ def make_train_loader(
         process_count=process_count,
         lengths=None if repeat else lengths,
     )
-    reader = RowReader(
+    reader = SampleReader(
         indexes,
         tokenizer,
         make_transform(image_size, crop_scale, crop_ratio, flip=flip, grayscale=grayscale),
@@ -222,7 +222,7 @@ def _make_order(
 
 
 def make_eval_loader(
-    indexes: Sequence[ShardIndex],
+    indexes: Sequence[Shard],
     tokenizer: Tokenizer,
     *,
     image_size: int,
@@ -243,7 +243,7 @@ def make_eval_loader(
 
     `start_step` and `stop_step` take a part of the batches, by their numbers.
 
-    The last batch is filled up with rows of `ok=False` and an empty key. A sample needs no
+    The last batch is filled up with rows of `valid=False` and an empty key. A sample needs no
     caption here when it has a label, and with `need_captions` False never; of several captions
     `text` holds the first.
 
@@ -265,7 +265,7 @@ def make_eval_loader(
         ids = np.arange(start + first, start + last)
         return np.where(ids < total, ids, -1), np.zeros_like(ids)
 
-    reader = RowReader(
+    reader = SampleReader(
         indexes,
         tokenizer,
         lambda image, rng: eval_transform(image, image_size, preprocess, max_pixels=max_pixels),
@@ -290,7 +290,7 @@ def make_eval_loader(
 
 def _make_loader(
     rows_at: Callable[[int, int, int], tuple[np.ndarray, np.ndarray]],
-    reader: RowReader,
+    reader: SampleReader,
     *,
     rows: int,
     steps: tuple[int, int | None],

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from clip_jax.data.formats.remote import file_system, is_url, read_whole
-from clip_jax.data.shards import ShardIndex
+from clip_jax.data.shards import Shard
 from clip_jax.errors import UserError, short
-from clip_jax.files import whole_file
+from clip_jax.files import atomic_write
 
 INDEX = "index.json"
 SIZES = "sizes.json"
@@ -37,7 +37,7 @@ class Entry(NamedTuple):
     lacks: Mapping[str, tuple[int, str]] = {}  # cause -> (samples, the first one's key)
 
 
-def entry_of(shard: ShardIndex) -> Entry:
+def entry_of(shard: Shard) -> Entry:
     """The entry of a shard that was read."""
     lacks = {cause: (len(keys), keys[0]) for cause, keys in shard.incomplete().items() if keys}
     return Entry(len(shard), shard.size, lacks)
@@ -66,7 +66,7 @@ def write_index(folder: str | Path, entries: Mapping[str, Entry], *, name: str =
     if older is not None and not _is_ours(older):
         raise UserError(f"{path} is another program's file: move it away to write an index there")
     if not is_url(path):
-        with whole_file(Path(path)) as partial:
+        with atomic_write(Path(path)) as partial:
             partial.write_text(text, encoding="utf-8")
         return
     try:

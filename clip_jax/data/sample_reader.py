@@ -11,7 +11,7 @@ from PIL import Image
 
 from clip_jax.data.images import decode_image
 from clip_jax.data.order import philox
-from clip_jax.data.shards import Handles, Line, ShardIndex, Unusable
+from clip_jax.data.shards import BadSampleError, ConcatShards, Handles, Shard
 from clip_jax.typing import Tokenizer
 
 ImageTransform = Callable[[Image.Image, np.random.Generator], UInt8[np.ndarray, "H W 3"]]
@@ -31,14 +31,14 @@ class Rows:
     image: UInt8[np.ndarray, "rows H W 3"]
     text: Int32[np.ndarray, "rows L"]
     caption_id: UInt32[np.ndarray, " rows"]
-    ok: Bool[np.ndarray, " rows"]
+    valid: Bool[np.ndarray, " rows"]
     label: Int32[np.ndarray, " rows"]
     key: list[str]
     captions: list[list[str]]
     skipped: list[tuple[str, str, str]] = field(default_factory=list)
 
 
-class RowReader:
+class SampleReader:
     """Reads rows of training or evaluation data. Threads share it: only its cache changes.
 
     Args:
@@ -55,7 +55,7 @@ class RowReader:
 
     def __init__(
         self,
-        indexes: Sequence[ShardIndex],
+        indexes: Sequence[Shard],
         tokenizer: Tokenizer,
         transform: ImageTransform,
         *,
@@ -69,7 +69,7 @@ class RowReader:
     ):
         self.evaluation = evaluation
         self._need_captions = need_captions
-        self._line = Line(indexes)
+        self._line = ConcatShards(indexes)
         self._tokenizer = tokenizer
         self._transform = transform
         self._decode = decode
@@ -85,7 +85,7 @@ class RowReader:
             image=np.zeros((n, side, side, 3), np.uint8),
             text=np.empty((n, self._context_length), np.int32),
             caption_id=np.zeros(n, np.uint32),
-            ok=np.zeros(n, bool),
+            valid=np.zeros(n, bool),
             label=np.full(n, -1, np.int32),
             key=[""] * n,
             captions=[[] for _ in range(n)],
@@ -101,7 +101,7 @@ class RowReader:
         return rows
 
     def _read_row(self, rows: Rows, row: int, sample: int, *, epoch: int, handles: Handles) -> str:
-        """Fills one row and returns its caption; whatever goes wrong becomes `ok=False`."""
+        """Fills one row and returns its caption; whatever goes wrong becomes `valid=False`."""
         index, i = self._line.at(sample)
         rows.key[row] = f"{index.name}/{index.key(i)}"
         rng = np.random.Generator(philox(self._seed, _AUGMENT, sample, epoch))
@@ -118,14 +118,14 @@ class RowReader:
             cause = getattr(e, "cause", "read_failed" if isinstance(e, OSError) else "broken")
             rows.skipped.append((cause, rows.key[row], str(e)))
             return ""
-        rows.ok[row] = True
+        rows.valid[row] = True
         rows.label[row] = label
         rows.captions[row] = captions
         if caption:
             rows.caption_id[row] = caption_id(caption)
         return caption
 
-    def _picture(self, index: ShardIndex, i: int, sample: int, handles: Handles) -> Image.Image:
+    def _picture(self, index: Shard, i: int, sample: int, handles: Handles) -> Image.Image:
         image = self._cache.get(sample)
         if image is None:
             image = self._decode(index.image(i, handles))
@@ -158,10 +158,10 @@ class _PictureCache:
                 self._free -= size
 
 
-def _captions(index: ShardIndex, i: int, handles: Handles, *, optional: bool) -> list[str]:
+def _captions(index: Shard, i: int, handles: Handles, *, optional: bool) -> list[str]:
     try:
         return index.captions(i, handles)
-    except Unusable as e:
+    except BadSampleError as e:
         if optional and e.cause in ("no_caption", "empty_caption"):
             return []
         raise

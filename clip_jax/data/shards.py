@@ -17,7 +17,7 @@ MAX_CAPTION_CHARS = 8192
 T = TypeVar("T")
 
 
-class Unusable(Exception):
+class BadSampleError(Exception):
     """A sample without a usable picture or caption; `cause` is a short name."""
 
     def __init__(self, cause: str, detail: str = ""):
@@ -37,10 +37,10 @@ class Handles:
         fd = self.open(path, lambda: open_local(path))
         if os.fstat(fd).st_size != size:
             os.close(self._open.pop(path))
-            raise Unusable("shard_changed", "the file has another size than at the start")
+            raise BadSampleError("shard_changed", "the file has another size than at the start")
         data = os.pread(fd, count, offset)
         if len(data) != count:
-            raise Unusable("read_failed", f"{len(data)} of {count} bytes")
+            raise BadSampleError("read_failed", f"{len(data)} of {count} bytes")
         return data
 
     def open(self, name: str, opener: Callable[[], int]) -> int:
@@ -64,11 +64,11 @@ class Handles:
 
 
 @runtime_checkable
-class ShardIndex(Protocol):
+class Shard(Protocol):
     """The samples of one file or folder, counted and in order.
 
-    Reading methods may be called from several threads. They raise `Unusable`, `ImageError` or an
-    OSError for a sample that cannot be read, and never touch another one.
+    Reading methods may be called from several threads. They raise `BadSampleError`, `ImageError`
+    or an OSError for a sample that cannot be read, and never touch another one.
     """
 
     @property
@@ -115,17 +115,17 @@ def caption_lines(text: str | bytes) -> list[str]:
       Unusable: `caption_not_utf8`, `caption_too_long` or `empty_caption`.
     """
     if len(text) > MAX_TEXT_BYTES:
-        raise Unusable("caption_too_long", f"{len(text)} bytes")
+        raise BadSampleError("caption_too_long", f"{len(text)} bytes")
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
         text.encode("utf-8")  # JSON can spell half a surrogate pair; UTF-8 cannot
     except UnicodeError as e:
-        raise Unusable("caption_not_utf8", str(e)) from e
+        raise BadSampleError("caption_not_utf8", str(e)) from e
     lines = [line.strip()[:MAX_CAPTION_CHARS] for line in text.splitlines()]
     lines = [line for line in lines if line]
     if not lines:
-        raise Unusable("empty_caption")
+        raise BadSampleError("empty_caption")
     return lines
 
 
@@ -138,12 +138,12 @@ def caption_values(value: Any) -> list[str]:
     values = value if isinstance(value, list | tuple) else [value]
     texts = [v for v in values if isinstance(v, str | bytes)]
     if not texts:
-        raise Unusable("no_caption", f"no text in {value!r:.80}" if value is not None else "")
+        raise BadSampleError("no_caption", f"no text in {value!r:.80}" if value is not None else "")
     if len(texts) == 1:
         return caption_lines(texts[0])
     lines = [line for text in texts if text.strip() for line in caption_lines(text)]
     if not lines:
-        raise Unusable("empty_caption")
+        raise BadSampleError("empty_caption")
     return lines
 
 
@@ -154,15 +154,15 @@ def json_record(text: str | bytes) -> dict[str, Any]:
       Unusable: `caption_not_utf8`, `caption_too_long` or `caption_not_json`.
     """
     if len(text) > MAX_TEXT_BYTES:
-        raise Unusable("caption_too_long", f"{len(text)} bytes")
+        raise BadSampleError("caption_too_long", f"{len(text)} bytes")
     try:
         record = json.loads(text if isinstance(text, str) else text.decode("utf-8"))
     except UnicodeError as e:
-        raise Unusable("caption_not_utf8", str(e)) from e
+        raise BadSampleError("caption_not_utf8", str(e)) from e
     except (ValueError, RecursionError) as e:
-        raise Unusable("caption_not_json", str(e)) from e
+        raise BadSampleError("caption_not_json", str(e)) from e
     if not isinstance(record, dict):
-        raise Unusable("caption_not_json", "not an object")
+        raise BadSampleError("caption_not_json", "not an object")
     return record
 
 
@@ -179,9 +179,9 @@ def whole_label(value: Any) -> int:
     elif isinstance(value, bytes | str):
         digits = value.strip() if isinstance(value, str) else value.strip().decode("latin-1")
     else:
-        raise Unusable("bad_label", repr(value)[:80])
+        raise BadSampleError("bad_label", repr(value)[:80])
     if not (digits.isascii() and digits.isdigit()) or int(digits) >= 2**31:
-        raise Unusable("bad_label", repr(value)[:80])
+        raise BadSampleError("bad_label", repr(value)[:80])
     return int(digits)
 
 
@@ -190,7 +190,7 @@ def with_templates(names: list[str], templates: tuple[str, ...]) -> list[str]:
     return [template.replace("{}", name) for name in names for template in templates]
 
 
-class Line:
+class ConcatShards:
     """The samples of several shards, counted through.
 
     Attributes:
@@ -198,14 +198,14 @@ class Line:
       starts: the place of each shard's first sample, and how many samples there are.
     """
 
-    def __init__(self, shards: Sequence[ShardIndex]):
+    def __init__(self, shards: Sequence[Shard]):
         self.shards = shards
         self.starts = np.cumsum([0, *map(len, shards)])
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def at(self, row: int) -> tuple[ShardIndex, int]:
+    def at(self, row: int) -> tuple[Shard, int]:
         """The shard that holds sample `row` of the line, and the sample's place in it."""
         number = int(np.searchsorted(self.starts, row, side="right")) - 1
         return self.shards[number], row - int(self.starts[number])

@@ -15,11 +15,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from clip_jax.data.filters import View
+from clip_jax.data.filters import FilteredShard
 from clip_jax.data.formats import folders, records, tables, tfds, webdataset
 from clip_jax.data.formats.options import Options, split_options
 from clip_jax.data.formats.remote import is_url, list_urls
-from clip_jax.data.shards import ShardIndex
+from clip_jax.data.shards import Shard
 from clip_jax.errors import UserError
 
 
@@ -29,7 +29,7 @@ class Kind:
 
     name: str
     pattern: str  # of the whole name, in lower case
-    index: Callable[[str, Options], ShardIndex]
+    index: Callable[[str, Options], Shard]
     lazy: bool = False  # made of many files, each of which can be read when it is needed
 
 
@@ -230,7 +230,7 @@ def expand_braces(text: str) -> list[str]:
     return [head + item + rest for item in items for rest in tails]
 
 
-def index_shard(shard: str) -> ShardIndex:
+def index_shard(shard: str) -> Shard:
     """The index of one shard, as `expand` names it.
 
     Raises:
@@ -238,7 +238,7 @@ def index_shard(shard: str) -> ShardIndex:
     """
     path, options = split_options(shard)
     index = kind_of(path).index(path, options)
-    return View(index, templates=options.templates) if options.template else index
+    return FilteredShard(index, templates=options.templates) if options.template else index
 
 
 def index_shards(
@@ -246,14 +246,14 @@ def index_shards(
     threads: int = 8,
     *,
     on_error: Callable[[str, UserError], None] | None = None,
-) -> list[ShardIndex]:
+) -> list[Shard]:
     """`index_shard` for every shard, in order; the threads hide the latency of a remote disk.
 
     Args:
       on_error: called with a shard that cannot be indexed, which is then left out; without it the
         first one ends everything.
     """
-    found: list[ShardIndex] = []
+    found: list[Shard] = []
     with ThreadPoolExecutor(threads, thread_name_prefix="index") as pool:
         futures = [pool.submit(index_shard, shard) for shard in shards]
         try:
@@ -270,7 +270,7 @@ def index_shards(
     return found
 
 
-def fingerprint(indexes: Sequence[ShardIndex]) -> str:
+def fingerprint(indexes: Sequence[Shard]) -> str:
     """A hash of shard names, sizes and sample counts: two runs on the same data agree on it."""
     state = hashlib.blake2b(digest_size=16)
     for index in indexes:
@@ -278,10 +278,10 @@ def fingerprint(indexes: Sequence[ShardIndex]) -> str:
     return state.hexdigest()
 
 
-def incomplete(indexes: Sequence[ShardIndex]) -> dict[str, list[str]]:
+def incomplete(indexes: Sequence[Shard]) -> dict[str, list[str]]:
     """Samples without a picture or a caption: cause -> "shard/key" of each.
 
-    They keep their place in the order and come out of the loader with `ok=False`; this list is
+    They keep their place in the order and come out of the loader with `valid=False`; this list is
     for telling the user before the first step.
     """
     found: dict[str, list[str]] = {}

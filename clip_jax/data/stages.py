@@ -11,7 +11,7 @@ import numpy as np
 from clip_jax.data.augment import make_decode, make_transform
 from clip_jax.data.images import ImageError
 from clip_jax.data.loader import bucket_length, make_train_loader
-from clip_jax.data.shards import Handles, Line, ShardIndex, Unusable
+from clip_jax.data.shards import BadSampleError, ConcatShards, Handles, Shard
 from clip_jax.errors import UserError
 from clip_jax.typing import Tokenizer
 
@@ -67,7 +67,7 @@ def timed(name: str, work: Callable[[int], int], seconds: float) -> Stage:
 
 
 def measure_parts(
-    indexes: Sequence[ShardIndex], tokenizer: Tokenizer, settings: Settings, *, seconds: float
+    indexes: Sequence[Shard], tokenizer: Tokenizer, settings: Settings, *, seconds: float
 ) -> list[Stage]:
     """Reading, decoding with the crop, tokenising, assembling: each alone, in one thread.
 
@@ -109,11 +109,11 @@ def measure_parts(
 class _Reader:
     """Reads samples in random order, a run of rows at a time as the loader does."""
 
-    def __init__(self, indexes: Sequence[ShardIndex]):
+    def __init__(self, indexes: Sequence[Shard]):
         self.images: list[bytes] = []
         self.captions: list[str] = []
         self._free = _KEPT_BYTES
-        self._line = Line(indexes)
+        self._line = ConcatShards(indexes)
         self._rng = np.random.default_rng(0)
 
     def __call__(self, call: int) -> int:
@@ -122,7 +122,7 @@ class _Reader:
                 index, i = self._line.at(row)
                 try:
                     captions, image = index.captions(i, handles), index.image(i, handles)
-                except (Unusable, ImageError, OSError):
+                except (BadSampleError, ImageError, OSError):
                     continue
                 if len(image) <= self._free:
                     self._free -= len(image)
@@ -132,7 +132,7 @@ class _Reader:
 
 
 def measure_loader(
-    indexes: Sequence[ShardIndex],
+    indexes: Sequence[Shard],
     tokenizer: Tokenizer,
     settings: Settings,
     *,
@@ -152,7 +152,7 @@ def measure_loader(
         def batch(call: int) -> int:
             made = next(loader)
             lengths[bucket_length(made["text"], tokenizer.eot_id)] += 1
-            return len(made["ok"])
+            return len(made["valid"])
 
         name = f"loader, {threads} thread" + "s" * (threads != 1)
         return timed(name, batch, seconds), lengths

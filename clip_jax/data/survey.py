@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from clip_jax.data.images import MAX_PIXELS, ImageError, decode_image
-from clip_jax.data.shards import Handles, Line, ShardIndex, Unusable
+from clip_jax.data.shards import BadSampleError, ConcatShards, Handles, Shard
 from clip_jax.data.writing.tar_writer import image_suffix, read_sample
 
 MAX_NAMED = 100_000
@@ -81,7 +81,7 @@ def spread(total: int, limit: int | None) -> Int64[np.ndarray, " looked"]:
 
 
 def survey(
-    indexes: Sequence[ShardIndex],
+    indexes: Sequence[Shard],
     rows: Int64[np.ndarray, " rows"],
     token_lengths: TokenLengths,
     *,
@@ -94,7 +94,7 @@ def survey(
       rows: places in the line of all samples.
       token_lengths: called from several threads.
     """
-    line = Line(indexes)
+    line = ConcatShards(indexes)
 
     def look(first: int) -> Tally:
         tally, texts = Tally(), []
@@ -116,13 +116,13 @@ def survey(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _look(tally: Tally, index: ShardIndex, i: int, handles: Handles, max_pixels: int) -> list[str]:
+def _look(tally: Tally, index: Shard, i: int, handles: Handles, max_pixels: int) -> list[str]:
     """Count one sample; its captions."""
     tally.looked += 1
     try:
         sample = read_sample(index, i, handles)
         image = decode_image(sample.image, max_pixels=max_pixels)
-    except (Unusable, ImageError, OSError) as e:
+    except (BadSampleError, ImageError, OSError) as e:
         cause = getattr(e, "cause", "read_failed")
         tally.bad[cause] += 1
         tally.named.append((cause, f"{index.name}/{index.key(i)}", str(e)[:500]))

@@ -16,7 +16,7 @@ from jaxtyping import Float32, Float64, Int64
 from clip_jax.embeddings.brute_force import best, scores_of
 from clip_jax.embeddings.folder import Embeddings
 from clip_jax.errors import UserError, short
-from clip_jax.files import whole_file
+from clip_jax.files import atomic_write
 
 CANDIDATES = 512
 TRAIN_ROWS = 4_096  # 256 for each of 16 centres, more than which faiss does not take
@@ -60,9 +60,9 @@ def open_index(embeddings: Embeddings) -> Any:
         pass  # none, or not whole: made again
     index = build(embeddings)
     try:
-        with whole_file(path) as partial:
+        with atomic_write(path) as partial:
             faiss.write_index(index, str(partial))
-        with whole_file(stamp_path) as partial:
+        with atomic_write(stamp_path) as partial:
             partial.write_text(json.dumps(stamp) + "\n")
     except UserError as e:
         raise UserError(f"{e}; or use --using exact") from None

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from clip_jax.errors import UserError, short
-from clip_jax.files import whole_file
+from clip_jax.files import atomic_write
 
 FILE = "embedding.json"
 FOLDERS = {"image": "img_emb", "text": "text_emb"}
@@ -93,7 +93,7 @@ def claim(folder: Path, about: About) -> None:
     if found is None:
         if any((folder / name).exists() for name in (*FOLDERS.values(), METADATA)):
             raise UserError(f"{folder} holds embeddings without {FILE}; give another --out")
-        with whole_file(folder / FILE) as partial:
+        with atomic_write(folder / FILE) as partial:
             text = json.dumps(dataclasses.asdict(about), indent=2)
             partial.write_text(text + "\n", encoding="utf-8")
         return

@@ -17,14 +17,14 @@ import pyarrow.parquet as pq
 from clip_jax.data.formats.folders import index_folder
 from clip_jax.data.formats.options import split_options
 from clip_jax.data.loader import Loader
-from clip_jax.data.shards import ShardIndex
+from clip_jax.data.shards import Shard
 from clip_jax.data.skip_log import SkipLog
 from clip_jax.data.sources import FOLDER, expand, index_shards, kind_of
 from clip_jax.embeddings.folder import METADATA, About, is_whole, part_file
 from clip_jax.evaluation.encoders import Encoders
 from clip_jax.evaluation.feature_store import FeatureSet, encode_parts
-from clip_jax.files import whole_file
-from clip_jax.progress_bar import bar
+from clip_jax.files import atomic_write
+from clip_jax.progress_bar import progress_bar
 
 SKIPPED = "skipped"
 LIST = "skipped.jsonl"
@@ -44,7 +44,7 @@ class PartLog(SkipLog):
         self.lines.append({"cause": cause, "name": key, "detail": detail[:500]})
 
 
-def index_pictures(data: str) -> list[ShardIndex]:
+def index_pictures(data: str) -> list[Shard]:
     """The shards of a source, whose pictures need no caption.
 
     Raises:
@@ -66,7 +66,7 @@ def own_parts(parts: int, index: int, count: int) -> range:
 
 def embed(
     encoders: Encoders,
-    indexes: Sequence[ShardIndex],
+    indexes: Sequence[Shard],
     about: About,
     folder: Path,
     *,
@@ -84,7 +84,7 @@ def embed(
     title = f"process {index} of {count}" if count > 1 else "embed"
     done = sum(sizes[n] for n in mine if n not in missing)
     total = sum(sizes.values())
-    with bar(total, title, " pictures", initial=done, shown=progress) as counted:
+    with progress_bar(total, title, " pictures", initial=done, shown=progress) as counted:
         for run in neighbours(missing):
             _embed_run(encoders, indexes, about, folder, run, counted.update)
     return missing
@@ -103,7 +103,7 @@ def neighbours(numbers: Sequence[int]) -> list[range]:
 
 def _embed_run(
     encoders: Encoders,
-    indexes: Sequence[ShardIndex],
+    indexes: Sequence[Shard],
     about: About,
     folder: Path,
     run: range,
@@ -160,11 +160,11 @@ def write_part(
 
     arrays = {"img_emb": part.z_image_BD} | ({"text_emb": part.z_text_BD} if about.texts else {})
     for kind, z_BD in arrays.items():
-        with whole_file(path(kind)) as partial, partial.open("wb") as file:
+        with atomic_write(path(kind)) as partial, partial.open("wb") as file:
             np.save(file, z_BD.astype(np.float16))
-    with whole_file(path(SKIPPED)) as partial:
+    with atomic_write(path(SKIPPED)) as partial:
         partial.write_text("".join(json.dumps(line) + "\n" for line in skipped), encoding="utf-8")
-    with whole_file(path(METADATA)) as partial:
+    with atomic_write(path(METADATA)) as partial:
         pq.write_table(metadata_table(part), partial, row_group_size=GROUP_ROWS)
 
 
@@ -193,7 +193,7 @@ def finish(folder: Path, about: About) -> tuple[int, Counter[str]] | None:
     if not all(is_whole(folder, about, n) for n in range(about.parts)):
         return None
     counts: Counter[str] = Counter()
-    with whole_file(folder / LIST) as partial, partial.open("w", encoding="utf-8") as out:
+    with atomic_write(folder / LIST) as partial, partial.open("w", encoding="utf-8") as out:
         for number in range(about.parts):
             lines = part_file(folder, SKIPPED, number, about.parts).read_text(encoding="utf-8")
             counts.update(json.loads(line)["cause"] for line in lines.splitlines())

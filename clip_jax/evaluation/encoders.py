@@ -12,7 +12,7 @@ from jaxtyping import Float32
 
 from clip_jax.data.images import OPENAI, Preprocess
 from clip_jax.data.loader import Loader, make_eval_loader, trim_to_bucket
-from clip_jax.data.shards import ShardIndex
+from clip_jax.data.shards import Shard
 from clip_jax.errors import UserError
 from clip_jax.parallel.mesh import batch_shards, place_batch
 from clip_jax.typing import Tokenizer
@@ -46,7 +46,7 @@ class Encoders:
     identity: str = ""
     shards: int = 1
 
-    def loader(self, indexes: Sequence[ShardIndex], *, batch_size: int, **options: Any) -> Loader:
+    def loader(self, indexes: Sequence[Shard], *, batch_size: int, **options: Any) -> Loader:
         """Every sample once, prepared as these encoders take it.
 
         `options` are `data.loader.make_eval_loader`'s.

@@ -7,7 +7,7 @@ import numpy as np
 
 from clip_jax.evaluation.encoders import EncodeImage, EncodeText
 from clip_jax.evaluation.feature_store import collect
-from clip_jax.evaluation.tasks import RETRIEVAL, TASKS, ZERO_SHOT, Outcome, Subject
+from clip_jax.evaluation.tasks import RETRIEVAL, TASKS, ZERO_SHOT, Subject, TaskResult
 from clip_jax.evaluation.zero_shot import class_embeddings
 from clip_jax.typing import Tokenizer
 
@@ -31,13 +31,13 @@ def evaluate(
     num_examples: int = 24,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Scores an encoder on batches of images; rows with `ok` False count nowhere.
+    """Scores an encoder on batches of images; rows with `valid` False count nowhere.
 
     Args:
       encode_image: uint8 [b, H, W, 3] -> [b, D]; encode_text: int32 [b, L] -> [b, D].
-      batches: dicts with `image` uint8 [b, H, W, 3] and `ok` bool [b]; for classification `label`
-        int32 [b], the index into `class_names` (-1: unknown, left out); for retrieval `captions`,
-        a list of texts a row, or `text` int32 [b, L] with `caption_id` [b].
+      batches: dicts with `image` uint8 [b, H, W, 3] and `valid` bool [b]; for classification
+        `label` int32 [b], the index into `class_names` (-1: unknown, left out); for
+        retrieval `captions`, a list of texts a row, or `text` int32 [b, L] with `caption_id` [b].
       class_names: empty leaves classification out.
       dataset, model, pretrained, language: go into the results as they are.
       logit_scale: the scale itself, not its logarithm; for probabilities alone.
@@ -81,7 +81,7 @@ def evaluate(
 
 
 def result_rows(
-    outcomes: Mapping[str, Sequence[Outcome]], about: Mapping[str, str], images: int
+    outcomes: Mapping[str, Sequence[TaskResult]], about: Mapping[str, str], images: int
 ) -> list[dict[str, Any]]:
     """A result a row: CLIP_benchmark's fields dataset, model, pretrained, language, task and
     metrics, and two of ours: intervals (95 %, of some metrics) and images."""
@@ -99,7 +99,7 @@ def result_rows(
 
 
 def draw_examples(
-    outcomes: Mapping[str, Sequence[Outcome]], subject: Subject, count: int, *, seed: int = 0
+    outcomes: Mapping[str, Sequence[TaskResult]], subject: Subject, count: int, *, seed: int = 0
 ) -> dict[str, list]:
     """Some classified pictures by their rows, with their names and five guesses each."""
     if not outcomes.get(ZERO_SHOT):

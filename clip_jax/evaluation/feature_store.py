@@ -21,8 +21,8 @@ from jaxtyping import Float32, Int32, Int64
 
 from clip_jax.errors import UserError
 from clip_jax.evaluation.encoders import EncodeImage, EncodeText, encode_padded, unit_rows
-from clip_jax.files import whole_file
-from clip_jax.progress_bar import bar
+from clip_jax.files import atomic_write
+from clip_jax.progress_bar import progress_bar
 from clip_jax.typing import Tokenizer
 
 T = TypeVar("T")
@@ -90,7 +90,7 @@ def collect(
 
     Args:
       batches_from: the batches from a step on: this process's rows of each, as
-        `data.loader.Batch`; rows with `ok` False count nowhere.
+        `data.loader.Batch`; rows with `valid` False count nowhere.
       folder: where parts are kept and found again; None keeps none.
 
     Raises UserError when features are not finite, or when no picture could be used.
@@ -102,7 +102,7 @@ def collect(
     steps = getattr(batches, "num_steps", None)
     shown = progress and jax.process_index() == 0
     done = start if steps is None else min(start, steps)  # the last part may not be full
-    counted = bar(steps, title, "batch", items=batches, initial=done, shown=shown)
+    counted = progress_bar(steps, title, "batch", items=batches, initial=done, shown=shown)
 
     def keep(number: int, part: FeatureSet) -> None:
         if folder is not None and jax.process_index() == 0:
@@ -169,19 +169,19 @@ def _features(
     step: int,
 ) -> FeatureSet:
     """What a batch's rows that are ok come to, each at its place in the order of the data."""
-    ok_B = np.asarray(batch["ok"], bool)
-    rows = np.flatnonzero(ok_B)
+    valid_B = np.asarray(batch["valid"], bool)
+    rows = np.flatnonzero(valid_B)
     # Bad rows are not looked at: what the encoder makes of a placeholder counts nowhere.
     z_image_BD = unit_rows(z_image_BD[rows])
     tokens_BL, captions, row_of_text = texts
     z_text_BD = np.zeros((0, z_image_BD.shape[1]), np.float32)
     if captions:
         z_text_BD = encode_padded(encode_text, tokens_BL, text_batch_size)
-    label_B = np.asarray(batch.get("label", np.full(len(ok_B), -1)), np.int32)
-    keys = batch.get("key", [""] * len(ok_B))
+    label_B = np.asarray(batch.get("label", np.full(len(valid_B), -1)), np.int32)
+    keys = batch.get("key", [""] * len(valid_B))
     return FeatureSet(
         z_image_BD,
-        step * len(ok_B) + rows.astype(np.int64),
+        step * len(valid_B) + rows.astype(np.int64),
         label_B[rows],
         [keys[row] for row in rows],
         z_text_BD,
@@ -201,7 +201,7 @@ def _texts(
     batch: Mapping[str, Any], tokenizer: Tokenizer, context_length: int
 ) -> tuple[np.ndarray, list[Any], list[int]]:
     """Tokens of the usable rows' texts, what they say, and the row of each."""
-    rows = np.flatnonzero(batch["ok"]).tolist()
+    rows = np.flatnonzero(batch["valid"]).tolist()
     if "captions" in batch:
         pairs = [(row, text) for row in rows for text in batch["captions"][row]]
         captions = [text for _, text in pairs]
@@ -216,7 +216,7 @@ def _of_all_processes(batch: Mapping[str, Any]) -> Mapping[str, Any]:
     if jax.process_count() == 1:
         return batch
     own = {name: batch[name] for name in ("captions", "key")}
-    own |= {name: batch[name].tolist() for name in ("ok", "label")}
+    own |= {name: batch[name].tolist() for name in ("valid", "label")}
     shares = gather_json(own)
     return {name: [row for share in shares for row in share[name]] for name in own}
 
@@ -252,7 +252,7 @@ _LISTS = ("keys", "captions", "skipped")
 
 def _store(part: FeatureSet, path: Path) -> None:
     rest = json.dumps({name: getattr(part, name) for name in _LISTS})
-    with whole_file(path) as partial, partial.open("wb") as file:
+    with atomic_write(path) as partial, partial.open("wb") as file:
         arrays = {name: getattr(part, name) for name in _ARRAYS}
         np.savez(file, rest=np.frombuffer(rest.encode(), np.uint8), **arrays)
 

@@ -7,7 +7,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from clip_jax.evaluation.encoders import Encoders, image_encoder_over, text_encoder_over
-from clip_jax.evaluation.run import Request, make_subject, open_request
+from clip_jax.evaluation.run import EvalSpec, make_subject, open_request
 from clip_jax.evaluation.tasks import TASKS
 
 # (variables, rows) -> features, jitted: `step.make_encoders` makes both.
@@ -18,7 +18,7 @@ Evaluator = Callable[[Mapping[str, Any]], dict[str, float]]
 def make_evaluator(
     encode_image: EncodeWith,
     encode_text: EncodeWith,
-    request: Request,
+    request: EvalSpec,
     mesh: Mesh,
     *,
     scale: Callable[[Mapping[str, Any]], float],

@@ -10,7 +10,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from clip_jax.errors import UserError
-from clip_jax.files import whole_file
+from clip_jax.files import atomic_write
 
 # Lengths in pixels.
 IMAGE_SIDE = 192
@@ -167,7 +167,7 @@ def _fit(
 
 
 def _save(page: Image.Image, path: Path) -> Path:
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         page.save(partial, format="PNG")
     return path
 
@@ -217,7 +217,7 @@ def loss_curve(metrics_jsonl_path: str | Path, png_path: str | Path) -> Path:
         if label == "learning rate":
             axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     path = Path(png_path)
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         figure.savefig(partial, format="png")
     return path
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from clip_jax.evaluation.tasks import Subject
-from clip_jax.files import whole_file
+from clip_jax.files import atomic_write
 
 RESULTS, GRID, CURVE, CONFUSION = "eval.json", "predictions.png", "loss.png", "confusion.csv"
 
@@ -20,7 +20,7 @@ def write_confusion(details: dict[str, Any], subject: Subject, path: Path) -> No
     label_B = subject.test.label_B[details["rows"]]
     pairs = np.stack([label_B, details["top"][:, 0]], axis=1)
     found, counts = np.unique(pairs, axis=0, return_counts=True)
-    with whole_file(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+    with atomic_write(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["truth", "guess", "images"])
         for i in np.argsort(-counts, kind="stable"):
@@ -38,7 +38,7 @@ def write_results(
         for result in results
     ]
     text = json.dumps({"results": rows, "skipped": skipped} | extra, indent=2, ensure_ascii=False)
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(text + "\n", encoding="utf-8")
 
 

@@ -20,8 +20,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from clip_jax.data.images import Preprocess, eval_transform
-from clip_jax.data.sample_reader import RowReader
-from clip_jax.data.sources import ShardIndex, expand, fingerprint, index_shards
+from clip_jax.data.sample_reader import SampleReader
+from clip_jax.data.sources import Shard, expand, fingerprint, index_shards
 from clip_jax.evaluation.encoders import Encoders
 from clip_jax.evaluation.evaluate import draw_examples, result_rows
 from clip_jax.evaluation.feature_store import FeatureSet, collect, gather_json
@@ -40,13 +40,13 @@ from clip_jax.evaluation.tasks import (
     RETRIEVAL,
     TASKS,
     ZERO_SHOT,
-    Outcome,
     Subject,
+    TaskResult,
     check_tasks,
     lacks_training,
 )
 from clip_jax.evaluation.zero_shot import class_embeddings, rank_classes
-from clip_jax.files import make_folder, whole_file
+from clip_jax.files import atomic_write, make_folder
 from clip_jax.pretrained.preprocess import preprocess_to_json
 
 FEATURES = "features"
@@ -54,7 +54,7 @@ PART_ROWS = 8192
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
+class EvalSpec:
     """What to evaluate.
 
     Attributes:
@@ -83,12 +83,12 @@ class Request:
 class Sources:
     """The shards of a request's data, indexed; empty where it names none or no task needs them."""
 
-    test: Sequence[ShardIndex]
-    train: Sequence[ShardIndex] = ()
-    validation: Sequence[ShardIndex] = ()
+    test: Sequence[Shard]
+    train: Sequence[Shard] = ()
+    validation: Sequence[Shard] = ()
 
 
-def open_request(request: Request) -> Sources:
+def open_request(request: EvalSpec) -> Sources:
     """Index all the data that a request's tasks need.
 
     Raises:
@@ -98,7 +98,7 @@ def open_request(request: Request) -> Sources:
         if task in LEARNING and not request.train_data:
             raise lacks_training(task)
 
-    def indexed(pattern: str) -> Sequence[ShardIndex]:
+    def indexed(pattern: str) -> Sequence[Shard]:
         return index_shards(expand(pattern)) if pattern else ()
 
     learning = any(task in LEARNING for task in request.tasks)
@@ -111,7 +111,7 @@ def open_request(request: Request) -> Sources:
 
 def run_evaluation(
     encoders: Encoders,
-    request: Request,
+    request: EvalSpec,
     *,
     folder: str | Path,
     mesh: Mesh | None = None,
@@ -143,7 +143,7 @@ def run_evaluation(
 
 def make_subject(
     encoders: Encoders,
-    request: Request,
+    request: EvalSpec,
     sources: Sources,
     store: Path | None,
     mesh: Mesh | None = None,
@@ -158,7 +158,7 @@ def make_subject(
             encoders, names, load_templates(request.templates), request.batch_size, store
         )
 
-    def features(indexes: Sequence[ShardIndex], pattern: str) -> FeatureSet:
+    def features(indexes: Sequence[Shard], pattern: str) -> FeatureSet:
         title = Path(pattern).name
         return source_features(
             encoders, indexes, request.batch_size, store, title=title, progress=progress
@@ -181,7 +181,7 @@ def make_subject(
 
 def source_features(
     encoders: Encoders,
-    indexes: Sequence[ShardIndex],
+    indexes: Sequence[Shard],
     batch_size: int,
     store: Path | None = None,
     *,
@@ -229,7 +229,7 @@ def whole_batch(encoders: Encoders, batch_size: int) -> int:
 
 
 def feature_folder(
-    store: Path, encoders: Encoders, indexes: Sequence[ShardIndex], batch_size: int
+    store: Path, encoders: Encoders, indexes: Sequence[Shard], batch_size: int
 ) -> Path:
     """Where the features of this data by these weights are kept: "DATA-WEIGHTS"."""
     # Two sets may have files of one name and size; a source that is not a file has its name alone.
@@ -270,7 +270,7 @@ def stored_class_embeddings(
         for old in path.parent.glob("classes-*.npy"):
             if old.name.split("-")[1] != path.name.split("-")[1]:
                 old.unlink()
-        with whole_file(path) as partial, partial.open("wb") as file:
+        with atomic_write(path) as partial, partial.open("wb") as file:
             np.save(file, class_MD)
     return class_MD
 
@@ -284,7 +284,7 @@ def class_file(
 
 
 def compare_templates(
-    encoders: Encoders, request: Request, subject: Subject, store: Path | None
+    encoders: Encoders, request: EvalSpec, subject: Subject, store: Path | None
 ) -> list[dict[str, Any]]:
     """Accuracy with each prompt of `request.ablate` alone, and with all of them together."""
     if not request.ablate or subject.class_MD is None:
@@ -319,11 +319,11 @@ class _NoTokens:
 
 
 def read_pictures(
-    indexes: Sequence[ShardIndex], rows: Sequence[int], size: int, preprocess: Preprocess
+    indexes: Sequence[Shard], rows: Sequence[int], size: int, preprocess: Preprocess
 ) -> np.ndarray:
     """The pictures at these places of the data's order, uint8 [rows, size, size, 3]."""
 
-    reader = RowReader(
+    reader = SampleReader(
         indexes,
         _NoTokens(),
         lambda image, rng: eval_transform(image, size, preprocess),
@@ -337,10 +337,10 @@ def read_pictures(
 
 def _write(
     encoders: Encoders,
-    request: Request,
-    indexes: Sequence[ShardIndex],
+    request: EvalSpec,
+    indexes: Sequence[Shard],
     subject: Subject,
-    outcomes: dict[str, list[Outcome]],
+    outcomes: dict[str, list[TaskResult]],
     results: list[dict[str, Any]],
     ablation: list[dict[str, Any]],
     folder: Path,

@@ -17,10 +17,10 @@ def similarities(
     Training draws one of several captions, so the mean is what it gets. NaN where the row is not
     usable or has no caption. Batches are `data.loader.Batch`es of evaluation.
     """
-    score_B = np.full(len(batch["ok"]), np.nan, np.float32)
+    score_B = np.full(len(batch["valid"]), np.nan, np.float32)
     pairs = [
         (row, caption)
-        for row in np.flatnonzero(batch["ok"]).tolist()
+        for row in np.flatnonzero(batch["valid"]).tolist()
         for caption in batch["captions"][row]
     ]
     if not pairs:

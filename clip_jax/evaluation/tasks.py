@@ -18,7 +18,7 @@ from clip_jax.evaluation.knn import neighbour_votes
 from clip_jax.evaluation.linear_probe import MOST_FITS, Probe, choose_c, draw_shots, fit, hold_out
 from clip_jax.evaluation.retrieval import Ranks, recalls, retrieval_ranks
 from clip_jax.evaluation.zero_shot import rank_classes, zero_shot_metrics
-from clip_jax.progress_bar import bar
+from clip_jax.progress_bar import progress_bar
 
 ZERO_SHOT, RETRIEVAL = "zeroshot_classification", "zeroshot_retrieval"
 PROBE, NEIGHBOURS, FEW_SHOT = "linear_probe", "knn", "few_shot"
@@ -55,7 +55,7 @@ class Subject:
 
 
 @dataclasses.dataclass(frozen=True)
-class Outcome:
+class TaskResult:
     """One result: figures, intervals of 95 % of some of them, and what else the task found."""
 
     metrics: dict[str, float]
@@ -63,7 +63,7 @@ class Outcome:
     details: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def zero_shot(subject: Subject) -> list[Outcome]:
+def zero_shot(subject: Subject) -> list[TaskResult]:
     """Accuracy, recall by class and calibration of the nearest class names."""
     rows = _labelled(subject.test, len(subject.class_names))
     if subject.class_MD is None or not len(rows):
@@ -80,10 +80,10 @@ def zero_shot(subject: Subject) -> list[Outcome]:
         "shares": share_Bk,
         "reliability": reliability(share_B, right_B),
     }
-    return [Outcome(metrics, intervals, details)]
+    return [TaskResult(metrics, intervals, details)]
 
 
-def retrieval(subject: Subject) -> list[Outcome]:
+def retrieval(subject: Subject) -> list[TaskResult]:
     """Recall at 1, 5 and 10 of images by their texts, and of texts by their images."""
     test = subject.test
     if not len(test.captions):
@@ -93,10 +93,10 @@ def retrieval(subject: Subject) -> list[Outcome]:
     captions = None if subject.confuse_equal_captions else test.captions
     ranks = retrieval_ranks(test.z_image_BD[kept], test.z_text_BD, image_of_text, captions=captions)
     metrics = recalls(ranks)
-    return [Outcome(metrics, _recall_intervals(ranks, image_of_text, metrics))]
+    return [TaskResult(metrics, _recall_intervals(ranks, image_of_text, metrics))]
 
 
-def linear_probe(subject: Subject) -> list[Outcome]:
+def linear_probe(subject: Subject) -> list[TaskResult]:
     """Logistic regression on all of the training features, C chosen as the paper does."""
     classes, (x_BD, y_B), held = _training(subject, PROBE)
     if subject.validation is None:
@@ -110,10 +110,10 @@ def linear_probe(subject: Subject) -> list[Outcome]:
     outcome = _learned(subject, probe.logits, classes, "lp_")
     settings = {"C": c, "fewshot_k": -1.0, "normalized": 1.0}
     tried_list = [{"C": k, "accuracy": a} for k, a in tried.items()]
-    return [Outcome(outcome.metrics | settings, outcome.intervals, {"tried": tried_list})]
+    return [TaskResult(outcome.metrics | settings, outcome.intervals, {"tried": tried_list})]
 
 
-def neighbours(subject: Subject) -> list[Outcome]:
+def neighbours(subject: Subject) -> list[TaskResult]:
     """The votes of the nearest training pictures."""
     classes, (x_BD, y_B), _ = _training(subject, NEIGHBOURS)
 
@@ -121,10 +121,10 @@ def neighbours(subject: Subject) -> list[Outcome]:
         return neighbour_votes(z_BD, x_BD, y_B, num_classes=classes, k=subject.neighbours)
 
     outcome = _learned(subject, votes, classes, "knn_")
-    return [Outcome(outcome.metrics | {"k": float(subject.neighbours)}, outcome.intervals)]
+    return [TaskResult(outcome.metrics | {"k": float(subject.neighbours)}, outcome.intervals)]
 
 
-def few_shot(subject: Subject) -> list[Outcome]:
+def few_shot(subject: Subject) -> list[TaskResult]:
     """Logistic regression on a few training pictures a class; the mean of some draws.
 
     C is 1, or every draw's own where there is a validation split to choose it by.
@@ -154,11 +154,11 @@ def few_shot(subject: Subject) -> list[Outcome]:
         spread = float(np.std([f["lp_acc1"] for f in found]))
         middle = float(np.exp(np.mean(np.log(chosen))))
         settings = {"fewshot_k": float(shots), "C": middle, "lp_acc1_std": spread}
-        outcomes.append(Outcome(mean | settings))
+        outcomes.append(TaskResult(mean | settings))
     return outcomes
 
 
-TASKS: dict[str, Callable[[Subject], list[Outcome]]] = {
+TASKS: dict[str, Callable[[Subject], list[TaskResult]]] = {
     ZERO_SHOT: zero_shot,
     RETRIEVAL: retrieval,
     PROBE: linear_probe,
@@ -216,7 +216,7 @@ def _fits(subject: Subject, title: str, classes: int, most: int) -> Iterator[Cal
     """A function that fits a probe of C, and a bar that moves with every fit; `most` may be too
     many, for a search does not always look on both sides."""
     shown = subject.progress and jax.process_index() == 0
-    with bar(most, title, "fit", shown=shown) as moved:
+    with progress_bar(most, title, "fit", shown=shown) as moved:
 
         def fit_one(z_BD: np.ndarray, label_B: np.ndarray, *, c: float) -> Probe:
             def told(steps: int) -> None:
@@ -234,11 +234,11 @@ def _fits(subject: Subject, title: str, classes: int, most: int) -> Iterator[Cal
 
 def _learned(
     subject: Subject, scores: Callable[[np.ndarray], np.ndarray], classes: int, prefix: str
-) -> Outcome:
+) -> TaskResult:
     z_BD, label_B = _pairs(subject.test, classes)
     top_Bk = np.argsort(-scores(z_BD), axis=1, kind="stable")[:, :5]
     metrics, intervals = _classification(top_Bk, label_B, classes)
-    return Outcome(
+    return TaskResult(
         {prefix + name: value for name, value in metrics.items()},
         {prefix + name: value for name, value in intervals.items()},
     )

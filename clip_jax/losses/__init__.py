@@ -28,7 +28,7 @@ class LossFn(Protocol):
         z_text_BD: Features,
         scale: Scalar,
         bias: Scalar,
-        ok_B: Rows,
+        valid_B: Rows,
         caption_id_B: UInt[Array, " B"],
     ) -> LossOutput:
         """The loss of unit-length features and its in-batch accuracies.
@@ -84,10 +84,10 @@ def make_loss(
     dense, tile_loss = LOSSES[name]
     tiled = make_tiled_loss(tile_loss, mesh=mesh, batch_axes=batch_axes, tile_size=tile_size)
 
-    def loss_fn(z_image_BD, z_text_BD, scale, bias, ok_B, caption_id_B) -> LossOutput:
+    def loss_fn(z_image_BD, z_text_BD, scale, bias, valid_B, caption_id_B) -> LossOutput:
         ids = caption_id_B if mask_equal_captions else None
         if form == "dense":
-            return dense(z_image_BD, z_text_BD, scale, bias, ok_B=ok_B, caption_id_B=ids)
-        return tiled(z_image_BD, z_text_BD, scale, bias, ok_B, ids)
+            return dense(z_image_BD, z_text_BD, scale, bias, valid_B=valid_B, caption_id_B=ids)
+        return tiled(z_image_BD, z_text_BD, scale, bias, valid_B, ids)
 
     return loss_fn

@@ -17,7 +17,7 @@ class Side(NamedTuple):
 
     z: Float[Array, "rows D"]
     row: Int[Array, " rows"]
-    ok: Bool[Array, " rows"]
+    valid: Bool[Array, " rows"]
     caption_id: UInt[Array, " rows"] | None
 
 

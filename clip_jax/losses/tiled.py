@@ -85,10 +85,10 @@ def cosines(images: Side, texts: Side) -> Float[Array, "r c"]:
 def make_tile(cosine_rc: Array, images: Side, texts: Side, scale: Array, bias: Array) -> Tile:
     """Logits and masks beside the cosines."""
     own_cell_rc = images.row[:, None] == texts.row
-    other_rc = images.ok[:, None] & texts.ok & ~own_cell_rc
+    other_rc = images.valid[:, None] & texts.valid & ~own_cell_rc
     if images.caption_id is not None and texts.caption_id is not None:
         other_rc &= images.caption_id[:, None] != texts.caption_id
-    own_rc = own_cell_rc & images.ok[:, None] & texts.ok
+    own_rc = own_cell_rc & images.valid[:, None] & texts.valid
     return Tile(cosine_rc, scale * cosine_rc + bias, own_rc, other_rc)
 
 
@@ -104,11 +104,13 @@ def own_logits(tile: Tile, images: Side, texts: Side) -> Float[Array, " r"]:
     return jnp.where(own_r, logit_r, 0)
 
 
-def local_side(z_bD: Array, ok_b: Array, caption_id_b: Array | None, axes: tuple[str, ...]) -> Side:
+def local_side(
+    z_bD: Array, valid_b: Array, caption_id_b: Array | None, axes: tuple[str, ...]
+) -> Side:
     """This device's rows, numbered as in the global batch."""
-    b = ok_b.size
+    b = valid_b.size
     row_b = lax.axis_index(axes) * b + jnp.arange(b)
-    return Side(good_features(z_bD, ok_b), row_b, ok_b, caption_id_b)
+    return Side(good_features(z_bD, valid_b), row_b, valid_b, caption_id_b)
 
 
 def gather_side(side: Side, axes: tuple[str, ...]) -> Side:
@@ -117,9 +119,9 @@ def gather_side(side: Side, axes: tuple[str, ...]) -> Side:
     def gather(x: Array) -> Array:
         return lax.all_gather(x, axes, tiled=True, to="invarying")
 
-    ok_B = gather(side.ok)
+    valid_B = gather(side.valid)
     caption_id_B = None if side.caption_id is None else gather(side.caption_id)
-    return Side(gather(side.z), jnp.arange(ok_B.size), ok_B, caption_id_B)
+    return Side(gather(side.z), jnp.arange(valid_B.size), valid_B, caption_id_B)
 
 
 def walk_forward(
@@ -145,7 +147,7 @@ def walk_forward(
         return (Sums(most_r, total_r), own_r), (Sums(most_c, total_c), kept)
 
     def visit_rows(columns: Sums, images_r: Side):
-        zero_r = varying(walk, jnp.zeros(images_r.ok.shape))
+        zero_r = varying(walk, jnp.zeros(images_r.valid.shape))
         start = Sums(zero_r + LEAST, zero_r), zero_r
         tile_columns = split_rows(texts, size), columns
         (rows, own_r), (columns, kept) = lax.scan(
@@ -153,11 +155,11 @@ def walk_forward(
         )
         return columns, (rows, own_r, kept)
 
-    zero_B = varying(walk, split_rows(jnp.zeros(texts.ok.shape), size))
+    zero_B = varying(walk, split_rows(jnp.zeros(texts.valid.shape), size))
     start = Sums(zero_B + LEAST, zero_B)
     columns, (rows, own_b, kept) = lax.scan(visit_rows, start, split_rows(images, size))
-    rows, own_b = join_rows((rows, own_b), images.ok.size)
-    return rows, join_rows(columns, texts.ok.size), own_b, kept
+    rows, own_b = join_rows((rows, own_b), images.valid.size)
+    return rows, join_rows(columns, texts.valid.size), own_b, kept
 
 
 def walk_backward(
@@ -206,8 +208,8 @@ def walk_backward(
     start = varying(walk, split_rows(jnp.zeros(texts.z.shape), size)), zero, zero
     rows = *split_rows((images, row_b), size), kept
     (dz_text_BD, dscale, dbias), dz_image_bD = lax.scan(visit_rows, start, rows)
-    dz_image_bD = join_rows(dz_image_bD, images.ok.size)
-    return dz_image_bD, join_rows(dz_text_BD, texts.ok.size), dscale, dbias
+    dz_image_bD = join_rows(dz_image_bD, images.valid.size)
+    return dz_image_bD, join_rows(dz_text_BD, texts.valid.size), dscale, dbias
 
 
 def varying(walk: Walk, x: Array) -> Array:
@@ -215,38 +217,38 @@ def varying(walk: Walk, x: Array) -> Array:
     return lax.pcast(x, walk.axes, to="varying")
 
 
-def forward_shard(walk: Walk, z_image_bD, z_text_bD, scale, bias, ok_b, caption_id_b):
+def forward_shard(walk: Walk, z_image_bD, z_text_bD, scale, bias, valid_b, caption_id_b):
     """One device's share of the forward pass.
 
     Returns (LossOutput, gathered texts, kept of rows, kept of columns, kept cosines or None).
     """
     axes = walk.axes
-    images = local_side(z_image_bD, ok_b, caption_id_b, axes)
-    texts = gather_side(local_side(z_text_bD, ok_b, caption_id_b, axes), axes)
+    images = local_side(z_image_bD, valid_b, caption_id_b, axes)
+    texts = gather_side(local_side(z_text_bD, valid_b, caption_id_b, axes), axes)
     rows, columns, own_b, kept = walk_forward(walk, images, texts, scale, bias)
     most_B = lax.pmax(columns.most, axes)
     own_B = lax.psum(jnp.zeros_like(most_B).at[images.row].set(own_b), axes)
     loss_b, loss_B, row_b, column_B = walk.loss.finish(rows, columns, most_B, own_b, own_B, axes)
 
-    image_hits = jnp.sum(ok_b & (own_b > rows.most))
-    text_hits = jnp.sum(texts.ok & (own_B > most_B))
+    image_hits = jnp.sum(valid_b & (own_b > rows.most))
+    text_hits = jnp.sum(texts.valid & (own_B > most_B))
     total, image_hits = lax.psum((jnp.sum(loss_b), image_hits), axes)
     total += jnp.sum(loss_B)
-    means = (x / good_rows(texts.ok) for x in (total, image_hits, text_hits))
+    means = (x / good_rows(texts.valid) for x in (total, image_hits, text_hits))
     return LossOutput(*means), texts, row_b, column_B, kept
 
 
 def backward_shard(
-    walk: Walk, z_image_bD, scale, bias, ok_b, caption_id_b, texts, row_b, column_B, kept, weight
+    walk: Walk, z_image_bD, scale, bias, valid_b, caption_id_b, texts, row_b, column_B, kept, weight
 ):
     """One device's share of the backward pass; `weight` is the loss's own cotangent."""
-    images = local_side(z_image_bD, ok_b, caption_id_b, walk.axes)
+    images = local_side(z_image_bD, valid_b, caption_id_b, walk.axes)
     dz_image_bD, dz_text_BD, dscale, dbias = walk_backward(
         walk, images, texts, scale, bias, row_b, column_B, kept
     )
     dz_text_bD = lax.psum_scatter(dz_text_BD, walk.axes, tiled=True)
     dscale, dbias = lax.psum((dscale, dbias), walk.axes)
-    weight /= good_rows(texts.ok)
+    weight /= good_rows(texts.valid)
     dz_image_bD = (weight * scale * dz_image_bD).astype(z_image_bD.dtype)
     dz_text_bD = (weight * scale * dz_text_bD).astype(texts.z.dtype)
     return dz_image_bD, dz_text_bD, weight * dscale, weight * dbias
@@ -270,7 +272,7 @@ def make_tiled_loss(
     devices = math.prod(mesh.shape[axis] for axis in batch_axes)
     platform = mesh.devices.flat[0].platform
 
-    def loss_fn(z_image_BD, z_text_BD, scale, bias, ok_B, caption_id_B) -> LossOutput:
+    def loss_fn(z_image_BD, z_text_BD, scale, bias, valid_B, caption_id_B) -> LossOutput:
         rows, features = z_image_BD.shape
         if rows % devices:
             raise UserError(
@@ -281,7 +283,7 @@ def make_tiled_loss(
         scale = jnp.asarray(scale, jnp.float32)
         bias = jnp.asarray(bias if loss.takes_bias else 0, jnp.float32)
         tiled = _differentiable(Walk(loss, batch_axes, tiling), mesh)
-        return tiled(z_image_BD, z_text_BD, scale, bias, ok_B, caption_id_B)
+        return tiled(z_image_BD, z_text_BD, scale, bias, valid_B, caption_id_B)
 
     return loss_fn
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from clip_jax.errors import UserError
 from clip_jax.models.attention import Accelerator, Kernel, choose_kernel
 from clip_jax.models.convnet import ConvNet, ConvNetConfig
-from clip_jax.models.execution import Execution, remat_tower
+from clip_jax.models.execution import ExecConfig, remat_tower
 from clip_jax.models.resnet import HEAD_SIZE, ModifiedResNet, ResNetConfig
 from clip_jax.models.stack import stack_layers
 from clip_jax.models.text import TextConfig, TextTransformer
@@ -65,26 +65,26 @@ class CLIP(nn.Module):
 
     Attributes:
       config: the sizes.
-      read_early, dtype, attention, remat, scan: how it is computed; see `Execution`.
+      read_early, dtype, attention, remat, scan: how it is computed; see `ExecConfig`.
     """
 
     config: CLIPConfig
-    read_early: bool = True
+    pool_last_block: bool = True
     dtype: DTypeLike = jnp.float32
     attention: str = "auto"
     remat: str = "none"
     scan: bool = False
 
     @property
-    def how(self) -> Execution:
+    def exec_config(self) -> ExecConfig:
         """How both towers are computed."""
-        return Execution(self.read_early, self.dtype, self.attention, self.remat, self.scan)
+        return ExecConfig(self.pool_last_block, self.dtype, self.attention, self.remat, self.scan)
 
     def setup(self) -> None:
         c = self.config
         self.visual = self._image_tower()
-        text = remat_tower(TextTransformer, self.how)
-        self.text = text(c.text, c.embed_dim, self.how)
+        text = remat_tower(TextTransformer, self.exec_config)
+        self.text = text(c.text, c.embed_dim, self.exec_config)
         constant = nn.initializers.constant
         self.logit_scale = self.param("logit_scale", constant(c.init_logit_scale), ())
         if c.init_logit_bias is not None:
@@ -97,22 +97,23 @@ class CLIP(nn.Module):
             ResNetConfig: ModifiedResNet,
             ConvNetConfig: ConvNet,
         }
-        tower = remat_tower(towers[type(c.vision)], self.how, static_argnums=(2,))
-        return tower(c.vision, c.embed_dim, self.how)
+        tower = remat_tower(towers[type(c.vision)], self.exec_config, static_argnums=(2,))
+        return tower(c.vision, c.embed_dim, self.exec_config)
 
     def encode_image(
         self,
         images_BHWC: Float[Array, "B H W 3"],
         train: bool = False,
-        ok_B: Bool[Array, " B"] | None = None,
-        kept_Bl: Int[Array, "B l"] | None = None,
+        valid_B: Bool[Array, " B"] | None = None,
+        patch_ids_Bl: Int[Array, "B l"] | None = None,
     ) -> Float[Array, "B D"]:
         """Image features, not of unit length.
 
-        Rows not `ok` have no part in batch statistics. `kept_Bl`: the numbers of the patches that
-        an image transformer sees of each picture; None is all. The class token always stays.
+        Rows not `valid` have no part in batch statistics. `patch_ids_Bl`: the numbers of the
+        patches that an image transformer sees of each picture; None is all. The class token
+        always stays.
         """
-        return self.visual(images_BHWC, train, ok_B, kept_Bl)
+        return self.visual(images_BHWC, train, valid_B, patch_ids_Bl)
 
     def encode_text(self, tokens_BL: Int[Array, "B L"]) -> Float[Array, "B D"]:
         """Text features, not of unit length."""
@@ -123,11 +124,11 @@ class CLIP(nn.Module):
         images_BHWC: Float[Array, "B H W 3"],
         tokens_BL: Int[Array, "B L"],
         train: bool = False,
-        ok_B: Bool[Array, " B"] | None = None,
-        kept_Bl: Int[Array, "B l"] | None = None,
+        valid_B: Bool[Array, " B"] | None = None,
+        patch_ids_Bl: Int[Array, "B l"] | None = None,
     ) -> tuple[Float[Array, "B D"], Float[Array, "B D"]]:
         """Image and text features of unit length, float32."""
-        image_features = unit_length(self.encode_image(images_BHWC, train, ok_B, kept_Bl))
+        image_features = unit_length(self.encode_image(images_BHWC, train, valid_B, patch_ids_Bl))
         text_features = unit_length(self.encode_text(tokens_BL))
         return image_features, text_features
 

@@ -12,7 +12,7 @@ import flax.linen as nn
 from jaxtyping import Array, Bool, Float
 
 from clip_jax.models.convolution import batch_norm, conv, statistics_mask
-from clip_jax.models.execution import PLAIN, Execution, remat_block
+from clip_jax.models.execution import PLAIN, ExecConfig, remat_block
 from clip_jax.models.layers import LayerNorm, normal, torch_uniform
 
 
@@ -41,25 +41,25 @@ class ConvNet(nn.Module):
 
     config: ConvNetConfig
     embed_dim: int
-    how: Execution = PLAIN
+    exec_config: ExecConfig = PLAIN
 
     @nn.compact
     def __call__(
         self,
         images_BHWC: Float[Array, "B H W 3"],
         train: bool = False,
-        ok_B: Bool[Array, " B"] | None = None,
-        kept_Bl: None = None,
+        valid_B: Bool[Array, " B"] | None = None,
+        patch_ids_Bl: None = None,
     ) -> Float[Array, "B D"]:
         """Features of normalised images, not of unit length.
 
-        With `train` the statistics of the batch's good rows are used (all are where `ok_B` is
+        With `train` the statistics of the batch's good rows are used (all are where `valid_B` is
         None), and the running ones updated where the caller makes `batch_stats` mutable.
-        `kept_Bl` is of the transformers: there are no patches to choose here.
+        `patch_ids_Bl` is of the transformers: there are no patches to choose here.
         """
-        del kept_Bl
-        mask = statistics_mask(ok_B)
-        stage = remat_block(ConvNet._stage, self.how, (2, 4))
+        del patch_ids_Bl
+        mask = statistics_mask(valid_B)
+        stage = remat_block(ConvNet._stage, self.exec_config, (2, 4))
         x_BHWD = images_BHWC
         for number in range(1, len(self.config.features) + 1):
             x_BHWD = stage(self, x_BHWD, number, mask, train)
@@ -70,7 +70,7 @@ class ConvNet(nn.Module):
 
     def _stage(self, x_BHWD: Array, number: int, mask: Array | None, train: bool) -> Array:
         """Convolution `number`, of patches where it is the first, with its batch norm and ReLU."""
-        features, dtype = self.config.features[number - 1], self.how.dtype
+        features, dtype = self.config.features[number - 1], self.exec_config.dtype
         if number == 1:
             size = self.config.patch_size
             x_BHWD = nn.Conv(

@@ -25,14 +25,14 @@ def conv(
     )
 
 
-def statistics_mask(ok_B: Bool[Array, " B"] | None) -> Bool[Array, "B 1 1 1"] | None:
+def statistics_mask(valid_B: Bool[Array, " B"] | None) -> Bool[Array, "B 1 1 1"] | None:
     """Which pictures a batch norm's statistics are taken of: the good ones.
 
     Of all where none is good, so that such a batch has a variance at all.
     """
-    if ok_B is None:
+    if valid_B is None:
         return None
-    return (ok_B | ~jnp.any(ok_B))[:, None, None, None]
+    return (valid_B | ~jnp.any(valid_B))[:, None, None, None]
 
 
 def batch_norm(

@@ -27,7 +27,7 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Execution:
+class ExecConfig:
     """How both towers are computed.
 
     Attributes:
@@ -42,7 +42,7 @@ class Execution:
         (`models.stack`).
     """
 
-    read_early: bool = True
+    pool_last_block: bool = True
     dtype: DTypeLike = jnp.float32
     attention: str = "auto"
     remat: str = "none"
@@ -53,7 +53,7 @@ class Execution:
         check_choice("remat", self.remat, REMAT)
 
 
-PLAIN = Execution()
+PLAIN = ExecConfig()
 
 
 def is_product(primitive: Any, *_: Any, **params: Any) -> bool:
@@ -69,24 +69,29 @@ def is_product(primitive: Any, *_: Any, **params: Any) -> bool:
 
 
 def remat_block(
-    block: Callable[..., Any], how: Execution, static_argnums: tuple[int, ...] = (), *, looped=False
+    block: Callable[..., Any],
+    exec_config: ExecConfig,
+    static_argnums: tuple[int, ...] = (),
+    *,
+    looped=False,
 ) -> Callable[..., Any]:
-    """A block's module, or a function of one, computed again in the backward pass as `how` says.
+    """A block's module, or a function of one, computed again in the backward pass as
+    `exec_config` says.
 
     `static_argnums` counts the module itself as 0. In the body of a loop the compiler cannot undo
     the recomputation by merging it with the forward pass, and need not be kept from it.
     """
-    if how.remat == "none":
+    if exec_config.remat == "none":
         return block
-    policy = is_product if how.remat == "dots" else jax.checkpoint_policies.nothing_saveable
+    policy = is_product if exec_config.remat == "dots" else jax.checkpoint_policies.nothing_saveable
     return nn.remat(block, policy=policy, prevent_cse=not looped, static_argnums=static_argnums)
 
 
 def remat_tower(
-    tower: Callable[..., Any], how: Execution, static_argnums: tuple[int, ...] = ()
+    tower: Callable[..., Any], exec_config: ExecConfig, static_argnums: tuple[int, ...] = ()
 ) -> Callable[..., Any]:
     """A tower's module, computed again from its inputs where `how.remat` is "full"."""
-    return nn.remat(tower, static_argnums=static_argnums) if how.remat == "full" else tower
+    return nn.remat(tower, static_argnums=static_argnums) if exec_config.remat == "full" else tower
 
 
 def merged_product(x: Any, kernel: Any, dimension_numbers: Any, **options: Any) -> Any:

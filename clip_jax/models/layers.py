@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from clip_jax.models.attention import attend
-from clip_jax.models.execution import Execution, merged_product, remat_block
+from clip_jax.models.execution import ExecConfig, merged_product, remat_block
 
 Initializer = Callable[..., jax.Array]
 
@@ -125,7 +125,7 @@ class Attention(nn.Module):
 
     heads: int
     block_init: BlockInit
-    how: Execution
+    exec_config: ExecConfig
 
     @nn.compact
     def __call__(
@@ -143,7 +143,7 @@ class Attention(nn.Module):
             return nn.DenseGeneral(
                 (self.heads, width // self.heads),
                 kernel_init=self.block_init.attention_in,
-                dtype=self.how.dtype,
+                dtype=self.exec_config.dtype,
                 dot_general=merged_product,
                 name=name,
             )
@@ -157,13 +157,13 @@ class Attention(nn.Module):
             v_BLNK,
             is_causal=is_causal,
             visible_B=visible_B,
-            wanted=self.how.attention,
+            wanted=self.exec_config.attention,
         )
         return nn.DenseGeneral(
             width,
             axis=(-2, -1),
             kernel_init=self.block_init.attention_out,
-            dtype=self.how.dtype,
+            dtype=self.exec_config.dtype,
             dot_general=merged_product,
             name="out_proj",
         )(y_BLNK)
@@ -240,26 +240,26 @@ class ResidualBlock(nn.Module):
     """Pre-LN attention and MLP, each with a residual connection."""
 
     config: BlockConfig
-    how: Execution
+    exec_config: ExecConfig
 
     @nn.compact
-    def __call__(self, x_BLD: Array, read_at_B: Int[Array, " B"] | None = None) -> Array:
-        """With `read_at_B`, only that row of every sequence: [B, 1, D].
+    def __call__(self, x_BLD: Array, pool_index_B: Int[Array, " B"] | None = None) -> Array:
+        """With `pool_index_B`, only that row of every sequence: [B, 1, D].
 
         Equal to the full block read there, because a row of the output depends on the other
         rows through keys and values alone: its query, out-projection and MLP are its own.
         """
         c = self.config
-        attention = Attention(c.heads, c.init, self.how, name="attn")
+        attention = Attention(c.heads, c.init, self.exec_config, name="attn")
         h_BLD = LayerNorm(c.norm_eps, name="ln_1")(x_BLD)
-        if read_at_B is None:
+        if pool_index_B is None:
             y_BLD = attention(h_BLD, h_BLD, is_causal=c.is_causal)
         else:
-            visible_B = read_at_B + 1 if c.is_causal else None
-            y_BLD = attention(read_rows(h_BLD, read_at_B), h_BLD, visible_B=visible_B)
-            x_BLD = read_rows(x_BLD, read_at_B)
+            visible_B = pool_index_B + 1 if c.is_causal else None
+            y_BLD = attention(read_rows(h_BLD, pool_index_B), h_BLD, visible_B=visible_B)
+            x_BLD = read_rows(x_BLD, pool_index_B)
         x_BLD = x_BLD + self._scaled(y_BLD, "ls_1")
-        mlp = MLP(c.mlp_width, c.activation, c.init, self.how.dtype, name="mlp")
+        mlp = MLP(c.mlp_width, c.activation, c.init, self.exec_config.dtype, name="mlp")
         y_BLD = mlp(LayerNorm(c.norm_eps, name="ln_2")(x_BLD))
         return x_BLD + self._scaled(y_BLD, "ls_2")
 
@@ -278,26 +278,26 @@ class Transformer(nn.Module):
 
     layers: int
     block: BlockConfig
-    how: Execution
+    exec_config: ExecConfig
 
     @nn.compact
     def __call__(
-        self, x_BLD: Float[Array, "B L D"], read_at_B: Int[Array, " B"] | None = None
+        self, x_BLD: Float[Array, "B L D"], pool_index_B: Int[Array, " B"] | None = None
     ) -> Float[Array, "B l D"]:
-        """All rows, or with `read_at_B` that one of every sequence: l is L or 1.
+        """All rows, or with `pool_index_B` that one of every sequence: l is L or 1.
 
         Without `how.read_early` the whole last block is computed and then read: the plain form.
         """
         last = self.layers - 1
-        if self.how.scan and last > 0:
+        if self.exec_config.scan and last > 0:
             x_BLD = self._loop(x_BLD, last)
-        block = remat_block(ResidualBlock, self.how)
-        for i in range(0 if not self.how.scan else last, last):
-            x_BLD = block(self.block, self.how, name=f"resblocks_{i}")(x_BLD)
-        early_at_B = read_at_B if self.how.read_early else None
-        x_BLD = block(self.block, self.how, name=f"resblocks_{last}")(x_BLD, early_at_B)
-        if read_at_B is not None and not self.how.read_early:
-            x_BLD = read_rows(x_BLD, read_at_B)
+        block = remat_block(ResidualBlock, self.exec_config)
+        for i in range(0 if not self.exec_config.scan else last, last):
+            x_BLD = block(self.block, self.exec_config, name=f"resblocks_{i}")(x_BLD)
+        early_at_B = pool_index_B if self.exec_config.pool_last_block else None
+        x_BLD = block(self.block, self.exec_config, name=f"resblocks_{last}")(x_BLD, early_at_B)
+        if pool_index_B is not None and not self.exec_config.pool_last_block:
+            x_BLD = read_rows(x_BLD, pool_index_B)
         return x_BLD
 
     def _loop(self, x_BLD: Float[Array, "B L D"], times: int) -> Float[Array, "B L D"]:
@@ -307,6 +307,6 @@ class Transformer(nn.Module):
             split_rngs={"params": True},
             length=times,
         )
-        block = remat_block(ResidualBlock, self.how, looped=True)
-        x_BLD, _ = loop(block(self.block, self.how, name="resblocks"), x_BLD, None)
+        block = remat_block(ResidualBlock, self.exec_config, looped=True)
+        x_BLD, _ = loop(block(self.block, self.exec_config, name="resblocks"), x_BLD, None)
         return x_BLD

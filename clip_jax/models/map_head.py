@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from clip_jax.models.execution import Execution
+from clip_jax.models.execution import ExecConfig
 from clip_jax.models.layers import MLP, Attention, BlockConfig, LayerNorm
 
 
@@ -15,7 +15,7 @@ class MAPHead(nn.Module):
     """
 
     config: BlockConfig
-    how: Execution
+    exec_config: ExecConfig
 
     @nn.compact
     def __call__(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B D"]:
@@ -25,6 +25,6 @@ class MAPHead(nn.Module):
         init = nn.initializers.truncated_normal(width**-0.5)
         probe_1D = self.param("probe", init, (1, width))
         probe_B1D = jnp.broadcast_to(probe_1D.astype(x_BLD.dtype), (batch, 1, width))
-        x_B1D = Attention(c.heads, c.init, self.how, name="attn")(probe_B1D, x_BLD)
-        mlp = MLP(c.mlp_width, c.activation, c.init, self.how.dtype, name="mlp")
+        x_B1D = Attention(c.heads, c.init, self.exec_config, name="attn")(probe_B1D, x_BLD)
+        mlp = MLP(c.mlp_width, c.activation, c.init, self.exec_config.dtype, name="mlp")
         return (x_B1D + mlp(LayerNorm(c.norm_eps, name="ln")(x_B1D)))[:, 0]

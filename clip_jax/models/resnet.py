@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from clip_jax.models.attention import attend
 from clip_jax.models.convolution import batch_norm, conv, statistics_mask
-from clip_jax.models.execution import PLAIN, Execution, remat_block
+from clip_jax.models.execution import PLAIN, ExecConfig, remat_block
 from clip_jax.models.layers import normal, torch_uniform
 
 EXPANSION = 4  # a bottleneck's output features over its inner ones
@@ -89,7 +89,7 @@ class AttentionPool(nn.Module):
 
     heads: int
     embed_dim: int
-    how: Execution
+    exec_config: ExecConfig
 
     @nn.compact
     def __call__(self, x_BHWD: Array) -> Float[Array, "B D"]:
@@ -105,19 +105,19 @@ class AttentionPool(nn.Module):
                 (self.heads, features // self.heads),
                 kernel_init=normal(std),
                 bias_init=torch_uniform(features),
-                dtype=self.how.dtype,
+                dtype=self.exec_config.dtype,
                 name=name,
             )
 
         q_B1NK = project("q_proj")(x_BLD[:, :1])
         k_BLNK, v_BLNK = project("k_proj")(x_BLD), project("v_proj")(x_BLD)
-        y_B1NK = attend(q_B1NK, k_BLNK, v_BLNK, wanted=self.how.attention)
+        y_B1NK = attend(q_B1NK, k_BLNK, v_BLNK, wanted=self.exec_config.attention)
         return nn.DenseGeneral(
             self.embed_dim,
             axis=(-2, -1),
             kernel_init=normal(std),
             bias_init=torch_uniform(features),
-            dtype=self.how.dtype,
+            dtype=self.exec_config.dtype,
             name="c_proj",
         )(y_B1NK)[:, 0]
 
@@ -127,38 +127,40 @@ class ModifiedResNet(nn.Module):
 
     config: ResNetConfig
     embed_dim: int
-    how: Execution = PLAIN
+    exec_config: ExecConfig = PLAIN
 
     @nn.compact
     def __call__(
         self,
         images_BHWC: Float[Array, "B H W 3"],
         train: bool = False,
-        ok_B: Bool[Array, " B"] | None = None,
-        kept_Bl: None = None,
+        valid_B: Bool[Array, " B"] | None = None,
+        patch_ids_Bl: None = None,
     ) -> Float[Array, "B D"]:
         """Features of normalised images, not of unit length.
 
-        With `train` the statistics of the batch's good rows are used (all are where `ok_B` is
+        With `train` the statistics of the batch's good rows are used (all are where `valid_B` is
         None), and the running ones updated where the caller makes `batch_stats` mutable.
-        `kept_Bl` is of the transformers: there are no patches to choose here.
+        `patch_ids_Bl` is of the transformers: there are no patches to choose here.
         """
-        del kept_Bl
-        mask = statistics_mask(ok_B)
+        del patch_ids_Bl
+        mask = statistics_mask(valid_B)
         c = self.config
-        stem = remat_block(ModifiedResNet._stem, self.how, (2,))
-        x = stem(self, images_BHWC.astype(self.how.dtype), train, mask)
-        block = remat_block(Bottleneck, self.how, (2,))
+        stem = remat_block(ModifiedResNet._stem, self.exec_config, (2,))
+        x = stem(self, images_BHWC.astype(self.exec_config.dtype), train, mask)
+        block = remat_block(Bottleneck, self.exec_config, (2,))
         for stage, blocks in enumerate(c.layers):
             for i in range(blocks):
                 stride = 2 if stage > 0 and i == 0 else 1
                 name = f"layer{stage + 1}_{i}"
-                x = block(c.width * 2**stage, stride, self.how.dtype, name=name)(x, train, mask)
-        return AttentionPool(c.heads, self.embed_dim, self.how, name="attnpool")(x)
+                x = block(c.width * 2**stage, stride, self.exec_config.dtype, name=name)(
+                    x, train, mask
+                )
+        return AttentionPool(c.heads, self.embed_dim, self.exec_config, name="attnpool")(x)
 
     def _stem(self, x: Array, train: bool, mask: Array | None) -> Array:
         """Three convolutions and a pool: a quarter of the side."""
-        width, dtype = self.config.width, self.how.dtype
+        width, dtype = self.config.width, self.exec_config.dtype
         sizes = [(width // 2, 2), (width // 2, 1), (width, 1)]
         for i, (features, stride) in enumerate(sizes, start=1):
             x = conv(features, 3, x.shape[-1], stride=stride, dtype=dtype, name=f"conv{i}")(x)

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from clip_jax.models.execution import PLAIN, Execution, check_choice
+from clip_jax.models.execution import PLAIN, ExecConfig, check_choice
 from clip_jax.models.layers import (
     ACTIVATIONS,
     LAYER_NORM_EPS,
@@ -62,7 +62,7 @@ class TextConfig:
         return int(self.width * self.mlp_ratio)
 
     @property
-    def trimmable(self) -> bool:
+    def supports_trimming(self) -> bool:
         """Whether cutting rows behind their end tokens leaves the features as they are.
 
         Elsewhere padding is seen or read, and a row must come at the full `context_length`.
@@ -81,13 +81,13 @@ def end_positions(tokens_BL: Int[Array, "B L"], eot_id: int) -> Int[Array, " B"]
 class TextTransformer(nn.Module):
     """Tokens to features: embedding, positions, blocks, the read, ln_final, projection.
 
-    A row may be shorter than `context_length`: in a `trimmable` tower what stands behind the end
-    token cannot matter, and the caller cuts it.
+    A row may be shorter than `context_length`: in a tower that supports trimming, what stands
+    behind the end token cannot matter, and the caller cuts it.
     """
 
     config: TextConfig
     embed_dim: int
-    how: Execution = PLAIN
+    exec_config: ExecConfig = PLAIN
 
     @nn.compact
     def __call__(self, tokens_BL: Int[Array, "B L"]) -> Float[Array, "B D"]:
@@ -98,7 +98,7 @@ class TextTransformer(nn.Module):
             c.vocab_size,
             c.width,
             embedding_init=normal(0.02),
-            dtype=self.how.dtype,
+            dtype=self.exec_config.dtype,
             name="token_embedding",
         )(tokens_BL)
         shape = (c.context_length, c.width)
@@ -114,11 +114,11 @@ class TextTransformer(nn.Module):
             is_causal=c.causal,
         )
         if c.pool == "end":
-            read_at_B = end_positions(tokens_BL, c.eot_id)
+            pool_index_B = end_positions(tokens_BL, c.eot_id)
         else:
-            read_at_B = jnp.full(batch, length - 1, jnp.int32)
-        transformer = Transformer(c.layers, block, self.how, name="transformer")
-        x_BD = transformer(x_BLD, read_at_B)[:, 0]
+            pool_index_B = jnp.full(batch, length - 1, jnp.int32)
+        transformer = Transformer(c.layers, block, self.exec_config, name="transformer")
+        x_BD = transformer(x_BLD, pool_index_B)[:, 0]
         # Layer norm works on each row alone, so it may follow the read instead of preceding it.
         x_BD = LayerNorm(c.norm_eps, name="ln_final")(x_BD)
         return self._project(x_BD) if c.project else x_BD

@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from clip_jax.errors import UserError
-from clip_jax.models.execution import PLAIN, Execution, check_choice
+from clip_jax.models.execution import PLAIN, ExecConfig, check_choice
 from clip_jax.models.layers import (
     ACTIVATIONS,
     LAYER_NORM_EPS,
@@ -129,28 +129,28 @@ class VisionTransformer(nn.Module):
 
     config: ViTConfig
     embed_dim: int
-    how: Execution = PLAIN
+    exec_config: ExecConfig = PLAIN
 
     @nn.compact
     def __call__(
         self,
         images_BHWC: Float[Array, "B H W 3"],
         train: bool = False,
-        ok_B: Bool[Array, " B"] | None = None,
-        kept_Bl: Int[Array, "B l"] | None = None,
+        valid_B: Bool[Array, " B"] | None = None,
+        patch_ids_Bl: Int[Array, "B l"] | None = None,
     ) -> Float[Array, "B D"]:
-        """Features of normalised images, not of unit length; `train` and `ok_B` change nothing.
+        """Features of normalised images, not of unit length; `train` and `valid_B` change nothing.
 
-        With `kept_Bl` those patches of each picture alone are seen (FLIP, Li et al. 2022).
+        With `patch_ids_Bl` those patches of each picture alone are seen (FLIP, Li et al. 2022).
         """
-        del train, ok_B
+        del train, valid_B
         c = self.config
         x_BLD = self._embed(images_BHWC)
-        if kept_Bl is not None:
-            x_BLD = self._keep(x_BLD, kept_Bl)
+        if patch_ids_Bl is not None:
+            x_BLD = self._keep(x_BLD, patch_ids_Bl)
         if c.pre_norm:
             x_BLD = LayerNorm(c.norm_eps, name="ln_pre")(x_BLD)
-        transformer = Transformer(c.layers, c.block, self.how, name="transformer")
+        transformer = Transformer(c.layers, c.block, self.exec_config, name="transformer")
         norm = LayerNorm(c.norm_eps, name="ln_post")
         if c.pool == "token":
             first_B = jnp.zeros(x_BLD.shape[0], jnp.int32)
@@ -163,7 +163,7 @@ class VisionTransformer(nn.Module):
             x_BD = norm(x_BD) if c.norm_after_pool else x_BD
         else:
             x_BLD = self._patches(norm(transformer(x_BLD)))
-            x_BD = MAPHead(c.block, self.how, name="attn_pool")(x_BLD)
+            x_BD = MAPHead(c.block, self.exec_config, name="attn_pool")(x_BLD)
         if not c.project:
             return x_BD
         projection_DD = self.param("proj", normal(c.width**-0.5), (c.width, self.embed_dim))
@@ -172,9 +172,9 @@ class VisionTransformer(nn.Module):
     def _embed(self, images_BHWC: Float[Array, "B H W 3"]) -> Float[Array, "B L D"]:
         """Patches, the class token before them, and the positions of both."""
         c = self.config
-        x_BLD = PatchProjection(c.width, c.patch_size, c.patch_bias, self.how.dtype, name="conv1")(
-            images_BHWC
-        )
+        x_BLD = PatchProjection(
+            c.width, c.patch_size, c.patch_bias, self.exec_config.dtype, name="conv1"
+        )(images_BHWC)
         batch = x_BLD.shape[0]
         small = normal(c.width**-0.5)
         if c.class_token:
@@ -186,10 +186,10 @@ class VisionTransformer(nn.Module):
         return x_BLD + position_LD.astype(x_BLD.dtype)
 
     def _keep(
-        self, x_BLD: Float[Array, "B L D"], kept_Bl: Int[Array, "B l"]
+        self, x_BLD: Float[Array, "B L D"], patch_ids_Bl: Int[Array, "B l"]
     ) -> Float[Array, "B k D"]:
         """The class token, and the patches of these numbers in this order."""
-        kept_BlD = jnp.take_along_axis(self._patches(x_BLD), kept_Bl[:, :, None], axis=1)
+        kept_BlD = jnp.take_along_axis(self._patches(x_BLD), patch_ids_Bl[:, :, None], axis=1)
         if not self.config.class_token:
             return kept_BlD
         return jnp.concatenate([x_BLD[:, :1], kept_BlD], axis=1)

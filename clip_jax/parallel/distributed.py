@@ -1,8 +1,8 @@
 """Several processes as one run: who joins, who speaks, what they tell each other, how they end.
 
 A run of one process never gets here: it joins nothing, and every function below is then the plain
-thing (`gather` a list of one, `tell` a print). With several, JAX's coordination service, which
-lives in process 0, carries small host-side messages; arrays travel by collectives.
+thing (`gather` a list of one, `print_on_main` a print). With several, JAX's coordination service,
+which lives in process 0, carries small host-side messages; arrays travel by collectives.
 
 How long things may take, all settable on the command line of `clip_jax.main`:
   joining     300 s until all processes have found the coordinator (`--init_seconds`)
@@ -86,7 +86,7 @@ def is_first() -> bool:
     return process_index() == 0
 
 
-def tell(text: str) -> None:
+def print_on_main(text: str) -> None:
     """Print on process 0."""
     if is_first():
         print(text, flush=True)

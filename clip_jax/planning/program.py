@@ -15,7 +15,7 @@ from clip_jax.parallel.mesh import BATCH_AXES, batch_shards
 from clip_jax.planning.counts import Collective, collectives, matmul_flops
 from clip_jax.planning.hlo import parse_program
 from clip_jax.planning.memory import Memory, measure_memory
-from clip_jax.training.setup import make_step, pair_flops, wire
+from clip_jax.training.setup import build_run, make_step, pair_flops
 from clip_jax.training.state import parameter_counts
 
 
@@ -52,7 +52,7 @@ def batch_shapes(
         "image": ((batch_size, size, size, 3), jnp.uint8),
         "text": ((batch_size, length), jnp.int32),
         "caption_id": ((batch_size,), jnp.uint32),
-        "ok": ((batch_size,), jnp.bool_),
+        "valid": ((batch_size,), jnp.bool_),
     }
     return {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
@@ -66,7 +66,7 @@ def compile_run(config: Config, steps: int) -> Facts:
     Raises:
       UserError: the config does not fit the devices.
     """
-    w = wire(config, steps)
+    w = build_run(config, steps)
     sizes, pairs, shards = w.model.config, config.train.batch_size, batch_shards(w.mesh)
     jitted: Any = make_step(config, w)
     compiled = jitted.lower(w.shapes, batch_shapes(w.mesh, sizes, pairs)).compile()

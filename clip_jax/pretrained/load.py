@@ -249,7 +249,7 @@ def resized(
             )
         read_text = arrays["text/positional_embedding"]
         grows = context_length > text.context_length
-        fit = extend_text_positions if grows and text.trimmable else resize_text_positions
+        fit = extend_text_positions if grows and text.supports_trimming else resize_text_positions
         text = dataclasses.replace(text, context_length=context_length)
         arrays["text/positional_embedding"] = lambda: fit(read_text(), context_length)
     config = dataclasses.replace(checkpoint.config, vision=vision, text=text)

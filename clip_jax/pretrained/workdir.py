@@ -9,7 +9,7 @@ from typing import Any
 
 from clip_jax.data.images import OPENAI, Preprocess
 from clip_jax.errors import UserError, short
-from clip_jax.files import whole_file
+from clip_jax.files import atomic_write
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.convnet import ConvNetConfig
 from clip_jax.models.resnet import ResNetConfig
@@ -83,7 +83,7 @@ def write_description(workdir: Path, description: Description) -> Description:
         "preprocess": preprocess_to_json(description.preprocess),
         "config": description.config,
     }
-    with whole_file(workdir / FILE) as partial:
+    with atomic_write(workdir / FILE) as partial:
         partial.write_text(json.dumps(made, indent=2) + "\n")
     return description
 

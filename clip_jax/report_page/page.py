@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from clip_jax.files import whole_file
+from clip_jax.files import atomic_write
 from clip_jax.report_page import sections
 from clip_jax.report_page.load_run import Run, read_run
 
@@ -20,7 +20,7 @@ def write_report(folders: Sequence[str | Path], out: str | Path | None = None) -
     """
     path = Path(out) if out else Path(folders[0]) / FILE
     page = render(unique_names([read_run(folder) for folder in folders]))
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(page, encoding="utf-8")
     return path
 

@@ -5,7 +5,7 @@ import io
 from PIL import Image
 
 from clip_jax.data.images import ImageError, decode_image
-from clip_jax.data.shards import Handles, Line, Unusable
+from clip_jax.data.shards import BadSampleError, ConcatShards, Handles
 from clip_jax.data.sources import fingerprint
 from clip_jax.embeddings.encode_query import MAX_PIXELS
 from clip_jax.embeddings.folder import Embeddings
@@ -24,7 +24,7 @@ class Pictures:
 
     def __init__(self, embeddings: Embeddings, data: str | None = None):
         self._embeddings = embeddings
-        self._line = Line([])
+        self._line = ConcatShards([])
         self.why_none = ""
         about = embeddings.about
         source = data or (about.data if about else "")
@@ -39,7 +39,7 @@ class Pictures:
         if about is not None and fingerprint(indexes) != about.fingerprint:
             self.why_none = f"{source} is not the source that was embedded, or has changed"
             return
-        self._line = Line(indexes)
+        self._line = ConcatShards(indexes)
 
     def small(self, row: int) -> tuple[bytes, str] | None:
         """An encoded picture that fits a square of `SIDE`, and its media type; None for none."""
@@ -51,7 +51,7 @@ class Pictures:
             with Handles() as handles:
                 data = shard.image(i, handles)
             image = decode_image(data, max_pixels=MAX_PIXELS)
-        except (ImageError, Unusable, OSError):
+        except (ImageError, BadSampleError, OSError):
             return None
         return encode_small(image)
 

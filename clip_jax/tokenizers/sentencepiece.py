@@ -8,7 +8,7 @@ import numpy as np
 import sentencepiece as spm
 
 from clip_jax.errors import UserError
-from clip_jax.files import whole_file
+from clip_jax.files import atomic_write
 from clip_jax.tokenizers.clean import cleaner, encodable
 from clip_jax.tokenizers.rows import fill_rows
 
@@ -152,6 +152,6 @@ def train_sentencepiece(
             f"cannot train a SentencePiece model of vocab_size {vocab_size}: {reason}"
         ) from error
     # A reader never sees half a model.
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_bytes(model.getvalue())
     return path

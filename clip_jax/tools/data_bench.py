@@ -18,7 +18,7 @@ from clip_jax.data.stages import PARTS, Settings, Stage, measure_loader, measure
 from clip_jax.errors import UserError, run_command
 from clip_jax.models.flops import train_flops_per_pair
 from clip_jax.planning.hardware import find_device
-from clip_jax.progress_bar import bar
+from clip_jax.progress_bar import progress_bar
 from clip_jax.tokenizers import make_tokenizer
 from clip_jax.training.setup import sized_model
 
@@ -97,7 +97,7 @@ def need_of(
       UserError: no such model or device, or a number is out of range.
     """
     config = sized_model(model, tokenizer, image_size=image_size)
-    if not config.text.trimmable:
+    if not config.text.supports_trimming:
         tokens = config.text.context_length
     flops = train_flops_per_pair(config, tokens)
     rate = utilisation * find_device(device).peak(dtype) * devices / flops
@@ -170,7 +170,7 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
     indexes = [index for one in opened for index in one]
     numbers = [int(n) for n in args.threads.split(",")]
     loaders, lengths = [], Counter[int]()
-    with bar(len(numbers) + PARTS, "bench", "stage") as progress:
+    with progress_bar(len(numbers) + PARTS, "bench", "stage") as progress:
         stages = measure_parts(indexes, tokenizer, settings, seconds=args.seconds)
         progress.update(PARTS)
         for threads in numbers:

@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from clip_jax.data.dataset import open_line
-from clip_jax.data.shards import ShardIndex
+from clip_jax.data.shards import Shard
 from clip_jax.data.skip_log import SkipLog
 from clip_jax.data.sources import fingerprint
 from clip_jax.data.writing.receipt import claim_folder
 from clip_jax.data.writing.scores import FIELD, part_path, read_scores, select, write_part
 from clip_jax.data.writing.shard_set import ShardSet, claim, write_set
 from clip_jax.errors import UserError, run_command
-from clip_jax.progress_bar import bar
+from clip_jax.progress_bar import progress_bar
 from clip_jax.tools.data_shard import told
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def load_encoders(
 
 def score_set(
     encoders: "Encoders",
-    indexes: Sequence[ShardIndex],
+    indexes: Sequence[Shard],
     folder: Path,
     *,
     batch_size: int = 256,
@@ -96,7 +96,7 @@ def score_set(
     done = next((n for n in range(parts) if not part_path(folder, n).exists()), parts)
     with contextlib.ExitStack() as stack:
         start = done * per_part * batch_size
-        progress = stack.enter_context(bar(total, "score", initial=min(start, total)))
+        progress = stack.enter_context(progress_bar(total, "score", initial=min(start, total)))
         loader = stack.enter_context(
             encoders.loader(
                 indexes, batch_size=batch_size, start_step=done * per_part, threads=threads
@@ -151,7 +151,7 @@ def filter_set(
             extra=lambda place: {FIELD: float(scores_B[rows[place]])},
         )
         claim(shards, {"model": encoders.identity, "--per-shard": per_shard})
-        with bar(len(rows), "write") as progress:
+        with progress_bar(len(rows), "write") as progress:
             written = write_set(shards, threads=threads, progress=progress.update)
         lines.append(f"kept {len(rows) / len(scores_B):.1%}: {told(shards, written)}")
     return "\n".join(lines)

@@ -17,14 +17,14 @@ from clip_jax.data.dataset import open_line
 from clip_jax.data.filters import first_of_key
 from clip_jax.data.images import ImageError, decode_image
 from clip_jax.data.loader import BUCKETS
-from clip_jax.data.shards import Handles, Line, ShardIndex, Unusable
+from clip_jax.data.shards import BadSampleError, ConcatShards, Handles, Shard
 from clip_jax.data.skip_log import SkipLog
 from clip_jax.data.survey import SIDES, Tally, TokenLengths, histogram, quantile, spread, survey
 from clip_jax.data.writing.tar_writer import read_sample
 from clip_jax.errors import EXIT_INTERRUPTED, UserError, run_command
 from clip_jax.evaluation.plots import IMAGE_SIDE, caption_grid
-from clip_jax.files import whole_file
-from clip_jax.progress_bar import bar
+from clip_jax.files import atomic_write
+from clip_jax.progress_bar import progress_bar
 from clip_jax.tokenizers import make_tokenizer
 from clip_jax.tools.data_inspect_text import survey_text
 from clip_jax.typing import Tokenizer
@@ -82,7 +82,7 @@ def inspect(
     indexes = open_line(source, where=where, log=log)
     rows = spread(sum(map(len, indexes)), limit)
     tally = Tally()
-    with bar(len(rows), "inspect", "sample") as progress:
+    with progress_bar(len(rows), "inspect", "sample") as progress:
         try:
             for part in survey(indexes, rows, lengths, threads=threads):
                 tally.add(part)
@@ -100,9 +100,9 @@ def inspect(
     return facts
 
 
-def _of_shards(indexes: Sequence[ShardIndex], log: SkipLog) -> dict[str, Any]:
+def _of_shards(indexes: Sequence[Shard], log: SkipLog) -> dict[str, Any]:
     first = first_of_key(indexes)
-    line = Line(indexes)
+    line = ConcatShards(indexes)
     places = [line.at(row) for row in np.flatnonzero(~first)[:5].tolist()]
     return {
         "shards": len(indexes),
@@ -166,12 +166,12 @@ def _write(
     out: Path,
     facts: dict[str, Any],
     tally: Tally,
-    indexes: Sequence[ShardIndex],
+    indexes: Sequence[Shard],
     rows: np.ndarray,
 ) -> None:
-    with whole_file(out / "inspect.json") as partial:
+    with atomic_write(out / "inspect.json") as partial:
         partial.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    with whole_file(out / "bad.jsonl") as partial, partial.open("w", encoding="utf-8") as file:
+    with atomic_write(out / "bad.jsonl") as partial, partial.open("w", encoding="utf-8") as file:
         for cause, name, detail in tally.named:
             file.write(json.dumps({"cause": cause, "name": name, "detail": detail}) + "\n")
     images, captions = some_samples(indexes, rows)
@@ -179,19 +179,17 @@ def _write(
         caption_grid(images, captions, out / "samples.png")
 
 
-def some_samples(
-    indexes: Sequence[ShardIndex], rows: np.ndarray
-) -> tuple[list[np.ndarray], list[str]]:
+def some_samples(indexes: Sequence[Shard], rows: np.ndarray) -> tuple[list[np.ndarray], list[str]]:
     """Pictures and captions of `GRID` of these samples, at equal distances where they are good."""
     images, captions = [], []
     candidates = rows[spread(len(rows), 4 * GRID)]
-    line = Line(indexes)
+    line = ConcatShards(indexes)
     with Handles() as handles:
         for row in np.concatenate([candidates[k::4] for k in range(4)]).tolist():
             try:
                 sample = read_sample(*line.at(row), handles)
                 image = decode_image(sample.image).convert("RGB")
-            except (Unusable, ImageError, OSError):
+            except (BadSampleError, ImageError, OSError):
                 continue
             image.thumbnail((2 * IMAGE_SIDE, 2 * IMAGE_SIDE))
             images.append(np.asarray(image))

@@ -16,7 +16,7 @@ from clip_jax.data.skip_log import SkipLog
 from clip_jax.data.writing.shard_set import ShardSet, Written, claim, write_set
 from clip_jax.data.writing.tar_writer import Shrink
 from clip_jax.errors import UserError, run_command
-from clip_jax.progress_bar import bar
+from clip_jax.progress_bar import progress_bar
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -64,7 +64,7 @@ def shard(
     shards = ShardSet(indexes, rows, Path(out), per_shard, shrink)
     about = {"--per-shard": per_shard, "--resize": resize, "--quality": quality}
     claim(shards, {**about, "--filter": where, "--unique-keys": unique_keys})
-    with bar(len(rows), os.path.basename(os.path.normpath(out))) as progress:
+    with progress_bar(len(rows), os.path.basename(os.path.normpath(out))) as progress:
         written = write_set(shards, threads=threads, progress=progress.update)
     return told(shards, written) + "".join(
         f"\nleft out: {detail if cause != 'shard_missing' else f'{name}, which is missing'}"

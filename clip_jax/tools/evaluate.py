@@ -15,7 +15,7 @@ from clip_jax.config import EvalSection
 from clip_jax.errors import UserError, run_command
 
 if TYPE_CHECKING:
-    from clip_jax.evaluation.run import Request
+    from clip_jax.evaluation.run import EvalSpec
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -52,7 +52,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def evaluate_model(model: str, request: "Request", out: str | Path, **load: Any) -> str:
+def evaluate_model(model: str, request: "EvalSpec", out: str | Path, **load: Any) -> str:
     """Evaluate what `clip_jax.load` reads; returns the table to print."""
     import jax
 
@@ -82,12 +82,12 @@ def evaluate_workdir(
     """Evaluate the newest checkpoint of a run as its config says; returns the table to print.
 
     Args:
-      more: other fields of `evaluation.run.Request` to set, and `out`.
+      more: other fields of `evaluation.run.EvalSpec` to set, and `out`.
 
     Raises:
       UserError: the folder is no work folder, or there is nothing to evaluate on.
     """
-    from clip_jax.evaluation.run import Request
+    from clip_jax.evaluation.run import EvalSpec
     from clip_jax.pretrained.workdir import read_description
 
     description = read_description(workdir)
@@ -106,7 +106,7 @@ def evaluate_workdir(
         "ablate": section["ablate"],
         "pretrained": Path(workdir).name,
     }
-    request = Request(**own | {name: value for name, value in more.items() if value})
+    request = EvalSpec(**own | {name: value for name, value in more.items() if value})
     return evaluate_model(workdir, request, out)
 
 
@@ -118,7 +118,7 @@ def _shot_counts(text: str) -> list[int]:
 
 
 def _request_fields(args: argparse.Namespace) -> dict[str, Any]:
-    """What the command line says of `evaluation.run.Request`, by field.
+    """What the command line says of `evaluation.run.EvalSpec`, by field.
 
     Raises:
       UserError: a number is no count, or a data set without shipped names has none of its own.
@@ -168,7 +168,7 @@ def _request_fields(args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> int:
     """Parse and evaluate; the exit code."""
-    from clip_jax.evaluation.run import Request
+    from clip_jax.evaluation.run import EvalSpec
     from clip_jax.evaluation.tasks import LEARNING, check_tasks
     from clip_jax.pretrained.own import is_work_folder
 
@@ -184,7 +184,7 @@ def main() -> int:
         raise UserError("classification needs class names; give --classnames or --dataset")
     out = args.out or f"eval-{Path(args.model).stem}"
     load = {"architecture": args.architecture, "tokenizer": args.tokenizer}
-    print(evaluate_model(args.model, Request(**fields), out, **load))
+    print(evaluate_model(args.model, EvalSpec(**fields), out, **load))
     return 0
 
 

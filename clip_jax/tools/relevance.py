@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from clip_jax.errors import UserError, run_command
-from clip_jax.files import whole_file
+from clip_jax.files import atomic_write
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -95,7 +95,7 @@ def relevance_picture(
     # The same crop in more pixels.
     large_HWC = eval_transform(picture, side, clip.preprocessing)
     page = np.concatenate([large_HWC, overlay(large_HWC, gain_HW)], axis=1)
-    with whole_file(Path(out)) as partial:
+    with atomic_write(Path(out)) as partial:
         Image.fromarray(page).save(partial, "PNG")
     row, column = np.unravel_index(gain_HW.argmax(), gain_HW.shape)
     rows, columns = gain_HW.shape

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_jax.errors import UserError
-from clip_jax.parallel.distributed import from_first, is_first, tell
+from clip_jax.parallel.distributed import from_first, is_first, print_on_main
 from clip_jax.pretrained.workdir import Description, write_description
 from clip_jax.training.checkpoint import Checkpoints
 from clip_jax.training.state import TrainState
@@ -51,7 +51,9 @@ class Best:
             return
         self._value = value
         self._checkpoints.save(state, step, fingerprint, metrics=dict(metrics))
-        tell(f"step {step} is the best so far: {self._metric} {value:.4g}, kept in {FOLDER}/")
+        print_on_main(
+            f"step {step} is the best so far: {self._metric} {value:.4g}, kept in {FOLDER}/"
+        )
 
     def __enter__(self) -> "Best":
         return self

@@ -33,9 +33,9 @@ from clip_jax.parallel.distributed import (
     from_first,
     gather,
     is_first,
+    print_on_main,
     process_count,
     process_index,
-    tell,
 )
 from clip_jax.training.state import TrainState
 from clip_jax.typing import path_name
@@ -256,7 +256,7 @@ class Checkpoints:
 
     def _set_aside(self, step: int, fault: str) -> None:
         if self._read_only:
-            tell(f"checkpoint {step} is damaged and left out ({fault})")
+            print_on_main(f"checkpoint {step} is damaged and left out ({fault})")
             return
         self._manager.close()
         if is_first():
@@ -272,7 +272,7 @@ class Checkpoints:
             number += 1
             target = target.with_name(f"{step}-{number}")
         (self.folder / str(step)).rename(target)
-        tell(f"checkpoint {step} is damaged and moved to {target} ({fault})")
+        print_on_main(f"checkpoint {step} is damaged and moved to {target} ({fault})")
 
     def close(self) -> None:
         """Wait for what is being saved, and let go."""

@@ -62,8 +62,8 @@ def make_draws(
         if patch_dropout:
             kept = kept_patches(patches, patch_dropout)
             noise_BL = jax.random.uniform(jax.random.fold_in(key, 1), (batch_size, patches))
-            _, kept_Bl = jax.lax.top_k(noise_BL, kept)
-            draws["kept_Bl"] = jnp.sort(kept_Bl, axis=1)
+            _, patch_ids_Bl = jax.lax.top_k(noise_BL, kept)
+            draws["patch_ids_Bl"] = jnp.sort(patch_ids_Bl, axis=1)
         return draws
 
     return draw

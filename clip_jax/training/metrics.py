@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from tensorboardX import SummaryWriter
 
 from clip_jax.errors import UserError
-from clip_jax.files import whole_file
+from clip_jax.files import atomic_write
 
 
 class Peak(NamedTuple):
@@ -209,7 +209,7 @@ class MetricsWriter:
         workdir = Path(workdir)
         self.path = workdir / "metrics.jsonl"
         kept = [] if resume_step is None else read_lines_until(self.path, resume_step)
-        with whole_file(self.path) as partial:
+        with atomic_write(self.path) as partial:
             partial.write_text("".join(kept), encoding="utf-8")
         self._file = self.path.open("a", encoding="utf-8")
         # TensorBoard forgets what earlier files of the folder say from this step on.

@@ -14,7 +14,7 @@ import numpy as np
 from clip_jax.config import Config
 from clip_jax.data.loader import Loader
 from clip_jax.data.skip_log import SkipLog
-from clip_jax.files import whole_file
+from clip_jax.files import atomic_write
 from clip_jax.parallel import distributed
 from clip_jax.parallel.mesh import batch_part
 from clip_jax.training.metrics import (
@@ -26,10 +26,10 @@ from clip_jax.training.metrics import (
     progress_line,
     read_lines_until,
 )
-from clip_jax.training.setup import Wiring, pair_flops
+from clip_jax.training.setup import RunComponents, pair_flops
 
 
-class Report:
+class RunLogger:
     """What a run tells: a line now and then, `metrics.jsonl`, TensorBoard, and what went wrong.
 
     Attributes:
@@ -37,7 +37,9 @@ class Report:
       waiting: takes the time that is spent on waiting for data.
     """
 
-    def __init__(self, config: Config, w: Wiring, steps: int, start: int, folder: Path) -> None:
+    def __init__(
+        self, config: Config, w: RunComponents, steps: int, start: int, folder: Path
+    ) -> None:
         self.length = w.model.config.text.context_length
         self.waiting = DataWait()
         self._pair_flops = functools.partial(pair_flops, config, w)
@@ -81,7 +83,7 @@ class Report:
             if self._writer is not None:
                 self._writer.write(step, values)
             left = self._throughput.seconds_left
-            distributed.tell(progress_line(step, self._steps, values, rate, left))
+            distributed.print_on_main(progress_line(step, self._steps, values, rate, left))
         return True
 
     def evaluated(self, step: int, metrics: dict[str, float]) -> None:
@@ -89,9 +91,9 @@ class Report:
         if self._writer is not None:
             self._writer.write(step, {f"eval/{name}": value for name, value in metrics.items()})
         shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        distributed.tell(f"step {step} evaluated:  {shown}")
+        distributed.print_on_main(f"step {step} evaluated:  {shown}")
 
-    def __enter__(self) -> "Report":
+    def __enter__(self) -> "RunLogger":
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -106,7 +108,7 @@ class Report:
         skipped, _, last = told_of_all(self._part, loader)
         if skipped:
             counts = ", ".join(f"{n} {cause}" for cause, n in sorted(skipped.items()))
-            distributed.tell(f"skipped samples: {counts}; the last: {last}")
+            distributed.print_on_main(f"skipped samples: {counts}; the last: {last}")
 
     def explain_not_finite(self, saved: list[int], checkpoints: Path) -> None:
         """One line on the step that broke; its samples' keys go to `not_finite.json`, those of
@@ -178,7 +180,7 @@ class KeyLog:
         others = [p for p in folder.glob("keys-*.jsonl") if p not in names and part == 0]
         for path in (mine, *others):
             kept = read_lines_until(path, start)
-            with whole_file(path) as partial:
+            with atomic_write(path) as partial:
                 partial.write_text("".join(kept), encoding="utf-8")
         self._about = {"part": part, "parts": parts}
         self._file = mine.open("a", encoding="utf-8")

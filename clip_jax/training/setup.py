@@ -19,7 +19,7 @@ from clip_jax.data.loader import Loader, make_train_loader
 from clip_jax.data.skip_log import SKIPPED, SkipLog
 from clip_jax.errors import UserError
 from clip_jax.evaluation.in_training import Evaluator, make_evaluator
-from clip_jax.evaluation.run import Request
+from clip_jax.evaluation.run import EvalSpec
 from clip_jax.losses import make_loss
 from clip_jax.models.attention import this_accelerator
 from clip_jax.models.clip import CLIP, CLIPConfig, attention_line
@@ -37,17 +37,17 @@ from clip_jax.training.optimizer import make_optimizer, make_schedule
 from clip_jax.training.state import TrainState, device_bytes, parameter_counts, state_shapes
 from clip_jax.training.step import TrainStep, make_encoders, make_train_step
 from clip_jax.training.warm_start import (
-    Origin,
+    SourceCheckpoint,
     has_checkpoints,
-    origin_tokenizer,
-    read_origin,
+    read_source,
+    source_tokenizer,
     started_from,
 )
 from clip_jax.typing import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
-class Wiring:
+class RunComponents:
     """The parts of a run that need no data: model, optimiser, mesh and the state's layout.
 
     Attributes:
@@ -64,7 +64,7 @@ class Wiring:
     optimizer: optax.GradientTransformation
     shapes: TrainState
     preprocess: Preprocess = OPENAI
-    origin: Origin | None = None
+    origin: SourceCheckpoint | None = None
 
 
 def sized_model(
@@ -96,7 +96,7 @@ def sized_model(
     return dataclasses.replace(config, vision=vision, text=text)
 
 
-def wire(config: Config, steps: int, workdir: str | None = None) -> Wiring:
+def build_run(config: Config, steps: int, workdir: str | None = None) -> RunComponents:
     """Build what a run of this many steps needs, allocating nothing on devices.
 
     A run in `workdir` that goes on needs the checkpoint it began from no more: it has its own.
@@ -114,9 +114,9 @@ def wire(config: Config, steps: int, workdir: str | None = None) -> Wiring:
     if m.init_from and (workdir is not None or Path(m.init_from).exists()):
         goes_on = workdir is not None and has_checkpoints(workdir)
         known_as = f"{m.name}:{m.init_tag}" if m.init_tag else m.name
-        origin = read_origin(str(workdir) if goes_on else m.init_from, known_as)
+        origin = read_source(str(workdir) if goes_on else m.init_from, known_as)
         preprocess = origin.checkpoint.preprocess
-    spec = origin_tokenizer(origin, given) if origin else tokenizer_spec(given)
+    spec = source_tokenizer(origin, given) if origin else tokenizer_spec(given)
     tokenizer = make_tokenizer(spec)
     sizes = sized_model(m.name, tokenizer, image_size=m.image_size, context_length=m.context_length)
     if config.train.loss == "sigmoid":
@@ -131,10 +131,12 @@ def wire(config: Config, steps: int, workdir: str | None = None) -> Wiring:
     optimizer = make_optimizer(schedule, **o)
     t = config.train
     shapes = state_shapes(model, optimizer, mesh, freeze=t.freeze, ema=t.ema_decay > 0)
-    return Wiring(mesh, spec, tokenizer, model, schedule, optimizer, shapes, preprocess, origin)
+    return RunComponents(
+        mesh, spec, tokenizer, model, schedule, optimizer, shapes, preprocess, origin
+    )
 
 
-def kept_in_training(config: Config, w: Wiring) -> int | None:
+def kept_in_training(config: Config, w: RunComponents) -> int | None:
     """Patches of a training picture that its tower sees; None where that is all of them."""
     vision, dropout = w.model.config.vision, config.model.patch_dropout
     if not isinstance(vision, ViTConfig) or not dropout:
@@ -142,7 +144,7 @@ def kept_in_training(config: Config, w: Wiring) -> int | None:
     return kept_patches(vision.grid_size**2, dropout)
 
 
-def pair_flops(config: Config, w: Wiring, length: int) -> int:
+def pair_flops(config: Config, w: RunComponents, length: int) -> int:
     """Operations that training on one pair of this run takes, its caption trimmed to `length`."""
     kept = kept_in_training(config, w)
     return train_flops_per_pair(
@@ -150,14 +152,14 @@ def pair_flops(config: Config, w: Wiring, length: int) -> int:
     )
 
 
-def kernels(config: Config, w: Wiring) -> str:
+def kernels(config: Config, w: RunComponents) -> str:
     """One line on what computes the attention of each tower on these devices."""
     return attention_line(w.model, this_accelerator(), kept_in_training(config, w))
 
 
 def describe(config: Config) -> str:
     """What `--dry_run` prints: the config, parameters, mesh, and bytes per device."""
-    w = wire(config, max(1, config.train.steps))  # epochs would need the data; no shape does
+    w = build_run(config, max(1, config.train.steps))  # epochs would need the data; no shape does
     counts = parameter_counts(w.shapes.params)
     c = w.model.config
     rows = config.train.batch_size // batch_shards(w.mesh)
@@ -184,7 +186,7 @@ def describe(config: Config) -> str:
     return "\n".join(lines)
 
 
-def run_fingerprint(config: Config, w: Wiring, data: str, pairs: int) -> dict[str, Any]:
+def run_fingerprint(config: Config, w: RunComponents, data: str, pairs: int) -> dict[str, Any]:
     """What must not change when a run goes on."""
     return {
         "config.model.name": config.model.name,
@@ -219,7 +221,7 @@ def run_fingerprint(config: Config, w: Wiring, data: str, pairs: int) -> dict[st
     }
 
 
-def make_step(config: Config, w: Wiring) -> TrainStep:
+def make_step(config: Config, w: RunComponents) -> TrainStep:
     """The jitted step of a run."""
     vision = w.model.config.vision
     loss_fn = make_loss(
@@ -265,7 +267,7 @@ def check_patch_dropout(config: Config, sizes: CLIPConfig) -> None:
         )
 
 
-def make_evaluation(config: Config, w: Wiring) -> Evaluator | None:
+def make_evaluation(config: Config, w: RunComponents) -> Evaluator | None:
     """What `config.eval.every` runs during a run, over the run's mesh; None where it is 0."""
     e = config.eval
     if not e.data or not e.every:
@@ -273,7 +275,7 @@ def make_evaluation(config: Config, w: Wiring) -> Evaluator | None:
     encode_image, encode_text = make_encoders(
         w.model, image_mean=w.preprocess.mean, image_std=w.preprocess.std
     )
-    request = Request(
+    request = EvalSpec(
         data=e.data,
         classnames=e.classnames,
         templates=e.templates,
@@ -287,7 +289,7 @@ def make_evaluation(config: Config, w: Wiring) -> Evaluator | None:
         request,
         w.mesh,
         scale=lambda variables: math.exp(float(variables["params"]["logit_scale"])),
-        trim_behind=w.tokenizer.eot_id if w.model.config.text.trimmable else None,
+        trim_behind=w.tokenizer.eot_id if w.model.config.text.supports_trimming else None,
         tokenizer=w.tokenizer,
         image_size=w.model.config.vision.image_size,
         context_length=w.model.config.text.context_length,
@@ -335,7 +337,7 @@ def steps_of_run(config: Config, pairs: int) -> int:
     return t.steps or int(t.epochs * pairs / t.batch_size)
 
 
-def make_loader(config: Config, w: Wiring, data: TrainingData, start: int) -> Loader:
+def make_loader(config: Config, w: RunComponents, data: TrainingData, start: int) -> Loader:
     """This process's batches from step `start` on."""
     d = config.data
     part, parts = batch_part(w.mesh)

@@ -13,14 +13,14 @@ class StopRequest:
 
 
 @contextmanager
-def catch_signals(tell: Callable[[str], None]) -> Iterator[StopRequest]:
+def catch_signals(callback: Callable[[str], None]) -> Iterator[StopRequest]:
     """Turn the first Ctrl-C or SIGTERM into a request; a second one ends the process."""
     request = StopRequest()
     before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def handle(number: int, frame: FrameType | None) -> None:
         request.signal = number
-        tell(f"\n{signal.Signals(number).name}: saving after this step, then exiting")
+        callback(f"\n{signal.Signals(number).name}: saving after this step, then exiting")
         for s, handler in before.items():
             signal.signal(s, handler)
 

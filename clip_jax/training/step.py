@@ -89,8 +89,8 @@ def make_features(
                 normalize_images(images_BHWC, image_mean, image_std),
                 rows["text"],
                 train,
-                rows["ok"],
-                rows.get("kept_Bl"),
+                rows["valid"],
+                rows.get("patch_ids_Bl"),
                 mutable=["batch_stats"],
             )
         return z_image_BD, z_text_BD, updated.get("batch_stats", batch_stats)
@@ -104,7 +104,7 @@ def feature_loss(
     """The loss of a batch's features; of the parameters it takes the temperature and the bias."""
     bias = params.get("logit_bias", jnp.zeros(()))
     scale = jnp.exp(params["logit_scale"])
-    out = loss_fn(z_image_BD, z_text_BD, scale, bias, rows["ok"], rows["caption_id"])
+    out = loss_fn(z_image_BD, z_text_BD, scale, bias, rows["valid"], rows["caption_id"])
     return out.loss, out
 
 
@@ -219,7 +219,7 @@ def make_train_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         trained, frozen = split_frozen(state.params, freeze)
-        rows = {**batch, **draws(state.step, batch["ok"].size)}
+        rows = {**batch, **draws(state.step, batch["valid"].size)}
         out, batch_stats, grads = gradient(trained, frozen, state.batch_stats, rows)
         # Gradients lie where their parameters do, and are summed into place, not copied whole.
         grads = lax.with_sharding_constraint(grads, trained_shardings)
@@ -240,7 +240,7 @@ def make_train_step(
             "logit_scale": state.params["logit_scale"],
             "learning_rate": schedule(state.step),
             "grad_norm": grad_norm,
-            "ok": jnp.mean(batch["ok"]),
+            "ok": jnp.mean(batch["valid"]),
             "finite": finite,
         }
         return new, metrics

@@ -24,9 +24,10 @@ from clip_jax.parallel.mesh import batch_part, mesh_text, place_batch
 from clip_jax.pretrained.workdir import Description, write_description
 from clip_jax.training.best_checkpoint import Best
 from clip_jax.training.checkpoint import Checkpoints, check_fingerprint
-from clip_jax.training.run_logger import Report, SkipLimit
+from clip_jax.training.run_logger import RunLogger, SkipLimit
 from clip_jax.training.setup import (
-    Wiring,
+    RunComponents,
+    build_run,
     kernels,
     make_evaluation,
     make_loader,
@@ -34,7 +35,6 @@ from clip_jax.training.setup import (
     open_data,
     run_fingerprint,
     steps_of_run,
-    wire,
 )
 from clip_jax.training.signals import catch_signals
 from clip_jax.training.state import TrainState, init_state, parameter_counts
@@ -59,11 +59,11 @@ def train(config: Config, workdir: str) -> int:
             f"config.train.epochs {config.train.epochs:g} over {pairs:,} pairs is not one step of "
             f"config.train.batch_size {config.train.batch_size}; raise the one or lower the other"
         )
-    w = wire(config, steps, workdir)
+    w = build_run(config, steps, workdir)
     check_streams(config.data.streams, batch_part(w.mesh)[1])
     identity = run_fingerprint(config, w, fingerprint(data.indexes), pairs)
     distributed.agree(identity | {"its config": dataclasses.asdict(config)})
-    distributed.tell(_summary(config, w, data, pairs, steps))
+    distributed.print_on_main(_summary(config, w, data, pairs, steps))
     checkpoints = Checkpoints(folder, keep=config.checkpoint.keep)
     try:
         state = restore_or_init(config, w, checkpoints, identity, folder)
@@ -78,7 +78,7 @@ def train(config: Config, workdir: str) -> int:
     return code
 
 
-def description_of(config: Config, w: Wiring) -> Description:
+def description_of(config: Config, w: RunComponents) -> Description:
     """What the run's work folder says of it."""
     return Description(
         config.model.name,
@@ -119,7 +119,11 @@ def make_workdir(workdir: str) -> Path:
 
 
 def restore_or_init(
-    config: Config, w: Wiring, checkpoints: Checkpoints, identity: dict[str, Any], folder: Path
+    config: Config,
+    w: RunComponents,
+    checkpoints: Checkpoints,
+    identity: dict[str, Any],
+    folder: Path,
 ) -> TrainState:
     """The newest whole checkpoint's state, or a fresh one, from config.model.init_from if set.
 
@@ -131,12 +135,12 @@ def restore_or_init(
         check_fingerprint(meta["fingerprint"], identity, folder)
         restored = checkpoints.restore(w.shapes)
         if restored is not None:
-            distributed.tell(f"going on from step {restored[1]['step']} of {folder}")
+            distributed.print_on_main(f"going on from step {restored[1]['step']} of {folder}")
             return restored[0]
     freeze = config.train.freeze
     if w.origin is None:
         return init_state(w.model, w.optimizer, w.shapes, config.seed, freeze=freeze)
-    distributed.tell(f"starting from {w.origin.path}")
+    distributed.print_on_main(f"starting from {w.origin.path}")
     return start_state(
         w.origin,
         w.model.config,
@@ -148,7 +152,7 @@ def restore_or_init(
     )
 
 
-def _summary(config: Config, w: Wiring, data: TrainingData, pairs: int, steps: int) -> str:
+def _summary(config: Config, w: RunComponents, data: TrainingData, pairs: int, steps: int) -> str:
     counts = parameter_counts(w.shapes.params)
     epochs = steps * config.train.batch_size / pairs
     lines = [
@@ -181,7 +185,7 @@ def device_part(batch: Batch) -> dict[str, np.ndarray]:
         "image": batch["image"],
         "text": batch["text"],
         "caption_id": batch["caption_id"],
-        "ok": batch["ok"],
+        "valid": batch["valid"],
     }
 
 
@@ -222,7 +226,7 @@ def evaluated_part(state: TrainState) -> dict[str, Any]:
 
 def train_loop(
     config: Config,
-    w: Wiring,
+    w: RunComponents,
     data: TrainingData,
     state: TrainState,
     steps: int,
@@ -241,20 +245,20 @@ def train_loop(
     train_step, evaluate = make_step(config, w), make_evaluation(config, w)
     watched = config.eval.best
     with (
-        Report(config, w, steps, start, folder) as report,
+        RunLogger(config, w, steps, start, folder) as report,
         make_loader(config, w, data, start) as loader,
-        catch_signals(distributed.tell) as stop,
+        catch_signals(distributed.print_on_main) as stop,
         Best(folder, watched, description_of(config, w)) if watched else nullcontext() as best,
     ):
         limit = SkipLimit(data.log, batch_part(w.mesh)[0], loader)
 
         def announce(batch: Batch) -> distributed.Announcement:
             text = batch["text"]
-            trimmable = w.model.config.text.trimmable
-            length = bucket_length(text, w.tokenizer.eot_id) if trimmable else text.shape[1]
+            supports_trimming = w.model.config.text.supports_trimming
+            length = bucket_length(text, w.tokenizer.eot_id) if supports_trimming else text.shape[1]
             rows = sum(key != "" for key in batch["key"])
             return distributed.Announcement(
-                (length, stop.signal, rows - int(batch["ok"].sum()), rows)
+                (length, stop.signal, rows - int(batch["valid"].sum()), rows)
             )
 
         batches = announced(loader, steps - start, announce)
@@ -279,7 +283,7 @@ def train_loop(
                 others = [i for i, asked in enumerate(coming.asked) if asked and i]
                 if others:
                     name = signal.Signals(stopped).name
-                    distributed.tell(
+                    distributed.print_on_main(
                         f"{name} on process {others[0]}: saving step {step}, then exiting"
                     )
                 break
@@ -322,6 +326,8 @@ def train_loop(
             return EXIT_ERROR
         checkpoints.save(state, step, identity)
     if step < steps:
-        distributed.tell(f"saved step {step} of {steps}; the same command goes on from there")
+        distributed.print_on_main(
+            f"saved step {step} of {steps}; the same command goes on from there"
+        )
         return EXIT_INTERRUPTED if stopped == signal.SIGINT else EXIT_TERMINATED
     return 0

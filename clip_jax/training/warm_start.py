@@ -50,7 +50,7 @@ ALIKE = ("vision.pool", "text.pool", "text.causal")
 
 
 @dataclasses.dataclass(frozen=True)
-class Origin:
+class SourceCheckpoint:
     """A checkpoint that a run starts from.
 
     Attributes:
@@ -62,7 +62,7 @@ class Origin:
     checkpoint: Checkpoint
 
 
-def read_origin(path: str, model: str | None) -> Origin:
+def read_source(path: str, model: str | None) -> SourceCheckpoint:
     """Read what a checkpoint is; its arrays are read when they are placed.
 
     Args:
@@ -73,11 +73,11 @@ def read_origin(path: str, model: str | None) -> Origin:
       UserError: nothing there can be read.
     """
     if not is_work_folder(path):
-        return Origin(path, read_checkpoint(path, model))
+        return SourceCheckpoint(path, read_checkpoint(path, model))
     about = read_description(path)
     weights = Path(path) / WEIGHTS
     arrays = read_weights(weights, about.model) if weights.is_file() else {}
-    return Origin(
+    return SourceCheckpoint(
         path,
         Checkpoint(about.model_name, about.model, arrays, about.preprocess, about.tokenizer),
     )
@@ -89,7 +89,7 @@ def has_checkpoints(workdir: str | Path) -> bool:
     return folder.is_dir() and any(step.name.isdigit() for step in folder.iterdir())
 
 
-def origin_tokenizer(origin: Origin, given: str) -> TokenizerSpec:
+def source_tokenizer(origin: SourceCheckpoint, given: str) -> TokenizerSpec:
     """The checkpoint's own tokenizer, or the config's where the checkpoint came without one.
 
     Args:
@@ -125,14 +125,14 @@ def origin_tokenizer(origin: Origin, given: str) -> TokenizerSpec:
     return own or spec
 
 
-def started_from(origin: Origin, sizes: CLIPConfig) -> CLIPConfig:
+def started_from(origin: SourceCheckpoint, sizes: CLIPConfig) -> CLIPConfig:
     """The sizes of a run that starts there: the checkpoint's, with the run's picture and text size.
 
     Raises:
       UserError: they do not match what the run asks for.
     """
     own = origin.checkpoint.config
-    # `origin_tokenizer` has checked the vocabulary; a text tower may have room for more.
+    # `source_tokenizer` has checked the vocabulary; a text tower may have room for more.
     text = dataclasses.replace(sizes.text, vocab_size=own.text.vocab_size, eot_id=own.text.eot_id)
     sizes = dataclasses.replace(sizes, text=text)
     made = dataclasses.replace(
@@ -166,7 +166,7 @@ def _said(value: Any) -> str:
 
 
 def start_state(
-    origin: Origin,
+    origin: SourceCheckpoint,
     config: CLIPConfig,
     optimizer: optax.GradientTransformation,
     shapes: TrainState,
@@ -181,7 +181,7 @@ def start_state(
       UserError: the checkpoint's temperature is beyond the run's limit.
     """
     wanted = {"params": shapes.params, "batch_stats": shapes.batch_stats}
-    variables = place_origin(origin, config, wanted, mesh)
+    variables = place_source(origin, config, wanted, mesh)
     scale = math.exp(float(variables["params"]["logit_scale"]))
     # OpenAI's models end on the limit itself, a float32's rounding above or below it.
     if scale > max_logit_scale * (1 + 1e-5):
@@ -198,8 +198,8 @@ def start_state(
     return jax.jit(make, donate_argnums=0, out_shardings=shardings)(variables)
 
 
-def place_origin(
-    origin: Origin, sizes: CLIPConfig, shapes: Mapping[str, Any], mesh: Mesh
+def place_source(
+    origin: SourceCheckpoint, sizes: CLIPConfig, shapes: Mapping[str, Any], mesh: Mesh
 ) -> dict[str, Any]:
     """The variables that a run starts from, each array straight onto its devices.
 

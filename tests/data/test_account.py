@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from clip_jax.data.augment import eighths, make_decode, make_transform, smallest_crop
+from clip_jax.data.augment import jpeg_scale, make_decode, make_transform, smallest_crop
 from clip_jax.data.dataset import open_sources, steps_of_one_pass
 from clip_jax.data.images import crop_box, decode_image
 from clip_jax.data.loader import make_train_loader
@@ -161,7 +161,7 @@ def test_a_thousand_damaged_pictures_are_counted_exactly_and_listed_once(tmp_pat
     changes = {"batch_size": 1250, "num_streams": 5, "log": log, "threads": 2}
     with make_train_loader(indexes, ToyTokenizer(), **(SETTINGS | changes)) as loader:
         for epoch in (1, 2):
-            assert next(loader)["ok"].sum() == 250
+            assert next(loader)["valid"].sum() == 250
             assert loader.skipped == dict.fromkeys(DAMAGES, 250 * epoch)
     lines = [json.loads(line) for line in (tmp_path / "run/skipped.jsonl").read_text().splitlines()]
     assert len(lines) == len({line["name"] for line in lines}) == 1000
@@ -176,7 +176,7 @@ def test_too_many_skipped_samples_end_the_run_with_the_table(tmp_path):
     with make_train_loader(indexes, ToyTokenizer(), **(SETTINGS | changes)) as loader:
         limit = SkipLimit(log, 0, loader)
         for batch in itertools.islice(loader, 2):  # 400 of what counts as 1,000
-            limit.check(np.array([[250 - batch["ok"].sum(), 250]]))
+            limit.check(np.array([[250 - batch["valid"].sum(), 250]]))
         next(loader)
         with pytest.raises(UserError, match=r"600 of 750 samples .*150 truncated") as caught:
             limit.check(np.array([[200, 250]]))
@@ -224,7 +224,7 @@ def test_no_crop_is_smaller_than_the_smallest(width, height, low, ratio, seed):
 def test_a_jpeg_is_decoded_just_large_enough():
     decode = make_decode(100, *WEB)
     for size, k in (((800, 800), 2), ((300, 300), 3), ((120, 120), 8), ((90, 500), 8)):
-        assert eighths(*size, 100, *WEB) == k
+        assert jpeg_scale(*size, 100, *WEB) == k
         data = encode(picture("RGB", *size), "JPEG", quality=90)
         image = decode(data)
         assert image.size == tuple(-(-side * k // 8) for side in size)

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from clip_jax.data import filters
 from clip_jax.data.formats import records, remote
 from clip_jax.data.loader import make_eval_loader, make_train_loader
-from clip_jax.data.shards import Handles, Unusable
+from clip_jax.data.shards import BadSampleError, Handles
 from clip_jax.data.sources import expand, index_shards, kind_of
 from clip_jax.errors import UserError
 
@@ -167,7 +167,7 @@ def read_all(indexes):
 def test_every_format_gives_the_same_pairs(kind, tmp_path):
     indexes = index_shards(expand(str(FORMATS[kind](tmp_path))))
     (batch,) = read_all(indexes)
-    assert batch["ok"].all()
+    assert batch["valid"].all()
     assert batch["captions"] == [[caption] for caption in CAPTIONS]
     assert batch["label"].tolist() == ([-1] * COUNT if kind in NO_LABEL else list(range(COUNT)))
     (tmp_path / "reference").mkdir()
@@ -177,7 +177,9 @@ def test_every_format_gives_the_same_pairs(kind, tmp_path):
     settings_ = SETTINGS | {"threads": 2, "seed": 1, "num_streams": 2, "repeat": False}
     with make_train_loader(indexes, ToyTokenizer(), **settings_) as loader:
         trained = list(loader)
-    keys = Counter(key for b in trained for key, ok in zip(b["key"], b["ok"], strict=True) if ok)
+    keys = Counter(
+        key for b in trained for key, valid in zip(b["key"], b["valid"], strict=True) if valid
+    )
     assert keys == Counter(batch["key"])
 
 
@@ -260,7 +262,7 @@ def test_bad_rows_of_a_table_are_counted_and_the_rest_is_read(tmp_path):
     with make_eval_loader(
         index_shards([f"{tmp_path}/t.csv"]), ToyTokenizer(), **SETTINGS
     ) as loader:
-        assert next(loader)["ok"].tolist() == [True] + [False] * 5
+        assert next(loader)["valid"].tolist() == [True] + [False] * 5
         expected = {"read_failed": 1, "caption_not_utf8": 1, "empty_caption": 1, "no_image": 1}
         assert loader.skipped == expected
 
@@ -280,7 +282,7 @@ def test_a_flipped_bit_in_a_record_is_one_bad_sample_or_an_error(kind, tmp_path)
             continue
         with make_eval_loader(indexes, ToyTokenizer(), **SETTINGS) as loader:
             batch = next(loader)
-        good = [b for b, ok in zip(batch["captions"], batch["ok"], strict=True) if ok]
+        good = [b for b, valid in zip(batch["captions"], batch["valid"], strict=True) if valid]
         # A damage is seen, or (in bytes that say nothing) changes nothing.
         assert all(captions in [[c] for c in CAPTIONS] for captions in good)
 
@@ -297,7 +299,7 @@ def test_a_cut_tfrecord_is_refused(tmp_path):
 def test_a_strange_record_is_never_another_error(data):
     try:
         records.parse_example(data)
-    except Unusable as e:
+    except BadSampleError as e:
         assert e.cause == "broken_record"
 
 
@@ -348,7 +350,7 @@ def test_a_remote_read_is_tried_again_and_then_the_shard_passed_over(tmp_path, m
     calls.clear()
     broken = 100
     with make_eval_loader(indexes, ToyTokenizer(), **SETTINGS) as loader:
-        assert not next(loader)["ok"].any()
+        assert not next(loader)["valid"].any()
         assert loader.skipped == {"shard_unreadable": COUNT}
         assert "failed 4 times" in loader.recent[-1] and "try later" in loader.recent[-1]
     assert len(calls) == remote.TRIES  # its other samples were passed over at once

@@ -47,11 +47,11 @@ def assert_same(batches, others):
 
 def test_shapes_types_and_contents(indexes):
     batch = take(indexes, 1)[0]
-    assert set(batch) == {"image", "text", "caption_id", "ok", "key"}
+    assert set(batch) == {"image", "text", "caption_id", "valid", "key"}
     assert batch["image"].shape == (16, 8, 8, 3) and batch["image"].dtype == np.uint8
     assert batch["text"].shape == (16, 16) and batch["text"].dtype == np.int32
-    assert batch["caption_id"].dtype == np.uint32 and batch["ok"].dtype == bool
-    assert batch["ok"].all() and batch["image"].any(axis=(1, 2, 3)).all()
+    assert batch["caption_id"].dtype == np.uint32 and batch["valid"].dtype == bool
+    assert batch["valid"].all() and batch["image"].any(axis=(1, 2, 3)).all()
     for row, key in enumerate(batch["key"]):
         caption = f"caption {int(key.rpartition('/')[2])}"
         assert batch["caption_id"][row] == caption_id(caption)
@@ -92,7 +92,7 @@ def test_hosts_hold_contiguous_rows_of_the_same_global_batch(indexes, hosts):
     whole = take(indexes, 5)
     parts = [take(indexes, 5, process_index=h, process_count=hosts) for h in range(hosts)]
     for step, batch in enumerate(whole):
-        for name in ("image", "text", "caption_id", "ok", "key"):
+        for name in ("image", "text", "caption_id", "valid", "key"):
             joined = np.concatenate([np.asarray(part[step][name]) for part in parts])
             np.testing.assert_array_equal(joined, np.asarray(batch[name]))
 
@@ -162,11 +162,13 @@ def test_bad_samples_keep_their_row_and_are_counted_exactly(mixed):
         for epoch in range(1, 4):
             batch = next(loader)
             assert loader.skipped == Counter({c: n * epoch for c, n in expected.items()})
-            bad = {key for key, ok in zip(batch["key"], batch["ok"], strict=True) if not ok}
+            bad = {
+                key for key, valid in zip(batch["key"], batch["valid"], strict=True) if not valid
+            }
             assert bad == {f"m.tar/{cause}" for cause in BAD} | {"m.tar/half"}
-            assert not batch["image"][~batch["ok"]].any()
-            assert not batch["caption_id"][~batch["ok"]].any()
-            assert (batch["text"][~batch["ok"]] == ToyTokenizer()([""], 16)).all()
+            assert not batch["image"][~batch["valid"]].any()
+            assert not batch["caption_id"][~batch["valid"]].any()
+            assert (batch["text"][~batch["valid"]] == ToyTokenizer()([""], 16)).all()
         assert any("truncated" in line and "m.tar/truncated" in line for line in loader.recent)
 
 
@@ -182,12 +184,12 @@ def test_a_shard_that_changes_under_the_run_is_counted(tmp_path):
     index = write_tar(tmp_path / "x.tar", [("a.png", GOOD), ("a.txt", b"x")])
     changes = {"num_streams": 1, "batch_size": 1, "threads": 0}
     with make_train_loader(index, ToyTokenizer(), **(TRAIN | changes)) as loader:
-        assert next(loader)["ok"].all()
+        assert next(loader)["valid"].all()
         with open(index[0].path, "ab") as file:
             file.write(b"more")
-        assert not next(loader)["ok"].any()
+        assert not next(loader)["valid"].any()
         os.remove(index[0].path)
-        assert not next(loader)["ok"].any()
+        assert not next(loader)["valid"].any()
         assert loader.skipped == {"shard_changed": 1, "read_failed": 1}
 
 
@@ -218,11 +220,11 @@ def test_evaluation_sees_every_sample_once_in_order(indexes, batch_size, hosts):
     keys, labels, captions = [], [], []
     for step in zip(*per_host, strict=True):
         for batch in step:
-            rows = np.flatnonzero(batch["ok"])
+            rows = np.flatnonzero(batch["valid"])
             keys += [batch["key"][row] for row in rows]
             labels += batch["label"][rows].tolist()
             captions += [batch["captions"][row] for row in rows]
-            assert (batch["label"][~batch["ok"]] == -1).all()
+            assert (batch["label"][~batch["valid"]] == -1).all()
     assert [int(key.rpartition("/")[2]) for key in keys] == list(range(50))
     assert labels == [k % 7 for k in range(50)]
     assert captions == [[f"caption {k}"] for k in range(50)]
@@ -234,7 +236,7 @@ def test_evaluation_needs_no_caption_where_there_is_a_label(tmp_path):
     index = write_tar(tmp_path / "x.tar", members)
     with make_eval_loader(index, ToyTokenizer(), **SETTINGS, batch_size=8, threads=0) as loader:
         batch = next(loader)
-        assert batch["ok"].tolist() == [True, False, False, True, False] + [False] * 3
+        assert batch["valid"].tolist() == [True, False, False, True, False] + [False] * 3
         assert batch["label"].tolist() == [3, -1, -1, -1, -1, -1, -1, -1]
         assert batch["captions"][3] == ["one", "two"]
         assert batch["caption_id"][3] == caption_id("one")

@@ -186,10 +186,10 @@ def test_a_shard_that_is_not_as_promised_loses_its_rows_and_moves_no_other(tmp_p
     assert skipped == {"shard_missing": 8, "shard_damaged": 8, "shard_changed": 8}
     lost = {f"s-0000{k}.tar" for k in (1, 2, 4)}
     for a, b in zip(want, got, strict=True):
-        for key, seen, ok in zip(a["key"], b["key"], b["ok"], strict=True):
+        for key, seen, valid in zip(a["key"], b["key"], b["valid"], strict=True):
             shard = key.partition("/")[0]
             assert seen.startswith(f"{shard}/#") if shard in lost else seen == key
-            assert ok == (shard not in lost)
+            assert valid == (shard not in lost)
     listed = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert sorted(line["name"] for line in listed) == sorted(lost)
 

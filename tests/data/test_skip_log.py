@@ -29,7 +29,7 @@ def one_epoch(indexes, log, batch_size=8, streams=4):
     with make_train_loader(indexes, ToyTokenizer(), log=log, **settings) as loader:
         for batch in loader:
             keys += [key for key in batch["key"] if key]
-            good += [ok for key, ok in zip(batch["key"], batch["ok"], strict=True) if key]
+            good += [valid for key, valid in zip(batch["key"], batch["valid"], strict=True) if key]
     return keys, np.array(good)
 
 

@@ -67,15 +67,15 @@ def make_batches(samples, batch_size):
     count = len(samples["image"])
     for start in range(0, count, batch_size):
         rows = np.arange(start, start + batch_size)
-        ok = rows < count
-        rows = np.where(ok, rows, 0)
+        valid = rows < count
+        rows = np.where(valid, rows, 0)
         yield {
-            "image": np.where(ok[:, None, None, None], samples["image"][rows], 0),
-            "label": np.where(ok, samples["label"][rows], -1),
+            "image": np.where(valid[:, None, None, None], samples["image"][rows], 0),
+            "label": np.where(valid, samples["label"][rows], -1),
             "captions": [
-                samples["captions"][r] if good else [] for r, good in zip(rows, ok, strict=True)
+                samples["captions"][r] if good else [] for r, good in zip(rows, valid, strict=True)
             ],
-            "ok": ok,
+            "valid": valid,
         }
 
 
@@ -223,7 +223,7 @@ def test_bad_rows_count_nowhere():
     (good,) = make_batches(samples, 16)
     (bad,) = make_batches(samples, 16)
     more = {name: values[:5] for name, values in bad.items()}
-    more["ok"] = np.zeros(5, bool)
+    more["valid"] = np.zeros(5, bool)
     more["label"] = np.full(5, 3, np.int32)
     assert metrics_of(run([more, good, more])) == metrics_of(run([good]))
 
@@ -246,7 +246,7 @@ def test_a_perfect_encoder_scores_one():
         "label": labels,
         "text": tokens,
         "caption_id": labels.astype(np.uint32),
-        "ok": np.ones(18, bool),
+        "valid": np.ones(18, bool),
     }
 
     def see(images):

@@ -19,7 +19,7 @@ from clip_jax.evaluation.feature_store import FeatureSet, collect
 from clip_jax.evaluation.knn import neighbour_votes
 from clip_jax.evaluation.linear_probe import MOST_FITS, choose_c, draw_shots, fit
 from clip_jax.evaluation.prompts import load_class_names, load_templates, shipped_templates
-from clip_jax.evaluation.run import Request, run_evaluation
+from clip_jax.evaluation.run import EvalSpec, run_evaluation
 from clip_jax.evaluation.tasks import Subject, check_tasks, few_shot, linear_probe, neighbours
 from clip_jax.parallel.mesh import make_mesh
 from clip_jax.tools import evaluate
@@ -177,12 +177,12 @@ def test_nothing_is_encoded_before_a_mistake_is_told(tmp_path):
     encoders, seen = over_eight_devices()
     ask = functools.partial(run_evaluation, encoders, folder=tmp_path / "out", progress=False)
     with pytest.raises(UserError, match="no task 'few'"):
-        ask(Request(data=str(tmp_path), tasks=["few"]))
+        ask(EvalSpec(data=str(tmp_path), tasks=["few"]))
     with pytest.raises(UserError, match="few_shot learns from labelled pictures"):
-        ask(Request(data=str(tmp_path), tasks=["few_shot"]))
+        ask(EvalSpec(data=str(tmp_path), tasks=["few_shot"]))
     (tmp_path / "out").write_text("a file")
     with pytest.raises(UserError, match=r"--out .*/out cannot be made .*; give another"):
-        ask(Request(data=str(tmp_path)))
+        ask(EvalSpec(data=str(tmp_path)))
     assert not seen
 
 
@@ -250,7 +250,7 @@ def over_eight_devices():
 def test_a_prime_number_of_images_on_eight_devices_counts_each_once(tmp_path):
     write_shards(tmp_path, [20, 17], side=SIDE)
     (tmp_path / "names.txt").write_text("".join(f"name {i}\n" for i in range(7)))
-    request = Request(
+    request = EvalSpec(
         data=str(tmp_path), classnames=str(tmp_path / "names.txt"), templates=["{}", "a {}"],
         ablate=["{}", "a {}"], batch_size=10,
     )  # fmt: skip
@@ -292,11 +292,11 @@ def test_an_evaluation_that_was_killed_goes_on_at_its_last_part(tmp_path):
             if step == stop:
                 raise KeyboardInterrupt
             rows = np.arange(step * 4, step * 4 + 4)
-            ok = rows < 23
+            valid = rows < 23
             seen.append(step)
             yield {
                 "image": images[np.minimum(rows, 22)],
-                "ok": ok,
+                "valid": valid,
                 "label": rows % 3,
                 "key": [f"k{r}" for r in rows],
                 "captions": [[f"caption {r}"] * (r % 3) for r in rows],
@@ -344,7 +344,7 @@ def test_evaluation_during_a_run_compiles_once_and_follows_the_parameters(tmp_pa
 
     write_shards(tmp_path, [20], side=SIDE)
     (tmp_path / "names.txt").write_text("".join(f"name {i}\n" for i in range(7)))
-    request = Request(data=str(tmp_path), classnames=str(tmp_path / "names.txt"), batch_size=8)
+    request = EvalSpec(data=str(tmp_path), classnames=str(tmp_path / "names.txt"), batch_size=8)
     traced = []
 
     @jax.jit

@@ -54,12 +54,12 @@ def unit(x):
 def make_batch(mask, rows=ROWS, features=FEATURES, seed=0):
     rng = np.random.default_rng(seed)
     z_image, z_text = (unit(rng.normal(size=(rows, features))) for _ in range(2))
-    ok, caption_id = np.ones(rows, bool), np.arange(rows, dtype=np.uint32) + 2**31
+    valid, caption_id = np.ones(rows, bool), np.arange(rows, dtype=np.uint32) + 2**31
     if mask in ("bad rows", "both"):
-        ok = rng.random(rows) > 0.3
+        valid = rng.random(rows) > 0.3
     if mask in ("equal captions", "both"):
         caption_id = caption_id[rng.integers(0, rows // 2, rows)]
-    return np.float32(z_image), np.float32(z_text), ok, caption_id
+    return np.float32(z_image), np.float32(z_text), valid, caption_id
 
 
 @functools.cache
@@ -73,25 +73,25 @@ def compiled(name, form, shape=(1, 1, 1), tile_size=1024, mask_equal_captions=Tr
         form=form,
     )
 
-    def loss(z_image, z_text, scale, bias, ok, caption_id):
-        output = loss_fn(z_image, z_text, scale, bias, ok, caption_id)
+    def loss(z_image, z_text, scale, bias, valid, caption_id):
+        output = loss_fn(z_image, z_text, scale, bias, valid, caption_id)
         return output.loss, output
 
     gradients = jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True)
     step = jax.jit(gradients, compiler_options=QUICK)
 
-    def call(z_image, z_text, ok, caption_id, scale=SCALE, bias=BIAS):
+    def call(z_image, z_text, valid, caption_id, scale=SCALE, bias=BIAS):
         scale, bias = jnp.float32(scale), jnp.float32(bias)
-        (_, output), gradients = step(z_image, z_text, scale, bias, ok, caption_id)
+        (_, output), gradients = step(z_image, z_text, scale, bias, valid, caption_id)
         return output, gradients
 
     return call
 
 
-def reference(name, z_image, z_text, scale, bias, ok, caption_id):
+def reference(name, z_image, z_text, scale, bias, valid, caption_id):
     """The definition in float64, cell by cell: (loss, image accuracy, text accuracy)."""
     logits = scale * z_image.astype(np.float64) @ z_text.astype(np.float64).T
-    good = np.flatnonzero(ok)
+    good = np.flatnonzero(valid)
     others = {i: [j for j in good if j != i and caption_id[i] != caption_id[j]] for i in good}
     loss = image_hits = text_hits = 0.0
     for i in good:
@@ -125,16 +125,16 @@ def test_tiled_equals_dense_in_values_and_gradients(name, shape, tile_size, mask
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("name", LOSSES)
 def test_dense_is_the_definition(name, mask):
-    z_image, z_text, ok, caption_id = make_batch(mask)
-    output, _ = compiled(name, "dense")(z_image, z_text, ok, caption_id)
-    expected = reference(name, z_image, z_text, SCALE, BIAS, ok, caption_id)
+    z_image, z_text, valid, caption_id = make_batch(mask)
+    output, _ = compiled(name, "dense")(z_image, z_text, valid, caption_id)
+    expected = reference(name, z_image, z_text, SCALE, BIAS, valid, caption_id)
     np.testing.assert_allclose(np.array(output), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_gradients_are_slopes(name):
-    z_image, z_text, ok, caption_id = make_batch("both")
-    _, gradients = compiled(name, "tiled", (2, 2, 2), 5)(z_image, z_text, ok, caption_id)
+    z_image, z_text, valid, caption_id = make_batch("both")
+    _, gradients = compiled(name, "tiled", (2, 2, 2), 5)(z_image, z_text, valid, caption_id)
     rng = np.random.default_rng(1)
     point = [np.float64(x) for x in (z_image, z_text, SCALE, BIAS)]
     for k in range(4):
@@ -142,7 +142,7 @@ def test_gradients_are_slopes(name):
 
         def along(step, k=k, direction=direction):
             moved = [x + step * direction if i == k else x for i, x in enumerate(point)]
-            return reference(name, *moved, ok, caption_id)[0]
+            return reference(name, *moved, valid, caption_id)[0]
 
         # Central differences in float64: the step's own error is about 1e-9.
         slope = (along(1e-5) - along(-1e-5)) / 2e-5
@@ -153,11 +153,11 @@ def test_gradients_are_slopes(name):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", LOSSES)
 def test_equal_captions_count_as_others_unless_masked(name, form):
-    z_image, z_text, ok, caption_id = make_batch("both")
+    z_image, z_text, valid, caption_id = make_batch("both")
     plain = compiled(name, form, (2, 2, 2), 5, mask_equal_captions=False)
-    output, _ = plain(z_image, z_text, ok, caption_id)
+    output, _ = plain(z_image, z_text, valid, caption_id)
     distinct = np.arange(ROWS, dtype=np.uint32)
-    expected = reference(name, z_image, z_text, SCALE, BIAS, ok, distinct)
+    expected = reference(name, z_image, z_text, SCALE, BIAS, valid, distinct)
     np.testing.assert_allclose(np.array(output), expected, rtol=1e-6)
 
 
@@ -179,26 +179,28 @@ def test_permuting_the_pairs_leaves_the_loss(name, form, seed):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", LOSSES)
 def test_what_a_bad_row_holds_cannot_matter(name, form):
-    z_image, z_text, ok, caption_id = make_batch("bad rows")
+    z_image, z_text, valid, caption_id = make_batch("bad rows")
     call = compiled(name, form, (2, 2, 2), 5)
-    output, gradients = call(z_image, z_text, ok, caption_id)
+    output, gradients = call(z_image, z_text, valid, caption_id)
     z_image, z_text = z_image.copy(), z_text.copy()
-    z_image[~ok], z_text[~ok] = np.nan, np.inf
-    spoilt, spoilt_gradients = call(z_image, z_text, ok, caption_id)
+    z_image[~valid], z_text[~valid] = np.nan, np.inf
+    spoilt, spoilt_gradients = call(z_image, z_text, valid, caption_id)
     for x, y in zip(
         jax.tree.leaves((spoilt, spoilt_gradients)), (*output, *gradients), strict=True
     ):
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
-    assert not np.any(np.asarray(gradients[0])[~ok]) and not np.any(np.asarray(gradients[1])[~ok])
+    assert not np.any(np.asarray(gradients[0])[~valid]) and not np.any(
+        np.asarray(gradients[1])[~valid]
+    )
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_good_row_that_is_not_finite_shows(name, form):
-    z_image, z_text, ok, caption_id = make_batch("none")
+    z_image, z_text, valid, caption_id = make_batch("none")
     z_image = z_image.copy()
     z_image[3, 2] = np.nan
-    output, _ = compiled(name, form, (2, 2, 2), 5)(z_image, z_text, ok, caption_id)
+    output, _ = compiled(name, form, (2, 2, 2), 5)(z_image, z_text, valid, caption_id)
     assert np.isnan(output.loss)
 
 
@@ -216,9 +218,9 @@ def test_no_good_row_is_no_loss(name, form):
 @pytest.mark.parametrize("name", LOSSES)
 def test_one_good_row_has_no_negatives(name, form):
     z_image, z_text, _, caption_id = make_batch("none")
-    ok = np.arange(ROWS) == 13
-    output, _ = compiled(name, form, (2, 2, 2), 5)(z_image, z_text, ok, caption_id)
-    expected = reference(name, z_image, z_text, SCALE, BIAS, ok, caption_id)
+    valid = np.arange(ROWS) == 13
+    output, _ = compiled(name, form, (2, 2, 2), 5)(z_image, z_text, valid, caption_id)
+    expected = reference(name, z_image, z_text, SCALE, BIAS, valid, caption_id)
     np.testing.assert_allclose(np.array(output), expected, rtol=1e-6, atol=1e-6)
 
 
@@ -226,8 +228,10 @@ def test_one_good_row_has_no_negatives(name, form):
 def test_collapsed_features_at_scale_100_do_not_overflow(form):
     z = np.zeros((ROWS, FEATURES), np.float32)
     z[:, 0] = 1  # every cosine is exactly 1: all tie, and a tie is a miss
-    _, _, ok, caption_id = make_batch("none")
-    output, gradients = compiled("softmax", form, (2, 2, 2), 5)(z, z, ok, caption_id, scale=100.0)
+    _, _, valid, caption_id = make_batch("none")
+    output, gradients = compiled("softmax", form, (2, 2, 2), 5)(
+        z, z, valid, caption_id, scale=100.0
+    )
     # A logit of 100 has a unit in the last place of 8e-6.
     np.testing.assert_allclose(np.array(output), [math.log(ROWS), 0, 0], atol=1.5e-5)
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(gradients))
@@ -245,11 +249,11 @@ def test_a_random_start_is_at_ln_n(form):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", LOSSES)
 def test_bfloat16_features_have_float32_sums(name, form):
-    z_image, z_text, ok, caption_id = make_batch("both")
+    z_image, z_text, valid, caption_id = make_batch("both")
     z_image, z_text = (jnp.asarray(z, jnp.bfloat16) for z in (z_image, z_text))
-    output, gradients = compiled(name, form, (2, 2, 2), 5)(z_image, z_text, ok, caption_id)
+    output, gradients = compiled(name, form, (2, 2, 2), 5)(z_image, z_text, valid, caption_id)
     exact = (np.asarray(z, np.float32) for z in (z_image, z_text))
-    expected, expected_gradients = compiled(name, "dense")(*exact, ok, caption_id)
+    expected, expected_gradients = compiled(name, "dense")(*exact, valid, caption_id)
     assert output.loss.dtype == jnp.float32 and gradients[0].dtype == jnp.bfloat16
     assert_close(output, expected)
     assert_close(gradients[2:], expected_gradients[2:])
@@ -262,7 +266,7 @@ def test_bfloat16_features_have_float32_sums(name, form):
 @pytest.mark.parametrize("name", LOSSES)
 def test_replicated_parameters_get_the_single_device_gradient(name, shape):
     """Not the device count times it: the trap of gradients taken inside shard_map."""
-    z_image, z_text, ok, caption_id = make_batch("both")
+    z_image, z_text, valid, caption_id = make_batch("both")
     rng = np.random.default_rng(2)
     params = {
         "image": np.float32(rng.normal(size=(FEATURES, FEATURES))),
@@ -274,16 +278,16 @@ def test_replicated_parameters_get_the_single_device_gradient(name, shape):
     def gradients(loss_fn, sharding):
         @functools.partial(jax.jit, compiler_options=QUICK)
         @jax.grad
-        def gradient(params, x_image, x_text, ok, caption_id):
+        def gradient(params, x_image, x_text, valid, caption_id):
             z_image, z_text = x_image @ params["image"], x_text @ params["text"]
             z_image, z_text = (
                 z / jnp.linalg.norm(z, axis=1, keepdims=True) for z in (z_image, z_text)
             )
             scale = jnp.exp(params["logit_scale"])
             # Three times the loss: the cotangent that comes in counts too.
-            return 3 * loss_fn(z_image, z_text, scale, params["bias"], ok, caption_id).loss
+            return 3 * loss_fn(z_image, z_text, scale, params["bias"], valid, caption_id).loss
 
-        batch = (z_image, z_text, ok, caption_id)
+        batch = (z_image, z_text, valid, caption_id)
         if sharding is not None:
             batch = jax.device_put(batch, sharding)
         return gradient(params, *batch)
@@ -301,7 +305,7 @@ def test_one_gather_one_reduce_scatter_and_no_matrix(name):
     mesh = make_mesh((4, 2, 1))
     z = jax.ShapeDtypeStruct((rows, FEATURES), jnp.float32)
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
-    ok = jax.ShapeDtypeStruct((rows,), bool)
+    valid = jax.ShapeDtypeStruct((rows,), bool)
     caption_id = jax.ShapeDtypeStruct((rows,), jnp.uint32)
     loss_fn = make_loss(name, mesh=mesh, tile_size=tile_size, mask_equal_captions=True)
 
@@ -312,7 +316,7 @@ def test_one_gather_one_reduce_scatter_and_no_matrix(name):
         NamedSharding(mesh, spec) for spec in (PartitionSpec(("data", "fsdp")), PartitionSpec())
     )
     step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3)), in_shardings=(r, r, a, a, r, r))
-    executable = step.lower(z, z, scalar, scalar, ok, caption_id).compile()
+    executable = step.lower(z, z, scalar, scalar, valid, caption_id).compile()
     text = executable.as_text()
     results = re.findall(r"= (\S+) (all-gather|reduce-scatter)(?:-start)?\(", text)
     gathers = [shape for shape, kind in results if kind == "all-gather" and shape.startswith("f32")]
@@ -361,14 +365,14 @@ def test_a_batch_of_32768_on_one_device_takes_less_than_450_mb():
     mesh = make_mesh((1, 1, 1))
     z = jax.ShapeDtypeStruct((rows, features), jnp.float32)
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
-    ok, ids = (jax.ShapeDtypeStruct((rows,), x) for x in (bool, jnp.uint32))
+    valid, ids = (jax.ShapeDtypeStruct((rows,), x) for x in (bool, jnp.uint32))
     loss_fn = make_loss("softmax", mesh=mesh, tile_size=None, mask_equal_captions=True)
 
     def loss(*inputs):
         return loss_fn(*inputs).loss
 
     step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3)), compiler_options=QUICK)
-    memory = step.lower(z, z, scalar, scalar, ok, ids).compile().memory_analysis()
+    memory = step.lower(z, z, scalar, scalar, valid, ids).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 450e6  # one float32 matrix of logits is 4.3e9
 
 
@@ -392,6 +396,6 @@ def test_mistakes_are_named():
     with pytest.raises(UserError, match="tile_size is -1"):
         make_loss("softmax", mesh=mesh, mask_equal_captions=True, tile_size=-1)
     loss_fn = make_loss("softmax", mesh=mesh, mask_equal_captions=True)
-    z_image, z_text, ok, caption_id = make_batch("none", rows=6)
+    z_image, z_text, valid, caption_id = make_batch("none", rows=6)
     with pytest.raises(UserError, match=r"6 rows does not split over 4 devices \(data x fsdp\)"):
-        loss_fn(z_image, z_text, 1.0, 0.0, ok, caption_id)
+        loss_fn(z_image, z_text, 1.0, 0.0, valid, caption_id)

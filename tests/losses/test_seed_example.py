@@ -43,7 +43,7 @@ def test_a_higher_scale_makes_the_loss_care_about_the_near_pair():
     features = jnp.float32(unit(IMAGES)), jnp.float32(unit(TEXTS))
     bias = jnp.float32(0)
     for scale in (1.0, 10.0, 100.0):
-        output = softmax_loss(*features, jnp.float32(scale), bias, ok_B=ALL, caption_id_B=None)
+        output = softmax_loss(*features, jnp.float32(scale), bias, valid_B=ALL, caption_id_B=None)
         logits = scale * np.array(COSINES)
         rows = np.log(np.exp(logits).sum(1)) - np.diagonal(logits)
         columns = np.log(np.exp(logits).sum(0)) - np.diagonal(logits)

@@ -22,7 +22,7 @@ from clip_jax.models.attention import (
     this_accelerator,
 )
 from clip_jax.models.clip import CLIP, attention_line
-from clip_jax.models.execution import Execution
+from clip_jax.models.execution import ExecConfig
 from clip_jax.models.flops import image_flops
 from clip_jax.models.stack import stack_layers
 from clip_jax.models.zoo import MODELS
@@ -85,7 +85,7 @@ def test_one_line_says_what_each_tower_uses():
 def test_a_choice_that_does_not_exist_is_a_user_error():
     for choice in ({"attention": "flash"}, {"remat": "all"}):
         with pytest.raises(UserError, match="must be one of"):
-            Execution(**choice)
+            ExecConfig(**choice)
 
 
 def random_heads(seed, batch, queries, keys, heads=2, size=8):
@@ -139,7 +139,7 @@ def test_the_softmax_of_bfloat16_attention_is_in_float32():
     assert float(jnp.abs(rough - exact).max()) > 4 * 2 * 2**-9 * largest
 
 
-def train_gradients(model, variables, images, tokens, kept_Bl=None):
+def train_gradients(model, variables, images, tokens, patch_ids_Bl=None):
     def total(params):
         (z_image, z_text), updated = model.apply(
             {**variables, "params": params},
@@ -147,7 +147,7 @@ def train_gradients(model, variables, images, tokens, kept_Bl=None):
             tokens,
             True,
             None,
-            kept_Bl,
+            patch_ids_Bl,
             mutable=["batch_stats"],
         )
         weights = jnp.cos(jnp.arange(z_image.size, dtype=jnp.float32)).reshape(z_image.shape)
@@ -202,8 +202,8 @@ def test_kept_patches_alone_matter(config):
     """All in another order change nothing; of a choice, the others' pixels change nothing."""
     variables, (images, _) = random_variables(config), inputs(config, batch=2)
     encode = jax.jit(
-        lambda images, kept_Bl: CLIP(config).apply(
-            variables, images, True, None, kept_Bl, method="encode_image"
+        lambda images, patch_ids_Bl: CLIP(config).apply(
+            variables, images, True, None, patch_ids_Bl, method="encode_image"
         )
     )
     patches, grid, size = config.vision.grid_size**2, config.vision.grid_size, 8
@@ -212,15 +212,15 @@ def test_kept_patches_alone_matter(config):
     whole = encode(images, None)
     # Attention and pooling sum over patches in another order: some epsilons of values around 1.
     np.testing.assert_allclose(encode(images, order_BL), whole, atol=5e-6, rtol=2e-5)
-    kept_Bl = order_BL[:, :5]
-    few = encode(images, kept_Bl)
+    patch_ids_Bl = order_BL[:, :5]
+    few = encode(images, patch_ids_Bl)
     assert float(jnp.abs(few - whole).max()) > 1e-3
     other = np.asarray(images).copy()
     for row, order in enumerate(order_BL):
         for patch in order[5:]:
             i, j = divmod(int(patch), grid)
             other[row, i * size : (i + 1) * size, j * size : (j + 1) * size] += 1
-    np.testing.assert_array_equal(encode(jnp.asarray(other), kept_Bl), few)
+    np.testing.assert_array_equal(encode(jnp.asarray(other), patch_ids_Bl), few)
 
 
 def test_flops_of_kept_patches_are_those_of_a_shorter_sequence():

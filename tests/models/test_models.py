@@ -305,14 +305,14 @@ def assert_trees_close(got, want):
 def test_last_block_read_at_one_position_equals_the_plain_form(tiny):
     config, *rest = tiny
     fast = features_and_gradients(CLIP(config), *rest)
-    plain = features_and_gradients(CLIP(config, read_early=False), *rest)
+    plain = features_and_gradients(CLIP(config, pool_last_block=False), *rest)
     assert_trees_close(fast, plain)
 
 
 def test_trimming_to_the_end_token_equals_the_full_length(tiny):
     config, variables, images, tokens = tiny
     tokens = tokens.at[:, 12:].set(0).at[:, 11].set(TEXT.eot_id)
-    if not config.text.trimmable:
+    if not config.text.supports_trimming:
         encode = jax.jit(lambda tokens: CLIP(config).apply(variables, tokens, method="encode_text"))
         assert float(jnp.abs(encode(tokens[:, :12]) - encode(tokens)).max()) > 0.01
         return

@@ -70,7 +70,7 @@ def test_a_stacked_model_has_the_stacked_parameters(name):
     ("name", "how"),
     [
         ("vit", {"remat": "blocks"}),
-        pytest.param("vit", {"read_early": False}, marks=pytest.mark.slow),
+        pytest.param("vit", {"pool_last_block": False}, marks=pytest.mark.slow),
         pytest.param("clipa", {"remat": "dots"}, marks=pytest.mark.slow),
         pytest.param("siglip", {"remat": "full"}, marks=pytest.mark.slow),
     ],

@@ -46,7 +46,7 @@ def test_every_layout_is_read_as_it_is(layout):
     found = {}
     with make_eval_loader(indexes, ToyTokenizer(), **SETTINGS) as loader:
         for batch in loader:
-            for row in np.flatnonzero(batch["ok"]):
+            for row in np.flatnonzero(batch["valid"]):
                 found[len(found)] = batch["captions"][row], batch["image"][row]
         # The rows of a Parquet file count what could not be had, too.
         lacking = {"no_image": 2, "empty_caption": 1}
@@ -75,7 +75,7 @@ def test_it_is_trained_on_with_a_filter_over_its_fields(layout):
     settings = SETTINGS | {"seed": 1, "num_streams": 2, "repeat": False}
     with make_train_loader(indexes, ToyTokenizer(), **settings) as loader:
         for batch in loader:
-            keys.update(k for k, ok in zip(batch["key"], batch["ok"], strict=True) if ok)
+            keys.update(k for k, valid in zip(batch["key"], batch["valid"], strict=True) if valid)
         assert not loader.skipped
     assert len(keys) == 6 and set(keys.values()) == {1}
     if layout == "webdataset":

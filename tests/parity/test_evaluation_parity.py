@@ -100,7 +100,7 @@ def test_zero_shot_metrics(num_classes, monkeypatch):
         {
             "image": images[i : i + 16],
             "label": labels[i : i + 16],
-            "ok": np.ones(16, bool)[: 50 - i],
+            "valid": np.ones(16, bool)[: 50 - i],
         }
         for i in range(0, 50, 16)
     ]
@@ -145,7 +145,7 @@ def test_retrieval_metrics():
         {
             "image": np.pad(images[i : i + 16], ((0, max(0, i - 24)), (0, 0), (0, 0), (0, 0))),
             "captions": texts[i : i + 16] + [[]] * max(0, i - 24),
-            "ok": np.arange(i, i + 16) < 40,
+            "valid": np.arange(i, i + 16) < 40,
         }
         for i in range(0, 40, 16)
     ]

@@ -145,7 +145,7 @@ def check_memory(step):
         step.program,
         step.shapes,
         embed_dim=step.config.embed_dim,
-        rows=step.batch["ok"].size // shards,
+        rows=step.batch["valid"].size // shards,
     )
     total = (
         stats.argument_size_in_bytes

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from clip_jax.errors import UserError
 from clip_jax.evaluation.encoders import Encoders
-from clip_jax.evaluation.run import Request, run_evaluation
+from clip_jax.evaluation.run import EvalSpec, run_evaluation
 from clip_jax.report_page import select_examples
 from clip_jax.report_page.svg import line_chart, log_ticks, ticks
 from clip_jax.tools.report import report
@@ -30,7 +30,7 @@ def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("report")
     write_shards(root, [30], side=SIDE)
     (root / "names.txt").write_text("".join(f"<name> & {i}\n" for i in range(7)))
-    request = Request(
+    request = EvalSpec(
         data=str(root), classnames=str(root / "names.txt"), templates=["{}"],
         ablate=["{}", "a {}"], batch_size=8,
     )  # fmt: skip

@@ -79,7 +79,7 @@ def test_writes_reads_back_and_repeats_to_the_byte(tmp_path, capsys, few):
             indexes, ToyTokenizer(), image_size=8, context_length=16, batch_size=64, threads=0
         ) as loader:
             (batch,) = list(loader)
-        rows = np.flatnonzero(batch["ok"])
+        rows = np.flatnonzero(batch["valid"])
         assert not loader.skipped
         assert [[names[batch["label"][r]]] for r in rows] == [batch["captions"][r] for r in rows]
         kinds[kind] = [batch["captions"][r][0] for r in rows]

@@ -207,7 +207,7 @@ def test_written_shards_give_the_batches_of_their_source(tmp_path):
     for pattern in (source, str(tmp_path / "out")):
         with make_eval_loader(index_shards(expand(pattern)), ToyTokenizer(), **settings) as loader:
             batches.append(next(loader))
-    good = batches[0]["ok"]
-    assert good.sum() == 32 == batches[1]["ok"].sum()
+    good = batches[0]["valid"]
+    assert good.sum() == 32 == batches[1]["valid"].sum()
     np.testing.assert_array_equal(batches[0]["image"][good], batches[1]["image"][:32])
     np.testing.assert_array_equal(batches[0]["text"][good], batches[1]["text"][:32])

@@ -234,10 +234,10 @@ def test_one_pass_computes_half_of_the_two_block_form():
     """
     mesh = make_mesh(data=8, fsdp=1, tensor=1)
     loss_fn = make_loss("softmax", mesh=mesh, tile_size=128, mask_equal_captions=False)
-    ok_B, ids_B = jnp.ones(512, bool), jnp.arange(512, dtype=jnp.uint32)
+    valid_B, ids_B = jnp.ones(512, bool), jnp.arange(512, dtype=jnp.uint32)
 
     def one_pass(z_image_BD, z_text_BD, scale):
-        return loss_fn(z_image_BD, z_text_BD, scale, jnp.float32(0), ok_B, ids_B).loss
+        return loss_fn(z_image_BD, z_text_BD, scale, jnp.float32(0), valid_B, ids_B).loss
 
     forms = [one_pass, *(two_block_loss(mesh, recompute=r) for r in (True, False))]
     once, recomputed, kept = (matmul_flops(loss_program(f, mesh)) for f in forms)

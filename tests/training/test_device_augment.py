@@ -63,13 +63,17 @@ def test_what_is_off_draws_nothing():
 @settings(max_examples=20, deadline=None)
 def test_patches_that_stay_are_distinct_and_of_the_promised_number(patches, share, step):
     draw = make_draws(seed=0, patches=patches, patch_dropout=share)
-    kept_Bl = np.asarray(draw(jnp.int32(step), 3)["kept_Bl"])
-    assert kept_Bl.shape == (3, max(1, int(patches * (1 - share))))
-    assert (np.diff(kept_Bl, axis=1) > 0).all() and kept_Bl.min() >= 0 and kept_Bl.max() < patches
+    patch_ids_Bl = np.asarray(draw(jnp.int32(step), 3)["patch_ids_Bl"])
+    assert patch_ids_Bl.shape == (3, max(1, int(patches * (1 - share))))
+    assert (
+        (np.diff(patch_ids_Bl, axis=1) > 0).all()
+        and patch_ids_Bl.min() >= 0
+        and patch_ids_Bl.max() < patches
+    )
 
 
 def test_every_patch_stays_as_often_as_another():
-    kept = make_draws(seed=0, patches=10, patch_dropout=0.5)(jnp.int32(0), 4000)["kept_Bl"]
+    kept = make_draws(seed=0, patches=10, patch_dropout=0.5)(jnp.int32(0), 4000)["patch_ids_Bl"]
     counts = np.bincount(np.asarray(kept).ravel(), minlength=10)
     # 4,000 draws at one half: a standard deviation of 32; five of them.
     assert abs(counts - 2000).max() < 160

@@ -55,11 +55,11 @@ def test_first_loss_is_the_definitions():
     z_image_BD /= np.linalg.norm(z_image_BD, axis=1, keepdims=True)
     z_text_BD /= np.linalg.norm(z_text_BD, axis=1, keepdims=True)
     logits_BB = z_image_BD @ z_text_BD.T / 0.07
-    ids_B, ok_B = batch["caption_id"], batch["ok"]
+    ids_B, valid_B = batch["caption_id"], batch["valid"]
     own_BB = np.eye(B, dtype=bool)
-    seen_BB = ok_B & ok_B[:, None] & ((ids_B != ids_B[:, None]) | own_BB)
+    seen_BB = valid_B & valid_B[:, None] & ((ids_B != ids_B[:, None]) | own_BB)
     terms = []
-    for i in np.flatnonzero(ok_B):
+    for i in np.flatnonzero(valid_B):
         for line, seen in ((logits_BB[i], seen_BB[i]), (logits_BB[:, i], seen_BB[:, i])):
             terms.append(np.log(np.exp(line[seen]).sum()) - logits_BB[i, i])
     # Cosines are float32: 1e-6 on logits of at most 14.

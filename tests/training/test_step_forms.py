@@ -37,7 +37,7 @@ def linear_features(params, batch_stats, rows):
         return x / jnp.linalg.norm(x, axis=1, keepdims=True)
 
     z_image, z_text = unit(rows["x"] @ params["a"]), unit(rows["y"] @ params["b"])
-    return z_image, z_text, batch_stats + rows["ok"].size
+    return z_image, z_text, batch_stats + rows["valid"].size
 
 
 @pytest.mark.parametrize("microbatch_size", [4, 16])
@@ -49,7 +49,12 @@ def test_the_gradient_is_the_whole_batchs_to_rounding(microbatch_size):
     rng = np.random.default_rng(0)
     a, b, x, y = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in [(8, 4)] * 2 + [(B, 8)] * 2)
     trained, frozen = {"a": a, "logit_scale": jnp.float32(2.0)}, {"b": b}
-    rows = {"x": x, "y": y, "ok": jnp.arange(B) != 3, "caption_id": jnp.arange(B, dtype=jnp.uint32)}
+    rows = {
+        "x": x,
+        "y": y,
+        "valid": jnp.arange(B) != 3,
+        "caption_id": jnp.arange(B, dtype=jnp.uint32),
+    }
     loss_fn = make_loss("softmax", mesh=mesh, tile_size=8, mask_equal_captions=False)
     places = jax.tree.map(lambda x: jax.NamedSharding(mesh, jax.P()), trained)
     whole = make_whole_gradient(linear_features, loss_fn)

@@ -104,14 +104,14 @@ def test_the_best_is_kept_over_a_restart_and_a_wrong_metric_is_named(tmp_path, c
 
 def stop_at(monkeypatch, step, number=signal.SIGTERM):
     """Raise a signal while the metrics of a step are read."""
-    original = run_logger.Report.step
+    original = run_logger.RunLogger.step
 
     def spy(self, at, *args):
         if at == step:
             signal.raise_signal(number)
         return original(self, at, *args)
 
-    monkeypatch.setattr(run_logger.Report, "step", spy)
+    monkeypatch.setattr(run_logger.RunLogger, "step", spy)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(data, uninterrupted, tmp_
     class Killed(BaseException):
         pass
 
-    original = run_logger.Report.step
+    original = run_logger.RunLogger.step
 
     def die(self, at, *args):
         if at == 8:
@@ -144,7 +144,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(data, uninterrupted, tmp_
         return original(self, at, *args)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(run_logger.Report, "step", die)
+        patch.setattr(run_logger.RunLogger, "step", die)
         main.run(make_config(data), str(tmp_path))
     assert run_losses(tmp_path)[-1][0] == 7
     assert main.run(make_config(data), str(tmp_path)) == 0
@@ -172,7 +172,7 @@ def test_metrics_hold_what_a_run_is_judged_by(uninterrupted):
     wanted = {"step", "loss", "grad_norm", "learning_rate", "logit_scale", "scale", "mfu"}
     wanted |= {"image_accuracy", "text_accuracy", "pairs_per_second", "ok"}
     assert wanted <= set(line)
-    assert line["ok"] == 1 and 0 < line["mfu"] < 1
+    assert line["valid"] == 1 and 0 < line["mfu"] < 1
     assert list(uninterrupted.glob("events.out.tfevents.*"))
 
 

@@ -29,7 +29,7 @@ from clip_jax.tokenizers.train import train as train_tokenizer
 from clip_jax.tools.convert import convert
 from clip_jax.training import setup
 from clip_jax.training.state import state_shapes
-from clip_jax.training.warm_start import place_origin, read_origin, started_from
+from clip_jax.training.warm_start import place_source, read_source, started_from
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "published"
 FILES = {name: GOLDEN / name for name in ("openai/model.pt", "open_clip", "hf_clip", "hf_siglip")}
@@ -80,7 +80,7 @@ def placed(origin, sizes, mesh, scan=False):
     model = CLIP(sizes, scan=scan)
     shapes = state_shapes(model, optax.sgd(1.0), mesh)
     wanted = {"params": shapes.params, "batch_stats": shapes.batch_stats}
-    variables = place_origin(origin, sizes, wanted, mesh)
+    variables = place_source(origin, sizes, wanted, mesh)
     same = jax.tree.map(
         lambda x, s: x.sharding.is_equivalent_to(s.sharding, x.ndim), variables, wanted
     )
@@ -91,13 +91,13 @@ def placed(origin, sizes, mesh, scan=False):
 def start_of(w):
     """The variables of a run's first step."""
     wanted = {"params": w.shapes.params, "batch_stats": w.shapes.batch_stats}
-    return place_origin(w.origin, w.model.config, wanted, w.mesh)
+    return place_source(w.origin, w.model.config, wanted, w.mesh)
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_published_file_is_placed_bit_for_bit(name):
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
-    origin = read_origin(str(FILES[name]), "any")
+    origin = read_source(str(FILES[name]), "any")
     sizes = started_from(origin, origin.checkpoint.config)
     got = from_variables(*placed(origin, sizes, mesh).values())
     clip = clip_jax.load(FILES[name])
@@ -113,7 +113,7 @@ def test_layers_are_stacked_for_a_scan():
         patch.setitem(zoo.MODELS, "deep", config)
         clip = clip_jax.create("deep")
     arrays = from_variables(clip.params, clip.batch_stats)
-    origin = read_origin(str(FILES["open_clip"]), "any")
+    origin = read_source(str(FILES["open_clip"]), "any")
     readers = {path: (lambda array=array: array) for path, array in arrays.items()}
     origin = dataclasses.replace(
         origin, checkpoint=dataclasses.replace(origin.checkpoint, config=config, arrays=readers)
@@ -131,7 +131,7 @@ def test_a_longer_run_grows_the_positions_of_a_short_one(data, short, tmp_path, 
     assert main.run(config, str(tmp_path)) == 0
     assert f"starting from {short}" in capsys.readouterr().out
 
-    w = setup.wire(config, 3)
+    w = setup.build_run(config, 3)
     assert (w.model.config.vision.image_size, w.model.config.text.context_length) == (32, 16)
     got = from_variables(*start_of(w).values())
     clip = clip_jax.load(short)
@@ -151,7 +151,7 @@ def test_a_longer_run_grows_the_positions_of_a_short_one(data, short, tmp_path, 
 
 def test_captions_that_fitted_have_the_features_they_had(data, short):
     """However long the captions of the next run: its tower is causal and read at the end token."""
-    w = setup.wire(tiny_config(data, model__init_from=str(short)), 1)
+    w = setup.build_run(tiny_config(data, model__init_from=str(short)), 1)
     clip = clip_jax.load(short)
     texts = ["red", "a dot"]
     assert clip.tokenize(texts)[:, -1].tolist() == [w.tokenizer.pad_id] * 2  # not cut
@@ -163,7 +163,7 @@ def test_captions_that_fitted_have_the_features_they_had(data, short):
 
 def test_a_tower_that_sees_its_padding_is_interpolated():
     positions = np.random.default_rng(0).standard_normal((10, 32)).astype(np.float32)
-    origin = read_origin(str(FILES["hf_siglip"]), "any")
+    origin = read_source(str(FILES["hf_siglip"]), "any")
     arrays = dict(origin.checkpoint.arrays)
     arrays["text/positional_embedding"] = lambda: positions
     grown = resized(
@@ -179,7 +179,7 @@ def test_a_converted_run_is_the_same_start(data, short, tmp_path, to):
     config = tiny_config(
         data, model__init_from=str(tmp_path / "made"), model__image_size=16, model__context_length=8
     )
-    w = setup.wire(config, 1)
+    w = setup.build_run(config, 1)
     got = from_variables(*start_of(w).values())
     clip = clip_jax.load(short)
     want = from_variables(clip.params, clip.batch_stats)
@@ -239,7 +239,7 @@ def test_siglips_scale_and_bias(data, siglip, tmp_path, loss):
         train__loss=loss,
         train__steps=2,
     )
-    start = jax.device_get(start_of(setup.wire(config, 2))["params"])
+    start = jax.device_get(start_of(setup.build_run(config, 2))["params"])
     assert start["logit_bias"] == before["logit_bias"]
     assert start["logit_scale"] == before["logit_scale"]
     assert main.run(config, str(tmp_path)) == 0
@@ -250,7 +250,7 @@ def test_siglips_scale_and_bias(data, siglip, tmp_path, loss):
 
 def test_a_sigmoid_run_starts_its_own_scale_where_there_is_no_bias(data, short):
     config = tiny_config(data, model__init_from=str(short), train__loss="sigmoid")
-    start = start_of(setup.wire(config, 2))["params"]
+    start = start_of(setup.build_run(config, 2))["params"]
     assert float(start["logit_bias"]) == -10.0
     assert float(start["logit_scale"]) == np.float32(math.log(10.0))
 
@@ -260,7 +260,7 @@ def test_a_model_without_a_bias_leaves_it_behind(data, siglip):
         plain = dataclasses.replace(zoo.MODELS["tiny-siglip"], init_logit_bias=None)
         patch.setitem(zoo.MODELS, "plain", plain)
         config = tiny_config(data, model__name="plain", model__init_from=str(siglip))
-        start = start_of(setup.wire(config, 2))["params"]
+        start = start_of(setup.build_run(config, 2))["params"]
     assert set(start) == {"visual", "text", "logit_scale"}
 
 
@@ -301,7 +301,7 @@ def test_a_tag_says_how_a_bare_file_was_trained(data, short, tmp_path, monkeypat
 
     def wired(tag):
         config = tiny_config(data, model__init_from=str(bare), model__init_tag=tag)
-        return setup.wire(config, 1)
+        return setup.build_run(config, 1)
 
     tagged = wired("quick")
     assert tagged.preprocess == kind and tagged.model.config.text.activation == "quick_gelu"
@@ -311,6 +311,6 @@ def test_a_tag_says_how_a_bare_file_was_trained(data, short, tmp_path, monkeypat
 
 
 def test_the_tokenizer_comes_from_the_checkpoint(data, short):
-    w = setup.wire(tiny_config(data, data__tokenizer="clip", model__init_from=str(short)), 1)
+    w = setup.build_run(tiny_config(data, data__tokenizer="clip", model__init_from=str(short)), 1)
     assert w.tokenizer_spec == read_description(short).tokenizer
     assert w.tokenizer.vocab_size == 280

@@ -15,8 +15,8 @@ from clip_jax.data.formats.webdataset import IMAGE_SUFFIXES
 from clip_jax.data.shards import (
     MAX_IMAGE_BYTES,
     MAX_TEXT_BYTES,
+    BadSampleError,
     Handles,
-    Unusable,
     caption_lines,
     json_record,
 )
@@ -71,7 +71,7 @@ class FolderShard:
             return [_class_of(self._pictures[i]).replace("_", " ")]
         side = _stem(self._pictures[i]) + ".txt"
         if side not in self._sides:
-            raise Unusable("no_caption")
+            raise BadSampleError("no_caption")
         return caption_lines(read_whole(os.path.join(self.path, side), MAX_TEXT_BYTES))
 
     def label(self, i: int, handles: Handles) -> int:

@@ -18,8 +18,8 @@ from clip_jax.data.formats.options import Options
 from clip_jax.data.formats.remote import is_url, open_local
 from clip_jax.data.shards import (
     MAX_IMAGE_BYTES,
+    BadSampleError,
     Handles,
-    Unusable,
     caption_values,
     whole_label,
 )
@@ -48,7 +48,7 @@ def parse_example(data: bytes) -> dict[str, list[Any]]:
                     features[name] = values
         return features
     except (IndexError, ValueError, TypeError, struct.error, UnicodeDecodeError) as e:
-        raise Unusable("broken_record", f"not a tf.train.Example ({short(e)})") from e
+        raise BadSampleError("broken_record", f"not a tf.train.Example ({short(e)})") from e
 
 
 def _map_entry(entry: memoryview) -> tuple[str, list[Any]]:
@@ -120,7 +120,7 @@ class _Examples:
     def image(self, i: int, handles: Handles) -> bytes:
         values = self._values(i, handles, self._options.image, IMAGE_FEATURES)
         if not values or not isinstance(values[0], bytes):
-            raise Unusable("no_image")
+            raise BadSampleError("no_image")
         return values[0]
 
     def captions(self, i: int, handles: Handles) -> list[str]:
@@ -161,10 +161,10 @@ class TFRecordShard(_Examples):
     def _bytes(self, i: int, handles: Handles) -> bytes:
         offset, length = (int(v) for v in self._places[i])
         if length > MAX_IMAGE_BYTES:
-            raise Unusable("too_large", f"{length} bytes")
+            raise BadSampleError("too_large", f"{length} bytes")
         data = handles.read(self.path, self.size, offset, length + 4)
         if struct.unpack("<I", data[length:])[0] != masked_crc(data[:length]):
-            raise Unusable("broken_record", "the checksum is wrong")
+            raise BadSampleError("broken_record", "the checksum is wrong")
         return data[:length]
 
 
@@ -227,7 +227,7 @@ class ArrayRecordShard(_Examples):
             with self._lock:
                 return self._reader.read([i])[0]
         except (RuntimeError, ValueError, IndexError) as e:
-            raise Unusable("broken_record", short(e)) from e
+            raise BadSampleError("broken_record", short(e)) from e
 
 
 def index_array_record(path: str, options: Options) -> ArrayRecordShard:

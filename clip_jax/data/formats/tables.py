@@ -18,8 +18,8 @@ from clip_jax.data.formats.options import Options
 from clip_jax.data.formats.remote import CACHE, RemoteError, is_url, open_local, read_whole
 from clip_jax.data.shards import (
     MAX_IMAGE_BYTES,
+    BadSampleError,
     Handles,
-    Unusable,
     caption_values,
     json_record,
     whole_label,
@@ -39,7 +39,7 @@ def resolve(root: str, path: str) -> str:
       Unusable: `no_image`, when it is empty.
     """
     if not path:
-        raise Unusable("no_image", "the path is empty")
+        raise BadSampleError("no_image", "the path is empty")
     if is_url(path) or os.path.isabs(path):
         return path
     return f"{root.rstrip('/')}/{path}"
@@ -211,7 +211,7 @@ class JsonLinesShard:
     def image(self, i: int, handles: Handles) -> bytes:
         path = self._field(i, handles, self._options.image, IMAGE_COLUMNS)
         if not isinstance(path, str):
-            raise Unusable("no_image", "no path in the line")
+            raise BadSampleError("no_image", "no path in the line")
         return read_picture(self._root, path)
 
     def captions(self, i: int, handles: Handles) -> list[str]:
@@ -298,9 +298,9 @@ class ParquetShard:
         start = int(ends[row - 1]) if row else 0
         count = int(ends[row]) - start
         if not count:
-            raise Unusable("no_image")
+            raise BadSampleError("no_image")
         if count > MAX_IMAGE_BYTES:
-            raise Unusable("too_large", f"{count} bytes")
+            raise BadSampleError("too_large", f"{count} bytes")
         return os.pread(fd, count, start)
 
     def _ends(self, group: int, fd: int) -> np.ndarray:

@@ -10,7 +10,7 @@ import re
 from typing import Any
 
 from clip_jax.data.formats.options import Options
-from clip_jax.data.shards import Handles, Unusable, caption_values
+from clip_jax.data.shards import BadSampleError, Handles, caption_values
 from clip_jax.errors import UserError, short
 
 CAPTION_FEATURES = ("caption", "captions", "text", "title", "description")
@@ -81,12 +81,12 @@ class TfdsShard:
             return self._source[i]
         except Exception as e:
             # tfds and array_record raise a dozen types on a damaged record.
-            raise Unusable("broken_record", short(e)) from e
+            raise BadSampleError("broken_record", short(e)) from e
 
     def image(self, i: int, handles: Handles) -> bytes:
         image = self._example(i, handles)[self._image]
         if not isinstance(image, bytes):
-            raise Unusable("no_image", f"{self._image} is a {type(image).__name__}")
+            raise BadSampleError("no_image", f"{self._image} is a {type(image).__name__}")
         return image
 
     def captions(self, i: int, handles: Handles) -> list[str]:
@@ -97,7 +97,7 @@ class TfdsShard:
             return caption_values(value.tolist() if hasattr(value, "tolist") else value)
         label = self.label(i, handles)
         if label < 0:
-            raise Unusable("no_caption")
+            raise BadSampleError("no_caption")
         return [self._features[self._label].int2str(label).replace("_", " ")]
 
     def label(self, i: int, handles: Handles) -> int:

@@ -22,8 +22,8 @@ from clip_jax.data.formats.remote import RemoteError, is_url, open_local
 from clip_jax.data.shards import (
     MAX_IMAGE_BYTES,
     MAX_TEXT_BYTES,
+    BadSampleError,
     Handles,
-    Unusable,
     caption_lines,
     caption_values,
     json_record,
@@ -89,9 +89,9 @@ class TarShard:
     def image(self, i: int, handles: Handles) -> bytes:
         place = self.image_place(i)
         if place is None:
-            raise Unusable("no_image")
+            raise BadSampleError("no_image")
         if place[1] > MAX_IMAGE_BYTES:
-            raise Unusable("too_large", f"{place[1]} bytes")
+            raise BadSampleError("too_large", f"{place[1]} bytes")
         return handles.read(self.path, self.size, *place)
 
     def captions(self, i: int, handles: Handles) -> list[str]:
@@ -99,7 +99,7 @@ class TarShard:
         if self.member(i, "txt"):
             return caption_lines(self._text(i, "txt", handles))
         if not self.member(i, "json"):
-            raise Unusable("no_caption")
+            raise BadSampleError("no_caption")
         return caption_values(self.record(i, handles).get(self.caption_key))
 
     def label(self, i: int, handles: Handles) -> int:
@@ -116,7 +116,7 @@ class TarShard:
         if place is None:
             return b""
         if place[1] > MAX_TEXT_BYTES:
-            raise Unusable("caption_too_long", f"{place[1]} bytes")
+            raise BadSampleError("caption_too_long", f"{place[1]} bytes")
         return handles.read(self.path, self.size, *place)
 
     def incomplete(self) -> dict[str, list[str]]:

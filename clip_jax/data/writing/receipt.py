@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_jax.errors import UserError, short
-from clip_jax.files import whole_file
+from clip_jax.files import atomic_write
 
 
 def claim_folder(folder: Path, receipt: Mapping[str, Any], *, name: str) -> None:
@@ -23,7 +23,7 @@ def claim_folder(folder: Path, receipt: Mapping[str, Any], *, name: str) -> None
     if not path.exists():
         if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
             raise UserError(f"{folder} holds something else: name another folder")
-        with whole_file(path) as partial:
+        with atomic_write(path) as partial:
             partial.write_text(json.dumps(receipt, indent=1) + "\n", encoding="utf-8")
         return
     try:

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Float32, Int64
 
 from clip_jax.errors import UserError, short
-from clip_jax.files import whole_file
+from clip_jax.files import atomic_write
 
 FIELD = "similarity"
 
@@ -35,7 +35,7 @@ def write_part(
     clean = [key.encode("utf-8", "replace").decode() for key in keys]
     table = pa.table({"key": clean, FIELD: pa.array(scores_B, mask=np.isnan(scores_B))})
     about = {"skipped": json.dumps(dict(sorted(skipped.items())))}
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         pq.write_table(table.replace_schema_metadata(about), partial)
 
 

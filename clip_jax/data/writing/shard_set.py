@@ -22,11 +22,11 @@ from jaxtyping import Int64
 from clip_jax.data.formats.webdataset import INDEX_ENDING, index_shard, side_file
 from clip_jax.data.images import ImageError
 from clip_jax.data.manifest import Entry, entry_of, write_index
-from clip_jax.data.shards import Handles, Line, ShardIndex, Unusable
+from clip_jax.data.shards import BadSampleError, ConcatShards, Handles, Shard
 from clip_jax.data.sources import fingerprint
 from clip_jax.data.writing.receipt import claim_folder
 from clip_jax.data.writing.tar_writer import Sample, Shrink, image_suffix, read_sample, write_shard
-from clip_jax.files import whole_file
+from clip_jax.files import atomic_write
 
 RECEIPT = "shards.json"
 SKIPPED_ENDING = ".skipped.jsonl"
@@ -57,7 +57,7 @@ class ShardSet:
       extra: fields that a row's json gets, by its place in `rows`.
     """
 
-    indexes: Sequence[ShardIndex]
+    indexes: Sequence[Shard]
     rows: Int64[np.ndarray, " rows"]
     out: Path
     per_shard: int = 10_000
@@ -164,7 +164,7 @@ def _write_one(
     write_shard(path, _usable(shards, k, skipped, stop, progress))
     if skipped:
         lines = [json.dumps({"cause": c, "name": name, "detail": d}) for c, name, d in skipped]
-        with whole_file(path.with_suffix(SKIPPED_ENDING)) as partial:
+        with atomic_write(path.with_suffix(SKIPPED_ENDING)) as partial:
             partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
     index = index_shard(str(path))
     written = Written(len(index), Counter(cause for cause, _, _ in skipped))
@@ -173,7 +173,7 @@ def _write_one(
         record["lacks"] = lacks
     if written.skipped:
         record["skipped"] = dict(sorted(written.skipped.items()))
-    with whole_file(Path(f"{path}{INDEX_ENDING}")) as partial:
+    with atomic_write(Path(f"{path}{INDEX_ENDING}")) as partial:
         partial.write_text(json.dumps(record) + "\n", encoding="utf-8")
     return written
 
@@ -185,7 +185,7 @@ def _usable(
     stop: threading.Event,
     progress: Callable[[int], object],
 ) -> Iterator[Sample]:
-    line = Line(shards.indexes)
+    line = ConcatShards(shards.indexes)
     with Handles() as handles:
         for place in shards.places(k):
             if stop.is_set():
@@ -193,7 +193,7 @@ def _usable(
             index, i = line.at(int(shards.rows[place]))
             try:
                 sample = _prepared(read_sample(index, i, handles), shards, place)
-            except (Unusable, ImageError, OSError) as e:
+            except (BadSampleError, ImageError, OSError) as e:
                 cause = getattr(e, "cause", "read_failed")
                 skipped.append((cause, f"{index.name}/{index.key(i)}", str(e)[:500]))
             else:

@@ -10,8 +10,8 @@ from typing import Any
 
 from clip_jax.data.formats.webdataset import IMAGE_SUFFIXES
 from clip_jax.data.images import ImageError, decode_image
-from clip_jax.data.shards import Handles, ShardIndex, Unusable
-from clip_jax.files import whole_file
+from clip_jax.data.shards import BadSampleError, Handles, Shard
+from clip_jax.files import atomic_write
 
 _MAGIC = {"jpg": b"\xff\xd8\xff", "png": b"\x89PNG\r\n\x1a\n", "webp": b"RIFF"}
 _FORMAT = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
@@ -69,7 +69,7 @@ def image_suffix(data: bytes) -> str:
     raise ImageError("not_an_image", data[:8].hex())
 
 
-def read_sample(index: ShardIndex, i: int, handles: Handles) -> Sample:
+def read_sample(index: Shard, i: int, handles: Handles) -> Sample:
     """Every part of a sample, as evaluation asks for them: no caption is needed beside a label.
 
     Fields that are no JSON are none: neither training nor evaluation would ask for them.
@@ -80,13 +80,13 @@ def read_sample(index: ShardIndex, i: int, handles: Handles) -> Sample:
     label = index.label(i, handles)
     try:
         captions = index.captions(i, handles)
-    except Unusable as e:
+    except BadSampleError as e:
         if label < 0 or e.cause not in ("no_caption", "empty_caption"):
             raise
         captions = []
     try:
         record = index.record(i, handles)
-    except Unusable:
+    except BadSampleError:
         record = {}
     return Sample(index.key(i), index.image(i, handles), captions, record, label)
 
@@ -109,7 +109,7 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> None:
     """
     taken: dict[str, int] = {}
     with (
-        whole_file(path) as partial,
+        atomic_write(path) as partial,
         tarfile.open(partial, "w", format=tarfile.PAX_FORMAT) as tar,
     ):
         for sample in samples:
