@@ -24,10 +24,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from clip_jax.data.counting import Share
 from clip_jax.data.dataset import open_sources
 from clip_jax.data.loader import make_train_loader
-from clip_jax.data.manifest import Entry, write_index
+from clip_jax.data.manifest import Entry, Share, write_index
 from clip_jax.data.order import BatchOrder, Order
 from clip_jax.data.skip_log import SkipLog
 from clip_jax.data.sources import fingerprint

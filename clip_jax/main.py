@@ -7,9 +7,10 @@ import sys
 
 from absl import flags
 
-from clip_jax.config import Config, resolve
+from clip_jax.config import resolve
 from clip_jax.errors import UserError, run_command
 from clip_jax.host_memory import keep_freed_memory
+from clip_jax.sections import Config
 from clip_jax.tools.config_flags import parse
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and results.")

@@ -8,7 +8,8 @@ import numpy as np
 import webdataset
 from PIL import Image
 
-from clip_jax.config import Config, default, resolve
+from clip_jax.config import default, resolve
+from clip_jax.sections import Config
 from clip_jax.tokenizers.train import train as train_tokenizer
 
 COLOURS = ("red", "green", "blue", "black")

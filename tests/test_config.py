@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from clip_jax.config import Config, default, known_keys, resolve, unknown_key_message
+from clip_jax.config import default, known_keys, resolve, unknown_key_message
 from clip_jax.errors import UserError
 from clip_jax.models.zoo import MODELS
+from clip_jax.sections import Config
 
 ROOT = Path(__file__).parent.parent
 EXPERIMENTS = sorted(p.name for p in (ROOT / "experiments").glob("*.py") if p.name != "paper.py")
@@ -95,7 +96,7 @@ def test_unknown_and_missing_keys():
     with pytest.raises(UserError, match=r"config.train.loss is missing"):
         resolve(config)
     assert "did you mean config.train.steps?" in unknown_key_message("train.step")
-    assert "see clip_jax/config.py" in unknown_key_message("zzz")
+    assert "see clip_jax/sections.py" in unknown_key_message("zzz")
     assert {"seed", "train.steps", "mesh.fsdp"} < set(known_keys())
 
 

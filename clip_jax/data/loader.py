@@ -20,8 +20,7 @@ from jaxtyping import Bool, Int32, UInt8, UInt32
 
 from clip_jax.data.augment import make_decode, make_transform
 from clip_jax.data.images import MAX_PIXELS, OPENAI, Preprocess, decode_image, eval_transform
-from clip_jax.data.mixture import Mixture
-from clip_jax.data.order import BatchOrder, Order, Streams
+from clip_jax.data.order import BatchOrder, Mixture, Order, Streams
 from clip_jax.data.sample_reader import Rows, SampleReader
 from clip_jax.data.shards import Shard
 from clip_jax.data.skip_log import SkipLog

@@ -7,8 +7,7 @@ from jaxtyping import Array, UInt
 
 from clip_jax.errors import UserError
 from clip_jax.losses.dense import LossOutput, sigmoid_loss, softmax_loss
-from clip_jax.losses.tile_losses import SIGMOID, SOFTMAX
-from clip_jax.losses.tiled import make_tiled_loss
+from clip_jax.losses.tiled import SIGMOID, SOFTMAX, make_tiled_loss
 from clip_jax.typing import Features, Rows, Scalar
 
 __all__ = ["FORMS", "LOSSES", "LossFn", "LossOutput", "make_loss"]

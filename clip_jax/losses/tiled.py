@@ -22,18 +22,169 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int, UInt
 
 from clip_jax.errors import UserError
 from clip_jax.losses.dense import LossOutput, good_features, good_rows, product_precision
-from clip_jax.losses.tile_losses import LEAST, Side, Sums, Tile, TileLoss
-from clip_jax.losses.tiling import Tiling, choose_tiling
+
+TILE = {"cpu": 1024}
+"""By platform. On a CPU a float32 tile of 4 MiB and what is computed from it stay in the cache."""
+OTHER_TILE = 4096
+"""64 MiB a float32 tile: products large enough to fill a GPU or TPU, in little of its memory."""
+WHOLE_BYTES = 256 * 2**20
+"""What the cosines of a single tile may take of a device, and its dloss/dlogits as much again: a
+batch of 8,192 on one device, or 2,048 rows of a batch of 32,768."""
+KEPT_BYTES = 512 * 2**20
+"""What kept cosines may take of a device: those of 4,096 rows of a batch of 32,768, or of a batch
+of 11,585 on one device."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """Tiles of at most `size` rows and `size` columns.
+
+    Attributes:
+      size: most rows, and most columns, of a tile.
+      keep: hold the cosines of all tiles until the backward pass instead of computing them again.
+    """
+
+    size: int
+    keep: bool
+
+
+def choose_tiling(
+    rows_a_device: int, batch: int, features: int, platform: str, tile_size: int = 0
+) -> Tiling:
+    """The tiling of a batch; with a `tile_size` that one, its cosines not kept.
+
+    Keeping the cosines saves one of four matrix products. A device's are b x B float32 numbers,
+    which grow with the square of the batch, and the tiles are there to prevent that: so they are
+    kept while they take at most `KEPT_BYTES`. They are also kept up to b = 2 D, where they are no
+    more than the gathered texts and their float32 gradient, 2 x B x D numbers on every device.
+
+    Up to `WHOLE_BYTES` there is one tile: three large matrix products are quicker than many small
+    ones, and what they leave to memory is what the dense form leaves, or less.
+    """
+    if tile_size:
+        return Tiling(tile_size, keep=False)
+    cosines = 4 * rows_a_device * batch
+    if cosines <= WHOLE_BYTES:
+        return Tiling(batch, keep=True)
+    keep = cosines <= KEPT_BYTES or rows_a_device <= 2 * features
+    return Tiling(TILE.get(platform, OTHER_TILE), keep)
+
+
+LEAST = -1e30  # below every logit, yet finite: -inf - -inf would be NaN where all is masked
+
+
+class Side(NamedTuple):
+    """One modality: a device's images, all the batch's texts, or one tile of either."""
+
+    z: Float[Array, "rows D"]
+    row: Int[Array, " rows"]
+    valid: Bool[Array, " rows"]
+    caption_id: UInt[Array, " rows"] | None
+
+
+class Tile(NamedTuple):
+    """Some images against some texts: masks of positives and negatives beside."""
+
+    cosine_rc: Float[Array, "r c"]
+    logits_rc: Float[Array, "r c"]
+    own_rc: Bool[Array, "r c"]
+    other_rc: Bool[Array, "r c"]
+
+
+class Sums(NamedTuple):
+    """What the forward pass keeps of rows, or of columns.
+
+    Attributes:
+      most: the largest negative's logit, LEAST without any.
+      total: softmax: sum of exp(logit - most) over negatives. sigmoid: sum of the pairs' losses
+        over a row, 0 over a column.
+    """
+
+    most: Array
+    total: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class TileLoss:
+    """What sets one loss apart from another on the same walk.
+
+    Attributes:
+      fold: (tile, rows so far, columns so far, rows' new `most`, columns' new `most`)
+        -> (rows' total, columns' total).
+      finish: (rows, columns of this device, columns' `most` over all, rows' own logits, columns'
+        own logits, axes) -> (loss of each row, of each column, what `slope` needs of rows, of
+        columns). A bad row's own logit is 0.
+      slope: (tile, kept of its rows, kept of its columns) -> dloss/dlogits, summed not averaged.
+      takes_bias: whether the bias reaches the logits; if not its gradient is exactly 0.
+    """
+
+    fold: Callable[..., tuple[Array, Array]]
+    finish: Callable[..., tuple[Array, Array, Array, Array]]
+    slope: Callable[[Tile, Array, Array], Array]
+    takes_bias: bool
+
+
+def fold_softmax(tile: Tile, rows: Sums, columns: Sums, most_r: Array, most_c: Array):
+    """Sums of exponentials, each below its maximum so that scale 100 cannot overflow.
+
+    Where everything is masked so far the sum counts exp(0)s; the first real maximum, or the own
+    logit in the end, scales them away with exp(LEAST - real) = 0.
+    """
+    negative_rc = jnp.where(tile.other_rc, tile.logits_rc, LEAST)
+    total_r = jnp.sum(jnp.exp(negative_rc - most_r[:, None]), axis=1)
+    total_c = jnp.sum(jnp.exp(negative_rc - most_c), axis=0)
+    total_r += rows.total * jnp.exp(rows.most - most_r)
+    return total_r, total_c + columns.total * jnp.exp(columns.most - most_c)
+
+
+def finish_softmax(rows: Sums, columns: Sums, most_B: Array, own_b: Array, own_B: Array, axes):
+    """Half the cross entropy of every row and every column, and their log-sum-exps."""
+    total_B = lax.psum(columns.total * jnp.exp(columns.most - most_B), axes)
+    row_b = jnp.logaddexp(rows.most + jnp.log(rows.total), own_b)
+    column_B = jnp.logaddexp(most_B + jnp.log(total_B), own_B)
+    return (row_b - own_b) / 2, (column_B - own_B) / 2, row_b, column_B
+
+
+def slope_softmax(tile: Tile, row_r: Array, column_c: Array) -> Array:
+    """(softmax over the row + softmax over the column) / 2 - 1 where the pair is its own."""
+    rising_rc = jnp.exp(tile.logits_rc - row_r[:, None]) + jnp.exp(tile.logits_rc - column_c)
+    return jnp.where(tile.own_rc | tile.other_rc, rising_rc / 2, 0) - tile.own_rc
+
+
+def fold_sigmoid(tile: Tile, rows: Sums, columns: Sums, most_r: Array, most_c: Array):
+    """The pairs' losses, summed along the row; columns would only count them again."""
+    del most_r, most_c
+    pair_rc = jax.nn.softplus(jnp.where(tile.own_rc, -tile.logits_rc, tile.logits_rc))
+    total_r = jnp.sum(jnp.where(tile.own_rc | tile.other_rc, pair_rc, 0), axis=1)
+    return rows.total + total_r, columns.total
+
+
+def finish_sigmoid(rows: Sums, columns: Sums, most_B: Array, own_b: Array, own_B: Array, axes):
+    """The rows' sums are the loss; the slope needs nothing but the logits."""
+    del columns, own_b, own_B, axes
+    nothing_b, nothing_B = jnp.zeros_like(rows.total), jnp.zeros_like(most_B)
+    return rows.total, nothing_B, nothing_b, nothing_B
+
+
+def slope_sigmoid(tile: Tile, row_r: Array, column_c: Array) -> Array:
+    """sigmoid(logit) - 1 where the pair is its own."""
+    del row_r, column_c
+    seen_rc = tile.own_rc | tile.other_rc
+    return jnp.where(seen_rc, jax.nn.sigmoid(tile.logits_rc), 0) - tile.own_rc
+
+
+SOFTMAX = TileLoss(fold_softmax, finish_softmax, slope_softmax, takes_bias=False)
+SIGMOID = TileLoss(fold_sigmoid, finish_sigmoid, slope_sigmoid, takes_bias=True)
 
 
 @dataclasses.dataclass(frozen=True)

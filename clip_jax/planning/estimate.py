@@ -3,10 +3,10 @@
 import math
 from typing import NamedTuple
 
-from clip_jax.config import Config
 from clip_jax.planning.counts import Collective
 from clip_jax.planning.hardware import Device
 from clip_jax.planning.program import Facts
+from clip_jax.sections import Config
 from clip_jax.training.setup import steps_of_run
 
 USABLE = 0.9

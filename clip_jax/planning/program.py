@@ -8,13 +8,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from clip_jax.config import Config
-from clip_jax.losses.tiling import choose_tiling
+from clip_jax.losses.tiled import choose_tiling
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.parallel.mesh import BATCH_AXES, batch_shards
 from clip_jax.planning.counts import Collective, collectives, matmul_flops
 from clip_jax.planning.hlo import parse_program
 from clip_jax.planning.memory import Memory, measure_memory
+from clip_jax.sections import Config
 from clip_jax.training.setup import build_run, make_step, pair_flops
 from clip_jax.training.state import parameter_counts
 

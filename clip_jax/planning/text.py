@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator
 
-from clip_jax.config import Config
 from clip_jax.parallel.mesh import mesh_text
 from clip_jax.planning.counts import COLLECTIVES
 from clip_jax.planning.estimate import (
@@ -19,6 +18,7 @@ from clip_jax.planning.estimate import (
 )
 from clip_jax.planning.hardware import Device
 from clip_jax.planning.program import Facts
+from clip_jax.sections import Config
 
 NOTES = """\
 The compiler's: memory, operations and collectives, of the real step partitioned for this mesh and

@@ -21,10 +21,10 @@ from clip_jax.data.dataset import open_line
 from clip_jax.data.shards import Shard
 from clip_jax.data.skip_log import SkipLog
 from clip_jax.data.sources import fingerprint
-from clip_jax.data.writing.receipt import claim_folder
 from clip_jax.data.writing.scores import FIELD, part_path, read_scores, select, write_part
 from clip_jax.data.writing.shard_set import ShardSet, claim, write_set
 from clip_jax.errors import UserError, run_command
+from clip_jax.files import claim_folder
 from clip_jax.progress_bar import progress_bar
 from clip_jax.tools.data_shard import told
 

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clip_jax.config import EvalSection
 from clip_jax.errors import UserError, run_command
+from clip_jax.sections import EvalSection
 
 if TYPE_CHECKING:
     from clip_jax.evaluation.run import EvalSpec

@@ -9,8 +9,9 @@ import sys
 
 from absl import flags
 
-from clip_jax.config import Config, resolve
+from clip_jax.config import resolve
 from clip_jax.errors import UserError, run_command
+from clip_jax.sections import Config
 from clip_jax.tools.config_flags import parse
 
 _DEVICES = flags.DEFINE_integer("devices", None, "How many devices; config.mesh has to fit them.")

@@ -11,12 +11,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from clip_jax.config import Config
 from clip_jax.data.loader import Loader
 from clip_jax.data.skip_log import SkipLog
 from clip_jax.files import atomic_write
 from clip_jax.parallel import distributed
 from clip_jax.parallel.mesh import batch_part
+from clip_jax.sections import Config
 from clip_jax.training.metrics import (
     DataWait,
     MetricsWriter,

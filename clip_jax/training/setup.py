@@ -11,11 +11,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from clip_jax.config import Config
-from clip_jax.data.counting import Share
 from clip_jax.data.dataset import TrainingData, open_sources, steps_of_one_pass
 from clip_jax.data.images import OPENAI, Preprocess
 from clip_jax.data.loader import Loader, make_train_loader
+from clip_jax.data.manifest import Share
 from clip_jax.data.skip_log import SKIPPED, SkipLog
 from clip_jax.errors import UserError
 from clip_jax.evaluation.in_training import Evaluator, make_evaluator
@@ -31,6 +30,7 @@ from clip_jax.models.zoo import model_config
 from clip_jax.parallel import distributed
 from clip_jax.parallel.mesh import batch_part, batch_shards, check_batch_size, make_mesh, mesh_text
 from clip_jax.pretrained.workdir import model_to_json
+from clip_jax.sections import Config
 from clip_jax.tokenizers import TokenizerSpec, make_tokenizer, tokenizer_spec
 from clip_jax.training.device_augment import kept_patches, make_draws
 from clip_jax.training.optimizer import make_optimizer, make_schedule

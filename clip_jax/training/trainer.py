@@ -12,9 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from clip_jax.config import Config
-from clip_jax.data.dataset import TrainingData
-from clip_jax.data.lazy import lacking
+from clip_jax.data.dataset import TrainingData, lacking
 from clip_jax.data.loader import Batch, bucket_length
 from clip_jax.data.sources import fingerprint
 from clip_jax.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED, UserError
@@ -22,6 +20,7 @@ from clip_jax.files import make_folder
 from clip_jax.parallel import distributed
 from clip_jax.parallel.mesh import batch_part, mesh_text, place_batch
 from clip_jax.pretrained.workdir import Description, write_description
+from clip_jax.sections import Config
 from clip_jax.training.best_checkpoint import Best
 from clip_jax.training.checkpoint import Checkpoints, check_fingerprint
 from clip_jax.training.run_logger import RunLogger, SkipLimit

@@ -20,8 +20,7 @@ from clip_jax.data.augment import jpeg_scale, make_decode, make_transform, small
 from clip_jax.data.dataset import open_sources, steps_of_one_pass
 from clip_jax.data.images import crop_box, decode_image
 from clip_jax.data.loader import make_train_loader
-from clip_jax.data.mixture import BLOCK, Mixture, places
-from clip_jax.data.order import BatchOrder, Order
+from clip_jax.data.order import BLOCK, BatchOrder, Mixture, Order, places
 from clip_jax.data.skip_log import MIN_ROWS, SkipLog
 from clip_jax.data.sources import index_shards
 from clip_jax.errors import UserError

@@ -16,12 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clip_jax.data import dataset
-from clip_jax.data.counting import Share
-from clip_jax.data.dataset import open_sources
+from clip_jax.data.dataset import LazyShard, Resident, open_sources
 from clip_jax.data.formats import remote
-from clip_jax.data.lazy import LazyShard, Resident
 from clip_jax.data.loader import make_train_loader
-from clip_jax.data.manifest import Entry, entry_of, read_index, write_index
+from clip_jax.data.manifest import Entry, Share, entry_of, read_index, write_index
 from clip_jax.data.skip_log import SkipLog
 from clip_jax.data.sources import fingerprint, index_shards
 from clip_jax.errors import UserError

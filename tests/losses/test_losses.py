@@ -14,8 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from clip_jax.errors import UserError
 from clip_jax.losses import FORMS, LOSSES, make_loss, tiled
-from clip_jax.losses.tiled import tile_rows
-from clip_jax.losses.tiling import Tiling, choose_tiling
+from clip_jax.losses.tiled import Tiling, choose_tiling, tile_rows
 
 ROWS, FEATURES = 24, 16
 SCALE, BIAS = 20.0, -3.0

@@ -15,7 +15,7 @@ from clip_jax.data.loader import bucket_length
 from clip_jax.data.survey import Tally, histogram, quantile, spread
 from clip_jax.errors import UserError
 from clip_jax.tools import data_inspect as command
-from clip_jax.tools.data_inspect_text import survey_text
+from clip_jax.tools.data_inspect import survey_text
 
 SIDES = ((40, 64), (200, 130), (90, 90))
 

@@ -24,9 +24,8 @@ from clip_jax.data.images import ImageError
 from clip_jax.data.manifest import Entry, entry_of, write_index
 from clip_jax.data.shards import BadSampleError, ConcatShards, Handles, Shard
 from clip_jax.data.sources import fingerprint
-from clip_jax.data.writing.receipt import claim_folder
 from clip_jax.data.writing.tar_writer import Sample, Shrink, image_suffix, read_sample, write_shard
-from clip_jax.files import atomic_write
+from clip_jax.files import atomic_write, claim_folder
 
 RECEIPT = "shards.json"
 SKIPPED_ENDING = ".skipped.jsonl"

@@ -1,0 +1,196 @@
+"""Every field of an experiment with its default: the sections of the config, frozen.
+
+This is the one place where a default stands. A room takes the section it is about, or plain
+arguments without defaults; `clip_jax.config` makes and checks sections from an experiment file.
+"""
+
+import dataclasses
+from typing import Any
+
+
+def may_change(default: Any) -> Any:
+    """Declare a field that may have another value when a run is resumed.
+
+    Every other field is part of the run's fingerprint: a resumed run with another value is refused.
+    """
+    return dataclasses.field(default=default, metadata={"may_change": True})
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSection:
+    """What is trained."""
+
+    name: str = "ViT-B/32"
+    """A row of `clip_jax.list_models()`."""
+    dtype: str = "float32"
+    """Of activations and matrix products, float32 or bfloat16; parameters stay float32."""
+    init_from: str = ""
+    """A checkpoint to start from, as `clip_jax.load` takes it (`initial.py`); empty is random."""
+    init_tag: str = ""
+    """open_clip's tag of a bare weights file in `init_from`: tells activation and preprocessing."""
+    image_size: int = 0
+    """Side of the pictures, pixels; 0 is the model's own."""
+    context_length: int = 0
+    """Tokens of a caption; 0 is the model's own."""
+    patch_dropout: float = 0.0
+    """Share of a training picture's patches that are left out (FLIP, arXiv:2212.00794)."""
+    attention: str = "auto"
+    """"xla", "cudnn" (NVIDIA GPUs), or "auto": cudnn where it can run, xla elsewhere."""
+    remat: str = "none"
+    """What the backward pass computes again instead of keeping: "none", all but matrix products
+    ("dots"), the inside of every block ("blocks"), or whole towers ("full")."""
+    scan: bool = False
+    """Compile a tower's block once and loop over it: for deep models; the same numbers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSection:
+    """How long, on how much at once, and by which loss."""
+
+    steps: int = 0
+    """Optimiser steps of the whole run; or give `epochs`."""
+    epochs: float = 0.0
+    """Passes over the training data; steps = epochs * pairs / batch_size, rounded down."""
+    batch_size: int = 256
+    """Pairs in a global batch."""
+    microbatch_size: int = 0
+    """Pairs of the global batch that the towers hold at once (GradCache, arXiv:2101.06983): the
+    gradient of the whole batch in the memory of this many. 0 takes the batch whole."""
+    freeze: str = ""
+    """The tower that stays as it is, "image" (LiT, arXiv:2111.07991) or "text"; empty is none."""
+    ema_decay: float = 0.0
+    """Of the parameters' moving average, which evaluation and `load` then use; 0 is none."""
+    loss: str = "softmax"
+    """"softmax" (InfoNCE, the CLIP paper) or "sigmoid" (SigLIP)."""
+    loss_tile: int = 0
+    """Most columns of the logits in memory at a time; 0 chooses by the batch and the devices."""
+    mask_equal_captions: bool = False
+    """Leave pairs with the same caption out of the negatives."""
+    log_every: int = 10
+    """Steps between two lines of metrics."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimSection:
+    """AdamW with decoupled decay, warm-up and cosine (paper, section 2.5 and table 18)."""
+
+    name: str = "adamw"
+    """"adamw", "lion", "adafactor" or "muon": see `optim.make_optimizer` for the numbers."""
+    learning_rate: float = 5e-4
+    """At the end of the warm-up."""
+    warmup_steps: int = 2000
+    """Steps of linear warm-up from 0; a shorter run warms up over a tenth of its steps at most."""
+    weight_decay: float = 0.2
+    """On matrices and embeddings; gains, biases and the temperature have none."""
+    beta1: float = 0.9
+    beta2: float = 0.98
+    eps: float = 1e-6
+    clip_norm: float = 0.0
+    """Largest global norm of a gradient; 0 leaves it alone."""
+    max_logit_scale: float = 100.0
+    """The scale exp(logit_scale) is held at or below this after every update."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSection:
+    """Where pairs come from and what is done to them."""
+
+    train: str | tuple[str, ...] = ""
+    """A source, or a tuple of them: tar shards, tables, records, a folder, a URL or tfds:NAME, by
+    path, brace range, glob, or several joined by "::"; see docs/data.md."""
+    weights: tuple[float, ...] = ()
+    """Shares of a batch that the sources in `train` have; empty takes every pair alike."""
+    filter: str = ""
+    """Conditions on a sample's fields, such as "width>=200,similarity>0.3"; the samples that do
+    not meet them are not in the data."""
+    unique_keys: bool = False
+    """Keep only the first sample of every key."""
+    repeat: bool = True
+    """Begin again when every pair was seen; off, the run is one pass and needs train.epochs 1."""
+    max_skip_fraction: float = 0.1
+    """Largest share of samples, and of shards, that may be unreadable before the run ends."""
+    max_pixels: int = 89_478_485
+    """Pictures with more are skipped before they are decoded."""
+    log_keys: bool = False
+    """Write the keys of every step's samples to keys-N.jsonl in the work folder."""
+    tokenizer: str = "clip"
+    """"clip" (with `model.init_from`: the checkpoint's own), or a sentencepiece .model file."""
+    streams: int = 8
+    """Parallel streams of samples; a multiple of every number of hosts the run may use."""
+    window: int = 8
+    """Shards of a stream that are shuffled together."""
+    threads: int = 4
+    """Threads that decode."""
+    cache_bytes: int = 0
+    """Memory for decoded pictures kept between epochs; 0 keeps none."""
+    crop_scale: tuple[float, float] = (0.9, 1.0)
+    """Share of the picture's area that a training crop keeps."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Width over height of a training crop."""
+    flip: float = 0.0
+    """Share of training pictures that are mirrored."""
+    grayscale: float = 0.0
+    """Share of training pictures that lose their colours."""
+    color_jitter: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    """Most by which a training picture's brightness, contrast and saturation change, in 0..1."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSection:
+    """Devices along each axis; their product is the number of devices."""
+
+    data: int = -1
+    """Copies of the model; -1 takes the devices the other axes leave."""
+    fsdp: int = 1
+    """Devices that split the batch and the parameters between them."""
+    tensor: int = 1
+    """Devices that split each matrix product between them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalSection:
+    """Evaluation at a run's end and, every `every` steps, during it; empty `data` means none."""
+
+    data: str = ""
+    """Tar shards, named like `data.train`; classification needs their .cls members."""
+    classnames: str = ""
+    """File of class names, one a line or a JSON list, or a shipped data set ("imagenet1k"); empty
+    leaves classification out."""
+    templates: tuple[str, ...] = ("a photo of a {}.",)
+    """Prompts whose embeddings are averaged; {} is the class name. A name ("imagenet_7",
+    "imagenet_80", "food101") stands for its shipped list."""
+    tasks: tuple[str, ...] = ("zeroshot_classification", "zeroshot_retrieval")
+    """Those, "linear_probe", "knn" and "few_shot"."""
+    train_data: str = ""
+    """Labelled shards that "linear_probe", "knn" and "few_shot" learn from."""
+    every: int = 0
+    """Steps between two evaluations during the run; 0 evaluates at its end alone."""
+    best: str = ""
+    """Metric of these, "acc1" say, whose highest value's state is kept in `best/`."""
+    batch_size: int = 256
+    ablate: tuple[str, ...] = ()
+    """Templates (or names of lists) that the report compares, each by itself, at the run's end."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointSection:
+    """When to save and what to keep."""
+
+    every: int = 1000
+    """Steps between saves; the last step is always saved."""
+    keep: int = 3
+    """Newest checkpoints that stay."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole experiment."""
+
+    seed: int = 0
+    model: ModelSection = ModelSection()
+    train: TrainSection = TrainSection()
+    optim: OptimSection = OptimSection()
+    data: DataSection = DataSection()
+    mesh: MeshSection = MeshSection()
+    eval: EvalSection = EvalSection()
+    checkpoint: CheckpointSection = CheckpointSection()
