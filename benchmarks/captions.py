@@ -1,4 +1,4 @@
-"""Captions as people write them under pictures: the same list for the same seed.
+"""Captions as people write them under images: the same list for the same seed.
 
 Sentences of a small grammar, eleven words on average: 13.7 of CLIP's tokens, start and end
 included, 19 at most in 95 of 100 and 26 in the longest.

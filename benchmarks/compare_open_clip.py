@@ -1,6 +1,6 @@
 """The same model in open_clip and in clip_jax, from the same weights, for benchmarks.
 
-open_clip makes its random weights; they travel through a file into `clip_jax.load`. The pictures
+open_clip makes its random weights; they travel through a file into `clip_jax.load`. The images
 are random uint8, the captions `captions.make_captions`, and each library tokenizes for itself.
 On a GPU (bfloat16) open_clip runs as it trains there: autocast, `torch.compile`, and PyTorch's
 flash attention inside.
@@ -100,7 +100,7 @@ def make_models(options: argparse.Namespace) -> tuple[torch.nn.Module, LoadedCLI
 
 
 def make_batch(options: argparse.Namespace, loaded: LoadedCLIP) -> Batch:
-    """Random pictures and real-length captions."""
+    """Random images and real-length captions."""
     size = loaded.config.vision.image_size
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (options.batch, size, size, 3), dtype=np.uint8)

@@ -5,7 +5,7 @@ It also passes over the set three times with our loader and tells the memory aft
 Both read the same tar shards on the same machine in the same run, in turns, each in a process of
 its own, with the same number of workers: webdataset, Pillow, open_clip's training transform and
 its tokenizer in torch's worker processes there, our loader's threads here. `--pairs 100000
---shards 100` is the size the claim is made for. The pictures are scikit-learn's two photographs,
+--shards 100` is the size the claim is made for. The images are scikit-learn's two photographs,
 cut at random and re-encoded as JPEG at 300 to 600 pixels a side; a set-up that was broken off goes
 on from its last whole shard. Needs `make parity`.
 """

@@ -3,7 +3,7 @@
     python -m benchmarks.encoding --batch 32
 
 Unit-length features on both sides, through `LoadedCLIP.encode_image` / `encode_text` and through
-open_clip's, without gradients. Pictures are uint8 and normalised within the call. clip_jax's
+open_clip's, without gradients. Images are uint8 and normalized within the call. clip_jax's
 captions are trimmed to the bucket of the longest, as its evaluation and training do; `untrimmed`
 is the same call at the full context. Each library has a process of
 its own (`benchmarks/subprocess_calls.py`).

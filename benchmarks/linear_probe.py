@@ -20,7 +20,7 @@ TEST_ROWS = 10_000
 def make_features(
     rows: int, width: int, classes: int, noise: float, *, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Unit features [rows, width] and labels [rows]: class centres in noise, on a common offset."""
+    """Unit features [rows, width] and labels [rows]: class centers in noise, on a common offset."""
     rng = np.random.default_rng(seed)
     spread_D = 1 / np.sqrt(1 + np.arange(width))
     centres_MD = rng.normal(size=(classes, width)) * spread_D

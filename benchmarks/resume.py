@@ -60,7 +60,7 @@ def resident_bytes() -> int:
 
 
 def write_shards(folder: Path, shards: int, pairs: int) -> None:
-    """Shards of one small picture each with its own key and caption."""
+    """Shards of one small image each with its own key and caption."""
     out = io.BytesIO()
     Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(out, "JPEG")
     folder.mkdir(parents=True, exist_ok=True)

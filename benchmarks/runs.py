@@ -22,7 +22,7 @@ class Run(NamedTuple):
     Attributes:
       wiring: the parts of it.
       step: jitted, not compiled yet.
-      state: the loaded weights and a fresh optimiser; the step takes its memory.
+      state: the loaded weights and a fresh optimizer; the step takes its memory.
       batch: on the device.
     """
 

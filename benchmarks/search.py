@@ -3,8 +3,8 @@
     python -m benchmarks.search
 
 The rows are random, of unit length, in float16 files as `python -m clip_jax.embed` writes them:
-"clustered" around 5,000 centres with a spectrum that falls off, as features of pictures do, its
-queries off the rows as texts are off pictures; and "uniform" on the sphere, where no index has
+"clustered" around 5,000 centers with a spectrum that falls off, as features of images do, its
+queries off the rows as texts are off images; and "uniform" on the sphere, where no index has
 anything to go by. Recall is the share of the exact 10 nearest that faiss's way finds.
 """
 
@@ -26,7 +26,7 @@ CENTRES = 5_000
 
 
 def rows_of(kind: str, count: int, dim: int, rng: np.random.Generator, gap: float) -> np.ndarray:
-    """Unit rows; `gap` moves them all in one direction, as texts lie off pictures."""
+    """Unit rows; `gap` moves them all in one direction, as texts lie off images."""
     x_BD = rng.standard_normal((count, dim), np.float32)
     if kind == "clustered":
         falling_D = np.arange(1, dim + 1, dtype=np.float32) ** -0.5

@@ -5,7 +5,7 @@
 Each part is a program of its own: a tower forward, a tower forward and backward, the loss with its
 gradients, the update. A backward pass is the difference of two of them. The parts take turns with
 the whole step, and what they leave unexplained of it is printed: near 0, the shares can be
-trusted. Utilisation is of the matrix products' rate, measured in every round.
+trusted. Utilization is of the matrix products' rate, measured in every round.
 """
 
 import statistics
@@ -69,7 +69,7 @@ def loss_call(run: Run) -> tuple:
 
 
 class Updater:
-    """The optimiser's update of its own copy of the parameters, their memory given away."""
+    """The optimizer's update of its own copy of the parameters, their memory given away."""
 
     def __init__(self, run: Run):
         optimizer = run.wiring.optimizer

@@ -1,11 +1,11 @@
-"""Training steps of clip_jax and open_clip, side by side: the same weights, batch and optimiser.
+"""Training steps of clip_jax and open_clip, side by side: the same weights, batch and optimizer.
 
     python -m benchmarks.training --batch 32
     python -m benchmarks.training --device gpu --dtype bfloat16 --model ViT-B-16 --batch 512
 
-A step is the whole of it: uint8 pictures normalised, both towers forward and backward, the loss,
+A step is the whole of it: uint8 images normalized, both towers forward and backward, the loss,
 AdamW, and the temperature's clip. In every round a square matrix product is timed as well: the
-limit that utilisation is measured against, in the same weather as the steps. Each library has a
+limit that utilization is measured against, in the same weather as the steps. Each library has a
 process of its own (`benchmarks/subprocess_calls.py` says why).
 """
 

@@ -39,7 +39,7 @@ class LoadedCLIP:
       config: the sizes of both towers.
       params: the parameter pytree, float32.
       batch_stats: a ResNet's running statistics; empty for a ViT.
-      preprocessing: how pictures are made for it.
+      preprocessing: how images are made for it.
       tokenizer_spec: which tokenizer it was trained with; None where that is not known.
       tokenizer: captions to ids; None where it is not known.
     """
@@ -94,9 +94,9 @@ class LoadedCLIP:
         return {"params": self.params, "batch_stats": self.batch_stats}
 
     def preprocess(self, images: Image.Image | Sequence[Image.Image]) -> np.ndarray:
-        """PIL pictures through the model's evaluation transform: uint8 [batch, height, width, 3].
+        """PIL images through the model's evaluation transform: uint8 [batch, height, width, 3].
 
-        They stay uint8 until `encode_image` normalises them on the device.
+        They stay uint8 until `encode_image` normalizes them on the device.
         """
         if isinstance(images, Image.Image):
             images = [images]
@@ -113,7 +113,7 @@ class LoadedCLIP:
 
         Args:
           images: [batch, height, width, 3]; uint8 as `preprocess` returns them, or floats that
-            are normalised already.
+            are normalized already.
 
         Raises:
           UserError: the shape is not what the model takes.
@@ -130,7 +130,7 @@ class LoadedCLIP:
                 f"{list(images.shape)}; make it with preprocess()"
             )
         if images.dtype != jnp.uint8 and not jnp.issubdtype(images.dtype, jnp.floating):
-            raise UserError(f"{method} takes uint8 or normalised floats and got {images.dtype}")
+            raise UserError(f"{method} takes uint8 or normalized floats and got {images.dtype}")
         return images
 
     def encode_text(self, tokens: np.ndarray | jax.Array, normalize: bool = True) -> jax.Array:

@@ -29,11 +29,11 @@ class ModelSection:
     init_tag: str = ""
     """open_clip's tag of a bare weights file in `init_from`: tells activation and preprocessing."""
     image_size: int = 0
-    """Side of the pictures, pixels; 0 is the model's own."""
+    """Side of the images, pixels; 0 is the model's own."""
     context_length: int = 0
     """Tokens of a caption; 0 is the model's own."""
     patch_dropout: float = 0.0
-    """Share of a training picture's patches that are left out (FLIP, arXiv:2212.00794)."""
+    """Share of a training image's patches that are left out (FLIP, arXiv:2212.00794)."""
     attention: str = "auto"
     """"xla", "cudnn" (NVIDIA GPUs), or "auto": cudnn where it can run, xla elsewhere."""
     remat: str = "none"
@@ -48,7 +48,7 @@ class TrainSection:
     """How long, on how much at once, and by which loss."""
 
     steps: int = 0
-    """Optimiser steps of the whole run; or give `epochs`."""
+    """Optimizer steps of the whole run; or give `epochs`."""
     epochs: float = 0.0
     """Passes over the training data; steps = epochs * pairs / batch_size, rounded down."""
     batch_size: int = 256
@@ -110,7 +110,7 @@ class DataSection:
     max_skip_fraction: float = 0.1
     """Largest share of samples, and of shards, that may be unreadable before the run ends."""
     max_pixels: int = 89_478_485
-    """Pictures with more are skipped before they are decoded."""
+    """Images with more are skipped before they are decoded."""
     log_keys: bool = False
     """Write the keys of every step's samples to keys-N.jsonl in the work folder."""
     tokenizer: str = "clip"
@@ -122,17 +122,17 @@ class DataSection:
     threads: int = 4
     """Threads that decode."""
     cache_bytes: int = 0
-    """Memory for decoded pictures kept between epochs; 0 keeps none."""
+    """Memory for decoded images kept between epochs; 0 keeps none."""
     crop_scale: tuple[float, float] = (0.9, 1.0)
-    """Share of the picture's area that a training crop keeps."""
+    """Share of the image's area that a training crop keeps."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Width over height of a training crop."""
     flip: float = 0.0
-    """Share of training pictures that are mirrored."""
+    """Share of training images that are mirrored."""
     grayscale: float = 0.0
-    """Share of training pictures that lose their colours."""
+    """Share of training images that lose their colors."""
     color_jitter: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    """Most by which a training picture's brightness, contrast and saturation change, in 0..1."""
+    """Most by which a training image's brightness, contrast and saturation change, in 0..1."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +162,7 @@ class EvalSection:
     tasks: tuple[str, ...] = ("zeroshot_classification", "zeroshot_retrieval")
     """Those, "linear_probe", "knn" and "few_shot"."""
     train_data: str = ""
-    """Labelled shards that "linear_probe", "knn" and "few_shot" learn from."""
+    """Labeled shards that "linear_probe", "knn" and "few_shot" learn from."""
     every: int = 0
     """Steps between two evaluations during the run; 0 evaluates at its end alone."""
     best: str = ""

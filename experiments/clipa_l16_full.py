@@ -1,4 +1,4 @@
-"""CLIPA-L/16, second half: whole pictures and 32 tokens (Li et al. 2023, arXiv:2305.07017).
+"""CLIPA-L/16, second half: whole images and 32 tokens (Li et al. 2023, arXiv:2305.07017).
 
     python -m clip_jax.main --config experiments/clipa_l16_full.py \\
         --workdir runs/clipa_l16_full --config.data.train='PATH/{00000..41455}.tar'

@@ -3,12 +3,12 @@
     python -m clip_jax.main --config experiments/clipa_l16_short.py \\
         --workdir runs/clipa_l16_short --config.data.train='PATH/{00000..41455}.tar'
 
-36 patches a picture instead of 196. The numbers are those of open_clip's script for CLIPA-L/16
+36 patches an image instead of 196. The numbers are those of open_clip's script for CLIPA-L/16
 (I37, T8) on LAION-400M (`docs/script_examples/clipa/vit_l16/i37_t8_pretrain.sh`), whose weights
 classify ImageNet zero-shot at 57.9 % after this half and at 69.3 % after the other
 (`docs/clipa.md`). What differs there: captions are cut so that nouns stay, here behind their first
-words; the image tower averages the patches, here it reads the class token; colours change on 80 %
-of the pictures, hue too, and 20 % turn grey.
+words; the image tower averages the patches, here it reads the class token; colors change on 80 %
+of the images, hue too, and 20 % turn gray.
 """
 
 import ml_collections

@@ -7,7 +7,7 @@ or, once the data and the tokenizer are there (see the Makefile),
     python -m clip_jax.main --config experiments/emoji.py --workdir runs/emoji
 
 On two CPU cores it takes three to six minutes, and 49 % of the held-out drawings get their own name
-first among 3,633, 79 % among five. More steps (2,400), pictures of 64 pixels, stronger colour
+first among 3,633, 79 % among five. More steps (2,400), images of 64 pixels, stronger color
 changes and a decay of 1.5 were tried and gave no more.
 """
 

@@ -1,4 +1,4 @@
-"""Adafactor instead of AdamW: a quarter of the optimiser's memory (arXiv:1804.04235, 2106.04560).
+"""Adafactor instead of AdamW: a quarter of the optimizer's memory (arXiv:1804.04235, 2106.04560).
 
     python -m clip_jax.main --config experiments/emoji_adafactor.py --workdir runs/emoji_adafactor
 

@@ -1,4 +1,4 @@
-"""CLIPA, first half: small pictures and short captions (Li et al. 2023, arXiv:2305.07017).
+"""CLIPA, first half: small images and short captions (Li et al. 2023, arXiv:2305.07017).
 
     python -m clip_jax.main --config experiments/emoji_clipa_short.py \\
         --workdir runs/emoji_clipa_short

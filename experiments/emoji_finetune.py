@@ -3,9 +3,9 @@
     python -m clip_jax.main --config experiments/emoji_vit.py --workdir runs/emoji_vit
     python -m clip_jax.main --config experiments/emoji_finetune.py --workdir runs/emoji_finetune
 
-Pictures of 64 pixels instead of 48, the patches' positions interpolated from 6 x 6 to 8 x 8, a
+Images of 64 pixels instead of 48, the patches' positions interpolated from 6 x 6 to 8 x 8, a
 tenth of the learning rate. `config.model.init_from` takes whatever `clip_jax.load` does: another
-run, a published file or folder. Pictures are prepared and captions tokenised as for that model.
+run, a published file or folder. Images are prepared and captions tokenized as for that model.
 """
 
 import ml_collections

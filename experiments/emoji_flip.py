@@ -1,9 +1,9 @@
-"""FLIP: half of every training picture's patches left out (Li et al. 2022, arXiv:2212.00794).
+"""FLIP: half of every training image's patches left out (Li et al. 2022, arXiv:2212.00794).
 
     python -m clip_jax.main --config experiments/emoji_flip.py --workdir runs/emoji_flip
 
-The image tower sees 18 of 36 patches, drawn anew for every picture and step, and its class token;
-evaluation shows whole pictures.
+The image tower sees 18 of 36 patches, drawn anew for every image and step, and its class token;
+evaluation shows whole images.
 """
 
 import ml_collections

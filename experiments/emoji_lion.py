@@ -1,4 +1,4 @@
-"""Lion instead of AdamW: half the optimiser's memory (Chen et al. 2023, arXiv:2302.06675).
+"""Lion instead of AdamW: half the optimizer's memory (Chen et al. 2023, arXiv:2302.06675).
 
     python -m clip_jax.main --config experiments/emoji_lion.py --workdir runs/emoji_lion
 

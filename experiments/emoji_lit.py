@@ -3,7 +3,7 @@
     python -m clip_jax.main --config experiments/emoji_vit.py --workdir runs/emoji_vit
     python -m clip_jax.main --config experiments/emoji_lit.py --workdir runs/emoji_lit
 
-Both towers start from the first run. The image tower gets no gradients, no optimiser state and no
+Both towers start from the first run. The image tower gets no gradients, no optimizer state and no
 decay: its parameters are the same bits at the end.
 """
 

@@ -2,7 +2,7 @@
 
     python -m clip_jax.main --config experiments/emoji_muon.py --workdir runs/emoji_muon
 
-Each matrix moves by its orthogonalised momentum, scaled to the size of Adam's updates, so that
+Each matrix moves by its orthogonalized momentum, scaled to the size of Adam's updates, so that
 learning rate and decay are AdamW's.
 """
 

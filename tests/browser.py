@@ -8,7 +8,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 def probe(selector: str) -> str:
     """A JavaScript function: how many boxes of the selector there are, and what is `wrong`.
 
-    Wrong is what runs out of the page, lies on a neighbour that it does not hold, or is a picture
+    Wrong is what runs out of the page, lies on a neighbor that it does not hold, or is an image
     that did not load.
     """
     return """() => {
@@ -20,6 +20,6 @@ def probe(selector: str) -> str:
     return Math.min(p.right, q.right) - Math.max(p.left, q.left) > 1
       && Math.min(p.bottom, q.bottom) - Math.max(p.top, q.top) > 1;
   })).map(a => a.className || a.tagName);
-  const torn = [...document.images].filter(i => !i.naturalWidth).map(() => "broken picture");
+  const torn = [...document.images].filter(i => !i.naturalWidth).map(() => "broken image");
   return {boxes: boxes.length, wrong: [...wide, ...hit, ...torn]};
 }""".replace("SELECTOR", selector)

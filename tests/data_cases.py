@@ -1,4 +1,4 @@
-"""Pictures and shards that several data tests share."""
+"""Images and shards that several data tests share."""
 
 import hashlib
 import io
@@ -29,7 +29,7 @@ class ToyTokenizer:
 
 
 def picture(mode: str, width: int, height: int, seed: int = 0) -> Image.Image:
-    """A picture with edges, gradients and noise, the same in every process."""
+    """An image with edges, gradients and noise, the same in every process."""
     y, x = np.mgrid[0:height, 0:width].astype(np.int64)
     noise = (x * 7919 + y * 104729 + seed * 1299709) * 2654435761 % 2**32 // 2**26
     bands = [(x * k + y * (5 - k) + noise + 60 * ((x // 5 + y // 7) % 2)) % 256 for k in range(4)]

@@ -45,7 +45,7 @@ def make_parts(
     patch_dropout=0.0,
     **options,
 ):
-    """(optimiser, the state's shapes, step); `options` are `make_train_step`'s."""
+    """(optimizer, the state's shapes, step); `options` are `make_train_step`'s."""
     schedule = make_schedule(1e-3, 5, 40)
     made = make_optimizer(schedule, name=optimizer, **ADAMW)
     averaged = options.get("ema_decay", 0.0) > 0

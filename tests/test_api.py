@@ -106,7 +106,7 @@ def test_a_shorter_row_gives_the_same_text_features(clip):
 def test_wrong_shapes_are_named(clip):
     with pytest.raises(UserError, match=r"encode_image takes \[batch, \d+, \d+, 3\] and got"):
         clip.encode_image(np.zeros((1, 3, 8, 8), np.uint8))
-    with pytest.raises(UserError, match="uint8 or normalised floats and got int32"):
+    with pytest.raises(UserError, match="uint8 or normalized floats and got int32"):
         size = clip.config.vision.image_size
         clip.encode_image(np.zeros((1, size, size, 3), np.int32))
     with pytest.raises(UserError, match=r"encode_text takes \[batch, at most 77\]"):

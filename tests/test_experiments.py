@@ -60,7 +60,7 @@ def test_it_trains(name, folder):
 
 @pytest.mark.slow
 def test_tuning_goes_on_from_another_run(folder):
-    """Locked-image tuning and another picture size: lower from the first step, and falling."""
+    """Locked-image tuning and another image size: lower from the first step, and falling."""
     first = train_experiment("vit", folder, steps=40)
     for name in ("lit", "finetune"):
         losses = train_experiment(name, folder, steps=12)

@@ -8,7 +8,7 @@ from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
 
-# Of the optimiser: the paper's, for a ViT.
+# Of the optimizer: the paper's, for a ViT.
 ADAMW = {
     "weight_decay": 0.2,
     "beta1": 0.9,

@@ -1,9 +1,9 @@
-"""Pictures for training: JPEG decoded no larger than a crop needs, then cropped, flipped, greyed.
+"""Images for training: JPEG decoded no larger than a crop needs, then cropped, flipped, grayed.
 
 A JPEG decoder can give k/8 of the size (k = 1..8) from fewer coefficients, for less work there and
 much less in the resize behind it. k is the smallest with which the smallest crop that the settings
 allow still has `image_size` pixels a side, so that no crop is ever enlarged because of it. It
-depends on the picture alone and not on the crop, so a decoded picture can be kept between epochs.
+depends on the image alone and not on the crop, so a decoded image can be kept between epochs.
 Evaluation never comes here.
 """
 
@@ -23,8 +23,8 @@ def smallest_crop(
 ) -> tuple[float, float]:
     """The least width and the least height that `images.crop_box` can give, before rounding.
 
-    A crop of area s and aspect r is sqrt(s r) wide, and as it is no higher than the picture, at
-    least s / height wide; the centred crop that stands in when none fits has bounds of its own.
+    A crop of area s and aspect r is sqrt(s r) wide, and as it is no higher than the image, at
+    least s / height wide; the centerd crop that stands in when none fits has bounds of its own.
     """
     area = scale[0] * width * height
     least_width = max(math.sqrt(area * ratio[0]), area / height)
@@ -40,7 +40,7 @@ def jpeg_scale(
     scale: tuple[float, float],
     ratio: tuple[float, float],
 ) -> int:
-    """k of k/8: how large a picture must be decoded; 8 where it must be whole."""
+    """k of k/8: how large an image must be decoded; 8 where it must be whole."""
     crop = min(smallest_crop(width, height, scale, ratio))
     return min(8, max(1, math.ceil(8 * image_size / crop)))
 
@@ -52,7 +52,7 @@ def make_decode(
     *,
     max_pixels: int = MAX_PIXELS,
 ) -> Callable[[bytes], Image.Image]:
-    """`images.decode_image`, but a JPEG in colour comes reduced."""
+    """`images.decode_image`, but a JPEG in color comes reduced."""
 
     def decode(data: bytes) -> Image.Image:
         if not data.startswith(b"\xff\xd8\xff"):
@@ -84,7 +84,7 @@ def make_transform(
     flip: float = 0.0,
     grayscale: float = 0.0,
 ) -> Callable[[Image.Image, np.random.Generator], UInt8[np.ndarray, "H W 3"]]:
-    """A random crop, then with these chances a mirror image and a grey one.
+    """A random crop, then with these chances a mirror image and a gray one.
 
     The draws come in this order and are always made, so that one setting does not move another's.
     """

@@ -16,7 +16,7 @@ from clip_jax.data.formats.remote import PASSED_OVER
 from clip_jax.data.manifest import ALONE, Counted, Entry, Known, Lost, Share, count_shards, entry_of
 from clip_jax.data.shards import BadSampleError, Handles, Shard
 from clip_jax.data.skip_log import SkipLog, on_shard_error, shard_cause
-from clip_jax.data.sources import expand, index_shard, index_shards, is_lazy
+from clip_jax.data.sources import expand, is_lazy, open_shard, open_shards
 from clip_jax.errors import UserError
 
 
@@ -186,7 +186,7 @@ def open_sources(
     conditions = parse_filter(where)
     lazy = resident > 0 and log is not None and not conditions and not unique_keys
     indexes = Known(workdir) if lazy else None
-    shared = Resident(resident, index_shard)
+    shared = Resident(resident, open_shard)
     sources: list[list[Shard]] = []
     named = 0
     for pattern in [train] if isinstance(train, str) else train:
@@ -207,7 +207,7 @@ def open_sources(
             found = _promised(shards, counted, shared, log)
         else:
             on_error = None if log is None else on_shard_error(log)
-            found = index_shards(shards, threads, on_error=on_error)
+            found = open_shards(shards, threads, on_error=on_error)
         if conditions:
             kept = [filtered(shard, conditions) for shard in found]
             if log is not None:

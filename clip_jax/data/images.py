@@ -1,9 +1,9 @@
-"""Bytes to pictures, and pictures to the uint8 squares that CLIP sees.
+"""Bytes to images, and images to the uint8 squares that CLIP sees.
 
 The transforms are torchvision's on PIL images, as OpenAI's CLIP and open_clip use them: resize
-(antialiased) *before* the conversion to RGB, no turning by EXIF. For palette pictures and
-pictures with transparency the order matters (up to 189 of 255 apart), so it is OpenAI's.
-Hugging Face's processors convert first, and their centre crop lies a pixel further up or left
+(antialiased) *before* the conversion to RGB, no turning by EXIF. For palette images and
+images with transparency the order matters (up to 189 of 255 apart), so it is OpenAI's.
+Hugging Face's processors convert first, and their center crop lies a pixel further up or left
 when the overhang is 3, 7, 11, ... pixels; for a model read from there, too, the rules here hold.
 """
 
@@ -19,7 +19,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-# Per-channel mean and standard deviation of OpenAI's training pictures, for values in [0, 1].
+# Per-channel mean and standard deviation of OpenAI's training images, for values in [0, 1].
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -35,14 +35,14 @@ _FILTERS = {"bicubic": _BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How a checkpoint wants its pictures; it belongs to the weights, not to the architecture.
+    """How a checkpoint wants its images; it belongs to the weights, not to the architecture.
 
     Attributes:
-      resize_mode: "shortest" fits the short side and crops the centre, "longest" fits the long
+      resize_mode: "shortest" fits the short side and crops the center, "longest" fits the long
         side and pads with `fill`, "squash" changes the aspect.
       interpolation: Pillow's filter of that name, always antialiased.
       mean, std: of each channel, for values in [0, 1]; applied on the device.
-      fill: the padding, the same in every channel of the picture's own mode (0 to 255).
+      fill: the padding, the same in every channel of the image's own mode (0 to 255).
     """
 
     resize_mode: ResizeMode = "shortest"
@@ -65,7 +65,7 @@ INCEPTION = Preprocess(mean=_HALF, std=_HALF)  # 1: ViT-L-14 laion2b_s32b_b82k
 
 
 class ImageError(Exception):
-    """A picture that cannot be used.
+    """An image that cannot be used.
 
     Attributes:
       cause: `not_an_image`, `too_large`, `truncated`, `broken` or `empty`.
@@ -77,7 +77,7 @@ class ImageError(Exception):
 
 
 def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """A loaded picture from JPEG, PNG or WebP bytes, in the mode of the file.
+    """A loaded image from JPEG, PNG or WebP bytes, in the mode of the file.
 
     Of an animation it is the first frame. The size is checked before any pixel is decoded.
 
@@ -162,7 +162,7 @@ def eval_transform(
     open_clip raises (a side that would round to nothing in "longest"), one pixel is kept.
 
     Raises:
-      ImageError: `too_large`, when a thread-thin picture would grow beyond `max_pixels`.
+      ImageError: `too_large`, when a thread-thin image would grow beyond `max_pixels`.
     """
     n = image_size
     new_width, new_height = fitted_size(image.width, image.height, n, preprocess.resize_mode)
@@ -194,11 +194,11 @@ def fitted_size(width: int, height: int, n: int, mode: ResizeMode) -> tuple[int,
 
 
 def _pad(image: Image.Image, n: int, fill: int) -> Image.Image:
-    """The picture in the middle of at least `n` x `n`, the odd pixel right and below."""
+    """The image in the middle of at least `n` x `n`, the odd pixel right and below."""
     right, below = (max(0, n - side) for side in image.size)
     border = (right // 2, below // 2, (right + 1) // 2, (below + 1) // 2)
     bands = len(image.getbands())
-    # One number for a palette picture is an index, here as in torchvision.
+    # One number for a palette image is an index, here as in torchvision.
     return ImageOps.expand(image, border, (fill,) * bands if bands > 1 else fill)
 
 
@@ -209,13 +209,13 @@ def random_resized_crop(
     scale: tuple[float, float] = (0.9, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """A random part of the picture, resized to a square: torchvision's `RandomResizedCrop`.
+    """A random part of the image, resized to a square: torchvision's `RandomResizedCrop`.
 
     Args:
       image: any mode.
       image_size: side of the square.
       rng: the only source of chance; the draws use `rng.random()` alone.
-      scale: bounds of the part's area, as a share of the picture's.
+      scale: bounds of the part's area, as a share of the image's.
       ratio: bounds of the part's width over height.
     """
     box = crop_box(image.width, image.height, rng, scale, ratio)
@@ -233,7 +233,7 @@ def crop_box(
     """(left, top, right, bottom) of a random crop, by torchvision's sampling rule.
 
     Ten tries: area uniform in `scale`, log aspect uniform in log `ratio`, place uniform; if none
-    fits into the picture, the largest centred crop whose aspect lies within `ratio`.
+    fits into the image, the largest centerd crop whose aspect lies within `ratio`.
     """
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(10):

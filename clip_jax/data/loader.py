@@ -44,7 +44,7 @@ class Batch(TypedDict, total=False):
     valid: Bool[np.ndarray, " b"]  # False: the row is a placeholder and must not count
     key: list[str]  # "shard/key"
     label: Int32[np.ndarray, " b"]  # class number, -1 when the sample has none
-    captions: list[list[str]]  # every caption of the picture
+    captions: list[list[str]]  # every caption of the image
 
 
 class Loader(Iterator[Batch]):
@@ -100,7 +100,7 @@ class Loader(Iterator[Batch]):
         return dict(self._log.left_out + self._log.shards)
 
     def close(self) -> None:
-        """Ends the threads; a picture that is being decoded is finished first."""
+        """Ends the threads; an image that is being decoded is finished first."""
         self._iterator.close()
 
     def __enter__(self) -> "Loader":
@@ -139,7 +139,7 @@ def make_train_loader(
     """Training batches, in the order of `clip_jax.data.order`.
 
     Args:
-      indexes: the shards, from `sources.index_shards`.
+      indexes: the shards, from `sources.open_shards`.
       tokenizer: called from several threads.
       image_size: side of the pictures, in pixels.
       context_length: tokens per caption; `trim_to_bucket` shortens a batch afterwards.

@@ -1,4 +1,4 @@
-"""From sample ids to rows: read, decode, transform, tokenise. Never raises for bad data."""
+"""From sample ids to rows: read, decode, transform, tokenize. Never raises for bad data."""
 
 import hashlib
 import threading
@@ -44,11 +44,11 @@ class SampleReader:
     Args:
       indexes: the shards whose samples, in line, the ids count.
       tokenizer: called from several threads.
-      transform: (picture, rng) -> uint8 [image_size, image_size, 3].
-      decode: bytes -> a picture; what it gives must depend on the bytes alone.
+      transform: (image, rng) -> uint8 [image_size, image_size, 3].
+      decode: bytes -> an image; what it gives must depend on the bytes alone.
       image_size, context_length: of the rows.
       seed: with epoch and sample id it fixes a row's chance, whoever reads it.
-      cache_bytes: memory for decoded pictures.
+      cache_bytes: memory for decoded images.
       evaluation: read labels, take the first caption, and do without one where there is a label.
       need_captions: False does without a caption everywhere.
     """
@@ -134,9 +134,9 @@ class SampleReader:
 
 
 class _PictureCache:
-    """Decoded pictures up to a number of bytes, then no more.
+    """Decoded images up to a number of bytes, then no more.
 
-    An epoch visits every picture once, so what is evicted would have been as useful as what
+    An epoch visits every image once, so what is evicted would have been as useful as what
     replaces it: keeping the first comers is as good as any policy, and the simplest.
     """
 
@@ -149,7 +149,7 @@ class _PictureCache:
         return self._pictures.get(sample)
 
     def put(self, sample: int, image: Image.Image) -> None:
-        # Pillow stores every picture of several bands with four bytes a pixel.
+        # Pillow stores every image of several bands with four bytes a pixel.
         size = image.width * image.height * (4 if len(image.getbands()) > 1 else 1)
         with self._lock:
             if size <= self._free and sample not in self._pictures:

@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class BadSampleError(Exception):
-    """A sample without a usable picture or caption; `cause` is a short name."""
+    """A sample without a usable image or caption; `cause` is a short name."""
 
     def __init__(self, cause: str, detail: str = ""):
         super().__init__(f"{cause}: {detail}" if detail else cause)
@@ -88,7 +88,7 @@ class Shard(Protocol):
         ...
 
     def image(self, i: int, handles: Handles) -> bytes:
-        """The encoded picture."""
+        """The encoded image."""
         ...
 
     def captions(self, i: int, handles: Handles) -> list[str]:

@@ -11,7 +11,7 @@ SKIPPED = "skipped.jsonl"
 MAX_LINES = 100_000
 """Samples that are listed; further ones are only counted."""
 MIN_ROWS = 1000
-"""The share is taken of at least so many rows: one bad picture among the first ten is no sign."""
+"""The share is taken of at least so many rows: one bad image among the first ten is no sign."""
 
 
 LOST_SHARDS = {"shard_unreadable", "shard_damaged", "shard_missing", "shard_changed"}
@@ -113,7 +113,7 @@ def shard_cause(error: Exception) -> str:
 
 
 def on_shard_error(log: SkipLog) -> Callable[[str, UserError], None]:
-    """For `sources.index_shards`: the shard is left out, counted and named."""
+    """For `sources.open_shards`: the shard is left out, counted and named."""
 
     def leave_out(shard: str, error: UserError) -> None:
         log.shard(shard_cause(error), shard, str(error))

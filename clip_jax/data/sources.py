@@ -2,7 +2,7 @@
 
 A source is one string: a path, a brace range, a glob, a folder, a URL or `tfds:NAME`, several
 joined by `::`, each with options behind a `#` (`pairs.csv#image=file&caption=title`). `expand`
-turns it into the names of single shards, `index_shards` into their indexes. The table `KINDS`
+turns it into the names of single shards, `open_shards` into their indexes. The table `KINDS`
 says which module reads what.
 """
 
@@ -34,20 +34,20 @@ class Kind:
 
 
 KINDS = (
-    Kind("tfds", r"tfds:.*", tfds.index_tfds),
+    Kind("tfds", r"tfds:.*", tfds.open_tfds),
     Kind(
         "tar",
         r".*\.tar",
-        lambda path, o: webdataset.index_shard(path, o.caption or "caption"),
+        lambda path, o: webdataset.open_shard(path, o.caption or "caption"),
         True,
     ),
-    Kind("csv", r".*\.(csv|tsv)", tables.index_csv),
-    Kind("jsonl", r".*\.(jsonl|ndjson)", tables.index_jsonl),
-    Kind("parquet", r".*\.parquet", tables.index_parquet, True),
-    Kind("tfrecord", r".*\.tfrecords?(-\d+-of-\d+)?", records.index_tfrecord, True),
-    Kind("array_record", r".*\.array_?record(-\d+-of-\d+)?", records.index_array_record, True),
+    Kind("csv", r".*\.(csv|tsv)", tables.open_csv),
+    Kind("jsonl", r".*\.(jsonl|ndjson)", tables.open_jsonl),
+    Kind("parquet", r".*\.parquet", tables.open_parquet, True),
+    Kind("tfrecord", r".*\.tfrecords?(-\d+-of-\d+)?", records.open_tfrecord, True),
+    Kind("array_record", r".*\.array_?record(-\d+-of-\d+)?", records.open_array_record, True),
 )
-FOLDER = Kind("folder", r"", folders.index_folder)
+FOLDER = Kind("folder", r"", folders.open_folder)
 # What a folder is taken for: the first kind of file it holds.
 _FOLDER_ORDER = ("tar", "parquet", "tfrecord", "array_record")
 _MANY = 64
@@ -178,19 +178,19 @@ def _expand_url(url: str) -> list[str]:
 
 
 def _expand_folder(folder: str) -> list[str]:
-    """The shards in a folder, or else the folder itself as pictures."""
+    """The shards in a folder, or else the folder itself as images."""
     files = sorted(entry.path for entry in os.scandir(folder) if entry.is_file())
     if tfds.is_tfds_folder(folder):
         return [f"tfds:{folder}"]
     found = _of_one_kind(files)
     if all(os.path.isdir(file.removesuffix(".parquet")) for file in found):
-        found = []  # img2dataset's "files" layout: its lists of addresses, beside the pictures
+        found = []  # img2dataset's "files" layout: its lists of addresses, beside the images
     for name in _METADATA:
         if not found and os.path.isfile(os.path.join(folder, name)):
             found = [os.path.join(folder, name)]
     if not found and not folders.holds_pictures(folder):
         raise UserError(
-            f"folder {folder} holds no .tar file and no picture: name the folder of the shards"
+            f"folder {folder} holds no .tar file and no image: name the folder of the shards"
         )
     return found or [folder]
 
@@ -230,7 +230,7 @@ def expand_braces(text: str) -> list[str]:
     return [head + item + rest for item in items for rest in tails]
 
 
-def index_shard(shard: str) -> Shard:
+def open_shard(shard: str) -> Shard:
     """The index of one shard, as `expand` names it.
 
     Raises:
@@ -241,13 +241,13 @@ def index_shard(shard: str) -> Shard:
     return FilteredShard(index, templates=options.templates) if options.template else index
 
 
-def index_shards(
+def open_shards(
     shards: Sequence[str],
     threads: int = 8,
     *,
     on_error: Callable[[str, UserError], None] | None = None,
 ) -> list[Shard]:
-    """`index_shard` for every shard, in order; the threads hide the latency of a remote disk.
+    """`open_shard` for every shard, in order; the threads hide the latency of a remote disk.
 
     Args:
       on_error: called with a shard that cannot be indexed, which is then left out; without it the
@@ -255,7 +255,7 @@ def index_shards(
     """
     found: list[Shard] = []
     with ThreadPoolExecutor(threads, thread_name_prefix="index") as pool:
-        futures = [pool.submit(index_shard, shard) for shard in shards]
+        futures = [pool.submit(open_shard, shard) for shard in shards]
         try:
             for shard, future in zip(shards, futures, strict=True):
                 try:
@@ -279,7 +279,7 @@ def fingerprint(indexes: Sequence[Shard]) -> str:
 
 
 def incomplete(indexes: Sequence[Shard]) -> dict[str, list[str]]:
-    """Samples without a picture or a caption: cause -> "shard/key" of each.
+    """Samples without an image or a caption: cause -> "shard/key" of each.
 
     They keep their place in the order and come out of the loader with `valid=False`; this list is
     for telling the user before the first step.

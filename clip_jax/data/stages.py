@@ -18,7 +18,7 @@ from clip_jax.typing import Tokenizer
 CHUNK = 32
 PARTS = 4
 """Stages that `measure_parts` measures."""
-_KEPT_BYTES = 256 << 20  # of encoded pictures, for the stages behind reading
+_KEPT_BYTES = 256 << 20  # of encoded images, for the stages behind reading
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def timed(name: str, work: Callable[[int], int], seconds: float) -> Stage:
 def measure_parts(
     indexes: Sequence[Shard], tokenizer: Tokenizer, settings: Settings, *, seconds: float
 ) -> list[Stage]:
-    """Reading, decoding with the crop, tokenising, assembling: each alone, in one thread.
+    """Reading, decoding with the crop, tokenizing, assembling: each alone, in one thread.
 
     Raises:
       UserError: none of the samples that were tried can be used.
@@ -83,7 +83,7 @@ def measure_parts(
     rng = np.random.default_rng(0)
 
     def decode_one(call: int) -> int:
-        # A bad picture takes its time in a run, too.
+        # A bad image takes its time in a run, too.
         with contextlib.suppress(ImageError):
             transform(decode(read.images[call % len(read.images)]), rng)
         return 1

@@ -34,12 +34,12 @@ class Tally:
 
     Attributes:
       bad: cause -> samples that cannot be used; `named` has (cause, "shard/key", details).
-      captions: captions a picture -> pictures.
+      captions: captions an image -> images.
       tokens: length of a caption -> captions.
-      sizes: (width, height) -> pictures.
-      kinds: "jpg RGB" -> pictures.
-      labels: class number -> pictures.
-      image_bytes: of all pictures together, as they are stored.
+      sizes: (width, height) -> images.
+      kinds: "jpg RGB" -> images.
+      labels: class number -> images.
+      image_bytes: of all images together, as they are stored.
       numbers: field -> samples that have it as a number; `lows` and `highs` bound its values.
       words: field -> samples that have something else in it.
     """
@@ -88,7 +88,7 @@ def survey(
     threads: int = 4,
     max_pixels: int = MAX_PIXELS,
 ) -> Iterator[Tally]:
-    """The tallies of these samples, part by part, in order; every picture is decoded whole.
+    """The tallies of these samples, part by part, in order; every image is decoded whole.
 
     Args:
       rows: places in the line of all samples.

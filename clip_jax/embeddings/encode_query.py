@@ -1,4 +1,4 @@
-"""What a user asks, words or a picture, as features of the model that made the embeddings."""
+"""What a user asks, words or an image, as features of the model that made the embeddings."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ from clip_jax.evaluation.zero_shot import class_embeddings
 
 # Rows of one call: texts are filled up to it, so that few programs are compiled.
 TEXT_ROWS = 8
-# Of a picture that somebody gives: a few times what a camera makes.
+# Of an image that somebody gives: a few times what a camera makes.
 MAX_PIXELS = 50_000_000
 
 
@@ -34,10 +34,10 @@ def encode_words(encoders: Encoders, words: Sequence[str]) -> Float32[np.ndarray
 
 
 def encode_picture(encoders: Encoders, data: bytes) -> Float32[np.ndarray, "1 D"]:
-    """The unit feature of an encoded picture.
+    """The unit feature of an encoded image.
 
     Raises:
-      UserError: it is no picture, is damaged, or has too many pixels.
+      UserError: it is no image, is damaged, or has too many pixels.
     """
     try:
         image = decode_image(data, max_pixels=MAX_PIXELS)
@@ -45,14 +45,14 @@ def encode_picture(encoders: Encoders, data: bytes) -> Float32[np.ndarray, "1 D"
             image, encoders.image_size, encoders.preprocess, max_pixels=MAX_PIXELS
         )
     except ImageError as e:
-        raise UserError(f"the picture cannot be used ({e}); give a JPEG, PNG or WebP") from None
+        raise UserError(f"the image cannot be used ({e}); give a JPEG, PNG or WebP") from None
     return unit_rows(encoders.encode_image(pixels_HWC[None]))
 
 
 def class_shares(
     encoders: Encoders, z_image_1D: np.ndarray, labels: Sequence[str], template: str
 ) -> Float32[np.ndarray, " M"]:
-    """How likely each label is for a picture, at the model's own temperature.
+    """How likely each label is for an image, at the model's own temperature.
 
     Raises:
       UserError: the template lacks its {}, or there are no labels.

@@ -1,6 +1,6 @@
 """Approximate search by faiss: a small code of every row is compared, the best are looked at.
 
-Product quantisation to 4 bits for every two features, compared in registers (faiss's "fast
+Product quantization to 4 bits for every two features, compared in registers (faiss's "fast
 scan"), is 128 bytes a row at 512 features: a million rows are compared in a few milliseconds,
 whatever their distribution, with no lists to train and to miss. The nearest `CANDIDATES` codes are
 then scored exactly, from the rows themselves, so that scores and order are those of exact search.
@@ -19,7 +19,7 @@ from clip_jax.errors import UserError, short
 from clip_jax.files import atomic_write
 
 CANDIDATES = 512
-TRAIN_ROWS = 4_096  # 256 for each of 16 centres, more than which faiss does not take
+TRAIN_ROWS = 4_096  # 256 for each of 16 centers, more than which faiss does not take
 ADD_ROWS = 65_536
 # With fewer rows, exact search takes some milliseconds itself.
 LEAST_ROWS = 50_000
@@ -83,7 +83,7 @@ def build(embeddings: Embeddings) -> Any:
     dim, count = embeddings.dim, len(embeddings)
     codes = dim // 2 if dim % 2 == 0 else dim
     index = faiss.index_factory(dim, f"PQ{codes}x4fs", faiss.METRIC_INNER_PRODUCT)
-    # Spread over all rows: neighbours in a source are alike.
+    # Spread over all rows: neighbors in a source are alike.
     index.train(embeddings.rows(np.unique(np.linspace(0, count - 1, TRAIN_ROWS).astype(np.int64))))
     for start in range(0, count, ADD_ROWS):
         index.add(embeddings.rows(np.arange(start, min(start + ADD_ROWS, count))))

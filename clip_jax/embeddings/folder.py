@@ -1,7 +1,7 @@
 """A folder of embeddings in clip-retrieval's layout, and what it says of itself.
 
 `img_emb/img_emb_0.npy`, `text_emb/text_emb_0.npy` and `metadata/metadata_0.parquet` are one part:
-float16 rows of unit length and, row by row, the pictures they are of. Numbers have as many digits
+float16 rows of unit length and, row by row, the images they are of. Numbers have as many digits
 as clip-retrieval gives them. `embedding.json`, which only this project writes, says which model
 and which data they come from.
 """
@@ -39,7 +39,7 @@ class About:
       fingerprint: of the data's shards.
       samples: in the source, those that could not be used among them.
       part_rows: samples of a part, the last one's apart.
-      batch_size: pictures encoded at a time, which moves the last bits of a feature.
+      batch_size: images encoded at a time, which moves the last bits of a feature.
       texts: whether captions are embedded too.
     """
 
@@ -174,7 +174,7 @@ class Embeddings:
 
 
 def open_embeddings(folder: str | Path, kind: str = "image") -> Embeddings:
-    """The rows of pictures ("image") or of captions ("text") in a folder.
+    """The rows of images ("image") or of captions ("text") in a folder.
 
     Raises:
       UserError: there are none, a part is missing or damaged, or files do not fit each other.
@@ -201,5 +201,5 @@ def open_embeddings(folder: str | Path, kind: str = "image") -> Embeddings:
     if len(shapes) > 1 or found.parts[0].ndim != 2:
         raise UserError(f"{folder / FOLDERS[kind]}: parts have rows of shapes {sorted(shapes)}")
     if not len(found):
-        raise UserError(f"{folder} holds no picture: none of its source could be read")
+        raise UserError(f"{folder} holds no image: none of its source could be read")
     return found

@@ -1,4 +1,4 @@
-"""Pictures and captions to a folder of embeddings, part by part.
+"""Images and captions to a folder of embeddings, part by part.
 
 A part's files appear whole and its metadata last, so what was killed is made again from the last
 part on, to the same bytes: a part is the same batches whoever makes it, and when.
@@ -14,12 +14,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clip_jax.data.formats.folders import index_folder
+from clip_jax.data.formats.folders import open_folder
 from clip_jax.data.formats.options import split_options
 from clip_jax.data.loader import Loader
 from clip_jax.data.shards import Shard
 from clip_jax.data.skip_log import SkipLog
-from clip_jax.data.sources import FOLDER, expand, index_shards, kind_of
+from clip_jax.data.sources import FOLDER, expand, kind_of, open_shards
 from clip_jax.embeddings.folder import METADATA, About, is_whole, part_file
 from clip_jax.evaluation.encoders import Encoders
 from clip_jax.evaluation.feature_store import FeatureSet, encode_parts
@@ -28,7 +28,7 @@ from clip_jax.progress_bar import progress_bar
 
 SKIPPED = "skipped"
 LIST = "skipped.jsonl"
-# Of the metadata: a result's row is read with its neighbours.
+# Of the metadata: a result's row is read with its neighbors.
 GROUP_ROWS = 4096
 
 
@@ -44,23 +44,23 @@ class PartLog(SkipLog):
         self.lines.append({"cause": cause, "name": key, "detail": detail[:500]})
 
 
-def index_pictures(data: str) -> list[Shard]:
-    """The shards of a source, whose pictures need no caption.
+def open_images(data: str) -> list[Shard]:
+    """The shards of a source, whose images need no caption.
 
     Raises:
       UserError: it names nothing, or a shard cannot be read.
     """
     shards = expand(data)
     is_folder = [kind_of(split_options(shard)[0]) is FOLDER for shard in shards]
-    others = iter(index_shards([s for s, f in zip(shards, is_folder, strict=True) if not f]))
+    others = iter(open_shards([s for s, f in zip(shards, is_folder, strict=True) if not f]))
     return [
-        index_folder(*split_options(shard), need_captions=False) if folder else next(others)
+        open_folder(*split_options(shard), need_captions=False) if folder else next(others)
         for shard, folder in zip(shards, is_folder, strict=True)
     ]
 
 
 def own_parts(parts: int, index: int, count: int) -> range:
-    """The parts that process `index` of `count` makes: neighbours, and equally many."""
+    """The parts that process `index` of `count` makes: neighbors, and equally many."""
     return range(index * parts // count, (index + 1) * parts // count)
 
 
@@ -84,7 +84,7 @@ def embed(
     title = f"process {index} of {count}" if count > 1 else "embed"
     done = sum(sizes[n] for n in mine if n not in missing)
     total = sum(sizes.values())
-    with progress_bar(total, title, " pictures", initial=done, shown=progress) as counted:
+    with progress_bar(total, title, " images", initial=done, shown=progress) as counted:
         for run in neighbours(missing):
             _embed_run(encoders, indexes, about, folder, run, counted.update)
     return missing
@@ -144,7 +144,7 @@ def _embed_run(
 def _one_caption_each(
     batches: Loader, advance: Callable[[int], object]
 ) -> Iterator[Mapping[str, Any]]:
-    """Batches whose pictures have one caption each, an empty one where there is none."""
+    """Batches whose images have one caption each, an empty one where there is none."""
     for batch in batches:
         yield {**batch, "captions": [(given or [""])[:1] for given in batch["captions"]]}
         advance(sum(key != "" for key in batch["key"]))
@@ -169,7 +169,7 @@ def write_part(
 
 
 def metadata_table(part: FeatureSet) -> pa.Table:
-    """A part's table: clip-retrieval's columns, and where in its source a picture is.
+    """A part's table: clip-retrieval's columns, and where in its source an image is.
 
     `image_path` is "shard/key" and `row` the sample's place among all of the source's.
     """

@@ -1,4 +1,4 @@
-"""How far a figure could be off by the choice of the pictures alone: bootstrap intervals.
+"""How far a figure could be off by the choice of the images alone: bootstrap intervals.
 
 Percentile intervals of 95 % from 1,000 resamples (Efron and Tibshirani 1993, chapter 13). They say
 nothing of another training seed or another data set.
@@ -16,9 +16,9 @@ Interval = tuple[float, float]
 def ratio_intervals(
     hits_BK: Float[np.ndarray, "B K"], counts_BK: Float[np.ndarray, "B K"], *, seed: int = 0
 ) -> list[Interval]:
-    """Intervals of K shares, sum(hits) / sum(counts), when the B pictures are drawn anew.
+    """Intervals of K shares, sum(hits) / sum(counts), when the B images are drawn anew.
 
-    A picture with several captions is drawn with all of them: they are not independent.
+    An image with several captions is drawn with all of them: they are not independent.
     """
     rng = np.random.default_rng(seed)
     size = len(hits_BK)
@@ -34,7 +34,7 @@ def ratio_intervals(
 def mean_recall_interval(
     right_B: Bool[np.ndarray, " B"], label_B: Int[np.ndarray, " B"], *, seed: int = 0
 ) -> Interval:
-    """Of the recall averaged over the classes that have pictures, when the pictures are drawn anew.
+    """Of the recall averaged over the classes that have images, when the images are drawn anew.
 
     A class of which none is drawn is left out of that resample's mean.
     """

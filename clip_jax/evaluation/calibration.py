@@ -9,10 +9,10 @@ BINS = 15
 def reliability(
     share_B: Float[np.ndarray, " B"], right_B: Bool[np.ndarray, " B"], *, bins: int = BINS
 ) -> list[dict[str, int | float]]:
-    """For each bin of equal width that holds pictures: how sure the model was, how often right.
+    """For each bin of equal width that holds images: how sure the model was, how often right.
 
     Args:
-      share_B: the probability of each picture's first class. Bin i holds (i/bins, (i+1)/bins].
+      share_B: the probability of each image's first class. Bin i holds (i/bins, (i+1)/bins].
     """
     place_B = np.clip(np.ceil(share_B * bins).astype(int) - 1, 0, bins - 1)
     count = np.bincount(place_B, minlength=bins)
@@ -25,7 +25,7 @@ def reliability(
 def calibration_error(
     share_B: Float[np.ndarray, " B"], right_B: Bool[np.ndarray, " B"], *, bins: int = BINS
 ) -> float:
-    """Mean distance of confidence and accuracy over the bins, by their pictures
+    """Mean distance of confidence and accuracy over the bins, by their images
     (Guo et al. 2017, arXiv:1706.04599, equation 3)."""
     table = reliability(share_B, right_B, bins=bins)
     off = sum(row["images"] * abs(row["confidence"] - row["accuracy"]) for row in table)

@@ -63,7 +63,7 @@ class Encoders:
 
 
 def image_encoder_over(encode: EncodeImage, mesh: Mesh) -> EncodeImage:
-    """Each process's pictures, split over the mesh's batch axes; the features of all of them.
+    """Each process's images, split over the mesh's batch axes; the features of all of them.
 
     Rows are filled up to a multiple of the devices and cut off again: any number can be given.
     With several processes each gives equally many, a multiple of its own devices.

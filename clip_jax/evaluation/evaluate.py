@@ -101,7 +101,7 @@ def result_rows(
 def draw_examples(
     outcomes: Mapping[str, Sequence[TaskResult]], subject: Subject, count: int, *, seed: int = 0
 ) -> dict[str, list]:
-    """Some classified pictures by their rows, with their names and five guesses each."""
+    """Some classified images by their rows, with their names and five guesses each."""
     if not outcomes.get(ZERO_SHOT):
         return {"rows": [], "truths": [], "guesses": []}
     names, found = subject.class_names, outcomes[ZERO_SHOT][0].details

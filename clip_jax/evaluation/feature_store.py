@@ -1,8 +1,8 @@
 """A data set's features, part by part: what every task is computed from.
 
-A part is some batches' features and what is known of their pictures. Parts are stored as they are
+A part is some batches' features and what is known of their images. Parts are stored as they are
 made, so an evaluation that was killed goes on at its last part, and one with other tasks or
-prompts encodes no picture again.
+prompts encodes no image again.
 """
 
 import dataclasses
@@ -31,15 +31,15 @@ Batches = Iterable[Mapping[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class FeatureSet:
-    """Unit features of the pictures that could be read, and of their captions.
+    """Unit features of the images that could be read, and of their captions.
 
     Attributes:
-      row_B: each picture's place in the order of its data.
+      row_B: each image's place in the order of its data.
       label_B: its class, -1 where that is not known.
       keys: its name, "shard/key".
       captions: what each text says, as a string or an id.
-      image_of_text: the place in `z_image_BD` of each text's picture.
-      skipped: cause -> pictures that could not be used.
+      image_of_text: the place in `z_image_BD` of each text's image.
+      skipped: cause -> images that could not be used.
     """
 
     z_image_BD: Float32[np.ndarray, "B D"]
@@ -93,7 +93,7 @@ def collect(
         `data.loader.Batch`; rows with `valid` False count nowhere.
       folder: where parts are kept and found again; None keeps none.
 
-    Raises UserError when features are not finite, or when no picture could be used.
+    Raises UserError when features are not finite, or when no image could be used.
     """
     parts = stored_parts(folder)
     parts = parts[: min(gather_json(len(parts)))]  # as far as every process sees them

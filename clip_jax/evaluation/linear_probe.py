@@ -115,7 +115,7 @@ def _place(x_BD: np.ndarray, label_B: np.ndarray, mesh: Mesh | None) -> tuple[ja
 
 
 class _Carry(NamedTuple):
-    """Where the minimisation is: stretched weights and bias, L-BFGS's memory, steps taken, and
+    """Where the minimization is: stretched weights and bias, L-BFGS's memory, steps taken, and
     the largest element of the gradient before the last."""
 
     params: tuple[jax.Array, jax.Array]

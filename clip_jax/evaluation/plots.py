@@ -1,4 +1,4 @@
-"""Pictures of a model: its guesses under example images, and the curves of its training."""
+"""Images of a model: its guesses under example images, and the curves of its training."""
 
 import json
 import math
@@ -18,7 +18,7 @@ CELL_WIDTH = 236
 PAD = 14
 LINE = 21
 FONT_SIZE = 14
-# Colours, red green blue.
+# Colors, red green blue.
 INK, GREY, GREEN = (32, 36, 42), (96, 103, 112), (11, 122, 61)
 BAR, GREEN_BAR, FRAME = (226, 231, 238), (196, 232, 207), (214, 218, 224)
 

@@ -1,7 +1,7 @@
 """Class names and prompt templates: the paper's, which are shipped, and those of files.
 
 `prompt_data/` holds open_clip's names and templates of ImageNet and CLIP_benchmark's of the other
-data sets of the CLIP paper; `prompt_data/NOTICE` says under which licences.
+data sets of the CLIP paper; `prompt_data/NOTICE` says under which licenses.
 """
 
 import functools

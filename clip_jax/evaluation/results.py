@@ -50,7 +50,7 @@ def table(results: Sequence[dict[str, Any]], seconds: float) -> str:
     """The results as lines to print, each share with its interval of 95 %."""
     lines = [f"evaluation in {seconds:.0f} s:"]
     for result in results:
-        lines.append(f"  {result['task']} on {result['dataset']}, {result['images']:,} pictures")
+        lines.append(f"  {result['task']} on {result['dataset']}, {result['images']:,} images")
         for name, value in result["metrics"].items():
             if name in COUNTS:
                 lines.append(f"    {name:<28} {value:8.4g}")

@@ -120,7 +120,7 @@ def _ranks(
     candidates_BD: Float[jax.Array, "B D"],
     right_bB: Bool[jax.Array, "b B"],
 ) -> Int[jax.Array, " b"]:
-    # As in zero_shot.top_classes: rounded inputs would swap close neighbours.
+    # As in zero_shot.top_classes: rounded inputs would swap close neighbors.
     scores_bB = jnp.matmul(queries_bD, candidates_BD.T, precision=jax.lax.Precision.HIGHEST)
     right_scores_bB = jnp.where(right_bB, scores_bB, -jnp.inf)
     best_b1 = right_scores_bB.max(axis=1, keepdims=True)

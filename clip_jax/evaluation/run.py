@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from clip_jax.data.images import Preprocess, eval_transform
 from clip_jax.data.sample_reader import SampleReader
-from clip_jax.data.sources import Shard, expand, fingerprint, index_shards
+from clip_jax.data.sources import Shard, expand, fingerprint, open_shards
 from clip_jax.evaluation.encoders import Encoders
 from clip_jax.evaluation.evaluate import draw_examples, result_rows
 from clip_jax.evaluation.feature_store import FeatureSet, collect, gather_json
@@ -58,7 +58,7 @@ class EvalSpec:
     """What to evaluate.
 
     Attributes:
-      data: the source that is scored; train_data, val_data: labelled ones to learn from.
+      data: the source that is scored; train_data, val_data: labeled ones to learn from.
       classnames: a file or a shipped data set; empty leaves classification out.
       templates, ablate: prompts and names of lists; `ablate` are compared, each by itself.
       dataset, pretrained: for the results; empty takes the data's name and nothing.
@@ -99,7 +99,7 @@ def open_request(request: EvalSpec) -> Sources:
             raise lacks_training(task)
 
     def indexed(pattern: str) -> Sequence[Shard]:
-        return index_shards(expand(pattern)) if pattern else ()
+        return open_shards(expand(pattern)) if pattern else ()
 
     learning = any(task in LEARNING for task in request.tasks)
     return Sources(
@@ -307,7 +307,7 @@ def compare_templates(
 
 
 class _NoTokens:
-    """Stands where a reader wants a tokenizer and only pictures are asked for."""
+    """Stands where a reader wants a tokenizer and only images are asked for."""
 
     vocab_size, eot_id, pad_id = 1, 0, 0
 
@@ -321,7 +321,7 @@ class _NoTokens:
 def read_pictures(
     indexes: Sequence[Shard], rows: Sequence[int], size: int, preprocess: Preprocess
 ) -> np.ndarray:
-    """The pictures at these places of the data's order, uint8 [rows, size, size, 3]."""
+    """The images at these places of the data's order, uint8 [rows, size, size, 3]."""
 
     reader = SampleReader(
         indexes,

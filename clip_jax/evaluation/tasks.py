@@ -29,14 +29,14 @@ class Subject:
     """What the tasks look at.
 
     Attributes:
-      test: the pictures that are scored.
-      train, validation: labelled pictures to learn from; without `validation` a fifth of `train`
+      test: the images that are scored.
+      train, validation: labeled images to learn from; without `validation` a fifth of `train`
         chooses C.
       class_MD: the classes' text embeddings, or None.
       scale: between cosines and logits, for probabilities.
-      shots: labelled pictures a class in `few_shot`, each drawn `draws` times.
+      shots: labeled images a class in `few_shot`, each drawn `draws` times.
       confuse_equal_captions: retrieval as CLIP_benchmark has it, where equal captions of different
-        pictures are wrong answers.
+        images are wrong answers.
       progress: a bar of the fits, on stderr.
     """
 
@@ -114,7 +114,7 @@ def linear_probe(subject: Subject) -> list[TaskResult]:
 
 
 def neighbours(subject: Subject) -> list[TaskResult]:
-    """The votes of the nearest training pictures."""
+    """The votes of the nearest training images."""
     classes, (x_BD, y_B), _ = _training(subject, NEIGHBOURS)
 
     def votes(z_BD: np.ndarray) -> np.ndarray:
@@ -125,7 +125,7 @@ def neighbours(subject: Subject) -> list[TaskResult]:
 
 
 def few_shot(subject: Subject) -> list[TaskResult]:
-    """Logistic regression on a few training pictures a class; the mean of some draws.
+    """Logistic regression on a few training images a class; the mean of some draws.
 
     C is 1, or every draw's own where there is a validation split to choose it by.
     """
@@ -135,7 +135,7 @@ def few_shot(subject: Subject) -> list[TaskResult]:
     possible = [shots for shots in subject.shots if shots <= most_shots]
     if not possible:
         raise UserError(
-            f"{FEW_SHOT}: no class has more than {most_shots} training pictures; give fewer --shots"
+            f"{FEW_SHOT}: no class has more than {most_shots} training images; give fewer --shots"
         )
     outcomes = []
     for shots in possible:
@@ -177,8 +177,8 @@ def check_tasks(names: Sequence[str]) -> list[str]:
 
 
 def lacks_training(task: str) -> UserError:
-    """What is wrong where a task of `LEARNING` has no pictures to learn from."""
-    return UserError(f"{task} learns from labelled pictures; give --train-data")
+    """What is wrong where a task of `LEARNING` has no images to learn from."""
+    return UserError(f"{task} learns from labeled images; give --train-data")
 
 
 def _labelled(features: FeatureSet, num_classes: int) -> Int[np.ndarray, " rows"]:
@@ -198,16 +198,16 @@ def _pairs(features: FeatureSet, num_classes: int) -> tuple[np.ndarray, np.ndarr
 def _training(
     subject: Subject, task: str
 ) -> tuple[int, tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """The number of classes, the labelled training pictures, and the rows that fit and choose."""
+    """The number of classes, the labeled training images, and the rows that fit and choose."""
     if subject.train is None:
         raise lacks_training(task)
     if not (subject.test.label_B >= 0).any():
-        raise UserError(f"{task}: no picture of the test data has a label (a .cls member)")
+        raise UserError(f"{task}: no image of the test data has a label (a .cls member)")
     known = [f for f in (subject.train, subject.test, subject.validation) if f is not None]
     classes = len(subject.class_names) or 1 + max(int(f.label_B.max()) for f in known)
     x_BD, y_B = _pairs(subject.train, classes)
     if len(y_B) < 2:
-        raise UserError(f"{task}: the training data has {len(y_B)} labelled pictures")
+        raise UserError(f"{task}: the training data has {len(y_B)} labeled images")
     return classes, (x_BD, y_B), hold_out(y_B)
 
 
@@ -263,7 +263,7 @@ def _recall_intervals(
     metrics: dict[str, float],
     ks: Sequence[int] = (1, 5, 10),
 ) -> dict[str, Interval]:
-    """Pictures are drawn anew, each with all its texts."""
+    """Images are drawn anew, each with all its texts."""
     images = len(ranks.text_of_image)
 
     def of_image(values: np.ndarray) -> Float[np.ndarray, " images"]:

@@ -110,7 +110,7 @@ class CLIP(nn.Module):
         """Image features, not of unit length.
 
         Rows not `valid` have no part in batch statistics. `patch_ids_Bl`: the numbers of the
-        patches that an image transformer sees of each picture; None is all. The class token
+        patches that an image transformer sees of each image; None is all. The class token
         always stays.
         """
         return self.visual(images_BHWC, train, valid_B, patch_ids_Bl)
@@ -139,7 +139,7 @@ def unrolled(model: CLIP) -> CLIP:
 
 
 def init_variables(model: CLIP, seed: int) -> dict[str, Any]:
-    """Random parameters (and batch statistics) by the paper's initialisation; traceable."""
+    """Random parameters (and batch statistics) by the paper's initialization; traceable."""
     size, length = model.config.vision.image_size, model.config.text.context_length
     images_BHWC = jnp.zeros((1, size, size, 3))
     tokens_BL = jnp.zeros((1, length), jnp.int32)

@@ -1,4 +1,4 @@
-"""A small convolutional image tower, for small pictures and little computing time.
+"""A small convolutional image tower, for small images and little computing time.
 
 Not one of CLIP's: the embedded emoji run uses it, because it learns most in a minute of a CPU.
 A patch convolution, then 3x3 convolutions of stride 2, each with batch norm and ReLU; then one
@@ -51,7 +51,7 @@ class ConvNet(nn.Module):
         valid_B: Bool[Array, " B"] | None = None,
         patch_ids_Bl: None = None,
     ) -> Float[Array, "B D"]:
-        """Features of normalised images, not of unit length.
+        """Features of normalized images, not of unit length.
 
         With `train` the statistics of the batch's good rows are used (all are where `valid_B` is
         None), and the running ones updated where the caller makes `batch_stats` mutable.

@@ -1,4 +1,4 @@
-"""Convolution and batch norm with PyTorch's padding, initialisation and momentum."""
+"""Convolution and batch norm with PyTorch's padding, initialization and momentum."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ def conv(
 
 
 def statistics_mask(valid_B: Bool[Array, " B"] | None) -> Bool[Array, "B 1 1 1"] | None:
-    """Which pictures a batch norm's statistics are taken of: the good ones.
+    """Which images a batch norm's statistics are taken of: the good ones.
 
     Of all where none is good, so that such a batch has a variance at all.
     """
@@ -41,7 +41,7 @@ def batch_norm(
     """PyTorch's epsilon and momentum (0.1 there is 0.9 here).
 
     Under one jitted step over a mesh the statistics are those of the global batch; call it with
-    `mask=statistics_mask(ok_B)`, so that a picture that could not be read has no part in them. The
+    `mask=statistics_mask(ok_B)`, so that an image that could not be read has no part in them. The
     running variance is the biased one, where PyTorch keeps the unbiased: n / (n - 1) apart.
     """
     init = nn.initializers.zeros if zero_scale else nn.initializers.ones

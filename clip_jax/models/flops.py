@@ -98,7 +98,7 @@ def train_flops_per_pair(
     Args:
       config: the model.
       length: tokens of the caption (after trimming).
-      kept_patches: of a picture; None is all.
+      kept_patches: of an image; None is all.
       freeze: the tower that is not trained, "image" or "text", has no backward pass.
     """
     image, text = image_flops(config, kept_patches), text_flops(config, length)

@@ -1,4 +1,4 @@
-"""The pieces both transformers share: activations, initialisers, attention, one residual block."""
+"""The pieces both transformers share: activations, initializers, attention, one residual block."""
 
 import dataclasses
 from collections.abc import Callable
@@ -62,7 +62,7 @@ def zeros(fan_in: int) -> Initializer:
 
 @dataclasses.dataclass(frozen=True)
 class BlockInit:
-    """Initialisers of a residual block's four matrices, and of the MLP's biases by fan-in."""
+    """Initializers of a residual block's four matrices, and of the MLP's biases by fan-in."""
 
     attention_in: Initializer
     attention_out: Initializer
@@ -103,7 +103,7 @@ def text_block_init(width: int, layers: int) -> BlockInit:
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation computed in float32, returned in the input's dtype."""
+    """Layer normalization computed in float32, returned in the input's dtype."""
 
     epsilon: float = LAYER_NORM_EPS
 

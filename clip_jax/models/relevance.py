@@ -1,4 +1,4 @@
-"""Where in a picture the cosine with a caption comes from.
+"""Where in an image the cosine with a caption comes from.
 
 The measure is gradient-weighted attention (Chefer et al. 2021, arXiv:2103.15679) of the attention
 that is read last: the weight that a head gives a patch, times what the cosine gains as the weight
@@ -28,11 +28,11 @@ class RelevanceFn(Protocol):
     def __call__(
         self, variables: Mapping[str, Any], images_BHWC: Array, z_text_BD: Array
     ) -> Float[Array, "B h w"]:
-        """What each place of the grid adds to the cosine of each picture and its text.
+        """What each place of the grid adds to the cosine of each image and its text.
 
         Args:
-          images_BHWC: normalised pictures.
-          z_text_BD: unit features, one for each picture.
+          images_BHWC: normalized images.
+          z_text_BD: unit features, one for each image.
         """
         ...
 
@@ -79,7 +79,7 @@ def make_relevance(model: CLIP) -> RelevanceFn:
 
         def cosines(change: Array) -> tuple[Array, Array]:
             z_BD, y = forward(variables, images_BHWC, change)
-            # Pictures do not meet, so the sum's gradient is each cosine's own.
+            # Images do not meet, so the sum's gradient is each cosine's own.
             return jnp.sum(unit_length(z_BD) * z_text_BD), y
 
         gradient, y = jax.grad(cosines, has_aux=True)(jnp.zeros(y.shape, y.dtype))

@@ -137,7 +137,7 @@ class ModifiedResNet(nn.Module):
         valid_B: Bool[Array, " B"] | None = None,
         patch_ids_Bl: None = None,
     ) -> Float[Array, "B D"]:
-        """Features of normalised images, not of unit length.
+        """Features of normalized images, not of unit length.
 
         With `train` the statistics of the batch's good rows are used (all are where `valid_B` is
         None), and the running ones updated where the caller makes `batch_stats` mutable.

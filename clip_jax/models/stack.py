@@ -3,7 +3,7 @@
 One by one, a transformer of L blocks has `resblocks_0` to `resblocks_{L-1}`. Stacked, it has
 `resblocks`, the first L - 1 with a leading axis of layers, and `resblocks_{L-1}` as before. Both
 functions take any tree that holds such dicts, of arrays or of ShapeDtypeStructs: parameters, or
-an optimiser's state of the same structure. They can be traced.
+an optimizer's state of the same structure. They can be traced.
 """
 
 from typing import Any
@@ -60,7 +60,7 @@ def _unstack(blocks: dict[str, Any]) -> dict[str, Any]:
 def _join(parts: tuple[Any, ...]) -> Any:
     first = parts[0]
     if first.size == 1:
-        # Not a block's own: what an optimiser puts where it keeps nothing.
+        # Not a block's own: what an optimizer puts where it keeps nothing.
         return first
     if isinstance(first, jax.ShapeDtypeStruct):
         sharding = first.sharding

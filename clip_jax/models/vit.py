@@ -139,9 +139,9 @@ class VisionTransformer(nn.Module):
         valid_B: Bool[Array, " B"] | None = None,
         patch_ids_Bl: Int[Array, "B l"] | None = None,
     ) -> Float[Array, "B D"]:
-        """Features of normalised images, not of unit length; `train` and `valid_B` change nothing.
+        """Features of normalized images, not of unit length; `train` and `valid_B` change nothing.
 
-        With `patch_ids_Bl` those patches of each picture alone are seen (FLIP, Li et al. 2022).
+        With `patch_ids_Bl` those patches of each image alone are seen (FLIP, Li et al. 2022).
         """
         del train, valid_B
         c = self.config

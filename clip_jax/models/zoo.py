@@ -168,7 +168,7 @@ MODELS: dict[str, CLIPConfig] = {
     "ViT-L/14@336px": openai(768, vit("L", 336, 14), TEXT_768),
     # ViT-S (Touvron et al. 2021, DeiT, table 1) with open_clip's text tower of the same width.
     "ViT-S/16": clip(384, vit("S", 224, 16), TEXT_384),
-    # For small pictures on a CPU, such as the embedded emoji.
+    # For small images on a CPU, such as the embedded emoji.
     "ConvNet-48": CLIPConfig(
         256,
         ConvNetConfig(48, 4, (64, 128, 256)),

@@ -3,7 +3,7 @@
 Modules know nothing of meshes. A row that names an axis which does not divide the dimension
 leaves that dimension whole. Where `fsdp` is then not used, it splits the largest dimension it
 divides: gains, biases and embeddings too, which on many devices would outweigh a share of the
-matrices. The optimiser's moments have their parameter's path as their ending and are laid out by
+matrices. The optimizer's moments have their parameter's path as their ending and are laid out by
 the same rows.
 """
 

@@ -106,7 +106,7 @@ def _more_fsdp(state: int, copies: int, mesh: dict[str, int]) -> str:
     sizes = [n for n in (8, 16, 32, 64, 128, 256) if now < n <= most and most % n == 0]
     wanted = sizes[0] if sizes else most
     return (
-        f"config.mesh.fsdp={wanted}: parameters, moving averages and optimiser "
+        f"config.mesh.fsdp={wanted}: parameters, moving averages and optimizer "
         f"{gigabytes(state * now / wanted)} instead of {gigabytes(state)}"
         + (f", gradients and copies of parameters {gigabytes(copies)} at most" if copies else "")
     )
@@ -136,7 +136,7 @@ def gigabytes(n: float) -> str:
 
 
 def run_steps(config: Config, pairs: int | None) -> int | None:
-    """Optimiser steps of the whole run; None where that takes a number of pairs."""
+    """Optimizer steps of the whole run; None where that takes a number of pairs."""
     return (config.train.steps or None) if pairs is None else steps_of_run(config, pairs)
 
 

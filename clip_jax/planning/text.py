@@ -142,7 +142,7 @@ def _time(
     useful = facts.hand_flops / peak
     yield (
         f"  {'':<24}{config.train.batch_size / times.most:>12,.0f} to "
-        f"{config.train.batch_size / times.least:,.0f} pairs/s; model FLOP utilisation "
+        f"{config.train.batch_size / times.least:,.0f} pairs/s; model FLOP utilization "
         f"{100 * useful / times.most:.0f} to {100 * useful / times.least:.0f} %"
     )
 

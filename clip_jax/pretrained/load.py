@@ -62,7 +62,7 @@ class Checkpoint:
       name: the registered model, or the file's.
       config: its sizes, activation and all.
       arrays: for each path of the parameter tree, a function that reads its array, float32.
-      preprocess: how its pictures are made.
+      preprocess: how its images are made.
       tokenizer: the one it was trained with; None where its files are not there.
     """
 
@@ -138,7 +138,7 @@ def unstack(arrays: Arrays) -> Arrays:
             made[name] = array
         else:
             made |= {f"{before}/encoderblock_{i}/{after}": row for i, row in enumerate(array)}
-    # Checkpoints of a whole training state keep the optimiser's beside the parameters.
+    # Checkpoints of a whole training state keep the optimizer's beside the parameters.
     return {name: array for name, array in made.items() if not name.startswith("opt/")}
 
 
@@ -211,7 +211,7 @@ def resized(
     *,
     grow_text: bool = False,
 ) -> Checkpoint:
-    """The checkpoint for pictures or captions of another size, its positions interpolated.
+    """The checkpoint for images or captions of another size, its positions interpolated.
 
     As open_clip does it: bicubic over the grid of patches, linear over the text. Longer texts are
     for training on: a tower that is causal and read at the end token keeps the positions it has
@@ -229,7 +229,7 @@ def resized(
     arrays = dict(checkpoint.arrays)
     if image_size is not None and image_size != vision.image_size:
         if isinstance(vision, ConvNetConfig):
-            raise UserError(f"{checkpoint.name} takes pictures of {vision.image_size} pixels alone")
+            raise UserError(f"{checkpoint.name} takes images of {vision.image_size} pixels alone")
         step = vision.patch_size if isinstance(vision, ViTConfig) else 32
         if image_size < step or (isinstance(vision, ResNetConfig) and image_size % step):
             raise UserError(f"image_size {image_size} is not a multiple of {step} pixels")

@@ -87,7 +87,7 @@ def _vision(v: dict[str, Any], quick: bool, where: str) -> ViTConfig | ResNetCon
     image_size = v.get("image_size", 224)
     if isinstance(image_size, list | tuple):
         if len(set(image_size)) != 1:
-            raise UserError(f"{where}: pictures of {image_size} pixels are not square")
+            raise UserError(f"{where}: images of {image_size} pixels are not square")
         image_size = image_size[0]
     if v.get("timm_model_name"):
         return _siglip_vision(v, int(image_size), where)

@@ -111,7 +111,7 @@ def preprocess_from_hf(preprocessor_config: Any) -> Preprocess:
     for step in ("do_resize", "do_rescale"):
         if not config.get(step, True):
             raise UserError(
-                f"{where}: {step} is off, and pictures of any size or range cannot be fed"
+                f"{where}: {step} is off, and images of any size or range cannot be fed"
             )
     factor = config.get("rescale_factor", 1 / 255)
     # The files spell 1/255 with 17 digits, or fewer.

@@ -1,7 +1,7 @@
-"""Position embeddings for another picture size or text length, as open_clip resizes them.
+"""Position embeddings for another image size or text length, as open_clip resizes them.
 
 Both are a product with a matrix of filter weights for each axis, built here in float64: PyTorch's
-`F.interpolate` with `align_corners=False`, bicubic with `antialias=True` for pictures, linear
+`F.interpolate` with `align_corners=False`, bicubic with `antialias=True` for images, linear
 without it for texts. I, J and P count the new rows, columns and positions.
 """
 

@@ -1,6 +1,6 @@
 """open_clip's pretrained (model, tag) pairs that can be loaded here, and how each was trained.
 
-A file of weights does not say its activation or how its pictures were made, and open_clip builds
+A file of weights does not say its activation or how its images were made, and open_clip builds
 28 of its pairs with another activation than they were trained with, with a warning alone. So the
 pair is asked for: `clip_jax.load(file, model="ViT-B-32:metaclip_400m")`. Source: open_clip 3.3
 `pretrained.py`.
@@ -78,7 +78,7 @@ TAGS = {
 # "-quickgelu" twins whose list is not the starred tags of the plain name.
 _QUICK = "-quickgelu"
 
-# Pairs whose pictures are not made as their family's.
+# Pairs whose images are not made as their family's.
 _OTHERS = {
     ("ViT-L-14", "laion2b_s32b_b82k"): INCEPTION,
     ("ViT-H-14", "dfn5b"): DFN5B,
@@ -89,14 +89,14 @@ _OTHERS = {
 
 
 class Pretrained(NamedTuple):
-    """A published model: its row of the zoo and how its pictures are made."""
+    """A published model: its row of the zoo and how its images are made."""
 
     model: str
     preprocess: Preprocess
 
 
 def family_preprocess(model: str) -> Preprocess:
-    """How the pictures of a model's family are made, where no tag says more."""
+    """How the images of a model's family are made, where no tag says more."""
     if "SigLIP" in model:
         return SIGLIP
     return CLIPA if "CLIPA" in model else OPENAI

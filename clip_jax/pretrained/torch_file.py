@@ -18,7 +18,7 @@ from clip_jax.pretrained.mapped_file import BadFile, map_file, reading, shown
 from clip_jax.pretrained.torch_pickle import Object, Storage, Tensor, load_pickle
 from clip_jax.pretrained.zip_file import Member, member_bytes, zip_members
 
-# A ViT-bigG with its optimiser has 2 MB of pickle.
+# A ViT-bigG with its optimizer has 2 MB of pickle.
 _MAX_PICKLE = 16 << 20
 _MAX_RANK = 8
 # Bounds on what the walk through a TorchScript module yields: modules may be shared.

@@ -19,7 +19,7 @@ from typing import Any
 
 from clip_jax.pretrained.mapped_file import BadFile, shown
 
-# A ViT-bigG with its optimiser takes about 120,000.
+# A ViT-bigG with its optimizer takes about 120,000.
 MAX_STEPS = 1_000_000
 
 STORAGES = {

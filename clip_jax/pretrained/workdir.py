@@ -31,7 +31,7 @@ class Description:
       model_name: its row of the zoo.
       model: its sizes, the tokenizer's included.
       tokenizer: its file, where it has one, lies in the work folder; None is none that is known.
-      preprocess: how pictures are made for the model.
+      preprocess: how images are made for the model.
       config: the resolved experiment, as nested dicts; empty for a converted model.
     """
 

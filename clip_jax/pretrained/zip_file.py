@@ -15,7 +15,7 @@ from clip_jax.pretrained.mapped_file import BadFile, shown
 
 STORED, DEFLATED = 0, 8
 
-# A model with its optimiser has a few thousand members.
+# A model with its optimizer has a few thousand members.
 _MAX_MEMBERS = 100_000
 _END = struct.Struct("<4s4H2IH")
 _END64 = struct.Struct("<4sQ2H2I4Q")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from clip_jax.data.sources import expand, index_shards
+from clip_jax.data.sources import expand, open_shards
 from clip_jax.errors import UserError
 from clip_jax.evaluation.feature_store import FeatureSet, join, stored_parts
 from clip_jax.evaluation.plots import read_curves
@@ -31,7 +31,7 @@ class Run:
       curves: name -> (steps, values) of metrics.jsonl; empty without training.
       evaluation: eval.json; empty where nothing was evaluated.
       confusion: (truth, guess, images), most first.
-      features: of the evaluated pictures; None where they are not kept.
+      features: of the evaluated images; None where they are not kept.
       class_MD: the classes' embeddings, of `class_names`.
     """
 
@@ -89,14 +89,14 @@ def _read_confusion(path: Path) -> list[tuple[str, str, int]]:
 
 
 def thumbnails(run: Run, places: Iterable[int]) -> dict[int, str]:
-    """Pictures of the evaluated set by their place in `run.features`, as data URIs.
+    """Images of the evaluated set by their place in `run.features`, as data URIs.
 
     Empty where the data is no longer there.
     """
     assert run.features is not None
     places = sorted(set(places))
     try:
-        indexes = index_shards(expand(run.evaluation["request"]["data"]))
+        indexes = open_shards(expand(run.evaluation["request"]["data"]))
     except UserError:
         return {}
     preprocess = preprocess_from_json(run.evaluation["preprocess"], where="eval.json: preprocess")
@@ -106,7 +106,7 @@ def thumbnails(run: Run, places: Iterable[int]) -> dict[int, str]:
 
 
 def data_uri(image_HWC: np.ndarray) -> str:
-    """A picture inside the page itself."""
+    """An image inside the page itself."""
     out = io.BytesIO()
     Image.fromarray(image_HWC).save(out, "WEBP", quality=82, method=4)
     return "data:image/webp;base64," + base64.b64encode(out.getvalue()).decode()

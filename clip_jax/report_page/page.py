@@ -74,7 +74,7 @@ def _about(runs: Sequence[Run]) -> str:
         if run.curves:
             told.append(f"{max(steps[-1] for steps, _ in run.curves.values()):,} steps")
         if results:
-            told.append(f"{results[0]['images']:,} pictures evaluated")
+            told.append(f"{results[0]['images']:,} images evaluated")
         skipped = sum(run.evaluation.get("skipped", {}).values())
         told += [f"{skipped:,} could not be used"] if skipped else []
         parts.append(escape(f"{run.folder}: {', '.join(told)}"))

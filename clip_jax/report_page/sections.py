@@ -55,7 +55,7 @@ def curves(runs: Sequence[Run]) -> str:
 
 
 def legend(runs: Sequence[Run]) -> str:
-    """Which colour is which run, where there are several."""
+    """Which color is which run, where there are several."""
     if len(runs) < 2:
         return ""
     names = (f'<span class="c{i % 6}">{escape(r.name)}</span>' for i, r in enumerate(runs))
@@ -89,7 +89,7 @@ def results(runs: Sequence[Run]) -> str:
     return section(
         "Results",
         "Shares in percent; in brackets the interval of 95 % that comes of the choice of the "
-        "pictures alone (bootstrap, 1,000 resamples). Runs whose intervals overlap a good deal "
+        "images alone (bootstrap, 1,000 resamples). Runs whose intervals overlap a good deal "
         "cannot be told apart on this data.",
         f'<div class="wide"><table>{body}</table></div>' + _bars(runs, rows),
     )
@@ -141,7 +141,7 @@ def calibration(runs: Sequence[Run]) -> str:
     return section(
         "Calibration",
         "Across, the probability of the first name; up, how often it is right, with larger dots "
-        "for more pictures. On the diagonal a probability means what it says.",
+        "for more images. On the diagonal a probability means what it says.",
         f'<div class="charts">{"".join(charts)}</div>' if charts else "",
     )
 
@@ -161,7 +161,7 @@ def ablation(runs: Sequence[Run]) -> str:
 
 
 def pictures(runs: Sequence[Run]) -> str:
-    """The sections with pictures, run by run."""
+    """The sections with images, run by run."""
     return "".join(_pictures_of(run, len(runs) > 1) for run in runs if run.features is not None)
 
 
@@ -191,33 +191,32 @@ def _pictures_of(run: Run, several: bool) -> str:
         (
             section(
                 f"Worst classes{of}",
-                "The classes with the lowest recall, and the mean probability that their pictures "
+                "The classes with the lowest recall, and the mean probability that their images "
                 "give to the names they are taken for. The whole confusion matrix is in "
                 "confusion.csv.",
                 "" if worst is None else _worst(run, worst, pictures),
             ),
             section(
                 f"One batch{of}",
-                "Cosines of some pictures, downwards, with their captions, across. The framed "
+                "Cosines of some images, downwards, with their captions, across. The framed "
                 "diagonal should be the strongest of its row and of its column.",
                 "" if batch is None else _batch(batch, pictures),
             ),
             section(
                 f"Found by words{of}",
-                "A caption and the ten pictures nearest to it, of all that were evaluated; those "
+                "A caption and the ten images nearest to it, of all that were evaluated; those "
                 "that have this caption are framed.",
                 "".join(_query(query, pictures) for query in queries),
             ),
             section(
                 f"Nearest wrong captions{of}",
-                "Pictures that are nearer to another picture's caption than to their own, by the "
-                "most.",
+                "Images that are nearer to another image's caption than to their own, by the most.",
                 _misses(misses, pictures),
             ),
             section(
                 f"Map{of}",
-                f"Pictures by {how}: what lies near looks alike to the model.",
-                scatter(points, label="map of the pictures"),
+                f"Images by {how}: what lies near looks alike to the model.",
+                scatter(points, label="map of the images"),
             ),
         )
     )
@@ -279,7 +278,7 @@ def _query(query: select_examples.Query, pictures: dict[int, str]) -> str:
     shots = []
     for place, cosine, right in zip(query.places, query.cosines, query.right, strict=True):
         mark = " right" if right else ""
-        image = _image(pictures, place, query.caption if right else "another picture", 76)
+        image = _image(pictures, place, query.caption if right else "another image", 76)
         shots.append(f'<div class="shot{mark}">{image}{cosine:.2f}</div>')
     return (
         f'<div class="query"><b>{escape(query.caption)}</b>'

@@ -1,4 +1,4 @@
-"""Which pictures, captions and classes of an evaluation are worth looking at."""
+"""Which images, captions and classes of an evaluation are worth looking at."""
 
 import importlib.util
 import warnings
@@ -9,14 +9,14 @@ from jaxtyping import Float, Float32, Int
 
 from clip_jax.evaluation.feature_store import FeatureSet
 
-# Pictures whose nearest captions are looked for: more would show no more.
+# Images whose nearest captions are looked for: more would show no more.
 MOST_SEARCHED = 2000
 NEIGHBOURS = 15
-"""Of a picture on UMAP's map; its own default."""
+"""Of an image on UMAP's map; its own default."""
 
 
 class Batch(NamedTuple):
-    """Pictures down, their captions across: cosines [n, n]."""
+    """Images down, their captions across: cosines [n, n]."""
 
     places: Int[np.ndarray, " n"]
     captions: list[str]
@@ -24,7 +24,7 @@ class Batch(NamedTuple):
 
 
 class Query(NamedTuple):
-    """A caption, the places of its nearest pictures, their cosines, and which are right."""
+    """A caption, the places of its nearest images, their cosines, and which are right."""
 
     caption: str
     places: list[int]
@@ -33,7 +33,7 @@ class Query(NamedTuple):
 
 
 class Miss(NamedTuple):
-    """A picture whose nearest caption is not its own."""
+    """An image whose nearest caption is not its own."""
 
     place: int
     caption: str
@@ -43,7 +43,7 @@ class Miss(NamedTuple):
 
 
 def captions_of(features: FeatureSet) -> list[str]:
-    """The first caption of each picture; empty where it has none."""
+    """The first caption of each image; empty where it has none."""
     found = [""] * len(features)
     for text in range(len(features.captions) - 1, -1, -1):
         found[int(features.image_of_text[text])] = str(features.captions[text])
@@ -51,7 +51,7 @@ def captions_of(features: FeatureSet) -> list[str]:
 
 
 def similarity_batch(features: FeatureSet, *, size: int = 10, seed: int = 0) -> Batch:
-    """Some pictures with different captions, and the cosines of all with all."""
+    """Some images with different captions, and the cosines of all with all."""
     texts = np.random.default_rng(seed).permutation(len(features.captions))
     chosen: dict[str, int] = {}
     for text in texts:
@@ -67,7 +67,7 @@ def similarity_batch(features: FeatureSet, *, size: int = 10, seed: int = 0) -> 
 def gallery(
     features: FeatureSet, *, queries: int = 8, nearest: int = 10, seed: int = 1
 ) -> list[Query]:
-    """Some captions, each with the pictures nearest to it among all."""
+    """Some captions, each with the images nearest to it among all."""
     texts = np.random.default_rng(seed).permutation(len(features.captions))
     found: dict[str, Query] = {}
     for text in texts:
@@ -89,7 +89,7 @@ def gallery(
 
 
 def nearest_wrong(features: FeatureSet, *, count: int = 12, seed: int = 2) -> list[Miss]:
-    """The pictures that prefer a wrong caption to their own by the most, among a sample."""
+    """The images that prefer a wrong caption to their own by the most, among a sample."""
     own = captions_of(features)
     places = np.array([i for i, caption in enumerate(own) if caption])
     places = np.random.default_rng(seed).permutation(places)[:MOST_SEARCHED]
@@ -110,11 +110,11 @@ def nearest_wrong(features: FeatureSet, *, count: int = 12, seed: int = 2) -> li
 
 
 class Worst(NamedTuple):
-    """The classes with the lowest recall, and where their pictures' probability goes.
+    """The classes with the lowest recall, and where their images' probability goes.
 
     Attributes:
-      places: a picture of each class.
-      shares: mean probability of `columns` for the pictures of each class [n, columns].
+      places: an image of each class.
+      shares: mean probability of `columns` for the images of each class [n, columns].
     """
 
     classes: list[int]
@@ -162,7 +162,7 @@ def _softmax(logits_bM: np.ndarray) -> np.ndarray:
 def flat_map(z_BD: Float32[np.ndarray, "B D"]) -> tuple[str, Float[np.ndarray, "B 2"]]:
     """Two coordinates of each feature: UMAP's where umap-learn is installed, else PCA's.
 
-    PCA's also of so few pictures that each would have all the others for neighbours.
+    PCA's also of so few images that each would have all the others for neighbors.
     """
     if len(z_BD) > NEIGHBOURS and importlib.util.find_spec("umap"):
         with warnings.catch_warnings():
@@ -173,7 +173,7 @@ def flat_map(z_BD: Float32[np.ndarray, "B D"]) -> tuple[str, Float[np.ndarray, "
             reducer = umap.UMAP(
                 n_neighbors=NEIGHBOURS, min_dist=0.2, metric="cosine", random_state=0, n_jobs=1
             )
-            return f"UMAP, {NEIGHBOURS} neighbours by cosine", reducer.fit_transform(z_BD)
+            return f"UMAP, {NEIGHBOURS} neighbors by cosine", reducer.fit_transform(z_BD)
     centred_BD = z_BD - z_BD.mean(axis=0)
     values_D, turn_DD = np.linalg.eigh(centred_BD.T @ centred_BD)
     kept = values_D[-2:].sum() / max(float(values_D.sum()), 1e-12)

@@ -1,4 +1,4 @@
-"""Charts as SVG text, coloured by the page's style sheet, so that they follow dark and light."""
+"""Charts as SVG text, colored by the page's style sheet, so that they follow dark and light."""
 
 import math
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ def line_chart(
     """Curves over a common axis; points that are not finite leave a gap.
 
     Args:
-      series: (name, points); the place in the list is the colour.
+      series: (name, points); the place in the list is the color.
       percent: y are shares, written in percent; log: a logarithmic axis, where all y are above 0.
     """
     shown = [(name, _thin(points)) for name, points in series]
@@ -83,7 +83,7 @@ def _stretches(points: Sequence[Point]) -> list[list[Point]]:
 def bar_chart(
     rows: Sequence[tuple[str, float, tuple[float, float] | None, int]], *, label: str
 ) -> str:
-    """Shares as bars across: (name, share, interval, colour)."""
+    """Shares as bars across: (name, share, interval, color)."""
     row_height, name_width = 24, 190
     top = max([share for _, share, _, _ in rows] + [i[1] for _, _, i, _ in rows if i] + [1e-9])
     scale = (WIDTH - name_width - 70) / top
@@ -105,7 +105,7 @@ def bar_chart(
 
 
 def scatter(points: Sequence[tuple[float, float, str, str]], *, label: str, size: int = 26) -> str:
-    """A map: (x, y, what it is, its picture as a data URI or ""); texts are rings."""
+    """A map: (x, y, what it is, its image as a data URI or ""); texts are rings."""
     width, height, pad = 760, 520, 24
     xs, ys = [p[0] for p in points], [p[1] for p in points]
     x_span, y_span = (max(xs) - min(xs)) or 1, (max(ys) - min(ys)) or 1
@@ -125,7 +125,7 @@ def scatter(points: Sequence[tuple[float, float, str, str]], *, label: str, size
 
 
 def diagonal_chart(points: Sequence[tuple[float, float, float]], *, label: str) -> str:
-    """Reliability: (confidence, accuracy, share of the pictures) against the diagonal."""
+    """Reliability: (confidence, accuracy, share of the images) against the diagonal."""
     side, pad = 260, 40
 
     def at(v: float) -> float:
@@ -143,7 +143,7 @@ def diagonal_chart(points: Sequence[tuple[float, float, float]], *, label: str) 
     parts.append(f'<path class="line c0" d="M{line}"/>')
     parts += [
         f'<circle class="dot c0" cx="{at(c):.1f}" cy="{down(a):.1f}" r="{2 + 6 * share**0.5:.1f}">'
-        f"<title>{share:.1%} of the pictures</title></circle>"
+        f"<title>{share:.1%} of the images</title></circle>"
         for c, a, share in points
     ]
     return frame(side, side, label, parts)

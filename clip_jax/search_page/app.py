@@ -1,4 +1,4 @@
-"""The page's server: words or a picture in, results as JSON out."""
+"""The page's server: words or an image in, results as JSON out."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -123,7 +123,7 @@ def make_app(
         if row < len(finder.embeddings):
             small = await run_in_threadpool(pictures.small, row)
         if small is None:
-            raise HTTPException(404, "no such picture")
+            raise HTTPException(404, "no such image")
         return Response(small[0], media_type=small[1])
 
     async def wrong(request: "Request", error: Exception) -> "Response":
@@ -165,14 +165,14 @@ class WithHeaders:
 
 
 async def read_upload(request: "Request") -> bytes:
-    """The body, refused as soon as it is more than a picture may be."""
+    """The body, refused as soon as it is more than an image may be."""
     from starlette.exceptions import HTTPException
 
     chunks, size = [], 0
     async for chunk in request.stream():
         size += len(chunk)
         if size > MAX_UPLOAD:
-            raise HTTPException(413, f"the picture is larger than {MAX_UPLOAD >> 20} MiB")
+            raise HTTPException(413, f"the image is larger than {MAX_UPLOAD >> 20} MiB")
         chunks.append(chunk)
     return b"".join(chunks)
 

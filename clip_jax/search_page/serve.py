@@ -35,7 +35,7 @@ def serve(
     encoders.encode_image(np.zeros((1, encoders.image_size, encoders.image_size, 3), np.uint8))
     shown = f"[{host}]" if ":" in host else host
     if pictures.why_none:
-        print(f"no pictures will be shown: {pictures.why_none}", flush=True)
+        print(f"no images will be shown: {pictures.why_none}", flush=True)
     if not is_local(host):
         print(f"whoever reaches {host} can ask; there is no password", flush=True)
     print(f"http://{shown}:{listening.getsockname()[1]} (Ctrl-C ends)", flush=True)

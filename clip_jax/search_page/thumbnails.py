@@ -1,4 +1,4 @@
-"""Small pictures of results, read from the source that was embedded."""
+"""Small images of results, read from the source that was embedded."""
 
 import io
 
@@ -9,14 +9,14 @@ from clip_jax.data.shards import BadSampleError, ConcatShards, Handles
 from clip_jax.data.sources import fingerprint
 from clip_jax.embeddings.encode_query import MAX_PIXELS
 from clip_jax.embeddings.folder import Embeddings
-from clip_jax.embeddings.write import index_pictures
+from clip_jax.embeddings.write import open_images
 from clip_jax.errors import UserError
 
 SIDE = 256
 
 
 class Pictures:
-    """The pictures of a folder's rows, by number: nothing that a browser says becomes a path.
+    """The images of a folder's rows, by number: nothing that a browser says becomes a path.
 
     Attributes:
       why_none: what keeps them from being shown; empty where they are.
@@ -29,10 +29,10 @@ class Pictures:
         about = embeddings.about
         source = data or (about.data if about else "")
         if not source:
-            self.why_none = "the embeddings do not say where their pictures lie; give --data"
+            self.why_none = "the embeddings do not say where their images lie; give --data"
             return
         try:
-            indexes = index_pictures(source)
+            indexes = open_images(source)
         except UserError as e:
             self.why_none = f"their source cannot be read: {e}"
             return
@@ -42,7 +42,7 @@ class Pictures:
         self._line = ConcatShards(indexes)
 
     def small(self, row: int) -> tuple[bytes, str] | None:
-        """An encoded picture that fits a square of `SIDE`, and its media type; None for none."""
+        """An encoded image that fits a square of `SIDE`, and its media type; None for none."""
         place = self._embeddings.metadata(row).get("row")
         if self.why_none or not isinstance(place, int) or not 0 <= place < len(self._line):
             return None

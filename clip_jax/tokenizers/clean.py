@@ -1,4 +1,4 @@
-"""What happens to a text before a tokenizer's own normalisation; the weights decide which one.
+"""What happens to a text before a tokenizer's own normalization; the weights decide which one.
 
 The four names and their results are open_clip's (`open_clip/tokenizer.py`, 3.3), which follows
 OpenAI in mending mojibake and HTML first, and big_vision in `canonicalize`. Hugging Face's

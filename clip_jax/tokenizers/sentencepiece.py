@@ -34,7 +34,7 @@ class SentencePieceTokenizer:
         return fill_rows(rows, context_length, eot_id=self.eot_id, pad_id=self.pad_id)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of one row of ids, up to its end token, as the model normalised it."""
+        """The text of one row of ids, up to its end token, as the model normalized it."""
         ids = [int(i) for i in ids]
         ids = ids[: ids.index(self.eot_id)] if self.eot_id in ids else ids
         return self._processor.decode([i for i in ids if i != self.pad_id])
@@ -51,7 +51,7 @@ def make_sentencepiece_tokenizer(
         where it has none (`pad_id` -1), as big_vision does. SigLIP was trained with the end token
         (id 1) as padding although its model has a pad piece: give it here. SigLIP 2 pads with
         Gemma's pad piece (id 0).
-      clean: a name of `clean.CLEANERS`, done before the model's normalisation; SigLIP's is
+      clean: a name of `clean.CLEANERS`, done before the model's normalization; SigLIP's is
         "canonicalize".
 
     Raises UserError when the file is missing, is not a model, or has no end token.
@@ -117,7 +117,7 @@ def train_sentencepiece(
     """Trains a model ("unigram" or "bpe") on captions and writes it to `path`.
 
     Ids: pad 0, end 1, unknown 2, then 256 byte pieces; no start token. Text is lower-cased and
-    NFKC-normalised (`nmt_nfkc_cf`). Characters beyond `character_coverage` are spelt in bytes, so
+    NFKC-normalized (`nmt_nfkc_cf`). Characters beyond `character_coverage` are spelt in bytes, so
     that nothing is unknown. Captions of more than 4,192 bytes are left out.
 
     The same captions in the same order give the same file: nothing is sampled or shuffled.

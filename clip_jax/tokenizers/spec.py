@@ -26,7 +26,7 @@ class TokenizerSpec:
     Attributes:
       kind: "clip" (OpenAI's BPE, which needs nothing else), "sentencepiece" or "huggingface".
       file: the `.model` or `tokenizer.json`.
-      clean: a name of `clean.CLEANERS`, done before the tokenizer's own normalisation.
+      clean: a name of `clean.CLEANERS`, done before the tokenizer's own normalization.
       sot_id, eot_id: set around the pieces instead of the file's template ("huggingface").
       pad_id: fills rows; None as the file says.
       strip_sep: the end token becomes 0 ("huggingface"; CLIPA).

@@ -23,7 +23,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--model", help='the model of a bare file: "NAME" or "NAME:TAG"')
     parser.add_argument("--tokenizer", help="its tokenizer.json or SentencePiece .model")
-    parser.add_argument("--image-size", type=int, help="interpolate to pictures of this size")
+    parser.add_argument("--image-size", type=int, help="interpolate to images of this size")
     parser.add_argument("--context-length", type=int, help="shorten to texts of this length")
     return parser.parse_args(argv)
 

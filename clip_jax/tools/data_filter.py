@@ -1,7 +1,7 @@
 """Keep the pairs that a model finds fitting: `python -m clip_jax.data.filter SOURCE --model M --out
 DIR --threshold 0.28` (or `--top 0.3`).
 
-Scores are the cosines of each picture and its caption. DIR/scores keeps them, part by part, and the
+Scores are the cosines of each image and its caption. DIR/scores keeps them, part by part, and the
 same command goes on after a kill. The kept pairs become tar shards, `similarity` among their
 fields; with neither flag all scored ones do, for `config.data.filter="similarity>=0.28"`.
 """

@@ -1,6 +1,6 @@
 """What is in a set: `python -m clip_jax.data.inspect SOURCE [--out DIR]`.
 
-SOURCE is what `config.data.train` takes. Every picture is read and decoded (or `--limit` of them,
+SOURCE is what `config.data.train` takes. Every image is read and decoded (or `--limit` of them,
 at equal distances). With `--out` the folder gets `inspect.json`, `samples.png` and `bad.jsonl`.
 """
 
@@ -265,7 +265,7 @@ def _write(
 
 
 def some_samples(indexes: Sequence[Shard], rows: np.ndarray) -> tuple[list[np.ndarray], list[str]]:
-    """Pictures and captions of `GRID` of these samples, at equal distances where they are good."""
+    """Images and captions of `GRID` of these samples, at equal distances where they are good."""
     images, captions = [], []
     candidates = rows[spread(len(rows), 4 * GRID)]
     line = ConcatShards(indexes)

@@ -1,6 +1,6 @@
 """Write any source as tar shards: `python -m clip_jax.data.shard SOURCE --out DIR`.
 
-SOURCE is what `config.data.train` takes. Pictures keep their bytes (unless `--resize`), captions
+SOURCE is what `config.data.train` takes. Images keep their bytes (unless `--resize`), captions
 become `.txt`, fields `.json` and class numbers `.cls`. The same command goes on after a kill.
 """
 
@@ -25,7 +25,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("source", nargs="+", help="tar shards, a table, records, a folder, a URL")
     parser.add_argument("--out", required=True, help="the folder to write")
     parser.add_argument("--per-shard", type=int, default=10_000, help="samples of a shard")
-    parser.add_argument("--resize", type=int, help="longest short side of a picture, pixels")
+    parser.add_argument("--resize", type=int, help="longest short side of an image, pixels")
     parser.add_argument("--quality", type=int, default=95, help="of JPEGs that are resized")
     parser.add_argument("--filter", default="", help='as config.data.filter: "width>=200"')
     parser.add_argument("--unique-keys", action="store_true", help="the first sample of a key")

@@ -1,4 +1,4 @@
-"""Embed pictures: `python -m clip_jax.embed --model MODEL --data SOURCE --out DIR`.
+"""Embed images: `python -m clip_jax.embed --model MODEL --data SOURCE --out DIR`.
 
 DIR gets clip-retrieval's layout: `img_emb/`, `text_emb/` and `metadata/`, float16 of unit length.
 The same command goes on where it was stopped. On a cluster start it once on every machine: each
@@ -26,9 +26,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="a run, or a published model")
     parser.add_argument("--architecture", default="", help='of a bare file: "NAME" or "NAME:TAG"')
     parser.add_argument("--tokenizer", default="", help="its tokenizer.json or .model")
-    parser.add_argument("--data", required=True, help="pictures, as docs/data.md names sources")
+    parser.add_argument("--data", required=True, help="images, as docs/data.md names sources")
     parser.add_argument("--out", required=True, help="the folder")
-    parser.add_argument("--batch-size", type=int, default=256, help="pictures at a time")
+    parser.add_argument("--batch-size", type=int, default=256, help="images at a time")
     parser.add_argument("--part-size", type=int, default=32_768, help="samples of a part's files")
     parser.add_argument("--part-of", metavar="I/N", help="this process and how many, from 0/N on")
     parser.add_argument("--no-text", action="store_true", help="captions are not embedded")
@@ -70,14 +70,14 @@ def embed_source(args: argparse.Namespace) -> str:
     from clip_jax.api import encoders_of, load_over_devices
     from clip_jax.data.sources import fingerprint
     from clip_jax.embeddings.folder import claim
-    from clip_jax.embeddings.write import LIST, embed, finish, index_pictures
+    from clip_jax.embeddings.write import LIST, embed, finish, open_images
 
     if min(args.batch_size, args.part_size) < 1:
         raise UserError("--batch-size and --part-size must be at least 1")
     index, count = place_of(args.part_of)
-    indexes = index_pictures(args.data)
+    indexes = open_images(args.data)
     if not (samples := sum(map(len, indexes))):
-        raise UserError(f"--data {args.data} holds no picture")
+        raise UserError(f"--data {args.data} holds no image")
     clip, mesh = load_over_devices(
         args.model, architecture=args.architecture or None, tokenizer=args.tokenizer or None
     )
@@ -98,7 +98,7 @@ def embed_source(args: argparse.Namespace) -> str:
     rows, skipped = done
     causes = ", ".join(f"{n:,} {cause}" for cause, n in skipped.most_common())
     lost = f"; could not be used: {causes} ({folder / LIST})" if causes else ""
-    return f"{told}; {rows:,} pictures of {about.embed_dim} features{lost}"
+    return f"{told}; {rows:,} images of {about.embed_dim} features{lost}"
 
 
 def describe(

@@ -35,9 +35,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         action="append",
         help='a prompt with {}, "imagenet_1", "imagenet_7", "imagenet_80", or a file; repeatable',
     )
-    parser.add_argument("--train-data", help="labelled shards that probes learn from")
+    parser.add_argument("--train-data", help="labeled shards that probes learn from")
     parser.add_argument(
-        "--val-data", help="labelled shards that choose C of linear_probe and few_shot"
+        "--val-data", help="labeled shards that choose C of linear_probe and few_shot"
     )
     parser.add_argument("--ablate", action="append", help="prompts to compare, as --template")
     parser.add_argument("--neighbours", type=int, default=20, help="of knn")
@@ -47,7 +47,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--confuse-equal-captions",
         action="store_true",
-        help="as CLIP_benchmark: an equal caption of another picture is a wrong answer",
+        help="as CLIP_benchmark: an equal caption of another image is a wrong answer",
     )
     return parser.parse_args(argv)
 

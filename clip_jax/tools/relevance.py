@@ -1,7 +1,7 @@
-"""Show what in a picture a caption is about: `python -m clip_jax.relevance --model MODEL
+"""Show what in an image a caption is about: `python -m clip_jax.relevance --model MODEL
 --image FILE --caption "a red bird" --out map.png`.
 
-The PNG has the picture as the model sees it, and beside it the same under a map of the patches
+The PNG has the image as the model sees it, and beside it the same under a map of the patches
 that raise its cosine with the caption.
 """
 
@@ -19,8 +19,8 @@ from clip_jax.files import atomic_write
 if TYPE_CHECKING:
     from PIL import Image
 
-SIDE = 448  # of the picture in the PNG, about
-STRENGTH = 0.65  # of the map's colour where it is largest
+SIDE = 448  # of the image in the PNG, about
+STRENGTH = 0.65  # of the map's color where it is largest
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -38,7 +38,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def overlay(
     pixels_HWC: UInt8[np.ndarray, "H W 3"], gain_HW: Float[np.ndarray, "h w"]
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """The picture under a map of another size, coloured from nothing to the map's largest."""
+    """The image under a map of another size, colored from nothing to the map's largest."""
     import matplotlib
     from PIL import Image
 
@@ -53,7 +53,7 @@ def overlay(
 
 
 def open_picture(path: str) -> "Image.Image":
-    """A picture that a user names.
+    """An image that a user names.
 
     Raises:
       UserError: it cannot be read.
@@ -78,7 +78,7 @@ def relevance_picture(
     """Write the PNG; returns what to tell the user.
 
     Raises:
-      UserError: the model or the picture cannot be read.
+      UserError: the model or the image cannot be read.
     """
     from PIL import Image
 

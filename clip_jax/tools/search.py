@@ -1,4 +1,4 @@
-"""Search embedded pictures: `python -m clip_jax.search DIR "a red bird"`, or `--image FILE`.
+"""Search embedded images: `python -m clip_jax.search DIR "a red bird"`, or `--image FILE`.
 
 DIR is what `python -m clip_jax.embed` wrote, or a folder of clip-retrieval's with `--model`.
 `--serve` shows a page for it at http://127.0.0.1:8000 instead.
@@ -23,11 +23,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m clip_jax.search", description=__doc__)
     parser.add_argument("folder", metavar="DIR", help="embeddings")
     parser.add_argument("query", nargs="?", help="words")
-    parser.add_argument("--image", metavar="FILE", help="a picture instead of words")
+    parser.add_argument("--image", metavar="FILE", help="an image instead of words")
     parser.add_argument("--top", type=int, default=10, help="how many are shown")
     parser.add_argument("--json", action="store_true", help="one JSON list instead of a table")
     parser.add_argument(
-        "--among", choices=("image", "text"), default="image", help="search pictures or captions"
+        "--among", choices=("image", "text"), default="image", help="search images or captions"
     )
     parser.add_argument(
         "--using",
@@ -40,7 +40,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--serve", action="store_true", help="a page in the browser")
     parser.add_argument("--host", default="127.0.0.1", help="where it is served")
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--data", help="the pictures, where they moved since they were embedded")
+    parser.add_argument("--data", help="the images, where they moved since they were embedded")
     return parser.parse_args(argv)
 
 

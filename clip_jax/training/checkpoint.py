@@ -6,7 +6,7 @@ reading; a checkpoint that fails is moved to `quarantine/` and the one before it
 also casts another dtype silently and knows nothing of the data: `meta` holds a fingerprint too.
 
 A checkpoint has three items: `model` (parameters and batch statistics), `train` (the step and
-the optimiser's state) and `meta` (JSON); a run that keeps moving averages has them in a fourth,
+the optimizer's state) and `meta` (JSON); a run that keeps moving averages has them in a fourth,
 `ema`, laid out as `model`. The data order is a function of the step alone, so it needs no state of
 its own. A checkpoint with its blocks stacked for a loop restores into a model that has them one by
 one, and the other way round.
@@ -159,7 +159,7 @@ class Checkpoints:
 
         Raises:
           UserError: there were checkpoints and none of them is whole, or they hold the arrays of
-            another model or optimiser.
+            another model or optimizer.
         """
         found = self._restore(_items(shapes))
         if found is None:
@@ -205,7 +205,7 @@ class Checkpoints:
         if _names(found) != saved:
             raise UserError(
                 f"the checkpoints in {self.folder} hold other arrays than this model and "
-                f"optimiser have, the first is {min(saved ^ _names(found))}; choose another "
+                f"optimizer have, the first is {min(saved ^ _names(found))}; choose another "
                 "--workdir"
             )
         return found

@@ -1,7 +1,7 @@
 """What chance does to a training batch on the device, as a function of the seed and the step.
 
-The draws are arrays with a row a picture, made for the whole batch at once; what uses them is pure.
-So a micro-batch takes its rows of them, twice if need be, and no mesh changes what a picture gets.
+The draws are arrays with a row an image, made for the whole batch at once; what uses them is pure.
+So a micro-batch takes its rows of them, twice if need be, and no mesh changes what an image gets.
 
 Brightness, contrast and saturation are as torchvision's `adjust_*` functions define them, always in
 this order (torchvision's ColorJitter draws the order too).
@@ -33,7 +33,7 @@ class DrawFn(Protocol):
 
 
 def kept_patches(patches: int, patch_dropout: float) -> int:
-    """How many of a picture's patches stay; one at least."""
+    """How many of an image's patches stay; one at least."""
     return max(1, int(patches * (1 - patch_dropout)))
 
 
@@ -49,7 +49,7 @@ def make_draws(
     Args:
       seed: the run's; a step draws the same on any mesh and after a resume.
       color_jitter: brightness, contrast and saturation change by at most these, in 0..1.
-      patches: of one picture.
+      patches: of one image.
       patch_dropout: the share of them that is left out; at least one stays.
     """
 
@@ -70,11 +70,11 @@ def make_draws(
 
 
 def adjust_colors(images_BHWC: Images, factors_B3: Float[Array, "B 3"]) -> Images:
-    """Blend each picture with black, with its mean grey, and with its own grey.
+    """Blend each image with black, with its mean gray, and with its own gray.
 
     Args:
       images_BHWC: values in 0..1.
-      factors_B3: of brightness, contrast and saturation; 1 leaves a picture as it is.
+      factors_B3: of brightness, contrast and saturation; 1 leaves an image as it is.
     """
     brightness, contrast, saturation = jnp.split(factors_B3[:, None, None, :], 3, axis=-1)
     x_BHWC = jnp.clip(images_BHWC * brightness, 0, 1)

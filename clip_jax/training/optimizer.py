@@ -1,6 +1,6 @@
-"""Optimisers, what decays, the schedule, and the temperature's clip, as optax transformations.
+"""Optimizers, what decays, the schedule, and the temperature's clip, as optax transformations.
 
-Every optimiser is the same chain with another middle: clip the gradient's norm, scale it (the row
+Every optimizer is the same chain with another middle: clip the gradient's norm, scale it (the row
 of `SCALERS`), add decoupled decay, multiply by the schedule, project the temperature.
 """
 
@@ -38,7 +38,7 @@ MUON_MATRICES: tuple[tuple[str, MuonDimensionNumbers], ...] = (
     (r"(attn|attnpool)/[qkv]_proj/kernel$", MuonDimensionNumbers((-3,), (-2, -1))),
     (r"attn/out_proj/kernel$", MuonDimensionNumbers((-3, -2), (-1,))),
     (r"mlp/(c_fc|c_proj)/kernel$", MuonDimensionNumbers((-2,), (-1,))),
-    # All convolutions but the one that sees the picture.
+    # All convolutions but the one that sees the image.
     (
         r"^(?!visual/conv1/).*(conv\d|downsample_0)/kernel$",
         MuonDimensionNumbers((-4, -3, -2), (-1,)),
@@ -165,7 +165,7 @@ def joined(single, stacked):
 
 
 def muon_matrix(path: str) -> MuonDimensionNumbers | None:
-    """Which axes make a parameter the matrix that Muon orthogonalises; None leaves it to Adam."""
+    """Which axes make a parameter the matrix that Muon orthogonalizes; None leaves it to Adam."""
     return next((axes for pattern, axes in MUON_MATRICES if re.search(pattern, path)), None)
 
 
@@ -196,7 +196,7 @@ def scale_by_muon_or_adam(
 
 
 def scale_to_rms(rms: float) -> optax.GradientTransformation:
-    """Give orthogonalised matrices one root mean square, whatever their shape.
+    """Give orthogonalized matrices one root mean square, whatever their shape.
 
     An orthogonal [in, out] has min(in, out) singular values of 1, so its root mean square is
     max(in, out)^-1/2.
@@ -233,7 +233,7 @@ def make_optimizer(
     clip_norm: float,
     max_logit_scale: float,
 ) -> optax.GradientTransformation:
-    """An optimiser with decoupled decay; `clip_norm` 0 leaves gradients alone.
+    """An optimizer with decoupled decay; `clip_norm` 0 leaves gradients alone.
 
     The decay is multiplied by the learning rate, as PyTorch's AdamW does it.
 

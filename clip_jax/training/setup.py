@@ -1,4 +1,4 @@
-"""The parts of a run, made from its config: model, optimiser, mesh, loss, step and loader."""
+"""The parts of a run, made from its config: model, optimizer, mesh, loss, step and loader."""
 
 import dataclasses
 import json
@@ -48,7 +48,7 @@ from clip_jax.typing import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class RunComponents:
-    """The parts of a run that need no data: model, optimiser, mesh and the state's layout.
+    """The parts of a run that need no data: model, optimizer, mesh and the state's layout.
 
     Attributes:
       tokenizer_spec, preprocess: what the trained model is used with; a checkpoint's own, where the
@@ -73,7 +73,7 @@ def sized_model(
     """A row of the zoo, its text tower sized for a tokenizer; sizes of 0 are the row's own.
 
     Raises:
-      UserError: the image tower does not take pictures of that size.
+      UserError: the image tower does not take images of that size.
     """
     config = model_config(name)
     vision = config.vision
@@ -137,7 +137,7 @@ def build_run(config: Config, steps: int, workdir: str | None = None) -> RunComp
 
 
 def kept_in_training(config: Config, w: RunComponents) -> int | None:
-    """Patches of a training picture that its tower sees; None where that is all of them."""
+    """Patches of a training image that its tower sees; None where that is all of them."""
     vision, dropout = w.model.config.vision, config.model.patch_dropout
     if not isinstance(vision, ViTConfig) or not dropout:
         return None
@@ -180,7 +180,7 @@ def describe(config: Config) -> str:
         f"{jax.devices()[0].device_kind} devices",
         f"per device  {rows} pairs of the global batch of {config.train.batch_size:,}",
         f"            parameters {device_bytes(w.shapes.params) * mib:,.1f} MiB, "
-        f"optimiser {device_bytes(w.shapes.opt_state) * mib:,.1f} MiB, "
+        f"optimizer {device_bytes(w.shapes.opt_state) * mib:,.1f} MiB, "
         f"images {rows * size * size * 3 * mib:,.1f} MiB (activations come on top)",
     ]
     return "\n".join(lines)
@@ -263,7 +263,7 @@ def check_patch_dropout(config: Config, sizes: CLIPConfig) -> None:
     if config.train.freeze == "image":
         raise UserError(
             "config.model.patch_dropout is set and config.train.freeze is 'image': a frozen "
-            "tower sees whole pictures; leave one of them out"
+            "tower sees whole images; leave one of them out"
         )
 
 
@@ -330,7 +330,7 @@ def windows_in_memory(config: Config, processes: int) -> int:
 
 
 def steps_of_run(config: Config, pairs: int) -> int:
-    """The optimiser steps that the config asks for on data of so many pairs."""
+    """The optimizer steps that the config asks for on data of so many pairs."""
     t = config.train
     if not config.data.repeat:
         return steps_of_one_pass(pairs, t.batch_size, config.data.streams)

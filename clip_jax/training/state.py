@@ -25,7 +25,7 @@ class TrainState:
       step: int32 scalar.
       params: the model's parameters, float32.
       batch_stats: a ResNet's running statistics; empty for a ViT.
-      opt_state: the optimiser's, of the parameters that are trained.
+      opt_state: the optimizer's, of the parameters that are trained.
       ema: the moving averages {"params", "batch_stats"}; empty where none is kept.
     """
 

@@ -19,6 +19,9 @@ from clip_jax.training.device_augment import DrawFn, adjust_colors
 from clip_jax.training.state import TrainState, split_frozen
 from clip_jax.typing import Features, Params
 
+TOWERS, LOSS, UPDATE = "towers", "loss", "update"
+"""Scopes of the step's parts in the compiled program, which the planner reads them by."""
+
 Metrics = dict[str, jax.Array]
 Batch = Mapping[str, jax.Array]
 
@@ -83,7 +86,7 @@ def make_features(
         images_BHWC = unit_range(rows["image"])
         if "colors_B3" in rows:
             images_BHWC = adjust_colors(images_BHWC, rows["colors_B3"])
-        with nn.intercept_methods(split):
+        with jax.named_scope(TOWERS), nn.intercept_methods(split):
             (z_image_BD, z_text_BD), updated = model.apply(
                 {"params": with_whole_table(params, mesh), "batch_stats": batch_stats},
                 normalize_images(images_BHWC, image_mean, image_std),
@@ -104,7 +107,8 @@ def feature_loss(
     """The loss of a batch's features; of the parameters it takes the temperature and the bias."""
     bias = params.get("logit_bias", jnp.zeros(()))
     scale = jnp.exp(params["logit_scale"])
-    out = loss_fn(z_image_BD, z_text_BD, scale, bias, rows["valid"], rows["caption_id"])
+    with jax.named_scope(LOSS):
+        out = loss_fn(z_image_BD, z_text_BD, scale, bias, rows["valid"], rows["caption_id"])
     return out.loss, out
 
 
@@ -195,7 +199,7 @@ def make_train_step(
     freeze: str = "",
     ema_decay: float = 0.0,
 ) -> TrainStep:
-    """The step of one model, loss and optimiser, its state laid out as `shapes`.
+    """The step of one model, loss and optimizer, its state laid out as `shapes`.
 
     A loss or gradient that is not finite leaves the whole state as it was; the metric `finite`
     says so.
@@ -223,12 +227,13 @@ def make_train_step(
         out, batch_stats, grads = gradient(trained, frozen, state.batch_stats, rows)
         # Gradients lie where their parameters do, and are summed into place, not copied whole.
         grads = lax.with_sharding_constraint(grads, trained_shardings)
-        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
-        params = optax.apply_updates(trained, updates) | frozen
-        ema = state.ema
-        if ema_decay:
-            newest = {"params": params, "batch_stats": batch_stats}
-            ema = optax.incremental_update(newest, ema, 1 - ema_decay)
+        with jax.named_scope(UPDATE):
+            updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+            params = optax.apply_updates(trained, updates) | frozen
+            ema = state.ema
+            if ema_decay:
+                newest = {"params": params, "batch_stats": batch_stats}
+                ema = optax.incremental_update(newest, ema, 1 - ema_decay)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(out.loss) & jnp.isfinite(grad_norm)
         new = TrainState(state.step + 1, params, batch_stats, opt_state, ema)
@@ -267,7 +272,7 @@ def make_encoders(
 ) -> tuple[Callable[..., jax.Array], Callable[..., jax.Array]]:
     """Jitted `encode_image(variables, images)` and `encode_text(variables, tokens)`.
 
-    Images are uint8, normalised on the device, or float, taken as normalised already. Features
+    Images are uint8, normalized on the device, or float, taken as normalized already. Features
     are float32 [B, D] and not of unit length.
     """
 

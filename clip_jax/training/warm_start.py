@@ -1,7 +1,7 @@
 """The weights a run starts from: any checkpoint that can be read, laid straight onto the mesh.
 
 What belongs to weights travels with them: preprocessing, tokenizer, activation. The run says which
-sizes it wants; positions are interpolated to its picture size and context length, and everything
+sizes it wants; positions are interpolated to its image size and context length, and everything
 else has to match.
 """
 
@@ -126,7 +126,7 @@ def source_tokenizer(origin: SourceCheckpoint, given: str) -> TokenizerSpec:
 
 
 def started_from(origin: SourceCheckpoint, sizes: CLIPConfig) -> CLIPConfig:
-    """The sizes of a run that starts there: the checkpoint's, with the run's picture and text size.
+    """The sizes of a run that starts there: the checkpoint's, with the run's image and text size.
 
     Raises:
       UserError: they do not match what the run asks for.

@@ -22,7 +22,7 @@ from clip_jax.data.images import crop_box, decode_image
 from clip_jax.data.loader import make_train_loader
 from clip_jax.data.order import BLOCK, BatchOrder, Mixture, Order, places
 from clip_jax.data.skip_log import MIN_ROWS, SkipLog
-from clip_jax.data.sources import index_shards
+from clip_jax.data.sources import open_shards
 from clip_jax.errors import UserError
 from clip_jax.training.run_logger import SkipLimit
 
@@ -156,7 +156,7 @@ def damaged_shards(folder, shards, each):
 def test_a_thousand_damaged_pictures_are_counted_exactly_and_listed_once(tmp_path):
     damaged_shards(tmp_path, 5, 250)
     log = SkipLog(tmp_path / "run" / "skipped.jsonl", max_fraction=1.0)
-    indexes = index_shards([str(p) for p in sorted(tmp_path.glob("*.tar"))])
+    indexes = open_shards([str(p) for p in sorted(tmp_path.glob("*.tar"))])
     changes = {"batch_size": 1250, "num_streams": 5, "log": log, "threads": 2}
     with make_train_loader(indexes, ToyTokenizer(), **(SETTINGS | changes)) as loader:
         for epoch in (1, 2):
@@ -169,7 +169,7 @@ def test_a_thousand_damaged_pictures_are_counted_exactly_and_listed_once(tmp_pat
 
 def test_too_many_skipped_samples_end_the_run_with_the_table(tmp_path):
     damaged_shards(tmp_path, 1, 250)
-    indexes = index_shards([str(p) for p in tmp_path.glob("*.tar")])
+    indexes = open_shards([str(p) for p in tmp_path.glob("*.tar")])
     log = SkipLog(max_fraction=0.5)
     changes = {"batch_size": 250, "num_streams": 1, "log": log}
     with make_train_loader(indexes, ToyTokenizer(), **(SETTINGS | changes)) as loader:
@@ -233,7 +233,7 @@ def test_a_jpeg_is_decoded_just_large_enough():
     smooth = Image.linear_gradient("L").convert("RGB").resize((640, 480))
     data = encode(smooth, "JPEG", quality=95)
     mean = np.asarray(decode(data)).mean() - np.asarray(decode_image(data)).mean()
-    assert abs(mean) < 1.0  # of 255; the same picture, only smaller
+    assert abs(mean) < 1.0  # of 255; the same image, only smaller
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK"])

@@ -21,7 +21,7 @@ from clip_jax.data import filters
 from clip_jax.data.formats import records, remote
 from clip_jax.data.loader import make_eval_loader, make_train_loader
 from clip_jax.data.shards import BadSampleError, Handles
-from clip_jax.data.sources import expand, index_shards, kind_of
+from clip_jax.data.sources import expand, kind_of, open_shards
 from clip_jax.errors import UserError
 
 COUNT = 6
@@ -165,13 +165,13 @@ def read_all(indexes):
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_every_format_gives_the_same_pairs(kind, tmp_path):
-    indexes = index_shards(expand(str(FORMATS[kind](tmp_path))))
+    indexes = open_shards(expand(str(FORMATS[kind](tmp_path))))
     (batch,) = read_all(indexes)
     assert batch["valid"].all()
     assert batch["captions"] == [[caption] for caption in CAPTIONS]
     assert batch["label"].tolist() == ([-1] * COUNT if kind in NO_LABEL else list(range(COUNT)))
     (tmp_path / "reference").mkdir()
-    (reference,) = read_all(index_shards(expand(str(write_tar(tmp_path / "reference")))))
+    (reference,) = read_all(open_shards(expand(str(write_tar(tmp_path / "reference")))))
     np.testing.assert_array_equal(batch["image"], reference["image"])
     np.testing.assert_array_equal(batch["text"], reference["text"])
     settings_ = SETTINGS | {"threads": 2, "seed": 1, "num_streams": 2, "repeat": False}
@@ -184,9 +184,9 @@ def test_every_format_gives_the_same_pairs(kind, tmp_path):
 
 
 def test_a_parquet_file_is_opened_twice(tmp_path):
-    """For training and for evaluation, say: the pictures that one has spooled serve the other."""
+    """For training and for evaluation, say: the images that one has spooled serve the other."""
     path = str(write_parquet(tmp_path))
-    images = [read_all(index_shards([path]))[0]["image"] for _ in range(2)]
+    images = [read_all(open_shards([path]))[0]["image"] for _ in range(2)]
     np.testing.assert_array_equal(*images)
 
 
@@ -217,29 +217,29 @@ def test_a_tfds_set_made_from_a_folder_by_tfds_itself(tmp_path, monkeypatch):
     builder = Pairs(data_dir=str(tmp_path / "tfds"), file_format="array_record")
     builder.download_and_prepare()
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
-    (batch,) = read_all(index_shards(expand("tfds:pairs#split=train")))
+    (batch,) = read_all(open_shards(expand("tfds:pairs#split=train")))
     # tfds shuffles when it writes.
     assert sorted(batch["captions"]) == [[caption] for caption in CAPTIONS]
     assert [f"caption {k}, é" for k in batch["label"]] == [c[0] for c in batch["captions"]]
-    other = index_shards(expand(builder.data_dir))
+    other = open_shards(expand(builder.data_dir))
     np.testing.assert_array_equal(read_all(other)[0]["image"], batch["image"])
     with pytest.raises(UserError, match="is not prepared in"):
-        index_shards(expand("tfds:nothing"))
+        open_shards(expand("tfds:nothing"))
     with pytest.raises(UserError, match="cannot be read"):
-        index_shards(expand("tfds:pairs#split=tset"))
+        open_shards(expand("tfds:pairs#split=tset"))
 
 
 def test_class_folders_give_labels_and_sentences(tmp_path):
     for k, name in enumerate(["bird", "bird", "polar_bear"]):
         (tmp_path / name).mkdir(exist_ok=True)
         (tmp_path / name / f"{k}.png").write_bytes(PICTURES[k])
-    (index,) = index_shards(expand(f"{tmp_path}#template=a photo of a {{}}.|a {{}}"))
+    (index,) = open_shards(expand(f"{tmp_path}#template=a photo of a {{}}.|a {{}}"))
     with Handles() as handles:
         assert [index.label(i, handles) for i in range(3)] == [0, 0, 1]
         assert index.captions(2, handles) == ["a photo of a polar bear.", "a polar bear"]
     (tmp_path / "loose.png").write_bytes(PICTURES[0])
     with pytest.raises(UserError, match=r"put loose.txt beside it"):
-        index_shards(expand(str(tmp_path)))
+        open_shards(expand(str(tmp_path)))
 
 
 def test_columns_by_name_and_relative_to_another_folder(tmp_path):
@@ -247,9 +247,9 @@ def test_columns_by_name_and_relative_to_another_folder(tmp_path):
     files(tmp_path / "pictures")
     (tmp_path / "t.csv").write_text("where,words\np0.png,hello\n")
     with pytest.raises(UserError, match=r"t.csv#image=COLUMN"):
-        index_shards([f"{tmp_path}/t.csv"])
+        open_shards([f"{tmp_path}/t.csv"])
     root = tmp_path / "pictures"
-    (index,) = index_shards(expand(f"{tmp_path}/t.csv#image=where&caption=words&root={root}"))
+    (index,) = open_shards(expand(f"{tmp_path}/t.csv#image=where&caption=words&root={root}"))
     with Handles() as handles:
         assert index.image(0, handles) == PICTURES[0]
         assert index.captions(0, handles) == ["hello"]
@@ -259,9 +259,7 @@ def test_bad_rows_of_a_table_are_counted_and_the_rest_is_read(tmp_path):
     files(tmp_path)
     rows = [b"p0.png,good", b"absent.png,x", b"p1.png,\xff\xfe", b"p2.png,", b",x"]
     (tmp_path / "t.csv").write_bytes(b"filepath,title\n" + b"\n".join(rows) + b"\n")
-    with make_eval_loader(
-        index_shards([f"{tmp_path}/t.csv"]), ToyTokenizer(), **SETTINGS
-    ) as loader:
+    with make_eval_loader(open_shards([f"{tmp_path}/t.csv"]), ToyTokenizer(), **SETTINGS) as loader:
         assert next(loader)["valid"].tolist() == [True] + [False] * 5
         expected = {"read_failed": 1, "caption_not_utf8": 1, "empty_caption": 1, "no_image": 1}
         assert loader.skipped == expected
@@ -277,7 +275,7 @@ def test_a_flipped_bit_in_a_record_is_one_bad_sample_or_an_error(kind, tmp_path)
         data[rng.integers(len(data))] ^= 1 << rng.integers(8)
         path.write_bytes(data)
         try:
-            indexes = index_shards([str(path)])
+            indexes = open_shards([str(path)])
         except UserError:
             continue
         with make_eval_loader(indexes, ToyTokenizer(), **SETTINGS) as loader:
@@ -291,7 +289,7 @@ def test_a_cut_tfrecord_is_refused(tmp_path):
     path = write_tfrecord(tmp_path)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(UserError, match="cut or damaged at byte"):
-        index_shards([str(path)])
+        open_shards([str(path)])
 
 
 @settings(max_examples=200, deadline=None)
@@ -326,7 +324,7 @@ def memory(monkeypatch):
 def test_remote_files_are_read_as_local_ones(kind, tmp_path, memory):
     path = FORMATS[kind](tmp_path)
     memory.put(str(tmp_path) + "/", "/bucket/", recursive=True)
-    (batch,) = read_all(index_shards(expand(f"memory://bucket/{path.name}")))
+    (batch,) = read_all(open_shards(expand(f"memory://bucket/{path.name}")))
     assert batch["captions"] == [[caption] for caption in CAPTIONS]
 
 
@@ -344,7 +342,7 @@ def test_a_remote_read_is_tried_again_and_then_the_shard_passed_over(tmp_path, m
 
     monkeypatch.setattr(type(memory), "_open", failing)
     broken = 2
-    indexes = index_shards(expand("memory://bucket/{0..0}.tar"))
+    indexes = open_shards(expand("memory://bucket/{0..0}.tar"))
     assert len(calls) == 3
     remote.CACHE.close()
     calls.clear()
@@ -374,7 +372,7 @@ def test_the_cache_on_disk_is_bounded_and_what_is_open_stays_readable(tmp_path):
 
 
 def test_filters_and_repeated_keys(tmp_path):
-    (index,) = index_shards([str(write_tar(tmp_path))])
+    (index,) = open_shards([str(write_tar(tmp_path))])
     kept = filters.filtered(index, filters.parse_filter("width>=200, width!=300"))
     assert [kept.key(i) for i in range(len(kept))] == ["000000002", "000000004", "000000005"]
     assert len(filters.filtered(index, filters.parse_filter("caption==other"))) == COUNT

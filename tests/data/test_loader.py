@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from clip_jax.data import sample_reader as rows_module
 from clip_jax.data.loader import bucket_length, make_eval_loader, make_train_loader, trim_to_bucket
 from clip_jax.data.sample_reader import caption_id
-from clip_jax.data.sources import index_shards
+from clip_jax.data.sources import open_shards
 from clip_jax.errors import UserError
 
 SETTINGS = {"image_size": 8, "context_length": 16}
@@ -30,7 +30,7 @@ TRAIN = SETTINGS | {"seed": 11, "num_streams": 4, "window": 2, "batch_size": 16,
 @pytest.fixture(scope="module")
 def indexes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards")
-    return index_shards(data_cases.write_shards(folder, [13, 9, 2, 16, 10], side=12))
+    return open_shards(data_cases.write_shards(folder, [13, 9, 2, 16, 10], side=12))
 
 
 def take(indexes, count, **changes):
@@ -70,7 +70,7 @@ def test_threads_cache_and_chunks_change_nothing(indexes, monkeypatch):
     plain = take(indexes, 9, threads=0)
     assert_same(take(indexes, 9, threads=3), plain)
     assert_same(take(indexes, 9, cache_bytes=1 << 20), plain)
-    assert_same(take(indexes, 9, cache_bytes=2000), plain)  # holds a few pictures only
+    assert_same(take(indexes, 9, cache_bytes=2000), plain)  # holds a few images only
     monkeypatch.setattr("clip_jax.data.loader._CHUNK_ROWS", 3)
     assert_same(take(indexes, 9), plain)
 
@@ -122,7 +122,7 @@ def write_tar(path, members):
             member = tarfile.TarInfo(name)
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
-    return index_shards([str(path)])
+    return open_shards([str(path)])
 
 
 GOOD = encode(picture("RGB", 12, 10), "PNG")
@@ -286,9 +286,9 @@ import sys
 sys.path[:0] = {[os.path.dirname(data_cases.__file__), os.getcwd()]!r}
 from data_cases import ToyTokenizer
 from clip_jax.data.loader import make_train_loader
-from clip_jax.data.sources import index_shards
+from clip_jax.data.sources import open_shards
 with make_train_loader(
-    index_shards({[index.path for index in indexes]!r}), ToyTokenizer(), image_size=8,
+    open_shards({[index.path for index in indexes]!r}), ToyTokenizer(), image_size=8,
     context_length=16, batch_size=400, seed=0, num_streams=4, threads=2, prefetch=5000) as loader:
     next(loader)
     raise KeyboardInterrupt

@@ -21,7 +21,7 @@ from clip_jax.data.formats import remote
 from clip_jax.data.loader import make_train_loader
 from clip_jax.data.manifest import Entry, Share, entry_of, read_index, write_index
 from clip_jax.data.skip_log import SkipLog
-from clip_jax.data.sources import fingerprint, index_shards
+from clip_jax.data.sources import fingerprint, open_shards
 from clip_jax.errors import UserError
 
 ENTRIES = st.builds(
@@ -48,7 +48,7 @@ def test_what_is_written_is_read(tmp_path_factory, entries):
 def test_entries_of_read_shards(tmp_path):
     paths = data_cases.write_shards(tmp_path, [3, 2])
     entries = {
-        Path(path).name: entry_of(s) for path, s in zip(paths, index_shards(paths), strict=True)
+        Path(path).name: entry_of(s) for path, s in zip(paths, open_shards(paths), strict=True)
     }
     assert entries["s-00001.tar"] == Entry(2, Path(paths[1]).stat().st_size)
     write_index(tmp_path, entries)
@@ -98,13 +98,13 @@ def batches(indexes, count=4, **changes):
 def reads(monkeypatch):
     """The shards whose headers were read, in order."""
     read = []
-    original = dataset.index_shard
+    original = dataset.open_shard
 
     def spy(shard):
         read.append(Path(shard).name)
         return original(shard)
 
-    monkeypatch.setattr(dataset, "index_shard", spy)
+    monkeypatch.setattr(dataset, "open_shard", spy)
     return read
 
 
@@ -152,10 +152,10 @@ def test_an_index_beside_remote_shards_spares_fetching_them(tmp_path, monkeypatc
     try:
         pattern = "memory://set/s-{00000..00005}.tar"
         (found,) = open_sources(pattern, log=SkipLog(), resident=8)
-        assert fingerprint(found) == fingerprint(index_shards(paths)) and not fetched
+        assert fingerprint(found) == fingerprint(open_shards(paths)) and not fetched
         got, skipped = batches(found, count=1, batch_size=4, threads=0)
         assert 1 <= len(fetched) <= 5 and not skipped
-        want, _ = batches(index_shards(paths), count=1, batch_size=4)
+        want, _ = batches(open_shards(paths), count=1, batch_size=4)
         assert got[0]["key"] == want[0]["key"]
     finally:
         remote.CACHE.close()

@@ -1,4 +1,4 @@
-"""What goes wrong outside the pictures: servers that fail, keys that repeat, a thousand shards."""
+"""What goes wrong outside the images: servers that fail, keys that repeat, a thousand shards."""
 
 import json
 import threading

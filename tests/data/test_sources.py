@@ -63,7 +63,7 @@ def test_braces():
         ("{folder}/s-{{abc}}.tar", "neither a range"),
         ("pipe:cat x.tar", "a pipe or an unknown address"),
         ("{folder}/s-00000.txt", "no file"),
-        ("{folder}/s-00000.tar#colour=x", "option 'colour' is not among"),
+        ("{folder}/s-00000.tar#colour=x", "option 'color' is not among"),
         ("{folder}/s-00000.tar#template=no braces", "needs a {}"),
         ("::a.tar", "empty part"),
     ],
@@ -78,7 +78,7 @@ def test_patterns_that_cannot_be_meant(shards, pattern, text):
 
 
 def test_the_index_finds_what_webdataset_finds(shards):
-    indexes = sources.index_shards(shards)
+    indexes = sources.open_shards(shards)
     assert [len(index) for index in indexes] == [7, 1, 12]
     for index in indexes:
         with open(index.path, "rb") as file:
@@ -96,7 +96,7 @@ def test_sharded_writer_and_compound_names(tmp_path):
     with webdataset.ShardWriter(str(tmp_path / "w-%03d.tar"), maxcount=2, verbose=0) as writer:
         for k in range(5):
             writer.write({"__key__": f"dir.v1/{k}", "JPG": b"x", "seg.png": b"y", "txt": "t"})
-    indexes = sources.index_shards(sources.expand(str(tmp_path)))
+    indexes = sources.open_shards(sources.expand(str(tmp_path)))
     assert [len(index) for index in indexes] == [2, 2, 1]
     assert indexes[0].key(1) == "dir.v1/1"
     assert read(indexes[0], indexes[0].image_place(1)) == b"x"
@@ -114,7 +114,7 @@ def tar_of(path, names, **options):
 
 def test_incomplete_samples_keep_their_place_and_are_named(tmp_path):
     names = ["a.jpg", "a.txt", "b.txt", "c.png", ".hidden", "README", "d.npy", "e.webp", "e.json"]
-    index = reader.index_shard(tar_of(tmp_path / "x.tar", names))
+    index = reader.open_shard(tar_of(tmp_path / "x.tar", names))
     assert [index.key(i) for i in range(len(index))] == ["a", "b", "c", "d", "e"]
     assert index.ignored == 3
     assert sources.incomplete([index]) == {
@@ -124,14 +124,14 @@ def test_incomplete_samples_keep_their_place_and_are_named(tmp_path):
 
 
 def test_a_key_that_comes_back_is_a_new_sample(tmp_path):
-    index = reader.index_shard(tar_of(tmp_path / "x.tar", ["a.jpg", "a.txt", "a.jpg", "a.txt"]))
+    index = reader.open_shard(tar_of(tmp_path / "x.tar", ["a.jpg", "a.txt", "a.jpg", "a.txt"]))
     assert len(index) == 2
 
 
 @pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
 def test_long_and_foreign_names(tmp_path, form):
     names = ["d" * 90 + "/" + "k" * 60 + ".jpg", "é/日本.jpg"]
-    index = reader.index_shard(tar_of(tmp_path / "x.tar", names, format=form))
+    index = reader.open_shard(tar_of(tmp_path / "x.tar", names, format=form))
     assert [index.key(i) for i in range(2)] == [name.removesuffix(".jpg") for name in names]
 
 
@@ -147,13 +147,13 @@ def test_split_name(name):
 def plain(shards):
     """One shard's bytes, and its index."""
     with open(shards[2], "rb") as file:
-        return file.read(), reader.index_shard(shards[2])
+        return file.read(), reader.open_shard(shards[2])
 
 
 def index_bytes(folder, data):
     path = folder / "x.tar"
     path.write_bytes(data)
-    return reader.index_shard(str(path))
+    return reader.open_shard(str(path))
 
 
 def same(index, other):
@@ -231,7 +231,7 @@ def test_compressed_and_missing_shards(tmp_path, plain):
     with pytest.raises(UserError, match="compressed with gzip"):
         index_bytes(tmp_path, gzip.compress(plain[0]))
     with pytest.raises(UserError, match="cannot be read: No such file"):
-        reader.index_shard(str(tmp_path / "nowhere.tar"))
+        reader.open_shard(str(tmp_path / "nowhere.tar"))
 
 
 def test_side_files_hold_the_shard_to_its_count(tmp_path, plain):
@@ -239,30 +239,30 @@ def test_side_files_hold_the_shard_to_its_count(tmp_path, plain):
     index = index_bytes(tmp_path, data)
     side = tmp_path / "x.tar.index.json"
     side.write_text(reader.side_file(index))
-    assert same(reader.index_shard(index.path), index)
+    assert same(reader.open_shard(index.path), index)
 
     record = json.loads(side.read_text())
     side.write_text(json.dumps(record | {"samples": 13}))
     with pytest.raises(UserError, match="samples 12, and its side file says 13"):
-        reader.index_shard(index.path)
+        reader.open_shard(index.path)
     side.write_text(json.dumps(record | {"members": "0"}))
     with pytest.raises(UserError, match="members"):
-        reader.index_shard(index.path)
+        reader.open_shard(index.path)
     side.write_text("[]")
     with pytest.raises(UserError, match="is damaged"):
-        reader.index_shard(index.path)
+        reader.open_shard(index.path)
 
 
 def test_fingerprint_tells_data_sets_apart(shards):
-    indexes = sources.index_shards(shards)
+    indexes = sources.open_shards(shards)
     whole = sources.fingerprint(indexes)
-    assert whole == sources.fingerprint(sources.index_shards(shards))
+    assert whole == sources.fingerprint(sources.open_shards(shards))
     assert whole != sources.fingerprint(indexes[:2]) != sources.fingerprint(indexes[1:])
 
 
 def test_the_index_is_lean(tmp_path):
     names = [f"{k:09d}.{suffix}" for k in range(300) for suffix in ("jpg", "json", "txt")]
-    index = reader.index_shard(tar_of(tmp_path / "x.tar", names))
+    index = reader.open_shard(tar_of(tmp_path / "x.tar", names))
     tables = sum(table.nbytes for table in index.members.values())
     assert (tables + len(index.key_bytes) + index.key_ends.nbytes) / len(index) == 3 * 8 + 9 + 4
     assert all(table.dtype == np.uint32 for table in index.members.values())

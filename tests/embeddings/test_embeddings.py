@@ -20,7 +20,7 @@ from run_tiny import ROOT, environment
 
 from clip_jax.data.images import eval_transform
 from clip_jax.embeddings.folder import claim, open_embeddings, part_file, read_about
-from clip_jax.embeddings.write import embed, finish, index_pictures, neighbours, own_parts
+from clip_jax.embeddings.write import embed, finish, neighbours, open_images, own_parts
 from clip_jax.errors import UserError
 from clip_jax.tools import embed as command
 
@@ -36,9 +36,9 @@ def files(folder: Path) -> dict[str, bytes]:
 def damage(folder: Path) -> None:
     """A shard more, with two samples that cannot be used and one without a caption."""
     with webdataset.TarWriter(str(folder / "s-00009.tar")) as writer:
-        writer.write({"__key__": "x0", "png": b"no picture", "txt": "broken"})
+        writer.write({"__key__": "x0", "png": b"no image", "txt": "broken"})
         writer.write({"__key__": "x1", "png": encode(picture("RGB", 15, 12), "PNG")})
-        writer.write({"__key__": "x2", "txt": "no picture at all"})
+        writer.write({"__key__": "x2", "txt": "no image at all"})
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def make(data, folder, *, after=None, **place):
     about = toy_about(data)
     claim(folder, about)
     encoders = toy_encoders(after=after)
-    return embed(encoders, index_pictures(data), about, folder, progress=False, **place)
+    return embed(encoders, open_images(data), about, folder, progress=False, **place)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def whole(data, tmp_path_factory):
 
 
 def test_rows_are_the_encoders_and_the_metadata_names_them(data, whole):
-    encoders, indexes = toy_encoders(), index_pictures(data)
+    encoders, indexes = toy_encoders(), open_images(data)
     images, texts = open_embeddings(whole), open_embeddings(whole, "text")
     assert [p.name for p in images.paths] == [f"img_emb_{i}.npy" for i in range(4)]
     assert images.parts[0].dtype == np.float16 and len(images) == len(texts) == 54
@@ -191,7 +191,7 @@ def test_pictures_alone_in_a_folder_are_embedded(tmp_path):
         (tmp_path / f"{i}.png").write_bytes(encode(picture("RGB", 14, 14, seed=i), "PNG"))
     about = toy_about(str(tmp_path), texts=False)
     out = tmp_path / "out"
-    embed(toy_encoders(), index_pictures(str(tmp_path)), about, out, progress=False)
+    embed(toy_encoders(), open_images(str(tmp_path)), about, out, progress=False)
     table = pq.read_table(out / "metadata/metadata_0.parquet")
     assert table["key"].to_pylist() == ["0.png", "1.png", "2.png"]
     assert not (out / "text_emb").exists()

@@ -1,4 +1,4 @@
-"""Zero-shot, retrieval and pictures against plain definitions, with encoders of a few lines."""
+"""Zero-shot, retrieval and images against plain definitions, with encoders of a few lines."""
 
 import json
 import math

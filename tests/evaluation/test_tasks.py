@@ -1,4 +1,4 @@
-"""Probes, neighbours, intervals, calibration, and features over a mesh, stored and found again."""
+"""Probes, neighbors, intervals, calibration, and features over a mesh, stored and found again."""
 
 import dataclasses
 import functools
@@ -145,10 +145,10 @@ def test_learning_tasks_tell_clusters_apart_and_refuse_to_guess():
         linear_probe(Subject(rest))
     few_at_last = dataclasses.replace(subject, shots=(1000, 1), draws=1)
     assert [s.metrics["fewshot_k"] for s in few_shot(few_at_last)] == [1.0]
-    with pytest.raises(UserError, match=r"no class has more than [0-9]+ training pictures"):
+    with pytest.raises(UserError, match=r"no class has more than [0-9]+ training images"):
         few_shot(dataclasses.replace(subject, shots=(1000,)))
     unlabelled = feature_set(z_BD, np.full(300, -1))
-    with pytest.raises(UserError, match="linear_probe: no picture of the test data has a label"):
+    with pytest.raises(UserError, match="linear_probe: no image of the test data has a label"):
         linear_probe(dataclasses.replace(subject, test=unlabelled))
     with pytest.raises(UserError, match="no task 'zeroshot'; the tasks are zeroshot_class"):
         check_tasks(["zeroshot"])
@@ -178,7 +178,7 @@ def test_nothing_is_encoded_before_a_mistake_is_told(tmp_path):
     ask = functools.partial(run_evaluation, encoders, folder=tmp_path / "out", progress=False)
     with pytest.raises(UserError, match="no task 'few'"):
         ask(EvalSpec(data=str(tmp_path), tasks=["few"]))
-    with pytest.raises(UserError, match="few_shot learns from labelled pictures"):
+    with pytest.raises(UserError, match="few_shot learns from labeled images"):
         ask(EvalSpec(data=str(tmp_path), tasks=["few_shot"]))
     (tmp_path / "out").write_text("a file")
     with pytest.raises(UserError, match=r"--out .*/out cannot be made .*; give another"):
@@ -195,11 +195,11 @@ def test_intervals_hold_what_they_should(monkeypatch):
     spread = 1.96 * np.sqrt(hits.mean() * (1 - hits.mean()) / 400)
     assert low == pytest.approx(hits.mean() - spread, abs=0.15 * spread)
     assert high == pytest.approx(hits.mean() + spread, abs=0.15 * spread)
-    # Three equal captions a picture bring no news.
+    # Three equal captions an image bring no news.
     assert ratio_intervals(3 * hits, np.full((400, 1), 3.0)) == [(low, high)]
     a, b = mean_recall_interval(right_B, label_B)
     assert a < np.mean([right_B[label_B == m].mean() for m in range(5)]) < b
-    # One picture a class is as uncertain as the pictures are.
+    # One image a class is as uncertain as the images are.
     a, b = mean_recall_interval(right_B, np.arange(400))
     assert b - a > spread
     monkeypatch.setattr(bootstrap, "RESAMPLES", 10)
@@ -209,7 +209,7 @@ def test_intervals_hold_what_they_should(monkeypatch):
 def test_calibration_error_is_the_definition():
     share_B = np.array([0.05, 0.95, 0.95, 0.95, 1.0])
     right_B = np.array([False, True, True, False, True])
-    # Two bins: one picture at 0.05, never right; four at 0.9625, three of them right.
+    # Two bins: one image at 0.05, never right; four at 0.9625, three of them right.
     assert calibration_error(share_B, right_B, bins=10) == pytest.approx(
         (1 * 0.05 + 4 * abs(0.9625 - 0.75)) / 5
     )

@@ -228,6 +228,6 @@ def test_flops_of_kept_patches_are_those_of_a_shorter_sequence():
     vision = config.vision
     half = dataclasses.replace(config, vision=dataclasses.replace(vision, image_size=7 * 16))
     projection = 2 * 3 * 16**2 * vision.width
-    # Of 196 patches 49 stay, as in a picture of half the side; all 196 are projected.
+    # Of 196 patches 49 stay, as in an image of half the side; all 196 are projected.
     assert image_flops(config, 49) == image_flops(half) + (196 - 49) * projection
     assert image_flops(config, 196) == image_flops(config)

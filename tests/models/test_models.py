@@ -1,4 +1,4 @@
-"""Both towers: sizes, initialisation, causality, and every saving against its plain form."""
+"""Both towers: sizes, initialization, causality, and every saving against its plain form."""
 
 import dataclasses
 import functools

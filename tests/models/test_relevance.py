@@ -147,7 +147,7 @@ def test_the_command_writes_a_png_and_the_api_gives_its_numbers(tmp_path):
     found = np.asarray(clip.relevance(images, ["red bar", "blue dot"]))
     assert found.shape == (2, 4, 4)
     one = np.asarray(clip.relevance(images[:1], "red bar"))
-    np.testing.assert_allclose(one[0], found[0], rtol=1e-4, atol=1e-7)  # as pictures do not meet
+    np.testing.assert_allclose(one[0], found[0], rtol=1e-4, atol=1e-7)  # as images do not meet
     with pytest.raises(UserError, match="2 images and 1 captions"):
         clip.relevance(images, ["red bar"])
     with pytest.raises(UserError, match="cannot be read"):

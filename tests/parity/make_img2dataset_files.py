@@ -1,6 +1,6 @@
 """Writes tests/golden/img2dataset/ with img2dataset itself, from a server on this machine.
 
-Twelve addresses of pictures and captions, of which three cannot be had, in each of three formats.
+Twelve addresses of images and captions, of which three cannot be had, in each of three formats.
 
     pip install img2dataset==1.47.0 pillow
     python tests/parity/make_img2dataset_files.py
@@ -24,7 +24,7 @@ GOLDEN = Path(__file__).parent.parent / "golden" / "img2dataset"
 CAPTIONS = [
     "a red square", "un carré bleu, déjà vu", "zwei Zeilen\nin einer Bildunterschrift", "",
     "emoji 🦊 fox", 'quotes " and, commas', "日本語の説明", "x" * 300, "not found",
-    "no picture", "a grey picture", "last one",
+    "no image", "a gray image", "last one",
 ]  # fmt: skip
 
 

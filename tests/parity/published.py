@@ -2,7 +2,7 @@
 
 Models are built by open_clip or transformers from a seed, moved off their special starts, saved
 in a published format by the library itself, loaded with `clip_jax.load`, and both towers compared
-on the same pictures and tokens. `python tests/parity/published.py [NAME ...]` prints the table.
+on the same images and tokens. `python tests/parity/published.py [NAME ...]` prints the table.
 """
 
 import copy
@@ -186,7 +186,7 @@ def reference(model: torch.nn.Module, images: torch.Tensor, tokens: torch.Tensor
 
 
 def inputs(clip: Any, count: int = 3) -> tuple[np.ndarray, np.ndarray]:
-    """Normalised pictures [b, H, W, 3], and tokens with end tokens at different places."""
+    """Normalized images [b, H, W, 3], and tokens with end tokens at different places."""
     rng = np.random.default_rng(0)
     size, text = clip.config.vision.image_size, clip.config.text
     images = rng.standard_normal((count, size, size, 3)).astype(np.float32)

@@ -203,7 +203,7 @@ def test_siglip_as_open_clip_reads_its_folder(siglip_model, tmp_path):
     np.testing.assert_array_equal(ours(TEXTS, 64), theirs(TEXTS).numpy())
     assert (ours.pad_id, ours.eot_id) == (1, 1)
     # Google's library on the model itself gives the same pieces for captions. (For a few marks,
-    # U+0345 behind a keycap for one, the two libraries' normalisers differ.)
+    # U+0345 behind a keycap for one, the two libraries' normalizers differ.)
     model = make_sentencepiece_tokenizer(siglip_model, pad_id=1, clean="canonicalize")
     np.testing.assert_array_equal(model(CAPTIONS, 64), ours(CAPTIONS, 64))
 

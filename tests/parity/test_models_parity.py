@@ -267,7 +267,7 @@ def to_flax(model, config: CLIPConfig) -> dict:
 
 
 def inputs(config: CLIPConfig):
-    """Three normalised images, and captions that end early, in the middle and at the end."""
+    """Three normalized images, and captions that end early, in the middle and at the end."""
     rng = np.random.default_rng(0)
     size, t = config.vision.image_size, config.text
     images = rng.standard_normal((3, size, size, 3)).astype(np.float32)

@@ -127,7 +127,7 @@ def test_transformers_loads_what_we_export(kind, tmp_path):
 
 
 def test_transformers_processor_reads_our_files(tmp_path):
-    """The pictures within a value of ours, the ids the same, on a picture that needs no crop."""
+    """The images within a value of ours, the ids the same, on an image that needs no crop."""
     from PIL import Image
 
     (tmp_path / "theirs").mkdir()

@@ -92,7 +92,7 @@ def test_torch_save(tmp_path, protocol, checksums):
 
 @pytest.mark.parametrize("tower", TOWERS)
 def test_open_clips_training_checkpoint(tmp_path, tower):
-    """What open_clip's training loop writes, distributed and compiled, optimiser and scaler too."""
+    """What open_clip's training loop writes, distributed and compiled, optimizer and scaler too."""
     model = clip(tower)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     size = TOWERS[tower]["image_size"]
@@ -144,7 +144,7 @@ def test_torchscript_of_a_clip(tmp_path, tower, how, half):
     path, size = tmp_path / "x.pt", TOWERS[tower]["image_size"]
     if how == "script":
         module = torch.jit.script(model)
-    elif half:  # a trace runs with float32 pictures, which a float16 tower refuses
+    elif half:  # a trace runs with float32 images, which a float16 tower refuses
         module = torch.jit.trace(Holder(model), torch.zeros(1))
     else:
         # As open_clip's trace_model does, without its check: two traces differ in attention.

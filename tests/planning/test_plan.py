@@ -176,7 +176,7 @@ def test_memory_is_the_compilers():
 
 
 def first_convolution(c):
-    """Its input is the picture, whose gradient nobody takes; a hand count of 3 x forward has it."""
+    """Its input is the image, whose gradient nobody takes; a hand count of 3 x forward has it."""
     if isinstance(c, ResNetConfig):
         return 2 * (c.image_size // 2) ** 2 * 27 * c.width // 2
     return 2 * c.grid_size**2 * 3 * c.patch_size**2 * c.width

@@ -146,7 +146,7 @@ def test_big_vision_file(tmp_path, scanned):
         theirs |= stacked
     np.savez(tmp_path / "siglip.npz", **theirs)
     clip = clip_jax.load(tmp_path / "siglip.npz")
-    # big_vision cuts pictures to whole patches: 32 of these 33 pixels.
+    # big_vision cuts images to whole patches: 32 of these 33 pixels.
     assert clip.config.vision.image_size == 32
     assert (clip.config.vision.heads, clip.config.text.heads) == (4, 4)
     assert clip.config.vision.mlp_width == config.vision.mlp_width

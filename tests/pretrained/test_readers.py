@@ -606,7 +606,7 @@ def test_any_program_ends_in_a_value_or_one_error(program):
 
 
 def test_the_limit_on_steps_leaves_room():
-    """Ten thousand tensors are ten times those of the largest CLIP, or twice with an optimiser."""
+    """Ten thousand tensors are ten times those of the largest CLIP, or twice with an optimizer."""
     body = tensor_pickle(0, (2, 3), (3, 1))
     tensor = body[body.index(b"ctorch._utils") : -2]
     entries = b"".join(b"\x8c\x04%04d" % i + tensor for i in range(10_000))
@@ -631,7 +631,7 @@ def test_resized_positions_keep_the_prefix_and_a_constant():
 
 
 def test_resized_texts_follow_a_line():
-    """Linear filters reproduce a line wherever no neighbour is missing."""
+    """Linear filters reproduce a line wherever no neighbor is missing."""
     positions_LD = np.arange(20, dtype=np.float32)[:, None] * np.array([1, -2], np.float32)
     new_LD = resize_text_positions(positions_LD, 33)
     at_P = ((np.arange(33) + 0.5) * 20 / 33 - 0.5).clip(0, 19)

@@ -28,7 +28,7 @@ from clip_jax.embeddings.encode_query import class_shares, encode_picture, encod
 from clip_jax.embeddings.faiss_index import faiss_or_none, index_file, open_index, search_index
 from clip_jax.embeddings.folder import claim, open_embeddings
 from clip_jax.embeddings.searcher import Finder
-from clip_jax.embeddings.write import embed, finish, index_pictures
+from clip_jax.embeddings.write import embed, finish, open_images
 from clip_jax.errors import UserError
 from clip_jax.evaluation.encoders import unit_rows
 from clip_jax.tools import embed as embed_command
@@ -147,7 +147,7 @@ def embedded(tmp_path_factory):
     model = write_tiny_model(root / "model", folder / "t.model")
     args = ["--model", str(model), "--data", pattern, "--out", str(root / "out")]
     told = embed_command.embed_source(embed_command.parse(args))
-    assert "48 pictures of 16 features" in told
+    assert "48 images of 16 features" in told
     return root
 
 
@@ -160,7 +160,7 @@ def run(monkeypatch, capsys, *args):
 def test_the_command_finds_what_was_embedded(embedded, monkeypatch, capsys):
     row = 17
     with Handles() as handles:
-        (shard, _) = index_pictures(str(embedded / "data"))
+        (shard, _) = open_images(str(embedded / "data"))
         (embedded / "one.png").write_bytes(shard.image(row, handles))
     text = run(monkeypatch, capsys, embedded / "out", "--image", embedded / "one.png", "--json")
     hits = json.loads(text)
@@ -236,9 +236,9 @@ def address(tmp_path_factory):
 
     root = tmp_path_factory.mktemp("page")
     write_shards(root, [30], side=SIDE)
-    about = toy_about(str(root), fingerprint=fingerprint(index_pictures(str(root))))
+    about = toy_about(str(root), fingerprint=fingerprint(open_images(str(root))))
     claim(root / "out", about)
-    embed(toy_encoders(), index_pictures(str(root)), about, root / "out", progress=False)
+    embed(toy_encoders(), open_images(str(root)), about, root / "out", progress=False)
     finish(root / "out", about)
     embeddings = open_embeddings(root / "out")
     app = make_app(Finder(embeddings), toy_encoders(), Pictures(embeddings))
@@ -297,7 +297,7 @@ def test_the_server_refuses_what_it_must(address, monkeypatch):
         status, data, _ = ask(address, "GET", path)
         assert status == 400 and json.loads(data)["error"], path
     for path in ("/classify?row=1", "/classify?row=1&label=a&template=none", "/search"):
-        assert ask(address, "POST", path, b"no picture")[0] == 400, path
+        assert ask(address, "POST", path, b"no image")[0] == 400, path
     # A page elsewhere that gives this machine a name of its own.
     assert ask(address, "GET", "/about", Host="evil.example")[0] == 400
     monkeypatch.setattr(app, "MAX_UPLOAD", 1000)
@@ -326,11 +326,11 @@ def test_the_page_works_in_a_browser(address, tmp_path, width, scheme):
         page.on("console", lambda message: said.append(message.text))
         page.on("pageerror", lambda error: said.append(str(error)))
         page.goto("http://{}:{}/".format(*address))
-        page.wait_for_selector('#about:has-text("30 pictures by toy")')
+        page.wait_for_selector('#about:has-text("30 images by toy")')
         page.get_by_label("By words").fill("caption 3")
         page.get_by_role("button", name="Search").click()
         page.wait_for_selector("#status:has-text('20 nearest to “caption 3”')")
-        page.get_by_label("By a picture").set_input_files(tmp_path / "asked.png")
+        page.get_by_label("By an image").set_input_files(tmp_path / "asked.png")
         page.wait_for_selector("#status:has-text('asked.png')")
         assert page.locator(".hit .caption").first.inner_text() == "caption 9"
         page.get_by_role("button", name="more like it").nth(1).click()
@@ -338,7 +338,7 @@ def test_the_page_works_in_a_browser(address, tmp_path, width, scheme):
         page.get_by_role("button", name="Name it", exact=True).click()
         page.get_by_role("textbox", name="Labels").fill("<b>one</b>\ntwo\nthree words here")
         page.get_by_role("button", name="Name it", exact=True).click()
-        page.wait_for_selector("#name-status.wrong:has-text('Choose a picture')")
+        page.wait_for_selector("#name-status.wrong:has-text('Choose an image')")
         page.get_by_role("button", name="name it", exact=True).first.click()
         page.get_by_role("button", name="Name it", exact=True).click()
         page.wait_for_selector(".bar >> nth=2")

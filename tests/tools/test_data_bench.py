@@ -5,7 +5,7 @@ import argparse
 import pytest
 from data_cases import ToyTokenizer, write_shards
 
-from clip_jax.data.sources import index_shards
+from clip_jax.data.sources import open_shards
 from clip_jax.data.stages import PARTS, Settings, Stage, measure_loader, measure_parts, timed
 from clip_jax.errors import UserError
 from clip_jax.tools import data_bench as command
@@ -29,7 +29,7 @@ def test_work_is_called_in_turn_until_the_time_is_over_and_counted():
 
 
 def test_every_stage_and_the_loader_are_measured(tmp_path):
-    indexes = index_shards(write_shards(tmp_path, [20, 13], side=30))
+    indexes = open_shards(write_shards(tmp_path, [20, 13], side=30))
     stages = measure_parts(indexes, ToyTokenizer(), SETTINGS, seconds=0.01)
     assert [s.name for s in stages] == ["read", "decode and crop", "tokenise", "assemble"]
     assert len(stages) == PARTS and all(s.pairs > 0 for s in stages)
@@ -40,7 +40,7 @@ def test_every_stage_and_the_loader_are_measured(tmp_path):
 
 
 def test_a_set_of_nothing_that_can_be_read(tmp_path):
-    indexes = index_shards(write_shards(tmp_path, [20]))
+    indexes = open_shards(write_shards(tmp_path, [20]))
     (tmp_path / "s-00000.tar").write_bytes(b"")
     with pytest.raises(UserError, match="no sample could be read"):
         measure_parts(indexes, ToyTokenizer(), SETTINGS, seconds=0.01)

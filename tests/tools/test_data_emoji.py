@@ -10,7 +10,7 @@ from data_cases import ToyTokenizer
 from PIL import Image
 
 from clip_jax.data.loader import make_eval_loader
-from clip_jax.data.sources import expand, index_shards
+from clip_jax.data.sources import expand, open_shards
 from clip_jax.errors import UserError
 from clip_jax.tools import data_emoji
 
@@ -23,7 +23,7 @@ FOUND = data_emoji.find_pictures()
 
 @pytest.fixture
 def few(monkeypatch):
-    """Three vendors and a dozen concepts, one of them a picture that all three share."""
+    """Three vendors and a dozen concepts, one of them an image that all three share."""
     some = {v: list(FOUND[v][::300]) for v in ("Appl", "Goog", "Twtr")}
     shared = "U+1F468-U+1F3FB-U+200D-U+2764-U+FE0F-U+200D-U+1F468-U+1F3FB.png"
     for vendor in some:
@@ -74,7 +74,7 @@ def test_writes_reads_back_and_repeats_to_the_byte(tmp_path, capsys, few):
     names = (tmp_path / "a" / "classnames.txt").read_text(encoding="utf-8").splitlines()
     kinds = {}
     for kind in ("train", "heldout"):
-        indexes = index_shards(expand(f"{tmp_path}/a/{kind}-*.tar"))
+        indexes = open_shards(expand(f"{tmp_path}/a/{kind}-*.tar"))
         with make_eval_loader(
             indexes, ToyTokenizer(), image_size=8, context_length=16, batch_size=64, threads=0
         ) as loader:
@@ -85,7 +85,7 @@ def test_writes_reads_back_and_repeats_to_the_byte(tmp_path, capsys, few):
         kinds[kind] = [batch["captions"][r][0] for r in rows]
     assert len(kinds["train"]) == len(few["Goog"]) + len(few["Twtr"])
     assert kinds["train"] != sorted(kinds["train"])  # vendors and concepts are mixed
-    # The picture that the training vendors have as well is no test of an unseen style.
+    # The image that the training vendors have as well is no test of an unseen style.
     assert len(kinds["heldout"]) == len(few["Appl"]) - 1 and "1 more are left out" in out
 
     run(capsys, "--out", tmp_path / "b", "--held-out", "Appl", "--shards", 3)
@@ -138,7 +138,7 @@ def test_interrupted_or_failing_it_leaves_nothing(tmp_path, capsys, few, monkeyp
 
 def test_records_say_where_a_picture_is_from(tmp_path, capsys, few):
     run(capsys, "--out", tmp_path / "set", "--held-out", "Goog", "--shards", 1)
-    (index,) = index_shards([str(tmp_path / "set" / "train-00000.tar")])
+    (index,) = open_shards([str(tmp_path / "set" / "train-00000.tar")])
     with open(index.path, "rb") as file:
         data = file.read()
     records = []

@@ -21,7 +21,7 @@ SIDES = ((40, 64), (200, 130), (90, 90))
 
 
 def write(folder, count=90):
-    """Two shards and a broken one: every tenth picture is cut, three keys come twice."""
+    """Two shards and a broken one: every tenth image is cut, three keys come twice."""
     rng = np.random.default_rng(0)
     lengths, shards = [], [folder / "0.tar", folder / "1.tar"]
     for shard, path in enumerate(shards):
@@ -79,7 +79,7 @@ def test_counts_are_exact(tmp_path, toy):
     assert [line["name"] for line in bad[:2]] == ["0.tar/0009", "0.tar/0019"]
     assert json.loads((out / "inspect.json").read_text()) == facts
     with Image.open(out / "samples.png") as grid:
-        assert grid.width > 1000 and grid.height > 800  # 24 pictures, six a line
+        assert grid.width > 1000 and grid.height > 800  # 24 images, six a line
     text = survey_text(facts)
     assert "9 truncated" in text and "2.tar: shard_damaged" in text and "width in 100.0%" in text
 

@@ -23,7 +23,7 @@ from clip_jax.data.formats.webdataset import split_name
 from clip_jax.data.images import decode_image
 from clip_jax.data.loader import make_eval_loader
 from clip_jax.data.shards import Handles
-from clip_jax.data.sources import expand, index_shards
+from clip_jax.data.sources import expand, open_shards
 from clip_jax.data.writing import shard_set
 from clip_jax.data.writing.tar_writer import Sample, Shrink, safe_key, write_shard
 from clip_jax.errors import UserError
@@ -42,7 +42,7 @@ def test_every_source_keeps_its_pictures_captions_and_labels(kind, tmp_path):
     source = str(FORMATS[kind](tmp_path / "in"))
     told = shard([source], str(tmp_path / "out"), per_shard=4, threads=2)
     assert told.startswith(f"{COUNT} pairs in 2 shards"), told
-    indexes = index_shards(expand(str(tmp_path / "out")))
+    indexes = open_shards(expand(str(tmp_path / "out")))
     assert [len(index) for index in indexes] == [4, 2]
     places = [(index, i) for index in indexes for i in range(len(index))]
     with Handles() as handles:
@@ -205,7 +205,7 @@ def test_written_shards_give_the_batches_of_their_source(tmp_path):
     settings = {"image_size": 16, "context_length": 24, "batch_size": 40, "threads": 0}
     batches = []
     for pattern in (source, str(tmp_path / "out")):
-        with make_eval_loader(index_shards(expand(pattern)), ToyTokenizer(), **settings) as loader:
+        with make_eval_loader(open_shards(expand(pattern)), ToyTokenizer(), **settings) as loader:
             batches.append(next(loader))
     good = batches[0]["valid"]
     assert good.sum() == 32 == batches[1]["valid"].sum()

@@ -134,7 +134,7 @@ def test_other_arrays_are_not_taken_for_damage(tmp_path, state, shapes):
     saver.save(state, 1, {})
     other = make_optimizer(lambda step: 1e-3, **ADAMW | {"weight_decay": 0.0, "clip_norm": 1.0})
     assert saver.restore(state_shapes(MODEL, other, shapes.step.sharding.mesh)) is not None
-    with pytest.raises(UserError, match="other arrays than this model and optimiser"):
+    with pytest.raises(UserError, match="other arrays than this model and optimizer"):
         saver.restore(shapes.replace(opt_state={"momentum": shapes.step}))
     assert saver.steps() == [1]
     saver.close()

@@ -169,7 +169,7 @@ def test_every_leaf_that_can_be_is_split(name, scan):
 
 @pytest.mark.parametrize(("fsdp", "scan"), [(64, True), (128, True)])
 def test_bigg_is_split_evenly(fsdp, scan):
-    """Parameters and optimiser of a device within 2 % of an exact division."""
+    """Parameters and optimizer of a device within 2 % of an exact division."""
     mesh = jax.sharding.AbstractMesh((256 // fsdp, fsdp, 1), AXES)
     shapes = state_shapes(CLIP(model_config("ViT-bigG-14"), scan=scan), optimizer_of(), mesh)
     for tree in (shapes.params, shapes.opt_state):

@@ -1,4 +1,4 @@
-"""Colour jitter: what leaves a picture alone, what the ends of the range mean, what it hangs on."""
+"""Color jitter: what leaves an image alone, what the ends of the range mean, what it hangs on."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ def factors(images, brightness=1.0, contrast=1.0, saturation=1.0):
 
 def test_ones_leave_a_picture_as_it_is(images):
     out = adjust_colors(images, factors(images))
-    # Grey is taken away and put back: two roundings of values below 1.
+    # Gray is taken away and put back: two roundings of values below 1.
     np.testing.assert_allclose(out, images, atol=2e-7)
 
 
@@ -51,7 +51,7 @@ def test_draws_hang_on_seed_and_step_and_not_on_the_mesh():
     others = draw(jnp.int32(5), 8), make_draws(seed=2, **options)(jnp.int32(4), 8)
     for name, x in first.items():
         assert all(not np.array_equal(x, other[name]) for other in others)
-        # Each picture has its own draws.
+        # Each image has its own draws.
         assert len(np.unique(np.asarray(x), axis=0)) == 8
 
 

@@ -1,4 +1,4 @@
-"""The optimiser: AdamW by hand, what decays, the schedule, and the temperature's clip."""
+"""The optimizer: AdamW by hand, what decays, the schedule, and the temperature's clip."""
 
 import dataclasses
 import math

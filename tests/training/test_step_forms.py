@@ -21,7 +21,7 @@ def meshes():
     [("2x2x2", "softmax"), pytest.param("one", "sigmoid", marks=pytest.mark.slow)],
 )
 def test_micro_batches_give_the_whole_batchs_losses(where, loss):
-    """With the same colours and the same patches in both of a micro-batch's visits."""
+    """With the same colors and the same patches in both of a micro-batch's visits."""
     mesh = meshes()[where]
     options = {"loss": loss, "jitter": True, "patch_dropout": 0.5}
     _, _, want = run(VIT, mesh, **options)

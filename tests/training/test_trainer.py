@@ -197,7 +197,7 @@ def test_a_run_learns_evaluates_and_loads(data, tmp_path, loss, steps, capsys):
     assert main.run(config, str(tmp_path)) == 0
     results = json.loads((tmp_path / "eval.json").read_text())
     metrics = {r["task"]: r["metrics"] for r in results["results"]}
-    # Twelve things in four colours: chance is 8 %.
+    # Twelve things in four colors: chance is 8 %.
     assert metrics["zeroshot_classification"]["acc1"] > 0.5
     assert {
         f"{kind}_retrieval_recall@{k}" for kind in ("image", "text") for k in (1, 5, 10)
@@ -307,7 +307,7 @@ def test_a_work_folder_that_cannot_be(data, tmp_path, monkeypatch):
     ("changes", "message"),
     [
         ({"model__name": "tiny-conv"}, "tiny-conv has no patches to drop"),
-        ({"train__freeze": "image"}, "a frozen tower sees whole pictures"),
+        ({"train__freeze": "image"}, "a frozen tower sees whole images"),
     ],
 )
 def test_patches_that_cannot_be_dropped(data, tmp_path, monkeypatch, changes, message):

@@ -66,7 +66,7 @@ def losses(workdir):
 
 @pytest.fixture(scope="module")
 def short(data, tmp_path_factory):
-    """A run on small pictures and short captions, with pictures of its own kind."""
+    """A run on small images and short captions, with images of its own kind."""
     workdir = tmp_path_factory.mktemp("short")
     config = tiny_config(data, model__image_size=16, model__context_length=8)
     assert main.run(config, str(workdir)) == 0
@@ -142,7 +142,7 @@ def test_a_longer_run_grows_the_positions_of_a_short_one(data, short, tmp_path, 
     for path in want:
         np.testing.assert_array_equal(got[path], want[path])
 
-    # Pictures and tokenizer travelled with the weights, into the new run's own folder.
+    # Images and tokenizer traveled with the weights, into the new run's own folder.
     about, before = read_description(tmp_path), read_description(short)
     assert about.preprocess == before.preprocess == w.preprocess
     assert clip_jax.load(tmp_path).preprocessing.mean == (0.4, 0.5, 0.6)

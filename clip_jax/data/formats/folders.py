@@ -1,6 +1,6 @@
-"""A folder of pictures: with a caption file beside each, or one folder a class.
+"""A folder of images: with a caption file beside each, or one folder a class.
 
-`a/b.jpg` with `a/b.txt` beside it is a pair (img2dataset's "files" layout). Where no picture has
+`a/b.jpg` with `a/b.txt` beside it is a pair (img2dataset's "files" layout). Where no image has
 such a file, the folder it lies in is its class: the name is the caption, and the label its place
 among the names in order.
 """
@@ -42,7 +42,7 @@ def holds_pictures(folder: str) -> bool:
 
 
 class FolderShard:
-    """Pictures by path; `classes` is empty where captions lie beside the pictures."""
+    """Images by path; `classes` is empty where captions lie beside the images."""
 
     def __init__(self, path: str, pictures: list[str], sides: set[str], classes: list[str]):
         self.path = path
@@ -60,7 +60,7 @@ class FolderShard:
         return len(self._pictures)
 
     def key(self, i: int) -> str:
-        """The picture's path from the folder."""
+        """The image's path from the folder."""
         return self._pictures[i]
 
     def image(self, i: int, handles: Handles) -> bytes:
@@ -98,13 +98,13 @@ def _class_of(path: str) -> str:
     return path.partition("/")[0]
 
 
-def index_folder(path: str, options: Options, *, need_captions: bool = True) -> FolderShard:
-    """The pictures of a folder, in the order of their paths.
+def open_folder(path: str, options: Options, *, need_captions: bool = True) -> FolderShard:
+    """The images of a folder, in the order of their paths.
 
-    Without `need_captions` pictures may lie in it alone.
+    Without `need_captions` images may lie in it alone.
 
     Raises:
-      UserError: pictures lie in it with neither captions nor class folders.
+      UserError: images lie in it with neither captions nor class folders.
     """
     files = list(_walk(path))
     pictures = [file for file in files if _is_picture(file)]
@@ -117,7 +117,7 @@ def index_folder(path: str, options: Options, *, need_captions: bool = True) -> 
     if loose:
         raise UserError(
             f"folder {path}: {loose[0]} has no caption: put {_stem(loose[0])}.txt beside it, a"
-            " metadata.jsonl into the folder, or every picture into a folder of its class"
+            " metadata.jsonl into the folder, or every image into a folder of its class"
         )
     classes = sorted({_class_of(picture) for picture in pictures})
     return FolderShard(path, pictures, sides, classes)

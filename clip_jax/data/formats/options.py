@@ -11,7 +11,7 @@ class Options:
     """How to read one source; an empty field is found by the names that are usual."""
 
     image: str = ""
-    """Column or feature of the picture: its bytes, or its path."""
+    """Column or feature of the image: its bytes, or its path."""
     caption: str = ""
     """Column, feature or JSON key of the caption."""
     label: str = ""

@@ -131,7 +131,7 @@ class _Examples:
         return whole_label(values[0] if values else None)
 
     def record(self, i: int, handles: Handles) -> dict[str, Any]:
-        """Numbers and texts of one value; pictures are left out."""
+        """Numbers and texts of one value; images are left out."""
         record = {}
         for name, values in self._example(i, handles).items():
             value = values[0] if len(values) == 1 else None
@@ -168,7 +168,7 @@ class TFRecordShard(_Examples):
         return data[:length]
 
 
-def index_tfrecord(path: str, options: Options) -> TFRecordShard:
+def open_tfrecord(path: str, options: Options) -> TFRecordShard:
     """Walks the lengths of a TFRecord file; each has a checksum of its own.
 
     Raises:
@@ -230,7 +230,7 @@ class ArrayRecordShard(_Examples):
             raise BadSampleError("broken_record", short(e)) from e
 
 
-def index_array_record(path: str, options: Options) -> ArrayRecordShard:
+def open_array_record(path: str, options: Options) -> ArrayRecordShard:
     """Opens an ArrayRecord file.
 
     Raises:

@@ -79,7 +79,7 @@ def pick(names: Sequence[str], wanted: str, usual: Sequence[str], what: str, whe
 
 
 class TableShard:
-    """A table in memory whose pictures are files.
+    """A table in memory whose images are files.
 
     Args:
       path: the table.
@@ -104,7 +104,7 @@ class TableShard:
         return self._columns.num_rows
 
     def key(self, i: int) -> str:
-        """The picture's path as the table has it."""
+        """The image's path as the table has it."""
         value = self._value(self._image, i)
         return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value or i)
 
@@ -131,11 +131,11 @@ class TableShard:
         return self._columns.column(column)[i].as_py()
 
 
-def index_csv(path: str, options: Options) -> TableShard:
+def open_csv(path: str, options: Options) -> TableShard:
     """A CSV (commas; tabs where the header has tabs alone) or TSV table with a header line.
 
     Raises:
-      UserError: it cannot be read, or has no column for picture or caption.
+      UserError: it cannot be read, or has no column for image or caption.
     """
     size, head = _head(path)
     first = head.partition(b"\n")[0]
@@ -224,7 +224,7 @@ class JsonLinesShard:
         return {}
 
 
-def index_jsonl(path: str, options: Options) -> JsonLinesShard:
+def open_jsonl(path: str, options: Options) -> JsonLinesShard:
     """JSON lines; blank ones at the end are no samples.
 
     Raises:
@@ -244,9 +244,9 @@ def index_jsonl(path: str, options: Options) -> JsonLinesShard:
 
 
 class ParquetShard:
-    """A Parquet file with a column of encoded pictures.
+    """A Parquet file with a column of encoded images.
 
-    A row group is compressed as a whole, and samples are asked for one by one: its pictures are
+    A row group is compressed as a whole, and samples are asked for one by one: its images are
     written to the bounded folder of `remote.CACHE` when the first is asked for, and then read by
     offset.
     """
@@ -304,7 +304,7 @@ class ParquetShard:
         return os.pread(fd, count, start)
 
     def _ends(self, group: int, fd: int) -> np.ndarray:
-        """Where each picture ends; behind the pictures, since others may have written the file."""
+        """Where each image ends; behind the images, since others may have written the file."""
         if group not in self._places:
             count = int(self._starts[group + 1] - self._starts[group])
             table = os.pread(fd, 8 * count, os.fstat(fd).st_size - 8 * count)
@@ -331,11 +331,11 @@ def _picture_bytes(value: Any) -> bytes:
     return value if isinstance(value, bytes) else b""
 
 
-def index_parquet(path: str, options: Options) -> TableShard | ParquetShard:
-    """A Parquet file with a column of pictures, as bytes or as paths.
+def open_parquet(path: str, options: Options) -> TableShard | ParquetShard:
+    """A Parquet file with a column of images, as bytes or as paths.
 
     Raises:
-      UserError: it cannot be read, or has no column for picture or caption.
+      UserError: it cannot be read, or has no column for image or caption.
     """
     try:
         with os.fdopen(open_local(path), "rb") as raw:

@@ -52,7 +52,7 @@ def find_folder(name: str) -> str:
 
 
 class TfdsShard:
-    """One split of a TFDS set; its pictures stay encoded."""
+    """One split of a TFDS set; its images stay encoded."""
 
     def __init__(self, name: str, source: Any, features: Any, size: int, options: Options):
         self.name, self.size = name, size
@@ -144,7 +144,7 @@ def _caption_feature(features: Any) -> str:
     return ""
 
 
-def index_tfds(path: str, options: Options) -> TfdsShard:
+def open_tfds(path: str, options: Options) -> TfdsShard:
     """One split of a prepared set.
 
     Raises:

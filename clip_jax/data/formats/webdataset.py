@@ -83,7 +83,7 @@ class TarShard:
         return int(table[i, 0]) * tar.BLOCK, int(table[i, 1])
 
     def image_place(self, i: int) -> tuple[int, int] | None:
-        """(byte offset, bytes) of sample `i`'s picture, or None."""
+        """(byte offset, bytes) of sample `i`'s image, or None."""
         return next(filter(None, (self.member(i, s) for s in IMAGE_SUFFIXES)), None)
 
     def image(self, i: int, handles: Handles) -> bytes:
@@ -120,7 +120,7 @@ class TarShard:
         return handles.read(self.path, self.size, *place)
 
     def incomplete(self) -> dict[str, list[str]]:
-        """Samples without a picture, or with neither `.txt` nor `.json`."""
+        """Samples without an image, or with neither `.txt` nor `.json`."""
         has = {suffix: table[:, 0] > 0 for suffix, table in self.members.items()}
         nothing = np.zeros(len(self), bool)
         image = np.logical_or.reduce([nothing, *(has.get(s, nothing) for s in IMAGE_SUFFIXES)])
@@ -140,7 +140,7 @@ class TarShard:
         return state.hexdigest()
 
 
-def index_shard(path: str, caption_key: str = "caption") -> TarShard:
+def open_shard(path: str, caption_key: str = "caption") -> TarShard:
     """Reads a shard's headers and proves that they are all there.
 
     The walk must end at the archive's closing zeros, no member may run past the end of the file,
@@ -214,7 +214,7 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def side_file(index: TarShard) -> str:
-    """The text of `<shard>.index.json`: what `index_shard` will hold the shard to."""
+    """The text of `<shard>.index.json`: what `open_shard` will hold the shard to."""
     record = {"samples": len(index), "bytes": index.size, "members": index.digest()}
     return json.dumps(record) + "\n"
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
-from clip_jax.data.formats.webdataset import INDEX_ENDING, index_shard, side_file
+from clip_jax.data.formats.webdataset import INDEX_ENDING, open_shard, side_file
 from clip_jax.data.images import ImageError
 from clip_jax.data.manifest import Entry, entry_of, write_index
 from clip_jax.data.shards import BadSampleError, ConcatShards, Handles, Shard
@@ -52,7 +52,7 @@ class ShardSet:
       rows: the samples, in the order in which they are written.
       out: the folder.
       per_shard: rows of a shard.
-      shrink: what is done to pictures; None leaves all as they are.
+      shrink: what is done to images; None leaves all as they are.
       extra: fields that a row's json gets, by its place in `rows`.
     """
 
@@ -165,7 +165,7 @@ def _write_one(
         lines = [json.dumps({"cause": c, "name": name, "detail": d}) for c, name, d in skipped]
         with atomic_write(path.with_suffix(SKIPPED_ENDING)) as partial:
             partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    index = index_shard(str(path))
+    index = open_shard(str(path))
     written = Written(len(index), Counter(cause for cause, _, _ in skipped))
     record = json.loads(side_file(index))
     if lacks := entry_of(index).lacks:
@@ -202,6 +202,6 @@ def _usable(
 
 def _prepared(sample: Sample, shards: ShardSet, place: int) -> Sample:
     image = sample.image if shards.shrink is None else shards.shrink(sample.image)
-    image_suffix(image)  # raises for what is no picture
+    image_suffix(image)  # raises for what is no image
     record = {**sample.record, **shards.extra(place)}
     return Sample(sample.key, image, sample.captions, record, sample.label)

@@ -1,4 +1,4 @@
-"""One tar shard of samples from any source: pictures as they are, and always the same bytes."""
+"""One tar shard of samples from any source: images as they are, and always the same bytes."""
 
 import io
 import json
@@ -30,13 +30,13 @@ class Sample:
 
 @dataclass(frozen=True)
 class Shrink:
-    """Pictures whose short side is above `side` pixels are made that small; others stay."""
+    """Images whose short side is above `side` pixels are made that small; others stay."""
 
     side: int
     quality: int = 95
 
     def __call__(self, data: bytes) -> bytes:
-        """The picture's bytes: the same ones where it is small enough.
+        """The image's bytes: the same ones where it is small enough.
 
         Raises:
           ImageError: it cannot be read.
@@ -75,7 +75,7 @@ def read_sample(index: Shard, i: int, handles: Handles) -> Sample:
     Fields that are no JSON are none: neither training nor evaluation would ask for them.
 
     Raises:
-      Unusable, ImageError, OSError: picture, caption or label cannot be read.
+      Unusable, ImageError, OSError: image, caption or label cannot be read.
     """
     label = index.label(i, handles)
     try:
@@ -92,7 +92,7 @@ def read_sample(index: Shard, i: int, handles: Handles) -> Sample:
 
 
 def safe_key(key: str) -> str:
-    """A key as a member's name: no ending of a picture, no dots, no way out of a folder."""
+    """A key as a member's name: no ending of an image, no dots, no way out of a folder."""
     stem, dot, ending = key.rpartition(".")
     if dot and ending.lower() in IMAGE_SUFFIXES:
         key = stem
