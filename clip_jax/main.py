@@ -80,16 +80,16 @@ def run(config: Config, workdir: str) -> int:
       UserError: the data, the config or the work folder is not fit for the run.
     """
     from clip_jax.parallel import distributed
-    from clip_jax.tools.evaluate import evaluate_workdir
-    from clip_jax.tools.report import report
+    from clip_jax.tools.evaluate import evaluate_workdir, evaluation_text
+    from clip_jax.tools.report import report, report_text
     from clip_jax.training.trainer import train
 
     code = train(config, workdir)
     if code == 0 and config.eval.data:
         # On the devices of all processes, so all of them take part.
-        distributed.print_on_main(evaluate_workdir(workdir))
+        distributed.print_on_main(evaluation_text(evaluate_workdir(workdir)))
         if distributed.is_first():
-            distributed.print_on_main(report([workdir]))
+            distributed.print_on_main(report_text(report([workdir])))
     return code
 
 

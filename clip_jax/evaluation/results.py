@@ -44,20 +44,3 @@ def write_results(
 
 # Figures that are no shares.
 COUNTS = ("C", "fewshot_k", "normalized", "k")
-
-
-def table(results: Sequence[dict[str, Any]], seconds: float) -> str:
-    """The results as lines to print, each share with its interval of 95 %."""
-    lines = [f"evaluation in {seconds:.0f} s:"]
-    for result in results:
-        lines.append(f"  {result['task']} on {result['dataset']}, {result['images']:,} images")
-        for name, value in result["metrics"].items():
-            if name in COUNTS:
-                lines.append(f"    {name:<28} {value:8.4g}")
-                continue
-            line = f"    {name:<28} {100 * value:6.2f} %"
-            if name in result["intervals"]:
-                low, high = result["intervals"][name]
-                line += f"   {100 * low:.1f} to {100 * high:.1f}"
-            lines.append(line)
-    return "\n".join(lines)

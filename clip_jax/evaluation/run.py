@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,25 @@ def open_request(request: EvalSpec) -> Sources:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """The results of an evaluation and where they were written.
+
+    Attributes:
+      results: one row a result, see `results.result_rows`.
+      skipped: cause -> images that could not be used.
+      folder: where the files and `features/` are.
+      paths: the files that this process has written; only process 0 writes.
+      seconds: how long it took.
+    """
+
+    results: list[dict[str, Any]]
+    skipped: dict[str, int]
+    folder: Path
+    paths: tuple[Path, ...]
+    seconds: float
+
+
 def run_evaluation(
     encoders: Encoders,
     request: EvalSpec,
@@ -116,14 +136,15 @@ def run_evaluation(
     folder: str | Path,
     mesh: Mesh | None = None,
     progress: bool = True,
-) -> list[dict[str, Any]]:
-    """Every task of the request, its results returned and written to `folder`.
+) -> Evaluation:
+    """Run every task of the request, and write the results to `folder`.
 
     With several processes all of them call it; process 0 writes.
 
     Raises:
       UserError: data or names are missing or do not fit each other.
     """
+    start = time.perf_counter()
     sources = open_request(request)
     folder = make_folder(folder, flag="--out")
     subject = make_subject(encoders, request, sources, folder / FEATURES, mesh, progress=progress)
@@ -136,9 +157,13 @@ def run_evaluation(
     }
     results = result_rows(outcomes, about, len(subject.test))
     ablation = compare_templates(encoders, request, subject, folder / FEATURES)
+    paths: list[Path] = []
     if jax.process_index() == 0:
-        _write(encoders, request, sources.test, subject, outcomes, results, ablation, folder)
-    return results
+        paths = _write(
+            encoders, request, sources.test, subject, outcomes, results, ablation, folder
+        )
+    seconds = time.perf_counter() - start
+    return Evaluation(results, subject.test.skipped, folder, tuple(paths), seconds)
 
 
 def make_subject(
@@ -344,7 +369,9 @@ def _write(
     results: list[dict[str, Any]],
     ablation: list[dict[str, Any]],
     folder: Path,
-) -> None:
+) -> list[Path]:
+    """Write the files of an evaluation and return their paths, the results' first."""
+    paths = [folder / RESULTS]
     extra: dict[str, Any] = {"request": dataclasses.asdict(request), "ablation": ablation}
     extra["scale"] = encoders.scale
     extra["preprocess"] = preprocess_to_json(encoders.preprocess)
@@ -361,6 +388,8 @@ def _write(
         size, preprocess = encoders.image_size, encoders.preprocess
         images = read_pictures(indexes, examples["rows"], size, preprocess)
         prediction_grid(list(images), examples["truths"], examples["guesses"], folder / GRID)
+        paths += [folder / GRID, folder / CONFUSION]
     write_results(results, subject.test.skipped, folder / RESULTS, **extra)
     if (folder / "metrics.jsonl").exists():
-        loss_curve(folder / "metrics.jsonl", folder / CURVE)
+        paths.append(loss_curve(folder / "metrics.jsonl", folder / CURVE))
+    return paths

@@ -15,7 +15,7 @@ from clip_jax.errors import UserError, run_command
 from clip_jax.sections import EvalSection
 
 if TYPE_CHECKING:
-    from clip_jax.evaluation.run import EvalSpec
+    from clip_jax.evaluation.run import EvalSpec, Evaluation
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -52,22 +52,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def evaluate_model(model: str, request: "EvalSpec", out: str | Path, **load: Any) -> str:
-    """Evaluate what `clip_jax.load` reads; returns the table to print."""
-    import jax
-
+def evaluate_model(model: str, request: "EvalSpec", out: str | Path, **load: Any) -> "Evaluation":
+    """Evaluate what `clip_jax.load` reads; the seconds are those of loading and evaluating."""
     from clip_jax.api import encoders_of, load_over_devices
-    from clip_jax.evaluation.results import CONFUSION, CURVE, GRID, RESULTS, table
     from clip_jax.evaluation.run import run_evaluation
 
     start = time.perf_counter()
     clip, mesh = load_over_devices(model, **load)
-    results = run_evaluation(encoders_of(clip, mesh), request, folder=out, mesh=mesh)
-    if jax.process_index():
-        return ""
-    names = [name for name in (RESULTS, GRID, CONFUSION, CURVE) if (Path(out) / name).exists()]
-    written = ", ".join(str(Path(out) / name) for name in names)
-    return table(results, time.perf_counter() - start) + f"\nwritten: {written}"
+    evaluation = run_evaluation(encoders_of(clip, mesh), request, folder=out, mesh=mesh)
+    return dataclasses.replace(evaluation, seconds=time.perf_counter() - start)
 
 
 def evaluate_workdir(
@@ -78,8 +71,8 @@ def evaluate_workdir(
     templates: Sequence[str] | None = None,
     batch_size: int | None = None,
     **more: Any,
-) -> str:
-    """Evaluate the newest checkpoint of a run as its config says; returns the table to print.
+) -> "Evaluation":
+    """Evaluate the newest checkpoint of a run as its config says.
 
     Args:
       more: other fields of `evaluation.run.EvalSpec` to set, and `out`.
@@ -108,6 +101,25 @@ def evaluate_workdir(
     }
     request = EvalSpec(**own | {name: value for name, value in more.items() if value})
     return evaluate_model(workdir, request, out)
+
+
+def evaluation_text(evaluation: "Evaluation") -> str:
+    """Return the lines to print: each share with its interval of 95 %, and the files written."""
+    from clip_jax.evaluation.results import COUNTS
+
+    lines = [f"evaluation in {evaluation.seconds:.0f} s:"]
+    for result in evaluation.results:
+        lines.append(f"  {result['task']} on {result['dataset']}, {result['images']:,} images")
+        for name, value in result["metrics"].items():
+            if name in COUNTS:
+                lines.append(f"    {name:<28} {value:8.4g}")
+                continue
+            line = f"    {name:<28} {100 * value:6.2f} %"
+            if name in result["intervals"]:
+                low, high = result["intervals"][name]
+                line += f"   {100 * low:.1f} to {100 * high:.1f}"
+            lines.append(line)
+    return "\n".join([*lines, f"written: {', '.join(map(str, evaluation.paths))}"])
 
 
 def _shot_counts(text: str) -> list[int]:
@@ -176,7 +188,7 @@ def main() -> int:
     fields = _request_fields(args)
     tasks = check_tasks(fields.get("tasks", ()))
     if is_work_folder(args.model):
-        print(evaluate_workdir(args.model, out=args.out, **fields))
+        print(evaluation_text(evaluate_workdir(args.model, out=args.out, **fields)))
         return 0
     if "data" not in fields:
         raise UserError(f"--data is missing: {args.model} names no evaluation data of its own")
@@ -184,7 +196,7 @@ def main() -> int:
         raise UserError("classification needs class names; give --classnames or --dataset")
     out = args.out or f"eval-{Path(args.model).stem}"
     load = {"architecture": args.architecture, "tokenizer": args.tokenizer}
-    print(evaluate_model(args.model, EvalSpec(**fields), out, **load))
+    print(evaluation_text(evaluate_model(args.model, EvalSpec(**fields), out, **load)))
     return 0
 
 

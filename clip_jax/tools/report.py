@@ -5,6 +5,7 @@ asks nothing of the network.
 """
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,8 +20,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def report(folders: Sequence[str | Path], out: str | Path | None = None) -> str:
-    """Write the page of these folders; returns what to tell the user.
+@dataclasses.dataclass(frozen=True)
+class ReportPage:
+    """A page that was written: its path, and its size in bytes."""
+
+    path: Path
+    size: int
+
+
+def report(folders: Sequence[str | Path], out: str | Path | None = None) -> ReportPage:
+    """Write the page of these folders.
 
     Raises:
       UserError: a folder has nothing to report, or holds a damaged file.
@@ -28,13 +37,18 @@ def report(folders: Sequence[str | Path], out: str | Path | None = None) -> str:
     from clip_jax.report_page.page import write_report
 
     path = write_report(folders, out)
-    return f"report: {path} ({path.stat().st_size / 2**20:.1f} MiB)"
+    return ReportPage(path, path.stat().st_size)
+
+
+def report_text(page: ReportPage) -> str:
+    """Return the line to print."""
+    return f"report: {page.path} ({page.size / 2**20:.1f} MiB)"
 
 
 def main() -> int:
     """Parse and write; the exit code."""
     args = parse(None)
-    print(report(args.folders, args.out))
+    print(report_text(report(args.folders, args.out)))
     return 0
 
 

@@ -255,7 +255,11 @@ def test_a_prime_number_of_images_on_eight_devices_counts_each_once(tmp_path):
         ablate=["{}", "a {}"], batch_size=10,
     )  # fmt: skip
     encoders, seen = over_eight_devices()
-    results = run_evaluation(encoders, request, folder=tmp_path / "out", progress=False)
+    evaluation = run_evaluation(encoders, request, folder=tmp_path / "out", progress=False)
+    results = evaluation.results
+    names = {"eval.json", "predictions.png", "confusion.csv"}
+    assert {path.name for path in evaluation.paths} == names
+    assert all(path.parent == tmp_path / "out" and path.exists() for path in evaluation.paths)
     # Batches of 10 become 16, so that eight devices share them; every one has that shape.
     assert set(seen) == {((16, SIDE, SIDE, 3), 8)} and len(seen) == 3
     assert [r["images"] for r in results] == [37, 37]
@@ -263,7 +267,7 @@ def test_a_prime_number_of_images_on_eight_devices_counts_each_once(tmp_path):
         encode_image, encode_text, ToyTokenizer(),
         image_size=SIDE, context_length=16, name="toy", identity="b",
     )  # fmt: skip
-    expected = run_evaluation(alone, request, folder=tmp_path / "alone", progress=False)
+    expected = run_evaluation(alone, request, folder=tmp_path / "alone", progress=False).results
     for ours, theirs in zip(results, expected, strict=True):
         assert ours["metrics"] == pytest.approx(theirs["metrics"], abs=1e-6)
     written = json.loads((tmp_path / "out" / "eval.json").read_text())
@@ -276,7 +280,7 @@ def test_a_prime_number_of_images_on_eight_devices_counts_each_once(tmp_path):
     # Again, with other tasks: nothing is encoded twice; with other weights everything is.
     before = len(seen)
     again = run_evaluation(encoders, request, folder=tmp_path / "out", progress=False)
-    assert again == results and len(seen) == before
+    assert again.results == results and len(seen) == before
     other = over_eight_devices()[0].__class__(**{**vars(encoders), "identity": "c"})
     run_evaluation(other, request, folder=tmp_path / "out", progress=False)
     assert len(seen) == 2 * before
@@ -367,7 +371,7 @@ def test_evaluation_during_a_run_compiles_once_and_follows_the_parameters(tmp_pa
     alone = Encoders(
         encode_image, encode_text, ToyTokenizer(), image_size=SIDE, context_length=16, scale=10.0
     )
-    results = run_evaluation(alone, request, folder=tmp_path / "out", progress=False)
+    results = run_evaluation(alone, request, folder=tmp_path / "out", progress=False).results
     expected = results[0]["metrics"] | results[1]["metrics"]
     # Sums of float32 numbers in another order; ranks are the same.
     assert first == pytest.approx(expected, abs=1e-6)

@@ -19,7 +19,7 @@ from clip_jax.evaluation.encoders import Encoders
 from clip_jax.evaluation.run import EvalSpec, run_evaluation
 from clip_jax.report_page import select_examples
 from clip_jax.report_page.svg import line_chart, log_ticks, ticks
-from clip_jax.tools.report import report
+from clip_jax.tools.report import report, report_text
 
 SIDE = 12
 
@@ -82,9 +82,10 @@ class Page(HTMLParser):
 
 
 def test_the_page_is_whole_and_asks_nothing_of_the_network(runs):
-    told = report([runs / "one", runs / "two"])
+    written = report([runs / "one", runs / "two"])
     html = (runs / "one" / "report.html").read_text()
-    assert str(runs / "one" / "report.html") in told
+    assert written.path == runs / "one" / "report.html"
+    assert written.size == len(html.encode()) and str(written.path) in report_text(written)
     page = Page(html)
     assert not page.open
     wanted = ["Results", "Training", "Calibration", "Prompts"]

@@ -21,7 +21,7 @@ from clip_jax.data.images import Preprocess
 from clip_jax.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED, UserError
 from clip_jax.models import zoo
 from clip_jax.pretrained.workdir import Description
-from clip_jax.tools.evaluate import evaluate_workdir
+from clip_jax.tools.evaluate import evaluate_workdir, evaluation_text
 from clip_jax.training import run_logger, trainer
 from clip_jax.training.best_checkpoint import Best
 from clip_jax.training.checkpoint import Checkpoints
@@ -208,7 +208,8 @@ def test_a_run_learns_evaluates_and_loads(data, tmp_path, loss, steps, capsys):
 
     clip = clip_jax.load(tmp_path)
     again = evaluate_workdir(str(tmp_path), templates=["{}"])
-    assert json.loads((tmp_path / "eval.json").read_text()) == results and "acc1" in again
+    assert json.loads((tmp_path / "eval.json").read_text()) == results
+    assert "acc1" in evaluation_text(again)
     assert clip.tokenizer.vocab_size == 280
     assert clip_jax.load(tmp_path, tokenizer="clip").tokenizer.vocab_size == 49_408
     tokens = clip.tokenize(NAMES)
