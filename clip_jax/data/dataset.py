@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from clip_jax.data.filters import filtered, parse_filter, without_repeats
+from clip_jax.data.formats.errors import ShardError
 from clip_jax.data.formats.options import split_options
 from clip_jax.data.formats.remote import PASSED_OVER
 from clip_jax.data.manifest import ALONE, Counted, Entry, Known, Lost, Share, count_shards, entry_of
 from clip_jax.data.shards import BadSampleError, Handles, Shard
-from clip_jax.data.skip_log import SkipLog, on_shard_error, shard_cause
+from clip_jax.data.skip_log import SkipLog, on_shard_error
 from clip_jax.data.sources import expand, is_lazy, open_shard, open_shards
 from clip_jax.errors import UserError
 
@@ -59,8 +60,8 @@ class Resident:
     def _outcome(self, shard: str) -> Shard | Lost:
         try:
             return self._read(shard)
-        except UserError as e:
-            return Lost(shard_cause(e), str(e), time.monotonic())
+        except ShardError as e:
+            return Lost(e.cause, str(e), time.monotonic())
         except Exception as e:
             return Lost("shard_damaged", f"{shard}: {type(e).__name__}: {e}", time.monotonic())
 

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from clip_jax.data.formats.errors import SHARD_CAUSES, ShardError
 from clip_jax.errors import UserError
 
 SKIPPED = "skipped.jsonl"
@@ -12,9 +13,6 @@ MAX_LINES = 100_000
 """Samples that are listed; further ones are only counted."""
 MIN_ROWS = 1000
 """The share is taken of at least so many rows: one bad image among the first ten is no sign."""
-
-
-LOST_SHARDS = {"shard_unreadable", "shard_damaged", "shard_missing", "shard_changed"}
 
 
 class SkipLog:
@@ -50,7 +48,7 @@ class SkipLog:
         """Take in one row that could not be used."""
         self.counts[cause] += 1
         # A shard that is lost during the run is one line, not one for each of its samples.
-        self._list(cause, key.partition("/")[0] if cause in LOST_SHARDS else key, detail)
+        self._list(cause, key.partition("/")[0] if cause in SHARD_CAUSES else key, detail)
 
     def shard(self, cause: str, name: str, detail: str) -> None:
         """Take in a shard that is left out, which all processes do."""
@@ -82,7 +80,7 @@ class SkipLog:
 
     def _list(self, cause: str, name: str, detail: str) -> None:
         # Shards of one name can lie in several folders, which the detail tells apart.
-        once = name + detail if cause in LOST_SHARDS else name
+        once = name + detail if cause in SHARD_CAUSES else name
         if self._path is None or once in self._listed or len(self._listed) >= MAX_LINES:
             return
         self._listed.add(once)
@@ -102,20 +100,10 @@ class SkipLog:
         )
 
 
-def shard_cause(error: Exception) -> str:
-    """The cause under which a shard that cannot be indexed is counted."""
-    if isinstance(error.__cause__, FileNotFoundError):
-        return "shard_missing"
-    text = str(error)
-    if "cannot be fetched" in text or "cannot be read" in text:
-        return "shard_unreadable"
-    return "shard_damaged"
+def on_shard_error(log: SkipLog) -> Callable[[str, ShardError], None]:
+    """Return a callback of `sources.open_shards` that counts and names a shard that is left out."""
 
-
-def on_shard_error(log: SkipLog) -> Callable[[str, UserError], None]:
-    """For `sources.open_shards`: the shard is left out, counted and named."""
-
-    def leave_out(shard: str, error: UserError) -> None:
-        log.shard(shard_cause(error), shard, str(error))
+    def leave_out(shard: str, error: ShardError) -> None:
+        log.shard(error.cause, shard, str(error))
 
     return leave_out

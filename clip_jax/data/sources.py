@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from clip_jax.data.filters import FilteredShard
 from clip_jax.data.formats import folders, records, tables, tfds, webdataset
+from clip_jax.data.formats.errors import ShardError
 from clip_jax.data.formats.options import Options, split_options
 from clip_jax.data.formats.remote import is_url, list_urls
 from clip_jax.data.shards import Shard
@@ -231,13 +232,18 @@ def expand_braces(text: str) -> list[str]:
 
 
 def open_shard(shard: str) -> Shard:
-    """The index of one shard, as `expand` names it.
+    """Open one shard, as `expand` names it.
 
     Raises:
-      UserError: it cannot be read, is damaged, or its options do not fit.
+      ShardError: it cannot be read, is damaged, or its options do not fit.
     """
     path, options = split_options(shard)
-    index = kind_of(path).index(path, options)
+    try:
+        index = kind_of(path).index(path, options)
+    except ShardError:
+        raise
+    except UserError as e:  # a column that it lacks, a package that is not installed
+        raise ShardError("shard_damaged", str(e)) from e
     return FilteredShard(index, templates=options.templates) if options.template else index
 
 
@@ -245,7 +251,7 @@ def open_shards(
     shards: Sequence[str],
     threads: int = 8,
     *,
-    on_error: Callable[[str, UserError], None] | None = None,
+    on_error: Callable[[str, ShardError], None] | None = None,
 ) -> list[Shard]:
     """`open_shard` for every shard, in order; the threads hide the latency of a remote disk.
 
@@ -260,7 +266,7 @@ def open_shards(
             for shard, future in zip(shards, futures, strict=True):
                 try:
                     found.append(future.result())
-                except UserError as e:
+                except ShardError as e:
                     if on_error is None:
                         raise
                     on_error(shard, e)

@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 
 from clip_jax.data import filters
 from clip_jax.data.formats import records, remote
+from clip_jax.data.formats.errors import ShardError
 from clip_jax.data.loader import make_eval_loader, make_train_loader
 from clip_jax.data.shards import BadSampleError, Handles
-from clip_jax.data.sources import expand, kind_of, open_shards
+from clip_jax.data.sources import expand, kind_of, open_shard, open_shards
 from clip_jax.errors import UserError
 
 COUNT = 6
@@ -290,6 +291,47 @@ def test_a_cut_tfrecord_is_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(UserError, match="cut or damaged at byte"):
         open_shards([str(path)])
+
+
+def broken_header(path):
+    """Python's `tarfile` ends at such a header without a word."""
+    write_tar(path.parent).rename(path)
+    data = bytearray(path.read_bytes())
+    data[1024 + 148] ^= 1  # the checksum of the second member, since the first is of one block
+    path.write_bytes(data)
+
+
+UNUSABLE = [
+    ("x.tar", lambda path: None, "shard_missing"),
+    ("x.csv", lambda path: None, "shard_missing"),
+    ("x.parquet", lambda path: None, "shard_missing"),
+    ("x.tfrecord", lambda path: None, "shard_missing"),
+    ("x.tar", lambda path: path.mkdir(), "shard_unreadable"),
+    ("x.jsonl", lambda path: path.mkdir(), "shard_unreadable"),
+    ("x.parquet", lambda path: path.write_bytes(b"no table"), "shard_unreadable"),
+    ("x.array_record", lambda path: path.mkdir(), "shard_unreadable"),
+    ("x.tar", broken_header, "shard_damaged"),
+    ("x.tar", lambda path: path.write_bytes(b"BZh9"), "shard_damaged"),
+    ("x.tfrecord", lambda path: path.write_bytes(b"no record"), "shard_damaged"),
+    ("x.csv", lambda path: path.write_bytes(b"a,b\n1,2\n"), "shard_damaged"),
+]
+
+
+@pytest.mark.parametrize(("name", "make", "cause"), UNUSABLE)
+def test_the_cause_of_a_shard_that_cannot_be_opened_is_a_field(name, make, cause, tmp_path):
+    make(tmp_path / name)
+    with pytest.raises(ShardError, match=name) as caught:
+        open_shard(str(tmp_path / name))
+    assert caught.value.cause == cause
+
+
+def test_a_damaged_side_file_is_the_shards_damage(tmp_path):
+    path = write_tar(tmp_path)
+    for text in ("[1]", "{", "{}"):
+        (tmp_path / "0.tar.index.json").write_text(text)
+        with pytest.raises(ShardError, match="is damaged") as caught:
+            open_shard(str(path))
+        assert caught.value.cause == "shard_damaged"
 
 
 @settings(max_examples=200, deadline=None)

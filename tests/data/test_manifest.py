@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from clip_jax.data import dataset
 from clip_jax.data.dataset import LazyShard, Resident, open_sources
 from clip_jax.data.formats import remote
+from clip_jax.data.formats.errors import ShardError
 from clip_jax.data.loader import make_train_loader
 from clip_jax.data.manifest import Entry, Share, entry_of, read_index, write_index
 from clip_jax.data.skip_log import SkipLog
@@ -264,7 +265,7 @@ def test_one_thread_reads_a_shard_and_the_longest_unused_goes():
         time.sleep(0.02)
         read.append(shard)
         if shard == "bad":
-            raise UserError("shard bad is cut or damaged")
+            raise ShardError("shard_damaged", "shard bad is cut or damaged")
         return LazyShard(shard, Entry(1), resident)
 
     resident = Resident(2, slow)

@@ -14,6 +14,7 @@ import numpy as np
 from array_record.python import array_record_module
 from jaxtyping import UInt64
 
+from clip_jax.data.formats.errors import damaged, unreadable
 from clip_jax.data.formats.options import Options
 from clip_jax.data.formats.remote import is_url, open_local
 from clip_jax.data.shards import (
@@ -23,7 +24,7 @@ from clip_jax.data.shards import (
     caption_values,
     whole_label,
 )
-from clip_jax.errors import UserError, short
+from clip_jax.errors import short
 from clip_jax.protobuf import BYTES, fields, varints
 
 IMAGE_FEATURES = ("image", "image/encoded", "jpg", "jpeg", "png", "webp", "image_bytes", "img")
@@ -47,7 +48,7 @@ def parse_example(data: bytes) -> dict[str, list[Any]]:
                     name, values = _map_entry(entry)
                     features[name] = values
         return features
-    except (IndexError, ValueError, TypeError, struct.error, UnicodeDecodeError) as e:
+    except (IndexError, ValueError) as e:
         raise BadSampleError("broken_record", f"not a tf.train.Example ({short(e)})") from e
 
 
@@ -56,20 +57,27 @@ def _map_entry(entry: memoryview) -> tuple[str, list[Any]]:
     values: list[Any] = []
     for number, _, body in fields(entry):
         if number == 1:
-            name = bytes(body).decode("utf-8")
+            name = str(_view(body), "utf-8")
         elif number == 2:
-            for kind, _, value_list in fields(body):
-                values += _VALUES[kind](value_list) if kind in _VALUES else []
+            for kind, _, value_list in fields(_view(body)):
+                values += _VALUES[kind](_view(value_list)) if kind in _VALUES else []
     return name, values
 
 
+def _view(value: int | memoryview) -> memoryview:
+    """Return the bytes of a field; raise ValueError if it is a number."""
+    if isinstance(value, int):
+        raise ValueError("a number in the place of bytes")
+    return value
+
+
 def _bytes_list(body: memoryview) -> list[bytes]:
-    return [bytes(value) for _, _, value in fields(body, wanted=1)]
+    return [bytes(_view(value)) for _, _, value in fields(body, wanted=1)]
 
 
 def _float_list(body: memoryview) -> list[float]:
     # Packed or one by one, the bytes of a float are the same.
-    parts = [bytes(value) for _, _, value in fields(body, wanted=1)]
+    parts = [_view(value) for _, _, value in fields(body, wanted=1)]
     return np.frombuffer(b"".join(parts), "<f4").tolist()
 
 
@@ -172,7 +180,7 @@ def open_tfrecord(path: str, options: Options) -> TFRecordShard:
     """Walks the lengths of a TFRecord file; each has a checksum of its own.
 
     Raises:
-      UserError: the file cannot be read, is cut, or a length is damaged (at the byte named).
+      ShardError: the file cannot be read, is cut, or a length is damaged (at the byte named).
     """
     places: list[tuple[int, int]] = []
     try:
@@ -182,22 +190,15 @@ def open_tfrecord(path: str, options: Options) -> TFRecordShard:
             while at < size:
                 head = os.pread(file.fileno(), 12, at)
                 if len(head) < 12 or struct.unpack("<I", head[8:])[0] != masked_crc(head[:8]):
-                    raise _damaged(path, at, "no length with a right checksum")
+                    raise damaged(path, at, "no length with a right checksum")
                 length = struct.unpack("<Q", head[:8])[0]
                 places.append((at + 12, length))
                 at += 12 + length + 4
             if at != size:
-                raise _damaged(path, at, f"the file ends at byte {size}")
+                raise damaged(path, at, f"the file ends at byte {size}")
     except OSError as e:
-        raise UserError(f"{path} cannot be read: {short(e)}") from e
+        raise unreadable(e, f"{path} cannot be read: {short(e)}") from e
     return TFRecordShard(path, size, np.array(places, np.uint64).reshape(-1, 2), options)
-
-
-def _damaged(path: str, at: int, reason: str) -> UserError:
-    return UserError(
-        f"shard {path} is cut or damaged at byte {at}: {reason}."
-        " Fetch it again, or leave it out of the data pattern"
-    )
 
 
 class ArrayRecordShard(_Examples):
@@ -234,9 +235,9 @@ def open_array_record(path: str, options: Options) -> ArrayRecordShard:
     """Opens an ArrayRecord file.
 
     Raises:
-      UserError: it cannot be read.
+      ShardError: it cannot be read.
     """
     try:
         return ArrayRecordShard(path, options)
     except (OSError, RuntimeError, ValueError) as e:
-        raise UserError(f"shard {path} cannot be read: {short(e)}. Fetch it again") from e
+        raise unreadable(e, f"shard {path} cannot be read: {short(e)}. Fetch it again") from e

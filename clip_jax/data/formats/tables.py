@@ -14,6 +14,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 from jaxtyping import UInt64
 
+from clip_jax.data.formats.errors import unreadable
 from clip_jax.data.formats.options import Options
 from clip_jax.data.formats.remote import CACHE, RemoteError, is_url, open_local, read_whole
 from clip_jax.data.shards import (
@@ -135,7 +136,8 @@ def open_csv(path: str, options: Options) -> TableShard:
     """A CSV (commas; tabs where the header has tabs alone) or TSV table with a header line.
 
     Raises:
-      UserError: it cannot be read, or has no column for image or caption.
+      ShardError: it cannot be read.
+      UserError: it has no column for image or caption.
     """
     size, head = _head(path)
     first = head.partition(b"\n")[0]
@@ -155,9 +157,8 @@ def open_csv(path: str, options: Options) -> TableShard:
                 convert_options=pyarrow.csv.ConvertOptions(column_types=kinds, check_utf8=False),
             )
     except (OSError, pa.ArrowInvalid) as e:
-        raise UserError(
-            f"table {path} cannot be read: {short(e)}; mend the row, or leave it out"
-        ) from e
+        message = f"table {path} cannot be read: {short(e)}; mend the row, or leave it out"
+        raise unreadable(e, message) from e
     chosen = (
         pick(names, options.image, IMAGE_COLUMNS, "image", path),
         pick(names, options.caption, CAPTION_COLUMNS, "caption", path),
@@ -171,7 +172,7 @@ def _head(path: str) -> tuple[int, bytes]:
         with os.fdopen(open_local(path), "rb") as file:
             return os.fstat(file.fileno()).st_size, file.read(1 << 16)
     except OSError as e:
-        raise UserError(f"{path} cannot be read: {short(e)}") from e
+        raise unreadable(e, f"{path} cannot be read: {short(e)}") from e
 
 
 class JsonLinesShard:
@@ -228,7 +229,7 @@ def open_jsonl(path: str, options: Options) -> JsonLinesShard:
     """JSON lines; blank ones at the end are no samples.
 
     Raises:
-      UserError: the file cannot be read.
+      ShardError: the file cannot be read.
     """
     ends: list[int] = []
     position = 0
@@ -239,7 +240,7 @@ def open_jsonl(path: str, options: Options) -> JsonLinesShard:
                 if line.strip():
                     ends.append(position)
     except OSError as e:
-        raise UserError(f"{path} cannot be read: {short(e)}") from e
+        raise unreadable(e, f"{path} cannot be read: {short(e)}") from e
     return JsonLinesShard(path, position, np.array(ends, np.uint64), options)
 
 
@@ -335,7 +336,8 @@ def open_parquet(path: str, options: Options) -> TableShard | ParquetShard:
     """A Parquet file with a column of images, as bytes or as paths.
 
     Raises:
-      UserError: it cannot be read, or has no column for image or caption.
+      ShardError: it cannot be read.
+      UserError: it has no column for image or caption.
     """
     try:
         with os.fdopen(open_local(path), "rb") as raw:
@@ -351,9 +353,8 @@ def open_parquet(path: str, options: Options) -> TableShard | ParquetShard:
             columns = file.read(columns=kept)
             groups = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
     except (OSError, pa.ArrowException) as e:
-        raise UserError(
-            f"{path} cannot be read: {short(e)}; fetch it again, or leave it out"
-        ) from e
+        message = f"{path} cannot be read: {short(e)}; fetch it again, or leave it out"
+        raise unreadable(e, message) from e
     if in_bytes:
         return ParquetShard(path, size, columns, (image, caption, label), groups)
     return TableShard(path, size, columns, (image, caption, label), folder_of(path, options))

@@ -14,7 +14,7 @@ import tarfile
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
-from clip_jax.errors import UserError
+from clip_jax.data.formats.errors import damaged
 
 BLOCK = tarfile.BLOCKSIZE
 
@@ -44,7 +44,7 @@ def members(path: str, file: BinaryIO, size: int) -> list[Member]:
     """Every member of the archive `file` of `size` bytes, in order.
 
     Raises:
-      UserError: the archive is cut or damaged (at the byte named), or is not a tar file.
+      ShardError: the archive is cut or damaged (at the byte named), or is not a tar file.
     """
     try:
         found = list(_plain_members(file.fileno(), size))
@@ -56,14 +56,6 @@ def members(path: str, file: BinaryIO, size: int) -> list[Member]:
         end = last.data + (_padded(last.size) if last.is_file else 0)
     _check_end(path, file, end, size)
     return found
-
-
-def damaged(path: str, offset: int, reason: str) -> UserError:
-    """The error for a shard that cannot be trusted."""
-    return UserError(
-        f"shard {path} is cut or damaged at byte {offset}: {reason}."
-        " Fetch it again, or leave it out of the data pattern"
-    )
 
 
 def _padded(size: int) -> int:

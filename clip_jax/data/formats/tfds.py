@@ -7,8 +7,11 @@ Captions come from a text feature, or from the class names of a label.
 import glob
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from clip_jax.data.formats.errors import unreadable
 from clip_jax.data.formats.options import Options
 from clip_jax.data.shards import BadSampleError, Handles, caption_values
 from clip_jax.errors import UserError, short
@@ -79,8 +82,7 @@ class TfdsShard:
     def _read(self, i: int) -> dict[str, Any]:
         try:
             return self._source[i]
-        except Exception as e:
-            # tfds and array_record raise a dozen types on a damaged record.
+        except Exception as e:  # tfds and array_record raise a dozen types on a damaged record
             raise BadSampleError("broken_record", short(e)) from e
 
     def image(self, i: int, handles: Handles) -> bytes:
@@ -148,26 +150,35 @@ def open_tfds(path: str, options: Options) -> TfdsShard:
     """One split of a prepared set.
 
     Raises:
-      UserError: the set is not there, is of a format without random access, or has no such split.
+      ShardError: tfds cannot read it: a format without random access, or no such split.
+      UserError: the set is not there.
     """
     name = path.removeprefix("tfds:")
     folder = find_folder(name)
     import tensorflow_datasets as tfds
 
-    try:
+    with _tfds_errors(name, folder):
         builder = tfds.builder_from_directory(folder)
-        decoders = {
-            n: tfds.decode.SkipDecoding()
-            for n, f in builder.info.features.items()
-            if type(f).__name__ == "Image"
-        }
+    features = builder.info.features
+    decoders = {
+        n: tfds.decode.SkipDecoding() for n, f in features.items() if type(f).__name__ == "Image"
+    }
+    with _tfds_errors(name, folder):
         source = builder.as_data_source(split=options.split, decoders=decoders)
-        shown = f"tfds:{name if name[:1] != '/' else os.path.basename(folder)}#{options.split}"
-        size = int(builder.info.splits[options.split].num_bytes)
+        size = builder.info.splits[options.split].num_bytes
+    shown = f"tfds:{name if name[:1] != '/' else os.path.basename(folder)}#{options.split}"
+    return TfdsShard(shown, source, features, int(size), options)
+
+
+@contextmanager
+def _tfds_errors(name: str, folder: str) -> Iterator[None]:
+    """Turn whatever a call of tfds raises into a ShardError: types of its own and of others, with
+    pages of text."""
+    try:
+        yield
     except Exception as e:
-        # tfds raises its own and others' types, with pages of text.
-        raise UserError(
+        raise unreadable(
+            e,
             f"tfds:{name} ({folder}) cannot be read: {short(e)[:300]}; it takes a split of the set"
-            " and --file_format=array_record"
+            " and --file_format=array_record",
         ) from e
-    return TfdsShard(shown, source, builder.info.features, size, options)

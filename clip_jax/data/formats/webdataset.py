@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import UInt32
 
 from clip_jax.data.formats import tar
+from clip_jax.data.formats.errors import ShardError, damaged, unreadable
 from clip_jax.data.formats.remote import RemoteError, is_url, open_local
 from clip_jax.data.shards import (
     MAX_IMAGE_BYTES,
@@ -29,7 +30,6 @@ from clip_jax.data.shards import (
     json_record,
     whole_label,
 )
-from clip_jax.errors import UserError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 SUFFIXES = (*IMAGE_SUFFIXES, "txt", "json", "cls")
@@ -147,7 +147,7 @@ def open_shard(path: str, caption_key: str = "caption") -> TarShard:
     and where a side file `<path>.index.json` exists its count and hash must agree.
 
     Raises:
-      UserError: the file cannot be read, is compressed, is cut or damaged, or disagrees with its
+      ShardError: the file cannot be read, is compressed, is cut or damaged, or disagrees with its
         side file.
     """
     try:
@@ -156,9 +156,9 @@ def open_shard(path: str, caption_key: str = "caption") -> TarShard:
             _refuse_compressed(path, file.read(8))
             index = _collect(path, size, tar.members(path, file, size), caption_key)
     except RemoteError as e:
-        raise UserError(f"shard {path} cannot be fetched: {e}") from e
+        raise unreadable(e, f"shard {path} cannot be fetched: {e}") from e
     except OSError as e:
-        raise UserError(f"shard {path} cannot be read: {e.strerror or e}") from e
+        raise unreadable(e, f"shard {path} cannot be read: {e.strerror or e}") from e
     _check_side_file(index)
     return index
 
@@ -166,9 +166,10 @@ def open_shard(path: str, caption_key: str = "caption") -> TarShard:
 def _refuse_compressed(path: str, head: bytes) -> None:
     for magic, kind in _COMPRESSED.items():
         if head.startswith(magic):
-            raise UserError(
+            raise ShardError(
+                "shard_damaged",
                 f"shard {path} is compressed with {kind}. Shards are read by offset, which a"
-                " compressed archive does not allow: unpack it first"
+                " compressed archive does not allow: unpack it first",
             )
 
 
@@ -191,7 +192,7 @@ def _collect(path: str, size: int, found: Sequence[tar.Member], caption_key: str
         if known:
             if member.size > _MAX_MEMBER_BYTES:
                 reason = f"member {member.name!r} has {member.size} bytes"
-                raise tar.damaged(path, member.offset, reason)
+                raise damaged(path, member.offset, reason)
             rows[-1][suffix] = (member.data // tar.BLOCK, member.size)
     tables = {
         suffix: np.array([row.get(suffix, (0, 0)) for row in rows], np.uint32)
@@ -220,24 +221,29 @@ def side_file(index: TarShard) -> str:
 
 
 def _check_side_file(index: TarShard) -> None:
+    """Raise ShardError if the shard is another than its side file says."""
     side = index.path + INDEX_ENDING
     if is_url(side) or not os.path.exists(side):
         return
     try:
         with open(side, encoding="utf-8") as file:
-            want = json.loads(file.read(65536))
-        samples, size, members = want["samples"], want["bytes"], want["members"]
-    except (ValueError, KeyError, TypeError, RecursionError) as e:
-        raise UserError(
-            f"{side} is damaged ({type(e).__name__}): delete it or write it anew"
-        ) from e
+            record = json.loads(file.read(65536))
+        if not isinstance(record, dict):
+            raise ValueError(record)
+        samples, size, members = record["samples"], record["bytes"], record["members"]
+    except OSError as e:
+        raise unreadable(e, f"{side} cannot be read: {e.strerror or e}") from e
+    except (ValueError, KeyError, RecursionError) as e:
+        message = f"{side} is damaged ({type(e).__name__}): delete it or write it anew"
+        raise ShardError("shard_damaged", message) from e
     for what, expected, found in (
         ("samples", samples, len(index)),
         ("bytes", size, index.size),
         ("members (hash)", members, index.digest()),
     ):
         if expected != found:
-            raise UserError(
+            raise ShardError(
+                "shard_damaged",
                 f"shard {index.path} is damaged or was replaced: {what} {found}, and its side file"
-                f" says {expected}. Fetch it again, or delete {side} if the change was meant"
+                f" says {expected}. Fetch it again, or delete {side} if the change was meant",
             )

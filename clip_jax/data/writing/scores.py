@@ -48,10 +48,10 @@ def read_part(path: Path) -> tuple[Float32[np.ndarray, " B"], Counter[str]]:
     try:
         with path.open("rb") as file:
             table = pq.read_table(file, columns=[FIELD])
-            skipped = Counter(json.loads((table.schema.metadata or {})[b"skipped"]))
-            column = table.column(FIELD).cast(pa.float32()).fill_null(float("nan"))
-            return column.to_numpy().astype(np.float32), skipped
-    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as e:
+        skipped = Counter(json.loads((table.schema.metadata or {})[b"skipped"]))
+        column = table.column(FIELD).cast(pa.float32()).fill_null(float("nan"))
+        return column.to_numpy().astype(np.float32), skipped
+    except (OSError, ValueError, KeyError, pa.ArrowException) as e:
         raise UserError(f"{path} is damaged ({short(e):.100}): delete it and run again") from e
 
 

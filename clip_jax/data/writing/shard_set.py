@@ -99,11 +99,12 @@ def done_shard(shards: ShardSet, k: int) -> Written | None:
     path = shards.path(k)
     try:
         record = json.loads(Path(f"{path}{INDEX_ENDING}").read_text(encoding="utf-8"))
-        if record["bytes"] != path.stat().st_size:
-            return None
-        return Written(record["samples"], Counter(record.get("skipped", {})))
-    except (OSError, ValueError, KeyError, TypeError):
+        size = path.stat().st_size
+    except (OSError, ValueError):
         return None
+    if not isinstance(record, dict) or "samples" not in record or record.get("bytes") != size:
+        return None
+    return Written(record["samples"], Counter(record.get("skipped", {})))
 
 
 def write_set(
