@@ -286,11 +286,13 @@ def test_a_flipped_bit_in_a_record_is_one_bad_sample_or_an_error(kind, tmp_path)
         assert all(captions in [[c] for c in CAPTIONS] for captions in good)
 
 
-def test_a_cut_tfrecord_is_refused(tmp_path):
-    path = write_tfrecord(tmp_path)
+@pytest.mark.parametrize("kind", ["tfrecord", "array_record"])
+def test_a_cut_file_of_records_is_refused(kind, tmp_path):
+    path = FORMATS[kind](tmp_path)
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(UserError, match="cut or damaged at byte"):
+    with pytest.raises(ShardError) as caught:
         open_shards([str(path)])
+    assert caught.value.cause == "shard_damaged"
 
 
 def broken_header(path):
@@ -309,7 +311,7 @@ UNUSABLE = [
     ("x.tar", lambda path: path.mkdir(), "shard_unreadable"),
     ("x.jsonl", lambda path: path.mkdir(), "shard_unreadable"),
     ("x.parquet", lambda path: path.write_bytes(b"no table"), "shard_unreadable"),
-    ("x.array_record", lambda path: path.mkdir(), "shard_unreadable"),
+    ("x.array_record", lambda path: path.write_bytes(b"no record"), "shard_damaged"),
     ("x.tar", broken_header, "shard_damaged"),
     ("x.tar", lambda path: path.write_bytes(b"BZh9"), "shard_damaged"),
     ("x.tfrecord", lambda path: path.write_bytes(b"no record"), "shard_damaged"),

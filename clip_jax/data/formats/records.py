@@ -14,7 +14,7 @@ import numpy as np
 from array_record.python import array_record_module
 from jaxtyping import UInt64
 
-from clip_jax.data.formats.errors import damaged, unreadable
+from clip_jax.data.formats.errors import ShardError, damaged, unreadable
 from clip_jax.data.formats.options import Options
 from clip_jax.data.formats.remote import is_url, open_local
 from clip_jax.data.shards import (
@@ -217,6 +217,8 @@ class ArrayRecordShard(_Examples):
             )
         finally:
             os.close(fd)
+        if not self._reader.ok():
+            self._reader.read([0])  # raises with the reason; a damaged file has 0 records
         self._count = self._reader.num_records()
         self._lock = threading.Lock()
 
@@ -232,12 +234,15 @@ class ArrayRecordShard(_Examples):
 
 
 def open_array_record(path: str, options: Options) -> ArrayRecordShard:
-    """Opens an ArrayRecord file.
+    """Open an ArrayRecord file.
 
     Raises:
-      ShardError: it cannot be read.
+      ShardError: it cannot be read, or is cut or damaged.
     """
     try:
         return ArrayRecordShard(path, options)
-    except (OSError, RuntimeError, ValueError) as e:
+    except OSError as e:
         raise unreadable(e, f"shard {path} cannot be read: {short(e)}. Fetch it again") from e
+    except (RuntimeError, ValueError, IndexError) as e:  # the library's, for wrong bytes
+        message = f"shard {path} cannot be read: {short(e)}. Fetch it again"
+        raise ShardError("shard_damaged", message) from e
