@@ -1,8 +1,8 @@
-"""Files that are whole or not there: written beside their place, then put into it."""
+"""Files that are whole or absent, and folders that say what they are made of."""
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,12 @@ from clip_jax.errors import UserError, short
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A path to write to, which takes the place of `path` when the block ends well.
+    """Yield a path to write to, which takes the place of `path` when the block ends well.
 
-    The folder is made where it is not there. Killed in between, an older file stays as it was.
+    The folder is made if it does not exist. After a kill, an older file is as it was.
 
     Raises:
-      UserError: it cannot be written: no right to, a full disk, a file where the folder would be.
+      UserError: it cannot be written: no permission, a full disk, a file in the folder's place.
     """
     partial = path.with_name(path.name + ".partial")
     try:
@@ -25,7 +25,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
         yield partial
         os.replace(partial, path)
     except OSError as error:
-        # numpy tells of a short write without a reason.
+        # numpy reports a short write without a reason.
         reason = error.strerror or f"{error}; is the disk full?"
         with suppress(OSError):  # a full disk has better use for the room
             partial.unlink(missing_ok=True)
@@ -33,7 +33,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def make_folder(folder: str | Path, *, flag: str) -> Path:
-    """The folder, made where it is not there.
+    """Return the folder, made if it does not exist.
 
     Raises:
       UserError: it cannot be made; the message begins with the flag that names it.
@@ -47,30 +47,52 @@ def make_folder(folder: str | Path, *, flag: str) -> Path:
     return folder
 
 
-def claim_folder(folder: Path, receipt: Mapping[str, Any], *, name: str) -> None:
-    """Make the folder with its receipt, or make sure that its receipt is this one.
+def claim_folder(
+    folder: Path,
+    build_info: Mapping[str, Any],
+    *,
+    name: str,
+    write: bool = True,
+    may_differ: Sequence[str] = (),
+    defaults: Mapping[str, Any] | None = None,
+    foreign: Sequence[str] = ("*",),
+) -> bool:
+    """Return whether a folder was begun with this build info; a new one gets it now.
 
     Args:
-      receipt: what the folder is made of, by names that the user knows.
-      name: of the file.
+      build_info: what the folder is made of: JSON values under names that the user knows.
+      name: the file of the build info.
+      write: False leaves a new folder as it is.
+      may_differ: the names of values that need not agree.
+      defaults: the values of names that files of earlier versions lack.
+      foreign: glob patterns of what makes a folder without that file somebody else's.
 
     Raises:
-      UserError: the folder holds something else; the first difference is named.
+      UserError: the folder holds something else (the first difference is named), or the file
+        cannot be written.
     """
     path = folder / name
     if not path.exists():
-        if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        if folder.is_file():
+            raise UserError(f"{folder} is a file: name a folder")
+        if any(True for pattern in foreign for _ in folder.glob(pattern)):
             raise UserError(f"{folder} holds something else: name another folder")
-        with atomic_write(path) as partial:
-            partial.write_text(json.dumps(receipt, indent=1) + "\n", encoding="utf-8")
-        return
+        if write:
+            with atomic_write(path) as partial:
+                partial.write_text(json.dumps(build_info, indent=1) + "\n", encoding="utf-8")
+        return False
     try:
-        old = json.loads(path.read_text(encoding="utf-8"))
-        differing = [key for key in receipt if old.get(key) != receipt[key]]
-    except (OSError, ValueError, AttributeError) as e:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("not an object")
+    except (OSError, ValueError) as e:
         raise UserError(f"{path} cannot be read: {short(e)}; name another folder") from e
-    for key in differing:
-        raise UserError(
-            f"{folder} was begun with another {key} ({old.get(key)!s:.60}, now"
-            f" {receipt[key]!s:.60}): name another folder, or delete it"
-        )
+    found = {**(defaults or {}), **found}
+    wanted = json.loads(json.dumps(build_info))  # tuples become lists, as in the file
+    for key, value in wanted.items():
+        if key not in may_differ and found.get(key) != value:
+            raise UserError(
+                f"{folder} was begun with another {key} ({found.get(key)!s:.60}, now"
+                f" {value!s:.60}): name another folder, or delete it"
+            )
+    return True

@@ -18,17 +18,19 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from PIL import Image
 
 from clip_jax.data.formats.webdataset import INDEX_ENDING, open_shard, side_file
 from clip_jax.data.order import permutation
 from clip_jax.errors import UserError
+from clip_jax.files import claim_folder
 
 CLASSNAMES = "classnames.txt"
 _SEED = 0
 _VARIATION = "\ufe0f"  # "draw me as an image": vendors write it or leave it out
-_RECEIPT = "emoji.json"
+BUILD_INFO = "emoji.json"
 
 
 @dataclass(frozen=True)
@@ -162,8 +164,8 @@ def build(out: str, held_out: str, shards: int) -> str:
     label = {code: i for i, code in enumerate(codes)}
     counts = {vendor: len(paths) for vendor, paths in found.items()}
     digest = hashlib.blake2b("\n".join(names).encode(), digest_size=16).hexdigest()
-    receipt = {"held_out": held_out, "shards": shards, "pictures": counts, "names": digest}
-    if _already_there(out, receipt):
+    build_info = {"held_out": held_out, "shards": shards, "pictures": counts, "names": digest}
+    if claim_folder(Path(out), build_info, name=BUILD_INFO, write=False):
         return f"{out} is already written with these arguments: nothing to do"
     pictures = [
         Picture(vendor, code_points(p), label[code_points(p)], png_on_white(p))
@@ -185,10 +187,9 @@ def build(out: str, held_out: str, shards: int) -> str:
         n_held = write_shards(folder, "heldout", held, names, max(1, shards // 4))
         with open(os.path.join(folder, CLASSNAMES), "w", encoding="utf-8") as file:
             file.write("\n".join(names) + "\n")
-        with open(os.path.join(folder, _RECEIPT), "w", encoding="utf-8") as file:
-            json.dump(receipt, file, indent=1)
+        claim_folder(Path(folder), build_info, name=BUILD_INFO, foreign=())
         if os.path.isdir(out):
-            os.rmdir(out)  # empty, as `_already_there` has made sure
+            os.rmdir(out)  # empty, as `claim_folder` has made sure
         os.rename(folder, out)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -201,24 +202,6 @@ def build(out: str, held_out: str, shards: int) -> str:
         " left out, because a training vendor has the very same image\n"
         f"classes: {len(names)} names in {out}/{CLASSNAMES}"
     )
-
-
-def _already_there(out: str, receipt: dict) -> bool:
-    """Whether `out` is this very set; a folder with other contents is left alone."""
-    if not os.path.lexists(out):
-        return False
-    if not os.path.isdir(out):
-        raise UserError(f"--out {out} is a file: give a folder")
-    if not os.listdir(out):
-        return False
-    try:
-        with open(os.path.join(out, _RECEIPT), encoding="utf-8") as file:
-            same = json.load(file) == receipt
-    except (OSError, ValueError):
-        same = False
-    if not same:
-        raise UserError(f"--out {out} holds something else: delete it, or name another folder")
-    return True
 
 
 def _umask() -> int:

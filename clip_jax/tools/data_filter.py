@@ -22,7 +22,7 @@ from clip_jax.data.shards import Shard
 from clip_jax.data.skip_log import SkipLog
 from clip_jax.data.sources import fingerprint
 from clip_jax.data.writing.scores import FIELD, part_path, read_scores, select, write_part
-from clip_jax.data.writing.shard_set import ShardSet, claim, write_set
+from clip_jax.data.writing.shard_set import ShardSet, claim_shard_folder, write_set
 from clip_jax.errors import UserError, run_command
 from clip_jax.files import claim_folder
 from clip_jax.progress_bar import progress_bar
@@ -31,7 +31,7 @@ from clip_jax.tools.data_shard import told
 if TYPE_CHECKING:
     from clip_jax.evaluation.encoders import Encoders
 
-SCORES, RECEIPT = "scores", "scores.json"
+SCORES, BUILD_INFO = "scores", "scores.json"
 PART_ROWS = 8192
 """Samples of a part of the scores, about."""
 
@@ -83,14 +83,14 @@ def score_set(
 
     batch_size = whole_batch(encoders, batch_size)
     per_part = max(1, PART_ROWS // batch_size)
-    receipt = {
+    build_info = {
         "model": encoders.identity,
         "data": fingerprint(indexes),
         "--batch-size": batch_size,
         "batches of a part": per_part,
         "preprocessing": repr((encoders.image_size, encoders.preprocess)),
     }
-    claim_folder(folder, receipt, name=RECEIPT)
+    claim_folder(folder, build_info, name=BUILD_INFO)
     total = sum(len(index) for index in indexes)
     parts = math.ceil(total / (per_part * batch_size))
     done = next((n for n in range(parts) if not part_path(folder, n).exists()), parts)
@@ -150,7 +150,7 @@ def filter_set(
             # Exactly the score, so that a filter on the field finds what a threshold finds.
             extra=lambda place: {FIELD: float(scores_B[rows[place]])},
         )
-        claim(shards, {"model": encoders.identity, "--per-shard": per_shard})
+        claim_shard_folder(shards, {"model": encoders.identity, "--per-shard": per_shard})
         with progress_bar(len(rows), "write") as progress:
             written = write_set(shards, threads=threads, progress=progress.update)
         lines.append(f"kept {len(rows) / len(scores_B):.1%}: {told(shards, written)}")

@@ -13,7 +13,7 @@ import numpy as np
 
 from clip_jax.data.dataset import open_line
 from clip_jax.data.skip_log import SkipLog
-from clip_jax.data.writing.shard_set import ShardSet, Written, claim, write_set
+from clip_jax.data.writing.shard_set import ShardSet, Written, claim_shard_folder, write_set
 from clip_jax.data.writing.tar_writer import Shrink
 from clip_jax.errors import UserError, run_command
 from clip_jax.progress_bar import progress_bar
@@ -63,7 +63,7 @@ def shard(
     shrink = Shrink(resize, quality) if resize else None
     shards = ShardSet(indexes, rows, Path(out), per_shard, shrink)
     about = {"--per-shard": per_shard, "--resize": resize, "--quality": quality}
-    claim(shards, {**about, "--filter": where, "--unique-keys": unique_keys})
+    claim_shard_folder(shards, {**about, "--filter": where, "--unique-keys": unique_keys})
     with progress_bar(len(rows), os.path.basename(os.path.normpath(out))) as progress:
         written = write_set(shards, threads=threads, progress=progress.update)
     return told(shards, written) + "".join(

@@ -101,7 +101,11 @@ def test_again_does_nothing_and_other_contents_are_left_alone(tmp_path, capsys, 
     assert {entry.name: entry.stat().st_mtime_ns for entry in os.scandir(target)} == before
     code, _, err = run(capsys, "--out", target, "--shards", 3)
     assert code == 2 and err.startswith("error: ") and err.count("\n") == 1
-    assert "holds something else" in err
+    assert "was begun with another shards (2, now 3)" in err
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("x")
+    code, _, err = run(capsys, "--out", tmp_path / "mine")
+    assert code == 2 and "holds something else" in err
 
 
 def test_mistakes_are_one_line(tmp_path, capsys, few, monkeypatch):

@@ -127,7 +127,7 @@ def test_after_an_interruption_the_part_that_was_seen_is_told(tmp_path, toy, mon
         def __exit__(self, *exc):
             pass
 
-    monkeypatch.setattr(command, "bar", Bar)
+    monkeypatch.setattr(command, "progress_bar", Bar)
     facts = command.inspect([source], out=str(tmp_path / "out"))
     assert not facts["complete"] and facts["looked_at"] == 30 and facts["bad"] == {"truncated": 3}
     assert "30 were looked at before the interruption" in survey_text(facts)

@@ -1,9 +1,9 @@
 """A set of tar shards, written side by side and gone on with after a kill.
 
 Shard k holds the usable ones among `rows[k * per_shard : (k + 1) * per_shard]`, so its bytes
-depend on nothing that was written before it. Its side file comes last: where that is there, the
-shard is written. The receipt, which comes first, says of what the set is made; a folder with
-another one is left alone.
+depend on nothing that was written before it. Its side file is written last and proves that the
+shard is whole. The build info, written first, says what the set is made of; a folder with another
+one is left alone.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from clip_jax.data.sources import fingerprint
 from clip_jax.data.writing.tar_writer import Sample, Shrink, image_suffix, read_sample, write_shard
 from clip_jax.files import atomic_write, claim_folder
 
-RECEIPT = "shards.json"
+BUILD_INFO = "shards.json"
 SKIPPED_ENDING = ".skipped.jsonl"
 """Of the file beside a shard that names what was left out of it."""
 
@@ -75,23 +75,23 @@ class ShardSet:
         return range(k * self.per_shard, min((k + 1) * self.per_shard, len(self.rows)))
 
 
-def claim(shards: ShardSet, about: Mapping[str, Any]) -> None:
-    """Make the folder with its receipt, or make sure that its receipt is this one.
+def claim_shard_folder(shards: ShardSet, options: Mapping[str, Any]) -> None:
+    """Write into the folder what the set is made of, unless it says just that already.
 
     Args:
-      about: what the user asked for, by its flag; a source is known by its fingerprint.
+      options: the user's choices, by flag; the source is known by its fingerprint.
 
     Raises:
       UserError: the folder holds something else; the first difference is named.
     """
     digest = hashlib.blake2b(shards.rows.astype("<i8").tobytes(), digest_size=16).hexdigest()
-    receipt = {
-        **about,
+    build_info = {
+        **options,
         "the source's fingerprint": fingerprint(shards.indexes),
         "samples": len(shards.rows),
         "their places": digest,
     }
-    claim_folder(shards.out, receipt, name=RECEIPT)
+    claim_folder(shards.out, build_info, name=BUILD_INFO)
 
 
 def done_shard(shards: ShardSet, k: int) -> Written | None:
