@@ -61,22 +61,21 @@ def write_set(folder: str, pairs: int, shards: int) -> None:
 
 def ours(folder: str, workers: int, passes: int = 1):
     """Batches of our training loader, opened as a run opens them."""
-    from clip_jax.data.dataset import open_sources
+    from clip_jax.data.dataset import TrainingData, open_sources
     from clip_jax.data.loader import make_train_loader
+    from clip_jax.data.sample_reader import SampleShape
     from clip_jax.data.skip_log import SkipLog
+    from clip_jax.sections import DataSection
     from clip_jax.tokenizers import make_tokenizer
 
-    (shards,) = open_sources(folder, log=SkipLog(), resident=128, workdir=f"{folder}/run")
-    pairs = sum(map(len, shards))
+    log = SkipLog()
+    data = TrainingData(open_sources(folder, log=log, resident=128, workdir=f"{folder}/run"), log)
+    pairs = sum(map(len, data.shards))
+    config = DataSection(threads=workers, repeat=passes > 1)
+    shape = SampleShape(image_size=224, context_length=77)
+    tokenizer = make_tokenizer("clip")
     with make_train_loader(
-        shards,
-        make_tokenizer("clip"),
-        image_size=224,
-        context_length=77,
-        batch_size=BATCH,
-        seed=0,
-        threads=workers,
-        repeat=passes > 1,
+        data, config, tokenizer, shape=shape, batch_size=BATCH, seed=0
     ) as loader:
         for batch in itertools.islice(loader, -(-passes * pairs // BATCH)):
             yield int(batch["valid"].sum())

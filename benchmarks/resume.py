@@ -24,15 +24,18 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from clip_jax.data.dataset import open_sources
+from clip_jax.data.dataset import TrainingData, open_sources
 from clip_jax.data.loader import make_train_loader
 from clip_jax.data.manifest import Entry, Share, write_index
-from clip_jax.data.order import BatchOrder, Order
+from clip_jax.data.order import BatchOrder, BatchPart, Order
+from clip_jax.data.sample_reader import SampleShape
 from clip_jax.data.skip_log import SkipLog
 from clip_jax.data.sources import fingerprint
+from clip_jax.sections import DataSection
 from clip_jax.tokenizers import make_tokenizer, tokenizer_spec
 
 WEB_SHARDS, WEB_PAIRS, HOSTS, STREAMS, BATCH = 500_000, 10_000, 1024, 1024, 131_072
+WINDOW = DataSection.window
 
 
 class Clock:
@@ -78,13 +81,16 @@ def first_batch(folder: str, run: str, step: int) -> None:
     tokenizer = make_tokenizer(tokenizer_spec("clip"))
     clock = Clock()
     log = SkipLog()
-    (shards,) = open_sources(f"{folder}/*.tar", log=log, resident=128, workdir=run)
-    fingerprint(shards)
-    settings = {"image_size": 32, "context_length": 77, "batch_size": 256, "seed": 0, "threads": 2}
-    with make_train_loader(shards, tokenizer, start_step=step, **settings) as loader:
+    data = TrainingData(open_sources(f"{folder}/*.tar", log=log, resident=128, workdir=run), log)
+    fingerprint(data.shards)
+    config = DataSection(threads=2)
+    shape = SampleShape(image_size=32, context_length=77)
+    with make_train_loader(
+        data, config, tokenizer, shape=shape, batch_size=256, seed=0, start_step=step
+    ) as loader:
         batch = next(loader)
         assert batch["valid"].all()
-        clock.told(f"first batch at step {step:,}, {len(shards):,} shards")
+        clock.told(f"first batch at step {step:,}, {len(data.shards):,} shards")
 
 
 def web() -> None:
@@ -110,8 +116,8 @@ def host(folder: str) -> None:
     clock.told("the index is read and every shard known", pairs=f"{pairs:,}")
     fingerprint(shards)
     clock.told("the data's fingerprint")
-    order = Order([len(shard) for shard in shards], seed=0, num_streams=STREAMS)
-    mine = BatchOrder(order, batch_size=BATCH, process_index=17, process_count=HOSTS)
+    order = Order([len(shard) for shard in shards], seed=0, num_streams=STREAMS, window=WINDOW)
+    mine = BatchOrder(order, batch_size=BATCH, part=BatchPart(17, HOSTS))
     ids, _ = mine.rows_at(1_000_000, 0, mine.rows)
     clock.told("rows at step 1,000,000", rows=len(ids), shards=len(set(ids // WEB_PAIRS)))
     mine.rows_at(2_345_678, 0, mine.rows)

@@ -8,6 +8,13 @@ import numpy as np
 import webdataset
 from PIL import Image
 
+from clip_jax.data.dataset import TrainingData
+from clip_jax.data.loader import make_eval_loader, make_train_loader
+from clip_jax.data.order import WHOLE_BATCH
+from clip_jax.data.sample_reader import SampleShape
+from clip_jax.data.skip_log import SkipLog
+from clip_jax.sections import DataSection
+
 MODES = ("RGB", "RGBA", "L", "LA", "P", "1", "I;16", "CMYK")
 SIZES = ((37, 53), (64, 48), (1, 9), (224, 224), (91, 30))
 
@@ -26,6 +33,41 @@ class ToyTokenizer:
 
     def decode(self, ids):
         return "".join(chr(int(i)) for i in ids)
+
+
+TINY = SampleShape(image_size=8, context_length=16)
+
+
+def train_loader(
+    *sources,
+    tokenizer=None,
+    shape=TINY,
+    batch_size=16,
+    seed=5,
+    start_step=0,
+    part=WHOLE_BATCH,
+    log=None,
+    **section,
+):
+    """A training loader of tiny samples; `section` has fields of `config.data`."""
+    config = DataSection(**{"streams": 4, "window": 2, "threads": 2} | section)
+    return make_train_loader(
+        TrainingData([list(shards) for shards in sources], log or SkipLog()),
+        config,
+        tokenizer or ToyTokenizer(),
+        shape=shape,
+        batch_size=batch_size,
+        seed=seed,
+        start_step=start_step,
+        part=part,
+    )
+
+
+def eval_loader(shards, *, batch_size, shape=TINY, threads=0, **options):
+    """An evaluation loader of tiny samples."""
+    return make_eval_loader(
+        shards, ToyTokenizer(), shape=shape, batch_size=batch_size, threads=threads, **options
+    )
 
 
 def picture(mode: str, width: int, height: int, seed: int = 0) -> Image.Image:

@@ -15,7 +15,8 @@ import simplejpeg
 from jaxtyping import UInt8
 from PIL import Image
 
-from clip_jax.data.images import MAX_PIXELS, decode_image, random_resized_crop
+from clip_jax.data.images import decode_image, random_resized_crop
+from clip_jax.sections import DataSection
 
 
 def smallest_crop(
@@ -45,14 +46,14 @@ def jpeg_scale(
     return min(8, max(1, math.ceil(8 * image_size / crop)))
 
 
-def make_decode(
-    image_size: int,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-    *,
-    max_pixels: int = MAX_PIXELS,
-) -> Callable[[bytes], Image.Image]:
-    """`images.decode_image`, but a JPEG in color comes reduced."""
+def make_decode(image_size: int, config: DataSection) -> Callable[[bytes], Image.Image]:
+    """Make `images.decode_image` with a JPEG in color reduced as far as the config's crops allow.
+
+    Args:
+      image_size: side of the crops, in pixels.
+      config: `crop_scale`, `crop_ratio` and `max_pixels` are read.
+    """
+    scale, ratio, max_pixels = config.crop_scale, config.crop_ratio, config.max_pixels
 
     def decode(data: bytes) -> Image.Image:
         if not data.startswith(b"\xff\xd8\xff"):
@@ -77,24 +78,23 @@ def make_decode(
 
 
 def make_transform(
-    image_size: int,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-    *,
-    flip: float = 0.0,
-    grayscale: float = 0.0,
+    image_size: int, config: DataSection
 ) -> Callable[[Image.Image, np.random.Generator], UInt8[np.ndarray, "H W 3"]]:
-    """A random crop, then with these chances a mirror image and a gray one.
+    """Make the training transform: a random crop, mirrored or gray with the config's chances.
 
     The draws come in this order and are always made, so that one setting does not move another's.
+
+    Args:
+      image_size: side of the crops, in pixels.
+      config: `crop_scale`, `crop_ratio`, `flip` and `grayscale` are read.
     """
 
     def transform(image: Image.Image, rng: np.random.Generator) -> np.ndarray:
-        x_HWC = random_resized_crop(image, image_size, rng, scale, ratio)
-        mirrored, grey = rng.random() < flip, rng.random() < grayscale
+        x_HWC = random_resized_crop(image, image_size, rng, config.crop_scale, config.crop_ratio)
+        mirrored, gray = rng.random() < config.flip, rng.random() < config.grayscale
         if mirrored:
             x_HWC = x_HWC[:, ::-1]
-        if grey:
+        if gray:
             x_HW = np.asarray(Image.fromarray(np.ascontiguousarray(x_HWC)).convert("L"))
             x_HWC = np.repeat(x_HW[..., None], 3, axis=-1)
         return x_HWC

@@ -142,14 +142,9 @@ class TrainingData:
     log: SkipLog
 
     @property
-    def indexes(self) -> list[Shard]:
-        """All shards, in one line."""
+    def shards(self) -> list[Shard]:
+        """The shards of all sources, one source after the other."""
         return [shard for source in self.sources for shard in source]
-
-    @property
-    def shards_per_source(self) -> list[int]:
-        """How many of `indexes` belong to each source."""
-        return [len(source) for source in self.sources]
 
 
 def steps_of_one_pass(pairs: int, batch_size: int, num_streams: int) -> int:

@@ -19,12 +19,14 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from clip_jax.sections import DataSection
+
 # Per-channel mean and standard deviation of OpenAI's training images, for values in [0, 1].
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
-# Pillow warns from this size on and lets twice as much through; here it is the limit.
-MAX_PIXELS = 89_478_485
+MAX_PIXELS = DataSection.max_pixels
+"""The limit where no config is: Pillow warns from this size on and lets twice as much through."""
 
 ResizeMode = Literal["shortest", "longest", "squash"]
 Interpolation = Literal["bicubic", "bilinear"]
@@ -206,8 +208,8 @@ def random_resized_crop(
     image: Image.Image,
     image_size: int,
     rng: np.random.Generator,
-    scale: tuple[float, float] = (0.9, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
 ) -> UInt8[np.ndarray, "H W 3"]:
     """A random part of the image, resized to a square: torchvision's `RandomResizedCrop`.
 

@@ -9,9 +9,10 @@ placeholder with `valid=False`, is counted by cause when its batch is handed out
 """
 
 import itertools
+import math
 import sys
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypedDict
 
 import grain
@@ -19,17 +20,24 @@ import numpy as np
 from jaxtyping import Bool, Int32, UInt8, UInt32
 
 from clip_jax.data.augment import make_decode, make_transform
-from clip_jax.data.images import MAX_PIXELS, OPENAI, Preprocess, decode_image, eval_transform
-from clip_jax.data.order import BatchOrder, Mixture, Order, Streams
-from clip_jax.data.sample_reader import Rows, SampleReader
+from clip_jax.data.dataset import TrainingData
+from clip_jax.data.images import OPENAI, Preprocess
+from clip_jax.data.order import WHOLE_BATCH, BatchOrder, BatchPart, Mixture, Order, Streams
+from clip_jax.data.sample_reader import Rows, SampleReader, SampleShape, make_eval_reader
 from clip_jax.data.shards import Shard
 from clip_jax.data.skip_log import SkipLog
 from clip_jax.errors import UserError
+from clip_jax.sections import DataSection
 from clip_jax.typing import Tokenizer
 
 BUCKETS = (16, 24, 32, 48, 64, 77)
 
-_CHUNK_ROWS = 32
+CHUNK_ROWS = 32
+"""Rows that a thread reads at a time."""
+PREFETCH_BATCHES = 2
+"""Batches that are decoded ahead."""
+EVAL_THREADS = 8
+"""Threads that decode for an evaluation, whose section has no number of its own."""
 
 
 class Batch(TypedDict, total=False):
@@ -111,179 +119,124 @@ class Loader(Iterator[Batch]):
 
 
 def make_train_loader(
-    indexes: Sequence[Shard],
+    data: TrainingData,
+    config: DataSection,
     tokenizer: Tokenizer,
     *,
-    image_size: int,
-    context_length: int,
+    shape: SampleShape,
     batch_size: int,
     seed: int,
     start_step: int = 0,
-    num_streams: int = 8,
-    window: int = 8,
-    process_index: int = 0,
-    process_count: int = 1,
-    threads: int = 8,
-    prefetch: int = 2,
-    crop_scale: tuple[float, float] = (0.9, 1.0),
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
-    flip: float = 0.0,
-    grayscale: float = 0.0,
-    cache_bytes: int = 0,
-    repeat: bool = True,
-    shards_per_source: Sequence[int] = (),
-    weights: Sequence[float] = (),
-    max_pixels: int = MAX_PIXELS,
-    log: SkipLog | None = None,
+    part: BatchPart = WHOLE_BATCH,
 ) -> Loader:
-    """Training batches, in the order of `clip_jax.data.order`.
+    """Return the training batches, in the order of `clip_jax.data.order`.
 
     Args:
-      indexes: the shards, from `sources.open_shards`.
+      data: the sources' shards, and the log that takes what is skipped.
+      config: everything in it but the sources and what selects their samples. With `repeat` off
+        the loader ends after one epoch, in which every sample comes once; its last batch is
+        filled up with rows of `valid=False`.
       tokenizer: called from several threads.
-      image_size: side of the pictures, in pixels.
-      context_length: tokens per caption; `trim_to_bucket` shortens a batch afterwards.
+      shape: of the rows; `bucket_length` says how far a batch's captions can be cut afterwards.
       batch_size: rows of the *global* batch.
       seed: fixes order, crops and the choice among several captions.
       start_step: the first batch's step.
-      num_streams, window: see `order.Order`.
-      process_index, process_count: this host among the hosts.
-      threads: decoding threads; 0 decodes in the calling thread.
-      prefetch: batches decoded ahead.
-      crop_scale, crop_ratio: see `images.random_resized_crop`.
-      flip, grayscale: see `training_pictures.make_transform`.
-      cache_bytes: memory for decoded pictures, so that later epochs need not decode them again.
-      repeat: False ends after one epoch, in which every sample comes once; the last batch is
-        filled up with rows of `valid=False`.
-      shards_per_source, weights: with weights, how many of `indexes` belong to each source, and
-        the sources' shares; without, all samples count alike.
-      max_pixels: larger pictures are not decoded.
-      log: takes what is skipped.
+      part: this host's part of each batch.
 
     Raises:
       UserError: numbers that do not divide each other, or too few samples.
     """
-    order, lengths = _make_order(
-        [len(index) for index in indexes],
-        shards_per_source,
-        weights,
-        seed=seed,
-        num_streams=num_streams,
-        window=window,
-    )
+    order, lengths = _make_order(data.sources, config, seed)
     rows = BatchOrder(
-        order,
-        batch_size=batch_size,
-        process_index=process_index,
-        process_count=process_count,
-        lengths=None if repeat else lengths,
+        order, batch_size=batch_size, part=part, lengths=None if config.repeat else lengths
     )
     reader = SampleReader(
-        indexes,
+        data.shards,
         tokenizer,
-        make_transform(image_size, crop_scale, crop_ratio, flip=flip, grayscale=grayscale),
-        decode=make_decode(image_size, crop_scale, crop_ratio, max_pixels=max_pixels),
-        image_size=image_size,
-        context_length=context_length,
+        shape,
+        decode=make_decode(shape.image_size, config),
+        transform=make_transform(shape.image_size, config),
         seed=seed,
-        cache_bytes=cache_bytes,
+        cache_bytes=config.cache_bytes,
     )
     return _make_loader(
         rows.rows_at,
         reader,
         rows=rows.rows,
         steps=(start_step, rows.num_steps),
-        threads=threads,
-        prefetch=prefetch,
-        log=log,
+        threads=config.threads,
+        log=data.log,
     )
 
 
 def _make_order(
-    sizes: Sequence[int],
-    shards_per_source: Sequence[int],
-    weights: Sequence[float],
-    *,
-    seed: int,
-    num_streams: int,
-    window: int,
+    sources: Sequence[Sequence[Shard]], config: DataSection, seed: int
 ) -> tuple[Streams, list[int]]:
-    """The streams, and the samples of an epoch of each; a mixture has no epoch of its own."""
-    if not weights:
-        order = Order(sizes, seed=seed, num_streams=num_streams, window=window)
-        return order, [order.stream_length(stream) for stream in range(num_streams)]
-    ends = np.cumsum([0, *shards_per_source])
-    orders = [
-        Order(sizes[first:last], seed=seed, num_streams=num_streams, window=window)
-        for first, last in itertools.pairwise(ends)
-    ]
-    return Mixture(orders, weights, seed=seed), []
+    """Return the streams, and an epoch's samples of each; a mixture has no epoch of its own."""
+
+    def order_of(shards: Iterable[Shard]) -> Order:
+        sizes = [len(shard) for shard in shards]
+        return Order(sizes, seed=seed, num_streams=config.streams, window=config.window)
+
+    if config.weights:
+        return Mixture([order_of(shards) for shards in sources], config.weights, seed=seed), []
+    order = order_of(itertools.chain(*sources))
+    return order, [order.stream_length(stream) for stream in range(config.streams)]
 
 
 def make_eval_loader(
-    indexes: Sequence[Shard],
+    shards: Sequence[Shard],
     tokenizer: Tokenizer,
     *,
-    image_size: int,
-    context_length: int,
+    shape: SampleShape,
     batch_size: int,
     preprocess: Preprocess = OPENAI,
-    start_step: int = 0,
-    stop_step: int | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
-    threads: int = 8,
-    prefetch: int = 2,
-    max_pixels: int = MAX_PIXELS,
+    part: BatchPart = WHOLE_BATCH,
+    steps: slice = slice(None),
+    threads: int = EVAL_THREADS,
     need_captions: bool = True,
     log: SkipLog | None = None,
 ) -> Loader:
-    """Every sample once, in the order of the shards, through `images.eval_transform`.
+    """Return batches with every sample once, in the order of the shards.
 
-    `start_step` and `stop_step` take a part of the batches, by their numbers.
+    The images are whole, through `images.eval_transform`. The last batch is filled up with rows of
+    `valid=False` and an empty key.
 
-    The last batch is filled up with rows of `valid=False` and an empty key. A sample needs no
-    caption here when it has a label, and with `need_captions` False never; of several captions
-    `text` holds the first.
+    Args:
+      shards: one after the other.
+      tokenizer: called from several threads.
+      shape: of the rows.
+      batch_size: rows of the *global* batch.
+      preprocess: how the model wants its images.
+      part: this host's part of each batch.
+      steps: the batches to give, by their numbers; all by default.
+      threads: decoding threads; 0 decodes in the calling thread.
+      need_captions: False does without captions everywhere. Otherwise a sample needs one where it
+        has no label; of several, `text` holds the first.
+      log: takes what is skipped.
 
     Raises:
       UserError: no samples, or hosts that do not divide the batch.
     """
-    total = sum(len(index) for index in indexes)
+    total = sum(len(shard) for shard in shards)
     if not total:
-        raise UserError(f"{len(indexes)} shards hold no sample: check the data pattern")
-    if batch_size < 1 or batch_size % process_count:
+        raise UserError(f"{len(shards)} shards hold no sample: check the data pattern")
+    if batch_size < 1 or batch_size % part.count:
         raise UserError(
-            f"evaluation batch_size={batch_size} is not a multiple of the {process_count} hosts:"
-            f" use {max(1, batch_size // process_count) * process_count}"
+            f"the evaluation's batch size is {batch_size}, not a multiple of the {part.count}"
+            f" hosts: set it to {max(1, batch_size // part.count) * part.count}"
         )
-    rows = batch_size // process_count
+    rows = batch_size // part.count
 
     def rows_at(step: int, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-        start = step * batch_size + process_index * rows
+        start = step * batch_size + part.index * rows
         ids = np.arange(start + first, start + last)
         return np.where(ids < total, ids, -1), np.zeros_like(ids)
 
-    reader = SampleReader(
-        indexes,
-        tokenizer,
-        lambda image, rng: eval_transform(image, image_size, preprocess, max_pixels=max_pixels),
-        decode=lambda data: decode_image(data, max_pixels=max_pixels),
-        image_size=image_size,
-        context_length=context_length,
-        evaluation=True,
-        need_captions=need_captions,
-    )
-    num_steps = -(-total // batch_size)
-    stop = num_steps if stop_step is None else min(stop_step, num_steps)
+    reader = make_eval_reader(shards, tokenizer, shape, preprocess, need_captions=need_captions)
+    start, stop, _ = steps.indices(math.ceil(total / batch_size))
     return _make_loader(
-        rows_at,
-        reader,
-        rows=rows,
-        steps=(min(start_step, stop), stop),
-        threads=threads,
-        prefetch=prefetch,
-        log=log,
+        rows_at, reader, rows=rows, steps=(min(start, stop), stop), threads=threads, log=log
     )
 
 
@@ -294,11 +247,10 @@ def _make_loader(
     rows: int,
     steps: tuple[int, int | None],
     threads: int,
-    prefetch: int,
     log: SkipLog | None,
 ) -> Loader:
-    """Grain's part: elements (step, run of rows) -> threads -> the runs of one batch."""
-    chunks = -(-rows // _CHUNK_ROWS)
+    """Let Grain's threads read elements (step, run of rows), and gather the runs of each batch."""
+    chunks = -(-rows // CHUNK_ROWS)
     first_step, last_step = steps
 
     def read(element: int) -> Rows:
@@ -307,7 +259,7 @@ def _make_loader(
 
     end = sys.maxsize if last_step is None else last_step * chunks
     dataset = grain.MapDataset.range(first_step * chunks, end).map(read)
-    buffer = max(threads, prefetch * chunks) if threads else 0
+    buffer = max(threads, PREFETCH_BATCHES * chunks) if threads else 0
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=buffer)
     batches = dataset.to_iter_dataset(options).batch(chunks, drop_remainder=True, batch_fn=list)
     return Loader(iter(batches), last_step, reader.evaluation, log or SkipLog())

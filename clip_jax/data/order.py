@@ -12,6 +12,7 @@ depends on the number of hosts or on what was read before, so any step can be co
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol, runtime_checkable
 
@@ -55,25 +56,27 @@ class Order:
     Args:
       shard_sizes: samples in each shard.
       seed: in [0, 2**64).
-      num_streams: S.
+      num_streams: S, `config.data.streams`.
       window: pieces whose samples are shuffled together.
 
     Raises:
       UserError: fewer samples than streams, or a number out of range.
     """
 
-    def __init__(self, shard_sizes: Sequence[int], *, seed: int, num_streams: int, window: int = 8):
+    def __init__(self, shard_sizes: Sequence[int], *, seed: int, num_streams: int, window: int):
         sizes = np.asarray(shard_sizes, np.int64)
         self.num_samples = n = int(sizes.sum())
-        if num_streams < 1 or window < 1 or not 0 <= seed < 2**64:
+        if num_streams < 1 or window < 1:
             raise UserError(
-                f"num_streams={num_streams} and window={window} must be at least 1,"
-                f" and seed={seed} in [0, 2**64)"
+                f"config.data.streams is {num_streams} and config.data.window {window};"
+                " both must be at least 1"
             )
+        if not 0 <= seed < 2**64:
+            raise UserError(f"config.seed is {seed}; it must be in [0, 2**64)")
         if n < num_streams:
             raise UserError(
-                f"{n} samples in {len(sizes)} shards cannot feed {num_streams} streams:"
-                f" set num_streams to at most {n}, or check the data pattern"
+                f"{n} samples in {len(sizes)} shards cannot feed {num_streams} streams: set"
+                f" config.data.streams to at most {n}, or check the pattern in config.data.train"
             )
         self.seed, self.num_streams, self.window = seed, num_streams, window
         self._shard_starts = np.concatenate([[0], np.cumsum(sizes)])
@@ -153,13 +156,24 @@ class Streams(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class BatchPart:
+    """The part of every global batch that one host loads: number `index` of `count` equal ones."""
+
+    index: int = 0
+    count: int = 1
+
+
+WHOLE_BATCH = BatchPart()
+
+
 class BatchOrder:
     """The rows of one host in each global batch.
 
     Args:
       order: the streams.
       batch_size: rows of the global batch, a multiple of the streams.
-      process_index, process_count: this host's place, and the hosts, a divisor of the streams.
+      part: this host's; the number of parts divides the streams.
       lengths: positions after which each stream ends; its rows are then padding, of id -1. None
         lets the streams go on for ever.
 
@@ -176,26 +190,26 @@ class BatchOrder:
         order: Streams,
         *,
         batch_size: int,
-        process_index: int = 0,
-        process_count: int = 1,
+        part: BatchPart = WHOLE_BATCH,
         lengths: Sequence[int] | None = None,
     ):
         streams = order.num_streams
         if batch_size < 1 or batch_size % streams:
             raise UserError(
-                f"batch_size={batch_size} is not a multiple of num_streams={streams}: use a"
-                f" batch_size of {max(1, batch_size // streams) * streams}, or other num_streams"
+                f"config.train.batch_size is {batch_size}, not a multiple of config.data.streams,"
+                f" {streams}: set it to {max(1, batch_size // streams) * streams}, or change"
+                " config.data.streams"
             )
-        if streams % process_count:
+        if streams % part.count:
             raise UserError(
-                f"num_streams={streams} is not a multiple of the {process_count} hosts:"
-                f" use num_streams={-(-streams // process_count) * process_count}"
+                f"config.data.streams is {streams}, not a multiple of the {part.count} hosts:"
+                f" set it to {-(-streams // part.count) * part.count}"
             )
         self._order = order
         self._each = batch_size // streams
-        self._first_stream = process_index * streams // process_count
+        self._first_stream = part.index * streams // part.count
         self._lengths = lengths
-        self.rows = batch_size // process_count
+        self.rows = batch_size // part.count
         self.num_steps = None if lengths is None else -(-max(lengths) // self._each)
 
     def rows_at(

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Int32, Int64, UInt8, UInt32
 from PIL import Image
 
-from clip_jax.data.images import decode_image
+from clip_jax.data.images import MAX_PIXELS, Preprocess, decode_image, eval_transform
 from clip_jax.data.order import philox
 from clip_jax.data.shards import BadSampleError, ConcatShards, Handles, Shard
 from clip_jax.typing import Tokenizer
@@ -18,6 +18,14 @@ ImageTransform = Callable[[Image.Image, np.random.Generator], UInt8[np.ndarray, 
 Decode = Callable[[bytes], Image.Image]
 
 _AUGMENT = 3  # this use's key of the seed; 1 and 2 are the order's
+
+
+@dataclass(frozen=True)
+class SampleShape:
+    """The size of a model's inputs: an image's side in pixels, and a caption's tokens."""
+
+    image_size: int
+    context_length: int
 
 
 @dataclass
@@ -42,11 +50,11 @@ class SampleReader:
     """Reads rows of training or evaluation data. Threads share it: only its cache changes.
 
     Args:
-      indexes: the shards whose samples, in line, the ids count.
+      shards: their samples, one shard after the other, are what the ids count.
       tokenizer: called from several threads.
-      transform: (image, rng) -> uint8 [image_size, image_size, 3].
+      shape: of the rows.
       decode: bytes -> an image; what it gives must depend on the bytes alone.
-      image_size, context_length: of the rows.
+      transform: (image, rng) -> uint8 [image_size, image_size, 3].
       seed: with epoch and sample id it fixes a row's chance, whoever reads it.
       cache_bytes: memory for decoded images.
       evaluation: read labels, take the first caption, and do without one where there is a label.
@@ -55,35 +63,33 @@ class SampleReader:
 
     def __init__(
         self,
-        indexes: Sequence[Shard],
+        shards: Sequence[Shard],
         tokenizer: Tokenizer,
-        transform: ImageTransform,
+        shape: SampleShape,
         *,
-        image_size: int,
-        context_length: int,
-        decode: Decode = decode_image,
-        seed: int = 0,
-        cache_bytes: int = 0,
+        decode: Decode,
+        transform: ImageTransform,
+        seed: int,
+        cache_bytes: int,
         evaluation: bool = False,
         need_captions: bool = True,
     ):
         self.evaluation = evaluation
         self._need_captions = need_captions
-        self._line = ConcatShards(indexes)
+        self._shards = ConcatShards(shards)
         self._tokenizer = tokenizer
-        self._transform = transform
+        self._shape = shape
         self._decode = decode
-        self._image_size = image_size
-        self._context_length = context_length
+        self._transform = transform
         self._seed = seed
-        self._cache = _PictureCache(cache_bytes)
+        self._cache = _ImageCache(cache_bytes)
 
     def read(self, ids: Int64[np.ndarray, " rows"], epochs: Int64[np.ndarray, " rows"]) -> Rows:
-        """The rows of these samples in these epochs; an id of -1 is padding."""
-        n, side = len(ids), self._image_size
+        """Return the rows of these samples in these epochs; an id of -1 is padding."""
+        n, side, length = len(ids), self._shape.image_size, self._shape.context_length
         rows = Rows(
             image=np.zeros((n, side, side, 3), np.uint8),
-            text=np.empty((n, self._context_length), np.int32),
+            text=np.empty((n, length), np.int32),
             caption_id=np.zeros(n, np.uint32),
             valid=np.zeros(n, bool),
             label=np.full(n, -1, np.int32),
@@ -97,22 +103,22 @@ class SampleReader:
                     texts[row] = self._read_row(
                         rows, row, int(ids[row]), epoch=int(epochs[row]), handles=handles
                     )
-        rows.text[:] = self._tokenizer(texts, self._context_length)
+        rows.text[:] = self._tokenizer(texts, length)
         return rows
 
     def _read_row(self, rows: Rows, row: int, sample: int, *, epoch: int, handles: Handles) -> str:
-        """Fills one row and returns its caption; whatever goes wrong becomes `valid=False`."""
-        index, i = self._line.at(sample)
-        rows.key[row] = f"{index.name}/{index.key(i)}"
+        """Fill one row and return its caption; whatever goes wrong becomes `valid=False`."""
+        shard, i = self._shards.at(sample)
+        rows.key[row] = f"{shard.name}/{shard.key(i)}"
         rng = np.random.Generator(philox(self._seed, _AUGMENT, sample, epoch))
         try:
-            label = index.label(i, handles) if self.evaluation else -1
+            label = shard.label(i, handles) if self.evaluation else -1
             optional = label >= 0 or not self._need_captions
-            captions = _captions(index, i, handles, optional=optional)
+            captions = _captions(shard, i, handles, optional=optional)
             # Drawn even for one caption, so that a crop does not depend on their number.
             choice = 0 if self.evaluation else int(rng.random() * len(captions))
             caption = captions[choice] if captions else ""
-            rows.image[row] = self._transform(self._picture(index, i, sample, handles), rng)
+            rows.image[row] = self._transform(self._image(shard, i, sample, handles), rng)
         except Exception as e:
             # Pillow's readers and transforms raise a dozen types; none may end the run.
             cause = getattr(e, "cause", "read_failed" if isinstance(e, OSError) else "broken")
@@ -125,15 +131,39 @@ class SampleReader:
             rows.caption_id[row] = caption_id(caption)
         return caption
 
-    def _picture(self, index: Shard, i: int, sample: int, handles: Handles) -> Image.Image:
+    def _image(self, shard: Shard, i: int, sample: int, handles: Handles) -> Image.Image:
         image = self._cache.get(sample)
         if image is None:
-            image = self._decode(index.image(i, handles))
+            image = self._decode(shard.image(i, handles))
             self._cache.put(sample, image)
         return image
 
 
-class _PictureCache:
+def make_eval_reader(
+    shards: Sequence[Shard],
+    tokenizer: Tokenizer,
+    shape: SampleShape,
+    preprocess: Preprocess,
+    *,
+    need_captions: bool = True,
+) -> SampleReader:
+    """Make the reader of evaluation data: whole images through `images.eval_transform`."""
+    return SampleReader(
+        shards,
+        tokenizer,
+        shape,
+        decode=lambda data: decode_image(data, max_pixels=MAX_PIXELS),
+        transform=lambda image, rng: eval_transform(
+            image, shape.image_size, preprocess, max_pixels=MAX_PIXELS
+        ),
+        seed=0,  # nothing is drawn
+        cache_bytes=0,
+        evaluation=True,
+        need_captions=need_captions,
+    )
+
+
+class _ImageCache:
     """Decoded images up to a number of bytes, then no more.
 
     An epoch visits every image once, so what is evicted would have been as useful as what
@@ -142,25 +172,25 @@ class _PictureCache:
 
     def __init__(self, limit: int):
         self._free = limit
-        self._pictures: dict[int, Image.Image] = {}
+        self._images: dict[int, Image.Image] = {}
         self._lock = threading.Lock()
 
     def get(self, sample: int) -> Image.Image | None:
-        return self._pictures.get(sample)
+        return self._images.get(sample)
 
     def put(self, sample: int, image: Image.Image) -> None:
         # Pillow stores every image of several bands with four bytes a pixel.
         size = image.width * image.height * (4 if len(image.getbands()) > 1 else 1)
         with self._lock:
-            if size <= self._free and sample not in self._pictures:
+            if size <= self._free and sample not in self._images:
                 # A copy, to leave the reader and the file's bytes behind.
-                self._pictures[sample] = image.copy()
+                self._images[sample] = image.copy()
                 self._free -= size
 
 
-def _captions(index: Shard, i: int, handles: Handles, *, optional: bool) -> list[str]:
+def _captions(shard: Shard, i: int, handles: Handles, *, optional: bool) -> list[str]:
     try:
-        return index.captions(i, handles)
+        return shard.captions(i, handles)
     except BadSampleError as e:
         if optional and e.cause in ("no_caption", "empty_caption"):
             return []

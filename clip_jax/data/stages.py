@@ -1,18 +1,22 @@
 """How fast each stage between a source and a batch goes, one at a time and then together."""
 
 import contextlib
+import dataclasses
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from clip_jax.data.augment import make_decode, make_transform
+from clip_jax.data.dataset import TrainingData
 from clip_jax.data.images import ImageError
 from clip_jax.data.loader import bucket_length, make_train_loader
+from clip_jax.data.sample_reader import SampleShape
 from clip_jax.data.shards import BadSampleError, ConcatShards, Handles, Shard
+from clip_jax.data.skip_log import SkipLog
 from clip_jax.errors import UserError
+from clip_jax.sections import DataSection
 from clip_jax.typing import Tokenizer
 
 CHUNK = 32
@@ -21,7 +25,7 @@ PARTS = 4
 _KEPT_BYTES = 256 << 20  # of encoded images, for the stages behind reading
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Stage:
     """One stage: so many pairs in so many seconds, by the clock and of processors."""
 
@@ -41,17 +45,13 @@ class Stage:
         return 1000 * self.cpu_seconds / self.pairs
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Settings:
-    """What a run would ask for; the fields of the same names in the config."""
+    """What a run would ask of its loader."""
 
-    image_size: int = 224
-    context_length: int = 77
-    batch_size: int = 256
-    num_streams: int = 8
-    window: int = 8
-    crop_scale: tuple[float, float] = (0.9, 1.0)
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    shape: SampleShape
+    batch_size: int
+    config: DataSection
 
 
 def timed(name: str, work: Callable[[int], int], seconds: float) -> Stage:
@@ -67,19 +67,19 @@ def timed(name: str, work: Callable[[int], int], seconds: float) -> Stage:
 
 
 def measure_parts(
-    indexes: Sequence[Shard], tokenizer: Tokenizer, settings: Settings, *, seconds: float
+    shards: Sequence[Shard], tokenizer: Tokenizer, settings: Settings, *, seconds: float
 ) -> list[Stage]:
     """Reading, decoding with the crop, tokenizing, assembling: each alone, in one thread.
 
     Raises:
       UserError: none of the samples that were tried can be used.
     """
-    read = _Reader(indexes)
+    read = _Reader(shards)
     stages = [timed("read", read, seconds)]
     if not read.images:
         raise UserError("no sample could be read; python -m clip_jax.data.inspect says why")
-    crop = settings.image_size, settings.crop_scale, settings.crop_ratio
-    decode, transform = make_decode(*crop), make_transform(*crop)
+    side, context_length = settings.shape.image_size, settings.shape.context_length
+    decode, transform = make_decode(side, settings.config), make_transform(side, settings.config)
     rng = np.random.default_rng(0)
 
     def decode_one(call: int) -> int:
@@ -88,20 +88,19 @@ def measure_parts(
             transform(decode(read.images[call % len(read.images)]), rng)
         return 1
 
-    def tokenise(call: int) -> int:
+    def tokenize(call: int) -> int:
         first = call * CHUNK % len(read.captions)
         texts = read.captions[first : first + CHUNK]
-        tokenizer(texts, settings.context_length)
+        tokenizer(texts, context_length)
         return len(texts)
 
-    side = settings.image_size
     parts = [np.zeros((CHUNK, side, side, 3), np.uint8)] * -(-settings.batch_size // CHUNK)
 
     def assemble(call: int) -> int:
         return len(np.concatenate([np.array(part) for part in parts]))
 
     stages.append(timed("decode and crop", decode_one, seconds))
-    stages.append(timed("tokenise", tokenise, seconds))
+    stages.append(timed("tokenise", tokenize, seconds))
     stages.append(timed("assemble", assemble, seconds))
     return stages
 
@@ -109,19 +108,19 @@ def measure_parts(
 class _Reader:
     """Reads samples in random order, a run of rows at a time as the loader does."""
 
-    def __init__(self, indexes: Sequence[Shard]):
+    def __init__(self, shards: Sequence[Shard]):
         self.images: list[bytes] = []
         self.captions: list[str] = []
         self._free = _KEPT_BYTES
-        self._line = ConcatShards(indexes)
+        self._shards = ConcatShards(shards)
         self._rng = np.random.default_rng(0)
 
     def __call__(self, call: int) -> int:
         with Handles() as handles:
-            for row in self._rng.integers(len(self._line), size=CHUNK).tolist():
-                index, i = self._line.at(row)
+            for row in self._rng.integers(len(self._shards), size=CHUNK).tolist():
+                shard, i = self._shards.at(row)
                 try:
-                    captions, image = index.captions(i, handles), index.image(i, handles)
+                    captions, image = shard.captions(i, handles), shard.image(i, handles)
                 except (BadSampleError, ImageError, OSError):
                     continue
                 if len(image) <= self._free:
@@ -132,7 +131,7 @@ class _Reader:
 
 
 def measure_loader(
-    indexes: Sequence[Shard],
+    shards: Sequence[Shard],
     tokenizer: Tokenizer,
     settings: Settings,
     *,
@@ -145,7 +144,11 @@ def measure_loader(
     start is no gift: as much of it is there at the end.
     """
     lengths: Counter[int] = Counter()
-    with make_train_loader(indexes, tokenizer, seed=0, threads=threads, **vars(settings)) as loader:
+    data = TrainingData([list(shards)], SkipLog())
+    config = dataclasses.replace(settings.config, threads=threads)
+    with make_train_loader(
+        data, config, tokenizer, shape=settings.shape, batch_size=settings.batch_size, seed=0
+    ) as loader:
         for _ in range(2):
             next(loader)
 

@@ -114,8 +114,7 @@ def _embed_run(
     loader = encoders.loader(
         indexes,
         batch_size=about.batch_size,
-        start_step=run.start * batches_per_part,
-        stop_step=run.stop * batches_per_part,
+        steps=slice(run.start * batches_per_part, run.stop * batches_per_part),
         need_captions=False,
         log=log,
     )

@@ -12,6 +12,7 @@ from jaxtyping import Float32
 
 from clip_jax.data.images import OPENAI, Preprocess
 from clip_jax.data.loader import Loader, make_eval_loader, trim_to_bucket
+from clip_jax.data.sample_reader import SampleShape
 from clip_jax.data.shards import Shard
 from clip_jax.errors import UserError
 from clip_jax.parallel.mesh import batch_shards, place_batch
@@ -46,16 +47,15 @@ class Encoders:
     identity: str = ""
     shards: int = 1
 
-    def loader(self, indexes: Sequence[Shard], *, batch_size: int, **options: Any) -> Loader:
-        """Every sample once, prepared as these encoders take it.
+    def loader(self, shards: Sequence[Shard], *, batch_size: int, **options: Any) -> Loader:
+        """Return every sample once, prepared as these encoders take it.
 
         `options` are `data.loader.make_eval_loader`'s.
         """
         return make_eval_loader(
-            indexes,
+            shards,
             self.tokenizer,
-            image_size=self.image_size,
-            context_length=self.context_length,
+            shape=SampleShape(self.image_size, self.context_length),
             batch_size=batch_size,
             preprocess=self.preprocess,
             **options,

@@ -20,8 +20,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from clip_jax.data.images import Preprocess, eval_transform
-from clip_jax.data.sample_reader import SampleReader
+from clip_jax.data.images import Preprocess
+from clip_jax.data.order import BatchPart
+from clip_jax.data.sample_reader import SampleShape, make_eval_reader
 from clip_jax.data.sources import Shard, expand, fingerprint, open_shards
 from clip_jax.evaluation.encoders import Encoders
 from clip_jax.evaluation.evaluate import draw_examples, result_rows
@@ -223,9 +224,8 @@ def source_features(
             loader = encoders.loader(
                 indexes,
                 batch_size=batch_size,
-                start_step=start,
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
+                steps=slice(start, None),
+                part=BatchPart(jax.process_index(), jax.process_count()),
             )
             return stack.enter_context(loader)
 
@@ -347,15 +347,7 @@ def read_pictures(
     indexes: Sequence[Shard], rows: Sequence[int], size: int, preprocess: Preprocess
 ) -> np.ndarray:
     """The images at these places of the data's order, uint8 [rows, size, size, 3]."""
-
-    reader = SampleReader(
-        indexes,
-        _NoTokens(),
-        lambda image, rng: eval_transform(image, size, preprocess),
-        image_size=size,
-        context_length=1,
-        evaluation=True,
-    )
+    reader = make_eval_reader(indexes, _NoTokens(), SampleShape(size, 1), preprocess)
     ids = np.asarray(rows, np.int64)
     return reader.read(ids, np.zeros_like(ids)).image
 

@@ -13,12 +13,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from clip_jax.data.dataset import open_sources
+from clip_jax.data.sample_reader import SampleShape
 from clip_jax.data.skip_log import SkipLog
 from clip_jax.data.stages import PARTS, Settings, Stage, measure_loader, measure_parts
 from clip_jax.errors import UserError, run_command
 from clip_jax.models.flops import train_flops_per_pair
 from clip_jax.planning.hardware import find_device
 from clip_jax.progress_bar import progress_bar
+from clip_jax.sections import DataSection
 from clip_jax.tokenizers import make_tokenizer
 from clip_jax.training.setup import sized_model
 
@@ -161,11 +163,8 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
     about |= {"utilisation": args.utilisation, "image_size": args.image_size}
     need_of(args.model, tokenizer, 16, **about)  # a wrong name answers before anything is measured
     config = sized_model(args.model, tokenizer, image_size=args.image_size)
-    settings = Settings(
-        image_size=config.vision.image_size,
-        context_length=config.text.context_length,
-        batch_size=args.batch_size,
-    )
+    shape = SampleShape(config.vision.image_size, config.text.context_length)
+    settings = Settings(shape, args.batch_size, DataSection())
     opened = open_sources(args.source, log=SkipLog())
     indexes = [index for one in opened for index in one]
     numbers = [int(n) for n in args.threads.split(",")]

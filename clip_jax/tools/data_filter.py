@@ -99,7 +99,7 @@ def score_set(
         progress = stack.enter_context(progress_bar(total, "score", initial=min(start, total)))
         loader = stack.enter_context(
             encoders.loader(
-                indexes, batch_size=batch_size, start_step=done * per_part, threads=threads
+                indexes, batch_size=batch_size, steps=slice(done * per_part, None), threads=threads
             )
         )
         for number in range(done, parts):

@@ -15,6 +15,8 @@ from clip_jax.data.dataset import TrainingData, open_sources, steps_of_one_pass
 from clip_jax.data.images import OPENAI, Preprocess
 from clip_jax.data.loader import Loader, make_train_loader
 from clip_jax.data.manifest import Share
+from clip_jax.data.order import BatchPart
+from clip_jax.data.sample_reader import SampleShape
 from clip_jax.data.skip_log import SKIPPED, SkipLog
 from clip_jax.errors import UserError
 from clip_jax.evaluation.in_training import Evaluator, make_evaluator
@@ -338,30 +340,15 @@ def steps_of_run(config: Config, pairs: int) -> int:
 
 
 def make_loader(config: Config, w: RunComponents, data: TrainingData, start: int) -> Loader:
-    """This process's batches from step `start` on."""
-    d = config.data
-    part, parts = batch_part(w.mesh)
+    """Return this process's batches from step `start` on."""
+    vision, text = w.model.config.vision, w.model.config.text
     return make_train_loader(
-        data.indexes,
+        data,
+        config.data,
         w.tokenizer,
-        image_size=w.model.config.vision.image_size,
-        context_length=w.model.config.text.context_length,
+        shape=SampleShape(vision.image_size, text.context_length),
         batch_size=config.train.batch_size,
         seed=config.seed,
         start_step=start,
-        num_streams=d.streams,
-        window=d.window,
-        process_index=part,
-        process_count=parts,
-        threads=d.threads,
-        crop_scale=d.crop_scale,
-        crop_ratio=d.crop_ratio,
-        flip=d.flip,
-        grayscale=d.grayscale,
-        cache_bytes=d.cache_bytes,
-        repeat=d.repeat,
-        shards_per_source=data.shards_per_source,
-        weights=d.weights,
-        max_pixels=d.max_pixels,
-        log=data.log,
+        part=BatchPart(*batch_part(w.mesh)),
     )

@@ -51,7 +51,7 @@ def train(config: Config, workdir: str) -> int:
     # First of all: what is wrong with the data is listed there.
     folder = make_workdir(workdir)
     data = open_data(config, workdir)
-    pairs = sum(len(index) for index in data.indexes)
+    pairs = sum(len(shard) for shard in data.shards)
     steps = steps_of_run(config, pairs)
     if steps < 1:
         raise UserError(
@@ -60,7 +60,7 @@ def train(config: Config, workdir: str) -> int:
         )
     w = build_run(config, steps, workdir)
     check_streams(config.data.streams, batch_part(w.mesh)[1])
-    identity = run_fingerprint(config, w, fingerprint(data.indexes), pairs)
+    identity = run_fingerprint(config, w, fingerprint(data.shards), pairs)
     distributed.agree(identity | {"its config": dataclasses.asdict(config)})
     distributed.print_on_main(_summary(config, w, data, pairs, steps))
     checkpoints = Checkpoints(folder, keep=config.checkpoint.keep)
@@ -155,7 +155,7 @@ def _summary(config: Config, w: RunComponents, data: TrainingData, pairs: int, s
     counts = parameter_counts(w.shapes.params)
     epochs = steps * config.train.batch_size / pairs
     lines = [
-        f"{pairs:,} pairs in {len(data.indexes)} shards; {steps:,} steps of "
+        f"{pairs:,} pairs in {len(data.shards)} shards; {steps:,} steps of "
         f"{config.train.batch_size:,} pairs are {epochs:.1f} epochs",
         f"{config.model.name}: image tower {counts['image']:,} parameters, text tower "
         f"{counts['text']:,}; {jax.device_count()} {jax.devices()[0].device_kind} device(s), "
@@ -173,7 +173,7 @@ def _summary(config: Config, w: RunComponents, data: TrainingData, pairs: int, s
     ]
     lines += [
         f"{count} samples have {cause.replace('_', ' ')} and are left out, first {first}"
-        for cause, (count, first) in lacking(data.indexes).items()
+        for cause, (count, first) in lacking(data.shards).items()
     ]
     return "\n".join(lines)
 

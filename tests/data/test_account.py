@@ -1,5 +1,6 @@
 """One pass, mixtures, the account of faults, and JPEG decoded no larger than a crop needs."""
 
+import dataclasses
 import io
 import itertools
 import json
@@ -11,7 +12,7 @@ from collections import Counter
 import data_cases
 import numpy as np
 import pytest
-from data_cases import ToyTokenizer, encode, picture
+from data_cases import encode, picture, train_loader
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -19,15 +20,14 @@ from PIL import Image
 from clip_jax.data.augment import jpeg_scale, make_decode, make_transform, smallest_crop
 from clip_jax.data.dataset import open_sources, steps_of_one_pass
 from clip_jax.data.images import crop_box, decode_image
-from clip_jax.data.loader import make_train_loader
-from clip_jax.data.order import BLOCK, BatchOrder, Mixture, Order, places
+from clip_jax.data.order import BLOCK, BatchOrder, BatchPart, Mixture, Order, places
 from clip_jax.data.skip_log import MIN_ROWS, SkipLog
 from clip_jax.data.sources import open_shards
 from clip_jax.errors import UserError
+from clip_jax.sections import DataSection
 from clip_jax.training.run_logger import SkipLimit
 
-SETTINGS = {"image_size": 8, "context_length": 16, "threads": 0, "seed": 5}
-WEB = ((0.9, 1.0), (3 / 4, 4 / 3))
+CROPS = DataSection()
 
 
 @settings(max_examples=60, deadline=None)
@@ -44,8 +44,7 @@ def test_one_pass_gives_every_sample_once_on_any_number_of_hosts(sizes, batch_si
             BatchOrder(
                 order,
                 batch_size=batch_size,
-                process_index=h,
-                process_count=hosts,
+                part=BatchPart(h, hosts),
                 lengths=lengths,
             )
             for h in range(hosts)
@@ -63,7 +62,7 @@ def test_one_pass_gives_every_sample_once_on_any_number_of_hosts(sizes, batch_si
 
 
 def mixture(seed=7):
-    orders = [Order([n], seed=seed, num_streams=4) for n in (40, 4000)]
+    orders = [Order([n], seed=seed, num_streams=4, window=8) for n in (40, 4000)]
     return Mixture(orders, (3.0, 1.0), seed=seed)
 
 
@@ -106,14 +105,7 @@ def test_a_mixture_through_the_loader(tmp_path):
         ]
     )
     assert [len(source) for source in sources] == [1, 2]
-    indexes = [index for source in sources for index in source]
-    changes = {
-        "batch_size": 64,
-        "num_streams": 4,
-        "shards_per_source": [1, 2],
-        "weights": (3.0, 1.0),
-    }
-    with make_train_loader(indexes, ToyTokenizer(), **(SETTINGS | changes)) as loader:
+    with train_loader(*sources, batch_size=64, window=8, threads=0, weights=(3.0, 1.0)) as loader:
         keys = [key for batch in itertools.islice(loader, 64) for key in batch["key"]]
     counts = Counter(key[0] for key in keys)
     assert counts == {"a": 3 * 64 * 64 // 4, "b": 64 * 64 // 4}
@@ -156,9 +148,8 @@ def damaged_shards(folder, shards, each):
 def test_a_thousand_damaged_pictures_are_counted_exactly_and_listed_once(tmp_path):
     damaged_shards(tmp_path, 5, 250)
     log = SkipLog(tmp_path / "run" / "skipped.jsonl", max_fraction=1.0)
-    indexes = open_shards([str(p) for p in sorted(tmp_path.glob("*.tar"))])
-    changes = {"batch_size": 1250, "num_streams": 5, "log": log, "threads": 2}
-    with make_train_loader(indexes, ToyTokenizer(), **(SETTINGS | changes)) as loader:
+    shards = open_shards([str(p) for p in sorted(tmp_path.glob("*.tar"))])
+    with train_loader(shards, batch_size=1250, streams=5, window=8, log=log) as loader:
         for epoch in (1, 2):
             assert next(loader)["valid"].sum() == 250
             assert loader.skipped == dict.fromkeys(DAMAGES, 250 * epoch)
@@ -169,10 +160,9 @@ def test_a_thousand_damaged_pictures_are_counted_exactly_and_listed_once(tmp_pat
 
 def test_too_many_skipped_samples_end_the_run_with_the_table(tmp_path):
     damaged_shards(tmp_path, 1, 250)
-    indexes = open_shards([str(p) for p in tmp_path.glob("*.tar")])
+    shards = open_shards([str(p) for p in tmp_path.glob("*.tar")])
     log = SkipLog(max_fraction=0.5)
-    changes = {"batch_size": 250, "num_streams": 1, "log": log}
-    with make_train_loader(indexes, ToyTokenizer(), **(SETTINGS | changes)) as loader:
+    with train_loader(shards, batch_size=250, streams=1, log=log, threads=0) as loader:
         limit = SkipLimit(log, 0, loader)
         for batch in itertools.islice(loader, 2):  # 400 of what counts as 1,000
             limit.check(np.array([[250 - batch["valid"].sum(), 250]]))
@@ -221,9 +211,9 @@ def test_no_crop_is_smaller_than_the_smallest(width, height, low, ratio, seed):
 
 
 def test_a_jpeg_is_decoded_just_large_enough():
-    decode = make_decode(100, *WEB)
+    decode = make_decode(100, CROPS)
     for size, k in (((800, 800), 2), ((300, 300), 3), ((120, 120), 8), ((90, 500), 8)):
-        assert jpeg_scale(*size, 100, *WEB) == k
+        assert jpeg_scale(*size, 100, CROPS.crop_scale, CROPS.crop_ratio) == k
         data = encode(picture("RGB", *size), "JPEG", quality=90)
         image = decode(data)
         assert image.size == tuple(-(-side * k // 8) for side in size)
@@ -238,7 +228,7 @@ def test_a_jpeg_is_decoded_just_large_enough():
 
 @pytest.mark.parametrize("mode", ["L", "CMYK"])
 def test_jpegs_of_other_colours_and_damaged_ones_are_pillows(mode):
-    decode = make_decode(16, *WEB)
+    decode = make_decode(16, CROPS)
     data = encode(picture(mode, 64, 64), "JPEG")
     assert decode(data).tobytes() == decode_image(data).tobytes()
     for broken in (JPEG[:400], b"\xff\xd8\xff\xe0", b"\xff\xd8\xff" + bytes(50)):
@@ -253,7 +243,8 @@ def test_mirrored_and_grey_by_chance_without_moving_the_crop():
     image = picture("RGB", 40, 30)
 
     def made(seed, **changes):
-        return make_transform(16, *WEB, **changes)(image, np.random.default_rng(seed))
+        transform = make_transform(16, dataclasses.replace(CROPS, **changes))
+        return transform(image, np.random.default_rng(seed))
 
     plain = [made(seed) for seed in range(40)]
     assert all((made(s, flip=1.0) == plain[s][:, ::-1]).all() for s in range(40))

@@ -13,14 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset
 from array_record.python import array_record_module
-from data_cases import ToyTokenizer, encode, picture
+from data_cases import encode, eval_loader, picture, train_loader
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clip_jax.data import filters
 from clip_jax.data.formats import records, remote
 from clip_jax.data.formats.errors import ShardError
-from clip_jax.data.loader import make_eval_loader, make_train_loader
 from clip_jax.data.shards import BadSampleError, Handles
 from clip_jax.data.sources import expand, kind_of, open_shard, open_shards
 from clip_jax.errors import UserError
@@ -28,7 +27,6 @@ from clip_jax.errors import UserError
 COUNT = 6
 PICTURES = [encode(picture("RGB", 14, 12, seed=k), "PNG") for k in range(COUNT)]
 CAPTIONS = [f"caption {k}, é" for k in range(COUNT)]
-SETTINGS = {"image_size": 8, "context_length": 16, "batch_size": COUNT, "threads": 0}
 
 
 def varint(n: int) -> bytes:
@@ -158,7 +156,7 @@ NO_LABEL = {"files"}
 
 
 def read_all(indexes):
-    with make_eval_loader(indexes, ToyTokenizer(), **SETTINGS) as loader:
+    with eval_loader(indexes, batch_size=COUNT) as loader:
         batches = list(loader)
         assert not loader.skipped, loader.recent
     return batches
@@ -175,8 +173,7 @@ def test_every_format_gives_the_same_pairs(kind, tmp_path):
     (reference,) = read_all(open_shards(expand(str(write_tar(tmp_path / "reference")))))
     np.testing.assert_array_equal(batch["image"], reference["image"])
     np.testing.assert_array_equal(batch["text"], reference["text"])
-    settings_ = SETTINGS | {"threads": 2, "seed": 1, "num_streams": 2, "repeat": False}
-    with make_train_loader(indexes, ToyTokenizer(), **settings_) as loader:
+    with train_loader(indexes, batch_size=COUNT, seed=1, streams=2, repeat=False) as loader:
         trained = list(loader)
     keys = Counter(
         key for b in trained for key, valid in zip(b["key"], b["valid"], strict=True) if valid
@@ -260,7 +257,7 @@ def test_bad_rows_of_a_table_are_counted_and_the_rest_is_read(tmp_path):
     files(tmp_path)
     rows = [b"p0.png,good", b"absent.png,x", b"p1.png,\xff\xfe", b"p2.png,", b",x"]
     (tmp_path / "t.csv").write_bytes(b"filepath,title\n" + b"\n".join(rows) + b"\n")
-    with make_eval_loader(open_shards([f"{tmp_path}/t.csv"]), ToyTokenizer(), **SETTINGS) as loader:
+    with eval_loader(open_shards([f"{tmp_path}/t.csv"]), batch_size=COUNT) as loader:
         assert next(loader)["valid"].tolist() == [True] + [False] * 5
         expected = {"read_failed": 1, "caption_not_utf8": 1, "empty_caption": 1, "no_image": 1}
         assert loader.skipped == expected
@@ -279,7 +276,7 @@ def test_a_flipped_bit_in_a_record_is_one_bad_sample_or_an_error(kind, tmp_path)
             indexes = open_shards([str(path)])
         except UserError:
             continue
-        with make_eval_loader(indexes, ToyTokenizer(), **SETTINGS) as loader:
+        with eval_loader(indexes, batch_size=COUNT) as loader:
             batch = next(loader)
         good = [b for b, valid in zip(batch["captions"], batch["valid"], strict=True) if valid]
         # A damage is seen, or (in bytes that say nothing) changes nothing.
@@ -391,7 +388,7 @@ def test_a_remote_read_is_tried_again_and_then_the_shard_passed_over(tmp_path, m
     remote.CACHE.close()
     calls.clear()
     broken = 100
-    with make_eval_loader(indexes, ToyTokenizer(), **SETTINGS) as loader:
+    with eval_loader(indexes, batch_size=COUNT) as loader:
         assert not next(loader)["valid"].any()
         assert loader.skipped == {"shard_unreadable": COUNT}
         assert "failed 4 times" in loader.recent[-1] and "try later" in loader.recent[-1]

@@ -204,7 +204,10 @@ def test_whole_crop_is_a_plain_resize():
 @pytest.mark.parametrize("mode", data_cases.MODES)
 def test_random_crop_of_every_mode(mode):
     image = picture(mode, 31, 17)
-    first, again = (random_resized_crop(image, 12, np.random.default_rng(1)) for _ in range(2))
+    first, again = (
+        random_resized_crop(image, 12, np.random.default_rng(1), (0.9, 1.0), (3 / 4, 4 / 3))
+        for _ in range(2)
+    )
     assert first.shape == (12, 12, 3) and first.dtype == np.uint8
     np.testing.assert_array_equal(first, again)
 

@@ -13,18 +13,16 @@ from collections import Counter
 import data_cases
 import numpy as np
 import pytest
-from data_cases import ToyTokenizer, encode, picture
+from data_cases import ToyTokenizer, encode, eval_loader, picture, train_loader
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clip_jax.data import sample_reader as rows_module
-from clip_jax.data.loader import bucket_length, make_eval_loader, make_train_loader, trim_to_bucket
+from clip_jax.data.loader import bucket_length, trim_to_bucket
+from clip_jax.data.order import BatchPart
 from clip_jax.data.sample_reader import caption_id
 from clip_jax.data.sources import open_shards
 from clip_jax.errors import UserError
-
-SETTINGS = {"image_size": 8, "context_length": 16}
-TRAIN = SETTINGS | {"seed": 11, "num_streams": 4, "window": 2, "batch_size": 16, "threads": 2}
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +32,7 @@ def indexes(tmp_path_factory):
 
 
 def take(indexes, count, **changes):
-    with make_train_loader(indexes, ToyTokenizer(), **(TRAIN | changes)) as loader:
+    with train_loader(indexes, **({"seed": 11} | changes)) as loader:
         return list(itertools.islice(loader, count))
 
 
@@ -60,7 +58,7 @@ def test_shapes_types_and_contents(indexes):
 
 def test_no_sample_is_lost_or_repeated_in_an_epoch(indexes):
     # 50 samples in 2 streams of 25, 5 of each a batch: an epoch is 5 steps.
-    batches = take(indexes, 10, num_streams=2, batch_size=10)
+    batches = take(indexes, 10, streams=2, batch_size=10)
     for epoch in (batches[:5], batches[5:]):
         assert Counter(key for batch in epoch for key in batch["key"]).most_common(1)[0][1] == 1
         assert sum(len(batch["key"]) for batch in epoch) == 50
@@ -71,7 +69,7 @@ def test_threads_cache_and_chunks_change_nothing(indexes, monkeypatch):
     assert_same(take(indexes, 9, threads=3), plain)
     assert_same(take(indexes, 9, cache_bytes=1 << 20), plain)
     assert_same(take(indexes, 9, cache_bytes=2000), plain)  # holds a few images only
-    monkeypatch.setattr("clip_jax.data.loader._CHUNK_ROWS", 3)
+    monkeypatch.setattr("clip_jax.data.loader.CHUNK_ROWS", 3)
     assert_same(take(indexes, 9), plain)
 
 
@@ -90,7 +88,7 @@ def test_a_far_step_needs_no_walk_to_it(indexes):
 @pytest.mark.parametrize("hosts", [2, 4])
 def test_hosts_hold_contiguous_rows_of_the_same_global_batch(indexes, hosts):
     whole = take(indexes, 5)
-    parts = [take(indexes, 5, process_index=h, process_count=hosts) for h in range(hosts)]
+    parts = [take(indexes, 5, part=BatchPart(h, hosts)) for h in range(hosts)]
     for step, batch in enumerate(whole):
         for name in ("image", "text", "caption_id", "valid", "key"):
             joined = np.concatenate([np.asarray(part[step][name]) for part in parts])
@@ -99,7 +97,7 @@ def test_hosts_hold_contiguous_rows_of_the_same_global_batch(indexes, hosts):
 
 def test_crops_differ_between_epochs_and_seeds(indexes):
     def pictures(**changes):
-        batches = take(indexes, 10, num_streams=2, batch_size=10, crop_scale=(0.3, 1.0), **changes)
+        batches = take(indexes, 10, streams=2, batch_size=10, crop_scale=(0.3, 1.0), **changes)
         return [
             {
                 k: image.tobytes()
@@ -157,8 +155,7 @@ def test_bad_samples_keep_their_row_and_are_counted_exactly(mixed):
     assert total == 2 * len(BAD) + 3
     expected = Counter(BAD.keys())
     expected["caption_not_utf8"] += 1  # half a surrogate pair, out of the JSON
-    changes = {"num_streams": 1, "batch_size": total}
-    with make_train_loader(mixed, ToyTokenizer(), **(TRAIN | changes)) as loader:
+    with train_loader(mixed, streams=1, batch_size=total) as loader:
         for epoch in range(1, 4):
             batch = next(loader)
             assert loader.skipped == Counter({c: n * epoch for c, n in expected.items()})
@@ -173,7 +170,7 @@ def test_bad_samples_keep_their_row_and_are_counted_exactly(mixed):
 
 
 def test_of_several_lines_one_is_chosen_by_chance_and_again_the_same(mixed):
-    changes = {"num_streams": 1, "batch_size": len(mixed[0])}
+    changes = {"streams": 1, "batch_size": len(mixed[0])}
     batches = take(mixed, 24, **changes)
     seen = {int(batch["caption_id"][batch["key"].index("m.tar/bom")]) for batch in batches}
     assert seen == {caption_id("line é"), caption_id("second")}
@@ -182,8 +179,7 @@ def test_of_several_lines_one_is_chosen_by_chance_and_again_the_same(mixed):
 
 def test_a_shard_that_changes_under_the_run_is_counted(tmp_path):
     index = write_tar(tmp_path / "x.tar", [("a.png", GOOD), ("a.txt", b"x")])
-    changes = {"num_streams": 1, "batch_size": 1, "threads": 0}
-    with make_train_loader(index, ToyTokenizer(), **(TRAIN | changes)) as loader:
+    with train_loader(index, streams=1, batch_size=1, threads=0) as loader:
         assert next(loader)["valid"].all()
         with open(index[0].path, "ab") as file:
             file.write(b"more")
@@ -195,7 +191,7 @@ def test_a_shard_that_changes_under_the_run_is_counted(tmp_path):
 
 def test_no_row_leaves_a_file_open(mixed):
     before = len(os.listdir("/proc/self/fd"))
-    take(mixed, 3, num_streams=1, threads=0)
+    take(mixed, 3, streams=1, threads=0)
     assert len(os.listdir("/proc/self/fd")) <= before
 
 
@@ -203,15 +199,8 @@ def test_no_row_leaves_a_file_open(mixed):
 def test_evaluation_sees_every_sample_once_in_order(indexes, batch_size, hosts):
     per_host = []
     for host in range(hosts):
-        with make_eval_loader(
-            indexes,
-            ToyTokenizer(),
-            **SETTINGS,
-            batch_size=batch_size,
-            process_index=host,
-            process_count=hosts,
-            threads=2,
-        ) as loader:
+        part = BatchPart(host, hosts)
+        with eval_loader(indexes, batch_size=batch_size, part=part, threads=2) as loader:
             batches = list(loader)
             assert len(batches) == loader.num_steps == -(-50 // batch_size)
             assert not loader.skipped
@@ -234,7 +223,7 @@ def test_evaluation_needs_no_caption_where_there_is_a_label(tmp_path):
     members = [("a.png", GOOD), ("a.cls", b"3\n"), ("b.png", GOOD), ("c.png", GOOD)]
     members += [("c.cls", b"many"), ("d.png", GOOD), ("d.txt", b"one\ntwo"), ("e.cls", b"1")]
     index = write_tar(tmp_path / "x.tar", members)
-    with make_eval_loader(index, ToyTokenizer(), **SETTINGS, batch_size=8, threads=0) as loader:
+    with eval_loader(index, batch_size=8) as loader:
         batch = next(loader)
         assert batch["valid"].tolist() == [True, False, False, True, False] + [False] * 3
         assert batch["label"].tolist() == [3, -1, -1, -1, -1, -1, -1, -1]
@@ -246,14 +235,14 @@ def test_evaluation_needs_no_caption_where_there_is_a_label(tmp_path):
 @pytest.mark.parametrize(
     "changes, text",
     [
-        ({"batch_size": 18}, "batch_size of 16"),
-        ({"process_count": 3}, "num_streams=6"),
-        ({"num_streams": 64, "batch_size": 64}, "num_streams to at most 50"),
+        ({"batch_size": 18}, r"config\.train\.batch_size is 18, .* set it to 16"),
+        ({"part": BatchPart(0, 3)}, r"config\.data\.streams is 4, .* set it to 6"),
+        ({"streams": 64, "batch_size": 64}, r"config\.data\.streams to at most 50"),
     ],
 )
 def test_impossible_numbers(indexes, changes, text):
     with pytest.raises(UserError, match=text):
-        make_train_loader(indexes, ToyTokenizer(), **(TRAIN | changes))
+        train_loader(indexes, **changes)
 
 
 def test_a_fault_of_our_own_is_not_counted_away(indexes):
@@ -261,14 +250,14 @@ def test_a_fault_of_our_own_is_not_counted_away(indexes):
         def __call__(self, texts, context_length=77):
             raise KeyError("tokenizer")
 
-    loader = make_train_loader(indexes, Broken(), **TRAIN)
+    loader = train_loader(indexes, tokenizer=Broken())
     with loader, pytest.raises(KeyError, match="tokenizer"):
         next(loader)
 
 
 def test_closing_ends_the_threads(indexes):
     others = set(threading.enumerate())
-    with make_train_loader(indexes, ToyTokenizer(), **TRAIN) as loader:
+    with train_loader(indexes) as loader:
         next(loader)
         threads = set(threading.enumerate()) - others
     assert threads
@@ -284,13 +273,13 @@ def test_an_interrupted_program_ends_at_once_and_quietly(indexes):
     code = f"""
 import sys
 sys.path[:0] = {[os.path.dirname(data_cases.__file__), os.getcwd()]!r}
-from data_cases import ToyTokenizer
-from clip_jax.data.loader import make_train_loader
+from data_cases import train_loader
+from clip_jax.data import loader
 from clip_jax.data.sources import open_shards
-with make_train_loader(
-    open_shards({[index.path for index in indexes]!r}), ToyTokenizer(), image_size=8,
-    context_length=16, batch_size=400, seed=0, num_streams=4, threads=2, prefetch=5000) as loader:
-    next(loader)
+loader.PREFETCH_BATCHES = 5000
+shards = open_shards({[index.path for index in indexes]!r})
+with train_loader(shards, batch_size=400, window=8) as batches:
+    next(batches)
     raise KeyboardInterrupt
 """
     # Decoding the whole queue would take minutes: it would run into the limit.
@@ -320,7 +309,7 @@ def test_a_row_without_an_end_token_is_not_cut():
 
 
 def test_the_cache_respects_its_bound():
-    cache = rows_module._PictureCache(1000)
+    cache = rows_module._ImageCache(1000)
     for k in range(5):
         cache.put(k, picture("RGB", 10, 10))
     assert [cache.get(k) is not None for k in range(5)] == [True, True, False, False, False]

@@ -11,7 +11,7 @@ import data_cases
 import fsspec
 import numpy as np
 import pytest
-from data_cases import ToyTokenizer
+from data_cases import train_loader
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,7 +19,6 @@ from clip_jax.data import dataset
 from clip_jax.data.dataset import LazyShard, Resident, open_sources
 from clip_jax.data.formats import remote
 from clip_jax.data.formats.errors import ShardError
-from clip_jax.data.loader import make_train_loader
 from clip_jax.data.manifest import Entry, Share, entry_of, read_index, write_index
 from clip_jax.data.skip_log import SkipLog
 from clip_jax.data.sources import fingerprint, open_shards
@@ -85,13 +84,8 @@ def test_damaged_and_foreign_indexes(tmp_path):
     assert path.read_text() == '{"weight_map": {}}'
 
 
-SETTINGS = {"image_size": 8, "context_length": 16, "seed": 5, "threads": 2}
-LAZY = {"resident": 8}
-
-
-def batches(indexes, count=4, **changes):
-    settings = {"batch_size": 16, "num_streams": 4, "window": 2} | changes
-    with make_train_loader(indexes, ToyTokenizer(), **(SETTINGS | settings)) as loader:
+def batches(shards, count=4, **changes):
+    with train_loader(shards, **changes) as loader:
         return list(itertools.islice(loader, count)), dict(loader.skipped)
 
 

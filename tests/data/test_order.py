@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clip_jax.data.order import BatchOrder, Order, permutation
+from clip_jax.data.order import BatchOrder, BatchPart, Order, permutation
 from clip_jax.errors import UserError
 
 SHARDS = st.lists(st.integers(0, 30), min_size=1, max_size=9).filter(lambda s: sum(s) >= 8)
@@ -41,7 +41,7 @@ def global_batch(shards, step, hosts, batch_size=24):
     parts = []
     for host in range(hosts):
         order = Order(shards, seed=3, num_streams=8, window=2)
-        rows = BatchOrder(order, batch_size=batch_size, process_index=host, process_count=hosts)
+        rows = BatchOrder(order, batch_size=batch_size, part=BatchPart(host, hosts))
         middle = rows.rows // 3
         for first, last in ((0, middle), (middle, rows.rows)):
             parts.append(np.stack(rows.rows_at(step, first, last)))
@@ -63,8 +63,8 @@ def test_an_epoch_gives_every_sample_once_though_hosts_change_in_the_middle():
 
 
 def test_rows_are_stream_major_so_a_host_reads_only_its_own_shards():
-    order = Order([10] * 8, seed=0, num_streams=8)
-    rows = BatchOrder(order, batch_size=16, process_index=3, process_count=4)
+    order = Order([10] * 8, seed=0, num_streams=8, window=8)
+    rows = BatchOrder(order, batch_size=16, part=BatchPart(3, 4))
     ids, _ = rows.rows_at(7, 0, rows.rows)
     assert ((ids // 10) == [6, 6, 7, 7]).all()
 
@@ -78,10 +78,10 @@ def test_a_window_bounds_how_many_shards_are_open():
 
 
 def test_seeds_streams_and_epochs_differ():
-    order = Order([200], seed=1, num_streams=2)
+    order = Order([200], seed=1, num_streams=2, window=8)
     first, second = order.samples_at(0, 0, 100)[0], order.samples_at(0, 100, 100)[0]
     assert (first != second).any() and (first + 100 != order.samples_at(1, 0, 100)[0]).any()
-    other = Order([200], seed=2, num_streams=2)
+    other = Order([200], seed=2, num_streams=2, window=8)
     assert (other.samples_at(0, 0, 100)[0] != first).any()
 
 
@@ -94,18 +94,27 @@ PINNED = [5, 6, 7, 0, 4, 3, 2, 1]
 
 
 @pytest.mark.parametrize(
-    "make, text",
+    "sizes, changes, text",
     [
-        (lambda: Order([3], seed=0, num_streams=4), "num_streams to at most 3"),
-        (lambda: Order([], seed=0, num_streams=1), "0 samples in 0 shards"),
-        (lambda: Order([3], seed=-1, num_streams=1), "seed=-1"),
-        (lambda: BatchOrder(Order([9], seed=0, num_streams=4), batch_size=10), "batch_size of 8"),
-        (
-            lambda: BatchOrder(Order([9], seed=0, num_streams=4), batch_size=8, process_count=3),
-            "num_streams=6",
-        ),
+        ([3], {"num_streams": 4}, r"config\.data\.streams to at most 3"),
+        ([], {}, "0 samples in 0 shards"),
+        ([3], {"seed": -1}, r"config\.seed is -1"),
+        ([3], {"window": 0}, r"config\.data\.window 0"),
     ],
 )
-def test_numbers_that_do_not_divide_are_named_with_the_fix(make, text):
+def test_an_order_that_cannot_be_is_refused_with_the_fix(sizes, changes, text):
     with pytest.raises(UserError, match=text):
-        make()
+        Order(sizes, **{"seed": 0, "num_streams": 1, "window": 8} | changes)
+
+
+@pytest.mark.parametrize(
+    "batch_size, hosts, text",
+    [
+        (10, 1, r"config\.train\.batch_size is 10, .* set it to 8"),
+        (8, 3, r"config\.data\.streams is 4, .* set it to 6"),
+    ],
+)
+def test_numbers_that_do_not_divide_are_named_with_the_fix(batch_size, hosts, text):
+    order = Order([9], seed=0, num_streams=4, window=8)
+    with pytest.raises(UserError, match=text):
+        BatchOrder(order, batch_size=batch_size, part=BatchPart(0, hosts))

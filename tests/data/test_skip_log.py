@@ -9,24 +9,20 @@ from pathlib import Path
 import data_cases
 import numpy as np
 import pytest
-from data_cases import ToyTokenizer
+from data_cases import train_loader
 from run_tiny import log as log_file
 from run_tiny import start_two, write_experiment
 
 from clip_jax.data.dataset import open_sources
 from clip_jax.data.formats import remote
-from clip_jax.data.loader import make_train_loader
 from clip_jax.data.manifest import Entry, write_index
 from clip_jax.data.skip_log import SkipLog
 
-SETTINGS = {"image_size": 8, "context_length": 16, "seed": 5, "threads": 2}
 
-
-def one_epoch(indexes, log, batch_size=8, streams=4):
+def one_epoch(shards, log, batch_size=8):
     """Every row of one pass: (keys, which of them are ok)."""
     keys, good = [], []
-    settings = SETTINGS | {"batch_size": batch_size, "num_streams": streams, "repeat": False}
-    with make_train_loader(indexes, ToyTokenizer(), log=log, **settings) as loader:
+    with train_loader(shards, log=log, batch_size=batch_size, window=8, repeat=False) as loader:
         for batch in loader:
             keys += [key for key in batch["key"] if key]
             good += [valid for key, valid in zip(batch["key"], batch["valid"], strict=True) if key]

@@ -63,7 +63,7 @@ def test_braces():
         ("{folder}/s-{{abc}}.tar", "neither a range"),
         ("pipe:cat x.tar", "a pipe or an unknown address"),
         ("{folder}/s-00000.txt", "no file"),
-        ("{folder}/s-00000.tar#colour=x", "option 'color' is not among"),
+        ("{folder}/s-00000.tar#color=x", "option 'color' is not among"),
         ("{folder}/s-00000.tar#template=no braces", "needs a {}"),
         ("::a.tar", "empty part"),
     ],

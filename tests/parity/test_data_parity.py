@@ -10,18 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_cases import ToyTokenizer
+from data_cases import eval_loader, train_loader
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from clip_jax.data.dataset import open_sources
 from clip_jax.data.images import decode_image
-from clip_jax.data.loader import make_eval_loader, make_train_loader
+from clip_jax.data.sample_reader import SampleShape
 from clip_jax.data.shards import Handles
 
 transforms = pytest.importorskip("torchvision.transforms.functional")
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "img2dataset"
-SETTINGS = {"image_size": 16, "context_length": 77, "batch_size": 4, "threads": 0}
+SHAPE = SampleShape(image_size=16, context_length=77)
 # Of the twelve addresses these could be had; img2dataset's keys count every address, in shards of 7
 # whose numbers begin anew: 000000 to 000006 and 000010 to 000014.
 GOOD = [f"{k:06d}" for k in (0, 1, 2, 4, 5, 6, 10, 13, 14)]
@@ -44,7 +44,7 @@ def test_every_layout_is_read_as_it_is(layout):
     expected = by_webdataset()
     assert list(expected) == GOOD
     found = {}
-    with make_eval_loader(indexes, ToyTokenizer(), **SETTINGS) as loader:
+    with eval_loader(indexes, batch_size=4, shape=SHAPE) as loader:
         for batch in loader:
             for row in np.flatnonzero(batch["valid"]):
                 found[len(found)] = batch["captions"][row], batch["image"][row]
@@ -72,8 +72,8 @@ def test_every_layout_is_read_as_it_is(layout):
 def test_it_is_trained_on_with_a_filter_over_its_fields(layout):
     ((*indexes,),) = open_sources(str(GOLDEN / layout), where="similarity>=0.4,status==success")
     keys: Counter[str] = Counter()
-    settings = SETTINGS | {"seed": 1, "num_streams": 2, "repeat": False}
-    with make_train_loader(indexes, ToyTokenizer(), **settings) as loader:
+    section = {"streams": 2, "threads": 0, "repeat": False}
+    with train_loader(indexes, batch_size=4, shape=SHAPE, seed=1, **section) as loader:
         for batch in loader:
             keys.update(k for k, valid in zip(batch["key"], batch["valid"], strict=True) if valid)
         assert not loader.skipped

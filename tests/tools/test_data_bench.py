@@ -5,13 +5,15 @@ import argparse
 import pytest
 from data_cases import ToyTokenizer, write_shards
 
+from clip_jax.data.sample_reader import SampleShape
 from clip_jax.data.sources import open_shards
 from clip_jax.data.stages import PARTS, Settings, Stage, measure_loader, measure_parts, timed
 from clip_jax.errors import UserError
+from clip_jax.sections import DataSection
 from clip_jax.tools import data_bench as command
 from clip_jax.tools.data_bench import ENOUGH, bench_text, need_of, verdict_of
 
-SETTINGS = Settings(image_size=16, context_length=32, batch_size=8)
+SETTINGS = Settings(SampleShape(16, 32), 8, DataSection())
 NEED = {"device": "h100", "devices": 2, "dtype": "bfloat16", "utilisation": 0.5}
 
 

@@ -6,10 +6,9 @@ import os
 
 import numpy as np
 import pytest
-from data_cases import ToyTokenizer
+from data_cases import eval_loader
 from PIL import Image
 
-from clip_jax.data.loader import make_eval_loader
 from clip_jax.data.sources import expand, open_shards
 from clip_jax.errors import UserError
 from clip_jax.tools import data_emoji
@@ -75,9 +74,7 @@ def test_writes_reads_back_and_repeats_to_the_byte(tmp_path, capsys, few):
     kinds = {}
     for kind in ("train", "heldout"):
         indexes = open_shards(expand(f"{tmp_path}/a/{kind}-*.tar"))
-        with make_eval_loader(
-            indexes, ToyTokenizer(), image_size=8, context_length=16, batch_size=64, threads=0
-        ) as loader:
+        with eval_loader(indexes, batch_size=64) as loader:
             (batch,) = list(loader)
         rows = np.flatnonzero(batch["valid"])
         assert not loader.skipped

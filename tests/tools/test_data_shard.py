@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
-from data_cases import ToyTokenizer, encode, picture
+from data_cases import encode, eval_loader, picture
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -21,7 +21,7 @@ from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from clip_jax.data.formats.webdataset import split_name
 from clip_jax.data.images import decode_image
-from clip_jax.data.loader import make_eval_loader
+from clip_jax.data.sample_reader import SampleShape
 from clip_jax.data.shards import Handles
 from clip_jax.data.sources import expand, open_shards
 from clip_jax.data.writing import shard_set
@@ -202,10 +202,10 @@ def test_equal_keys_are_numbered(tmp_path):
 def test_written_shards_give_the_batches_of_their_source(tmp_path):
     source = damaged_set(tmp_path)
     shard([source], str(tmp_path / "out"), per_shard=10)
-    settings = {"image_size": 16, "context_length": 24, "batch_size": 40, "threads": 0}
+    shape = SampleShape(image_size=16, context_length=24)
     batches = []
     for pattern in (source, str(tmp_path / "out")):
-        with make_eval_loader(open_shards(expand(pattern)), ToyTokenizer(), **settings) as loader:
+        with eval_loader(open_shards(expand(pattern)), batch_size=40, shape=shape) as loader:
             batches.append(next(loader))
     good = batches[0]["valid"]
     assert good.sum() == 32 == batches[1]["valid"].sum()
