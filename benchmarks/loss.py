@@ -27,7 +27,7 @@ FLOP_ROWS = 1024
 
 
 def make_inputs(rows: int, features: int, dtype: str) -> tuple:
-    """Random unit features, a scale and a bias as at the start of training, all rows good."""
+    """Random unit features, a scale and a bias as at the start of training, all rows valid."""
     rng = np.random.default_rng(0)
     z_image_BD, z_text_BD = rng.normal(size=(2, rows, features))
     z_image_BD, z_text_BD = (
@@ -69,12 +69,18 @@ def two_block(mesh: Mesh) -> Callable:
 def losses_on(mesh: Mesh, options: argparse.Namespace) -> dict[str, Callable]:
     """The forms by name, each as inputs -> loss."""
 
-    def ours(form: str, **how) -> Callable:
-        kinds = {"mesh": mesh, "batch_axes": ("data",), "mask_equal_captions": False}
-        loss_fn = make_loss(options.loss, form=form, **kinds, **how)
+    def ours(form: str) -> Callable:
+        loss_fn = make_loss(
+            options.loss,
+            mesh=mesh,
+            batch_axes=("data",),
+            tile_size=options.tile_size,
+            mask_equal_captions=False,
+            form=form,
+        )
         return lambda *inputs: loss_fn(*inputs).loss
 
-    forms = {"dense": ours("dense"), "tiled": ours("tiled", tile_size=options.tile_size)}
+    forms = {form: ours(form) for form in ("dense", "tiled")}
     return forms | ({"two-block": two_block(mesh)} if options.loss == "softmax" else {})
 
 

@@ -21,6 +21,7 @@ from clip_jax.data.images import IMAGE_MEAN, IMAGE_STD
 from clip_jax.losses import make_loss
 from clip_jax.models.clip import unit_length
 from clip_jax.models.flops import image_flops, text_flops
+from clip_jax.parallel.mesh import BATCH_AXES
 from clip_jax.training.metrics import measure_matmul_flops, peak_flops
 from clip_jax.training.step import compiler_options, normalize_images, unit_range
 
@@ -56,7 +57,13 @@ def tower_calls(run: Run) -> dict[str, tuple]:
 
 def loss_call(run: Run) -> tuple:
     """(function, arguments) of the loss and its gradients on random unit features."""
-    loss_fn = make_loss("softmax", mesh=run.wiring.mesh, mask_equal_captions=False)
+    loss_fn = make_loss(
+        "softmax",
+        mesh=run.wiring.mesh,
+        batch_axes=BATCH_AXES,
+        tile_size=0,
+        mask_equal_captions=False,
+    )
     rows, size = len(run.batch["text"]), run.wiring.model.config.embed_dim
     z = [unit_length(jax.random.normal(jax.random.key(i), (rows, size))) for i in range(2)]
 

@@ -1,7 +1,7 @@
 """The one error class a user meets, and how commands end on it."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NoReturn
 
 EXIT_ERROR = 1
@@ -15,6 +15,12 @@ class UserError(Exception):
 
     The commands print it without a traceback and exit with code 2.
     """
+
+
+def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    """Raise UserError if the value of an option is none of its choices."""
+    if value not in choices:
+        raise UserError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
 
 
 def short(error: BaseException) -> str:

@@ -10,7 +10,7 @@ from tiny import ADAMW
 
 from clip_jax.losses import make_loss
 from clip_jax.models.clip import CLIP, CLIPConfig
-from clip_jax.parallel.mesh import make_mesh, place_batch
+from clip_jax.parallel.mesh import BATCH_AXES, make_mesh, place_batch
 from clip_jax.planning.counts import Collective, collectives, matmul_flops
 from clip_jax.planning.hlo import Program, parse_program
 from clip_jax.planning.program import batch_shapes
@@ -53,7 +53,13 @@ def make_parts(
     half = (0.5, 0.5, 0.5)
     step = make_train_step(
         model,
-        make_loss(loss, mesh=mesh, tile_size=tile_size, mask_equal_captions=mask_equal_captions),
+        make_loss(
+            loss,
+            mesh=mesh,
+            batch_axes=BATCH_AXES,
+            tile_size=tile_size,
+            mask_equal_captions=mask_equal_captions,
+        ),
         made,
         schedule,
         shapes,

@@ -1,19 +1,20 @@
 """Contrastive losses by name: `make_loss(...) -> LossFn`."""
 
+import functools
 from typing import Protocol, runtime_checkable
 
 from jax.sharding import Mesh
 from jaxtyping import Array, UInt
 
-from clip_jax.errors import UserError
+from clip_jax.errors import UserError, check_choice
 from clip_jax.losses.dense import LossOutput, sigmoid_loss, softmax_loss
-from clip_jax.losses.tiled import SIGMOID, SOFTMAX, make_tiled_loss
+from clip_jax.losses.tiled import SIGMOID, SOFTMAX, choose_tiling, make_tiled_loss
 from clip_jax.typing import Features, Rows, Scalar
 
 __all__ = ["FORMS", "LOSSES", "LossFn", "LossOutput", "make_loss"]
 
-# name: (the definition, what the tiled walk needs)
 LOSSES = {"softmax": (softmax_loss, SOFTMAX), "sigmoid": (sigmoid_loss, SIGMOID)}
+"""By name: the dense definition, and what the walk over tiles needs of the loss."""
 FORMS = ("tiled", "dense")
 
 
@@ -30,14 +31,14 @@ class LossFn(Protocol):
         valid_B: Rows,
         caption_id_B: UInt[Array, " B"],
     ) -> LossOutput:
-        """The loss of unit-length features and its in-batch accuracies.
+        """Return the loss of unit features and its in-batch accuracies.
 
         Args:
           z_image_BD, z_text_BD: unit length, float32 or bfloat16; row i of one belongs to row i
             of the other.
           scale: exp(logit_scale), the multiplier of the cosines.
           bias: added to the logits by the sigmoid loss; the softmax loss ignores it (pass 0).
-          ok_B: False leaves a row out on both sides and out of the mean.
+          valid_B: False leaves a row out on both sides and out of the mean.
           caption_id_B: uint32, equal for equal captions; unused unless equal captions are masked.
         """
         ...
@@ -47,12 +48,12 @@ def make_loss(
     name: str,
     *,
     mesh: Mesh,
-    batch_axes: tuple[str, ...] = ("data", "fsdp"),
-    tile_size: int | None = 0,
+    batch_axes: tuple[str, ...],
+    tile_size: int,
     mask_equal_captions: bool,
     form: str = "tiled",
 ) -> LossFn:
-    """A loss function by its name.
+    """Make a loss function by its name.
 
     Args:
       name: "softmax" (InfoNCE, CLIP) or "sigmoid" (SigLIP).
@@ -60,28 +61,27 @@ def make_loss(
       batch_axes: mesh axes whose product shards the batch, in the order of its PartitionSpec.
       tile_size: most rows and most columns of the logits at a time. The batch is split into as few
         tiles as this allows, all of one size: a device's largest temporary is [tile, tile],
-        float32. 0 or None chooses by the batch and the devices: `tiling.choose_tiling`.
+        float32. 0 chooses by the batch and the devices: `tiled.choose_tiling`.
       mask_equal_captions: two pairs with one caption are no negatives of each other.
       form: "tiled", or "dense" for the definition, which builds the whole matrix.
 
     Raises:
       UserError: an unknown name, form or axis, or a negative tile size.
     """
-    for value, known, what in ((name, LOSSES, "loss"), (form, FORMS, "form of the loss")):
-        if value not in known:
-            raise UserError(f"no {what} is called {value!r}; known are: {', '.join(known)}")
+    check_choice("the loss", name, LOSSES)
+    check_choice("the form of the loss", form, FORMS)
     missing = [axis for axis in batch_axes if axis not in mesh.axis_names]
     if missing:
         raise UserError(
             f"the loss's batch axes {missing} are not in the mesh {dict(mesh.shape)}: "
             "name axes of the mesh"
         )
-    tile_size = tile_size or 0
     if tile_size < 0:
         raise UserError(f"the loss's tile_size is {tile_size}: take 1 or more, or 0 for the rule")
 
     dense, tile_loss = LOSSES[name]
-    tiled = make_tiled_loss(tile_loss, mesh=mesh, batch_axes=batch_axes, tile_size=tile_size)
+    tiling_rule = functools.partial(choose_tiling, tile_size=tile_size)
+    tiled = make_tiled_loss(tile_loss, mesh=mesh, batch_axes=batch_axes, tiling_rule=tiling_rule)
 
     def loss_fn(z_image_BD, z_text_BD, scale, bias, valid_B, caption_id_B) -> LossOutput:
         ids = caption_id_B if mask_equal_captions else None

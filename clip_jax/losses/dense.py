@@ -1,10 +1,10 @@
-"""The losses as they are defined, over the whole matrix of logits. `tiled` is tested against them.
+"""The losses by their definition, over the whole matrix of logits. `tiled` is tested against them.
 
 Conventions, the same in both forms:
 
-* `scale` multiplies the cosines: it is exp(logit_scale), not its logarithm.
-* A row with ok=False is nobody: no positive, no negative, not in the mean. What its features hold
-  cannot matter. With no good row the loss and its gradients are 0.
+* `scale` multiplies the cosines: it is exp(logit_scale), not the logarithm as it is stored.
+* A row with valid=False is masked: it is no positive, no negative and not in the mean, and what
+  its features hold cannot matter. Without a valid row the loss and its gradients are 0.
 * With `caption_id_B`, two different pairs with equal ids are masked: neither positive nor negative.
 * Logits, loss and sums are float32. float32 features are multiplied as float32 on every backend
   (no TF32, no bfloat16 passes); the products of bfloat16 features are summed in float32.
@@ -25,9 +25,9 @@ class LossOutput(NamedTuple):
     """A loss and its in-batch accuracies, float32 scalars.
 
     Attributes:
-      loss: the mean over good rows.
-      image_accuracy: share of good images whose own text is above every unmasked other text.
-      text_accuracy: share of good texts whose own image is above every unmasked other image.
+      loss: the mean over valid rows.
+      image_accuracy: share of valid images whose positive is above every negative text.
+      text_accuracy: share of valid texts whose positive is above every negative image.
     """
 
     loss: Float[Array, ""]
@@ -44,21 +44,21 @@ def softmax_loss(
     valid_B: Rows,
     caption_id_B: UInt[Array, " B"] | None,
 ) -> LossOutput:
-    """Symmetric InfoNCE over unit-length features: Radford et al. 2021, figure 3.
+    """Return the symmetric InfoNCE of unit features (Radford et al. 2021, figure 3).
 
     `bias` is ignored: a constant leaves every softmax as it is.
     """
     del bias
-    own_BB, other_BB = pair_masks(valid_B, caption_id_B)
+    _, negative_BB = pair_masks(valid_B, caption_id_B)
     logits_BB = scale * cosines(z_image_BD, z_text_BD, valid_B)
-    # A bad row keeps its own cell, so no row is all -inf: its two terms are 0 by themselves.
-    own_cell_BB = jnp.eye(valid_B.size, dtype=bool)
-    seen_BB = jnp.where(other_BB | own_cell_BB, logits_BB, -jnp.inf)
-    own_B = jnp.diagonal(logits_BB)
-    image_B = jax.nn.logsumexp(seen_BB, axis=1) - own_B
-    text_B = jax.nn.logsumexp(seen_BB, axis=0) - own_B
-    loss = jnp.sum((image_B + text_B) / 2) / good_rows(valid_B)
-    return LossOutput(loss, *accuracies(logits_BB, own_BB, other_BB, valid_B))
+    # The diagonal of an invalid row stays, so no row is all -inf: its two terms are 0.
+    unmasked_BB = negative_BB | jnp.eye(valid_B.size, dtype=bool)
+    unmasked_logits_BB = jnp.where(unmasked_BB, logits_BB, -jnp.inf)
+    positive_logit_B = jnp.diagonal(logits_BB)
+    image_loss_B = jax.nn.logsumexp(unmasked_logits_BB, axis=1) - positive_logit_B
+    text_loss_B = jax.nn.logsumexp(unmasked_logits_BB, axis=0) - positive_logit_B
+    loss = jnp.sum((image_loss_B + text_loss_B) / 2) / count_valid(valid_B)
+    return LossOutput(loss, *accuracies(logits_BB, negative_BB, valid_B))
 
 
 def sigmoid_loss(
@@ -70,66 +70,78 @@ def sigmoid_loss(
     valid_B: Rows,
     caption_id_B: UInt[Array, " B"] | None,
 ) -> LossOutput:
-    """SigLIP: every pair a yes-or-no question (Zhai et al. 2023, arXiv:2303.15343, algorithm 1).
+    """Return SigLIP's loss of unit features (Zhai et al. 2023, arXiv:2303.15343, algorithm 1).
 
-    The sum over unmasked pairs, divided by the number of good rows.
+    Every pair is a binary classification: the losses of all unmasked pairs are summed, and the sum
+    is divided by the number of valid rows.
     """
-    own_BB, other_BB = pair_masks(valid_B, caption_id_B)
+    positive_BB, negative_BB = pair_masks(valid_B, caption_id_B)
     logits_BB = scale * cosines(z_image_BD, z_text_BD, valid_B) + bias
-    # -log(sigmoid(x)) is softplus(-x); the sign turns for the pairs that do not belong together.
-    pair_BB = jax.nn.softplus(jnp.where(own_BB, -logits_BB, logits_BB))
-    loss = jnp.sum(jnp.where(own_BB | other_BB, pair_BB, 0)) / good_rows(valid_B)
-    return LossOutput(loss, *accuracies(logits_BB, own_BB, other_BB, valid_B))
+    # -log(sigmoid(x)) is softplus(-x); a negative's is -log(sigmoid(-x)).
+    pair_loss_BB = jax.nn.softplus(jnp.where(positive_BB, -logits_BB, logits_BB))
+    total = jnp.sum(jnp.where(positive_BB | negative_BB, pair_loss_BB, 0))
+    return LossOutput(total / count_valid(valid_B), *accuracies(logits_BB, negative_BB, valid_B))
 
 
 def pair_masks(
     valid_B: Rows, caption_id_B: UInt[Array, " B"] | None
 ) -> tuple[Bool[Array, "B B"], Bool[Array, "B B"]]:
-    """Which (image, text) cells are positives, and which are negatives; the rest is masked."""
-    own_cell_BB = jnp.eye(valid_B.size, dtype=bool)
-    other_BB = valid_B[:, None] & valid_B[None, :] & ~own_cell_BB
+    """Return the masks of the positive and of the negative (image, text) pairs.
+
+    A pair in neither mask is in no sum.
+    """
+    diagonal_BB = jnp.eye(valid_B.size, dtype=bool)
+    negative_BB = valid_B[:, None] & valid_B[None, :] & ~diagonal_BB
     if caption_id_B is not None:
-        other_BB &= caption_id_B[:, None] != caption_id_B[None, :]
-    return own_cell_BB & valid_B[:, None], other_BB
+        negative_BB &= caption_id_B[:, None] != caption_id_B[None, :]
+    return diagonal_BB & valid_B[:, None], negative_BB
 
 
 def cosines(z_image_BD: Features, z_text_BD: Features, valid_B: Rows) -> Float[Array, "B B"]:
-    """float32 dot products; 0 where a row is bad, be its features NaN."""
-    z_image_BD, z_text_BD = good_features(z_image_BD, valid_B), good_features(z_text_BD, valid_B)
+    """Return the float32 dot products of all pairs: 0 where a row is invalid, be it NaN."""
+    z_image_BD = zero_invalid(z_image_BD, valid_B)
+    z_text_BD = zero_invalid(z_text_BD, valid_B)
+    return dot_products(z_image_BD, z_text_BD)
+
+
+def dot_products(
+    z_image_rD: Float[Array, "r D"], z_text_cD: Float[Array, "c D"]
+) -> Float[Array, "r c"]:
+    """Return the float32 dot products of rows of images and rows of texts."""
     return jnp.einsum(
-        "iD,jD->ij",
-        z_image_BD,
-        z_text_BD,
-        precision=product_precision(z_image_BD.dtype),
+        "rD,cD->rc",
+        z_image_rD,
+        z_text_cD,
+        precision=product_precision(z_image_rD.dtype),
         preferred_element_type=jnp.float32,
     )
 
 
-def good_features(z_BD: Features, valid_B: Rows) -> Features:
-    """Bad rows set to 0, which also makes their gradients exactly 0."""
+def zero_invalid(z_BD: Features, valid_B: Rows) -> Features:
+    """Set invalid rows to 0, which makes their gradients exactly 0 too."""
     return jnp.where(valid_B[:, None], z_BD, 0)
 
 
-def good_rows(valid_B: Rows) -> Float[Array, ""]:
-    """The number of good rows, at least 1: what the sums are divided by."""
+def count_valid(valid_B: Rows) -> Float[Array, ""]:
+    """Return the number of valid rows, at least 1: the divisor of the means."""
     return jnp.maximum(jnp.sum(valid_B), 1).astype(jnp.float32)
 
 
 def product_precision(dtype: DTypeLike) -> jax.lax.Precision:
-    """float32 means float32: by default GPUs would round the factors to TF32, TPUs to bfloat16."""
-    exact = jnp.dtype(dtype) == jnp.float32
-    return jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
+    """Return the precision at which factors of this dtype are multiplied.
+
+    float32 means float32: by default GPUs would round the factors to TF32, TPUs to bfloat16.
+    """
+    is_float32 = jnp.dtype(dtype) == jnp.float32
+    return jax.lax.Precision.HIGHEST if is_float32 else jax.lax.Precision.DEFAULT
 
 
 def accuracies(
-    logits_BB: Float[Array, "B B"],
-    own_BB: Bool[Array, "B B"],
-    other_BB: Bool[Array, "B B"],
-    valid_B: Rows,
+    logits_BB: Float[Array, "B B"], negative_BB: Bool[Array, "B B"], valid_B: Rows
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Shares of good images, and of good texts, whose own partner is strictly the best."""
-    own_B = jnp.diagonal(logits_BB)
-    negative_BB = jnp.where(other_BB, logits_BB, -jnp.inf)
-    image_hits = jnp.sum(valid_B & (own_B > jnp.max(negative_BB, axis=1)))
-    text_hits = jnp.sum(valid_B & (own_B > jnp.max(negative_BB, axis=0)))
-    return image_hits / good_rows(valid_B), text_hits / good_rows(valid_B)
+    """Return the shares of valid images, and of texts, whose positive is above all negatives."""
+    positive_logit_B = jnp.diagonal(logits_BB)
+    negative_logits_BB = jnp.where(negative_BB, logits_BB, -jnp.inf)
+    image_hits = jnp.sum(valid_B & (positive_logit_B > jnp.max(negative_logits_BB, axis=1)))
+    text_hits = jnp.sum(valid_B & (positive_logit_B > jnp.max(negative_logits_BB, axis=0)))
+    return image_hits / count_valid(valid_B), text_hits / count_valid(valid_B)

@@ -5,7 +5,7 @@ Each choice is equal to the plain form to rounding, and tested against it in val
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -14,16 +14,10 @@ import jax.numpy as jnp
 from jax.extend.core import primitives
 from jax.typing import DTypeLike
 
-from clip_jax.errors import UserError
+from clip_jax.errors import check_choice
 
 ATTENTION = ("auto", "xla", "cudnn")
 REMAT = ("none", "dots", "blocks", "full")
-
-
-def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
-    """Refuse a field that is none of its choices."""
-    if value not in choices:
-        raise UserError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
 
 
 @dataclasses.dataclass(frozen=True)

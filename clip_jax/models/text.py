@@ -6,7 +6,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from clip_jax.models.execution import PLAIN, ExecConfig, check_choice
+from clip_jax.errors import check_choice
+from clip_jax.models.execution import PLAIN, ExecConfig
 from clip_jax.models.layers import (
     ACTIVATIONS,
     LAYER_NORM_EPS,

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from clip_jax.errors import UserError
-from clip_jax.models.execution import PLAIN, ExecConfig, check_choice
+from clip_jax.errors import UserError, check_choice
+from clip_jax.models.execution import PLAIN, ExecConfig
 from clip_jax.models.layers import (
     ACTIVATIONS,
     LAYER_NORM_EPS,

@@ -92,10 +92,10 @@ def compile_run(config: Config, steps: int) -> Facts:
 
 def loss_flops(pairs: int, shards: int, embed_dim: int, *, tile_size: int = 0) -> int:
     """Of one device: the logits, their products with both sides, and the logits a second time
-    where the loss did not keep them.
+    where the loss did not save their cosines.
 
     Devices along `tensor` hold copies of the rows and compute the loss each for itself.
     """
     rows = pairs // shards
-    tiling = choose_tiling(rows, pairs, embed_dim, jax.default_backend(), tile_size)
-    return (3 if tiling.keep else 4) * 2 * rows * pairs * embed_dim
+    tiling = choose_tiling(rows, pairs, embed_dim, jax.default_backend(), tile_size=tile_size)
+    return (3 if tiling.save_cosines else 4) * 2 * rows * pairs * embed_dim

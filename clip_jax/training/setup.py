@@ -30,7 +30,14 @@ from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.vit import ViTConfig
 from clip_jax.models.zoo import model_config
 from clip_jax.parallel import distributed
-from clip_jax.parallel.mesh import batch_part, batch_shards, check_batch_size, make_mesh, mesh_text
+from clip_jax.parallel.mesh import (
+    BATCH_AXES,
+    batch_part,
+    batch_shards,
+    check_batch_size,
+    make_mesh,
+    mesh_text,
+)
 from clip_jax.pretrained.workdir import model_to_json
 from clip_jax.sections import Config
 from clip_jax.tokenizers import TokenizerSpec, make_tokenizer, tokenizer_spec
@@ -229,6 +236,7 @@ def make_step(config: Config, w: RunComponents) -> TrainStep:
     loss_fn = make_loss(
         config.train.loss,
         mesh=w.mesh,
+        batch_axes=BATCH_AXES,
         tile_size=config.train.loss_tile,
         mask_equal_captions=config.train.mask_equal_captions,
     )

@@ -1,4 +1,4 @@
-"""Four images and four texts small enough to check by hand: what the loss pulls together."""
+"""The softmax loss of four images and four texts, small enough to check by hand."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,25 +22,27 @@ COSINES = [
 ALL = jnp.ones(4, bool)
 
 
-def unit(x):
+def unit_rows(x):
     return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
 def test_cosines_are_those_by_hand():
-    cosine_BB = cosines(jnp.float32(unit(IMAGES)), jnp.float32(unit(TEXTS)), ALL)
+    cosine_BB = cosines(jnp.float32(unit_rows(IMAGES)), jnp.float32(unit_rows(TEXTS)), ALL)
     np.testing.assert_allclose(cosine_BB, COSINES, atol=5.1e-5)  # half of the fourth decimal
 
 
 def test_each_image_is_nearest_its_own_text_the_fourth_by_a_hair():
-    cosine_BB = np.array(cosines(jnp.float32(unit(IMAGES)), jnp.float32(unit(TEXTS)), ALL))
+    cosine_BB = np.array(
+        cosines(jnp.float32(unit_rows(IMAGES)), jnp.float32(unit_rows(TEXTS)), ALL)
+    )
     np.testing.assert_array_equal(np.argmax(cosine_BB, axis=1), [0, 1, 2, 3])
     assert 0 < cosine_BB[3, 3] - cosine_BB[3, 0] < 0.004
-    others = cosine_BB[:3] - np.eye(4)[:3] * 2
-    assert np.all(np.diagonal(cosine_BB)[:3] - others.max(axis=1) > 0.14)
+    negatives = cosine_BB[:3] - np.eye(4)[:3] * 2
+    assert np.all(np.diagonal(cosine_BB)[:3] - negatives.max(axis=1) > 0.14)
 
 
 def test_a_higher_scale_makes_the_loss_care_about_the_near_pair():
-    features = jnp.float32(unit(IMAGES)), jnp.float32(unit(TEXTS))
+    features = jnp.float32(unit_rows(IMAGES)), jnp.float32(unit_rows(TEXTS))
     bias = jnp.float32(0)
     for scale in (1.0, 10.0, 100.0):
         output = softmax_loss(*features, jnp.float32(scale), bias, valid_B=ALL, caption_id_B=None)

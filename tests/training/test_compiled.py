@@ -233,7 +233,9 @@ def test_one_pass_computes_half_of_the_two_block_form():
     Keeping both blocks between the passes saves their recomputation: 6.
     """
     mesh = make_mesh(data=8, fsdp=1, tensor=1)
-    loss_fn = make_loss("softmax", mesh=mesh, tile_size=128, mask_equal_captions=False)
+    loss_fn = make_loss(
+        "softmax", mesh=mesh, batch_axes=BATCH_AXES, tile_size=128, mask_equal_captions=False
+    )
     valid_B, ids_B = jnp.ones(512, bool), jnp.arange(512, dtype=jnp.uint32)
 
     def one_pass(z_image_BD, z_text_BD, scale):

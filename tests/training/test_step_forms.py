@@ -7,7 +7,7 @@ import pytest
 from steps import B, make_all, make_batch, one_device_mesh, run
 from tiny import CONVNET, VIT
 
-from clip_jax.parallel.mesh import make_mesh, place_batch
+from clip_jax.parallel.mesh import BATCH_AXES, make_mesh, place_batch
 from clip_jax.training.checkpoint import Checkpoints
 from clip_jax.training.step import make_cached_gradient, make_whole_gradient
 
@@ -55,7 +55,9 @@ def test_the_gradient_is_the_whole_batchs_to_rounding(microbatch_size):
         "valid": jnp.arange(B) != 3,
         "caption_id": jnp.arange(B, dtype=jnp.uint32),
     }
-    loss_fn = make_loss("softmax", mesh=mesh, tile_size=8, mask_equal_captions=False)
+    loss_fn = make_loss(
+        "softmax", mesh=mesh, batch_axes=BATCH_AXES, tile_size=8, mask_equal_captions=False
+    )
     places = jax.tree.map(lambda x: jax.NamedSharding(mesh, jax.P()), trained)
     whole = make_whole_gradient(linear_features, loss_fn)
     cached = make_cached_gradient(
