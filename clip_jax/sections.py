@@ -2,6 +2,9 @@
 
 This is the one place where a default stands. A room takes the section it is about, or plain
 arguments without defaults; `clip_jax.config` makes and checks sections from an experiment file.
+
+A resumed run may change what `may_change` marks: what cannot change the numbers, how long the run
+is, and what its fingerprint covers in another way. `fixed_values` are all the others.
 """
 
 import dataclasses
@@ -18,55 +21,57 @@ def may_change(default: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class ModelSection:
-    """What is trained."""
+    """The model that is trained."""
 
     name: str = "ViT-B/32"
     """A row of `clip_jax.list_models()`."""
     dtype: str = "float32"
     """Of activations and matrix products, float32 or bfloat16; parameters stay float32."""
     init_from: str = ""
-    """A checkpoint to start from, as `clip_jax.load` takes it (`initial.py`); empty is random."""
+    """A checkpoint to start from, as `clip_jax.load` takes it; empty is random."""
     init_tag: str = ""
     """open_clip's tag of a bare weights file in `init_from`: tells activation and preprocessing."""
-    image_size: int = 0
-    """Side of the images, pixels; 0 is the model's own."""
-    context_length: int = 0
-    """Tokens of a caption; 0 is the model's own."""
+    image_size: int = may_change(0)
+    """Side of the images, pixels; 0 is the model's own. Resumed: the model's sizes decide."""
+    context_length: int = may_change(0)
+    """Tokens of a caption; 0 is the model's own. Resumed: the model's sizes decide."""
     patch_dropout: float = 0.0
     """Share of a training image's patches that are left out (FLIP, arXiv:2212.00794)."""
-    attention: str = "auto"
+    attention: str = may_change("auto")
     """"xla", "cudnn" (NVIDIA GPUs), or "auto": cudnn where it can run, xla elsewhere."""
-    remat: str = "none"
+    remat: str = may_change("none")
     """What the backward pass computes again instead of keeping: "none", all but matrix products
     ("dots"), the inside of every block ("blocks"), or whole towers ("full")."""
-    scan: bool = False
+    scan: bool = may_change(False)
     """Compile a tower's block once and loop over it: for deep models; the same numbers."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainSection:
-    """How long, on how much at once, and by which loss."""
+    """The length of a run, its batch, and its loss."""
 
-    steps: int = 0
-    """Optimizer steps of the whole run; or give `epochs`."""
-    epochs: float = 0.0
+    steps: int = may_change(0)
+    """Optimizer steps of the whole run; or give `epochs`. A run can be resumed to become longer:
+    the cosine then ends at its new end."""
+    epochs: float = may_change(0.0)
     """Passes over the training data; steps = epochs * pairs / batch_size, rounded down."""
     batch_size: int = 256
     """Pairs in a global batch."""
-    microbatch_size: int = 0
+    microbatch_size: int = may_change(0)
     """Pairs of the global batch that the towers hold at once (GradCache, arXiv:2101.06983): the
-    gradient of the whole batch in the memory of this many. 0 takes the batch whole."""
+    gradient of the whole batch in the memory of this many. 0 takes the batch whole. It may change
+    on a resume: the gradient is the same, except where a tower has batch norms."""
     freeze: str = ""
     """The tower that stays as it is, "image" (LiT, arXiv:2111.07991) or "text"; empty is none."""
     ema_decay: float = 0.0
     """Of the parameters' moving average, which evaluation and `load` then use; 0 is none."""
     loss: str = "softmax"
     """"softmax" (InfoNCE, the CLIP paper) or "sigmoid" (SigLIP)."""
-    loss_tile: int = 0
+    loss_tile: int = may_change(0)
     """Most columns of the logits in memory at a time; 0 chooses by the batch and the devices."""
     mask_equal_captions: bool = False
     """Leave pairs with the same caption out of the negatives."""
-    log_every: int = 10
+    log_every: int = may_change(10)
     """Steps between two lines of metrics."""
 
 
@@ -75,7 +80,7 @@ class OptimSection:
     """AdamW with decoupled decay, warm-up and cosine (paper, section 2.5 and table 18)."""
 
     name: str = "adamw"
-    """"adamw", "lion", "adafactor" or "muon": see `optim.make_optimizer` for the numbers."""
+    """"adamw", "lion", "adafactor" or "muon": see `training.optimizer` for the numbers."""
     learning_rate: float = 5e-4
     """At the end of the warm-up."""
     warmup_steps: int = 2000
@@ -93,11 +98,12 @@ class OptimSection:
 
 @dataclasses.dataclass(frozen=True)
 class DataSection:
-    """Where pairs come from and what is done to them."""
+    """The training pairs and what is done to them."""
 
-    train: str | tuple[str, ...] = ""
+    train: str | tuple[str, ...] = may_change("")
     """A source, or a tuple of them: tar shards, tables, records, a folder, a URL or tfds:NAME, by
-    path, brace range, glob, or several joined by "::"; see docs/data.md."""
+    path, brace range, glob, or several joined by "::"; see docs/data.md. Resumed: the fingerprint
+    of the data and the number of pairs decide, not the path."""
     weights: tuple[float, ...] = ()
     """Shares of a batch that the sources in `train` have; empty takes every pair alike."""
     filter: str = ""
@@ -107,21 +113,22 @@ class DataSection:
     """Keep only the first sample of every key."""
     repeat: bool = True
     """Begin again when every pair was seen; off, the run is one pass and needs train.epochs 1."""
-    max_skip_fraction: float = 0.1
+    max_skip_fraction: float = may_change(0.1)
     """Largest share of samples, and of shards, that may be unreadable before the run ends."""
     max_pixels: int = 89_478_485
     """Images with more are skipped before they are decoded."""
-    log_keys: bool = False
+    log_keys: bool = may_change(False)
     """Write the keys of every step's samples to keys-N.jsonl in the work folder."""
-    tokenizer: str = "clip"
-    """"clip" (with `model.init_from`: the checkpoint's own), or a sentencepiece .model file."""
+    tokenizer: str = may_change("clip")
+    """"clip" (with `model.init_from`: the checkpoint's own), or a sentencepiece .model file.
+    Resumed: the content of the file decides, not its path."""
     streams: int = 8
     """Parallel streams of samples; a multiple of every number of hosts the run may use."""
     window: int = 8
     """Shards of a stream that are shuffled together."""
-    threads: int = 4
+    threads: int = may_change(4)
     """Threads that decode."""
-    cache_bytes: int = 0
+    cache_bytes: int = may_change(0)
     """Memory for decoded images kept between epochs; 0 keeps none."""
     crop_scale: tuple[float, float] = (0.9, 1.0)
     """Share of the image's area that a training crop keeps."""
@@ -139,11 +146,11 @@ class DataSection:
 class MeshSection:
     """Devices along each axis; their product is the number of devices."""
 
-    data: int = -1
+    data: int = may_change(-1)
     """Copies of the model; -1 takes the devices the other axes leave."""
-    fsdp: int = 1
+    fsdp: int = may_change(1)
     """Devices that split the batch and the parameters between them."""
-    tensor: int = 1
+    tensor: int = may_change(1)
     """Devices that split each matrix product between them."""
 
 
@@ -151,34 +158,34 @@ class MeshSection:
 class EvalSection:
     """Evaluation at a run's end and, every `every` steps, during it; empty `data` means none."""
 
-    data: str = ""
+    data: str = may_change("")
     """Tar shards, named like `data.train`; classification needs their .cls members."""
-    classnames: str = ""
+    classnames: str = may_change("")
     """File of class names, one a line or a JSON list, or a shipped data set ("imagenet1k"); empty
     leaves classification out."""
-    templates: tuple[str, ...] = ("a photo of a {}.",)
+    templates: tuple[str, ...] = may_change(("a photo of a {}.",))
     """Prompts whose embeddings are averaged; {} is the class name. A name ("imagenet_7",
     "imagenet_80", "food101") stands for its shipped list."""
-    tasks: tuple[str, ...] = ("zeroshot_classification", "zeroshot_retrieval")
+    tasks: tuple[str, ...] = may_change(("zeroshot_classification", "zeroshot_retrieval"))
     """Those, "linear_probe", "knn" and "few_shot"."""
-    train_data: str = ""
+    train_data: str = may_change("")
     """Labeled shards that "linear_probe", "knn" and "few_shot" learn from."""
-    every: int = 0
+    every: int = may_change(0)
     """Steps between two evaluations during the run; 0 evaluates at its end alone."""
-    best: str = ""
+    best: str = may_change("")
     """Metric of these, "acc1" say, whose highest value's state is kept in `best/`."""
-    batch_size: int = 256
-    ablate: tuple[str, ...] = ()
+    batch_size: int = may_change(256)
+    ablate: tuple[str, ...] = may_change(())
     """Templates (or names of lists) that the report compares, each by itself, at the run's end."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointSection:
-    """When to save and what to keep."""
+    """The steps at which to save, and how many of them to keep."""
 
-    every: int = 1000
+    every: int = may_change(1000)
     """Steps between saves; the last step is always saved."""
-    keep: int = 3
+    keep: int = may_change(3)
     """Newest checkpoints that stay."""
 
 
@@ -194,3 +201,17 @@ class Config:
     mesh: MeshSection = MeshSection()
     eval: EvalSection = EvalSection()
     checkpoint: CheckpointSection = CheckpointSection()
+
+
+def fixed_values(config: Config) -> dict[str, Any]:
+    """Return what no resume may change, by name: "config.seed", "config.model.name" and so on."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if not dataclasses.is_dataclass(value):
+            values[f"config.{field.name}"] = value
+            continue
+        for inner in dataclasses.fields(value):
+            if not inner.metadata.get("may_change"):
+                values[f"config.{field.name}.{inner.name}"] = getattr(value, inner.name)
+    return values

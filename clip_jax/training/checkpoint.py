@@ -15,7 +15,6 @@ With several processes all of them save and restore, each its own parts of the a
 system they share; process 0 alone renames and reads what decides for all.
 """
 
-import dataclasses
 import json
 import logging
 import shutil
@@ -321,23 +320,3 @@ def _first_difference(items: dict[str, Any], digests: dict[str, int]) -> str | N
         if found.get(name) != expected.get(name):
             return f"{name} differs from what was saved"
     return None
-
-
-def check_fingerprint(saved: dict[str, Any], current: dict[str, Any], workdir: str | Path) -> None:
-    """Refuse to continue a run on other data, another model or another seed.
-
-    Raises:
-      UserError: a field differs; the line names it with both values.
-    """
-    for key in current | saved:
-        old, new = saved.get(key), current.get(key)
-        if old != new:
-            raise UserError(
-                f"the run in {workdir} was made with {key} = {_short(old)} and now it is "
-                f"{_short(new)}; continue with the old value or choose another --workdir"
-            )
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value) if not dataclasses.is_dataclass(value) else str(value)
-    return text if len(text) <= 80 else text[:77] + "..."

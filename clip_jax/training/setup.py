@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +37,6 @@ from clip_jax.parallel.mesh import (
     make_mesh,
     mesh_text,
 )
-from clip_jax.pretrained.workdir import model_to_json
 from clip_jax.sections import Config
 from clip_jax.tokenizers import TokenizerSpec, make_tokenizer, tokenizer_spec
 from clip_jax.training.device_augment import kept_patches, make_draws
@@ -193,41 +191,6 @@ def describe(config: Config) -> str:
         f"images {rows * size * size * 3 * mib:,.1f} MiB (activations come on top)",
     ]
     return "\n".join(lines)
-
-
-def run_fingerprint(config: Config, w: RunComponents, data: str, pairs: int) -> dict[str, Any]:
-    """What must not change when a run goes on."""
-    return {
-        "config.model.name": config.model.name,
-        "config.seed": config.seed,
-        "config.model.dtype": config.model.dtype,
-        "the model's sizes": model_to_json(w.model.config),
-        "config.train.batch_size": config.train.batch_size,
-        "config.train.loss": config.train.loss,
-        "config.data.streams": config.data.streams,
-        "config.data.window": config.data.window,
-        "config.data.crop_scale": list(config.data.crop_scale),
-        "config.data.crop_ratio": list(config.data.crop_ratio),
-        "config.data.color_jitter": list(config.data.color_jitter),
-        "config.data.flip": config.data.flip,
-        "config.data.grayscale": config.data.grayscale,
-        "config.data.weights": list(config.data.weights),
-        "config.data.repeat": config.data.repeat,
-        "config.data.filter": config.data.filter,
-        "the number of training pairs": pairs,
-        "the training data's fingerprint": data,
-    } | {
-        # Only where set: runs older than these fields go on.
-        key: value
-        for key, value in (
-            ("config.model.init_from", config.model.init_from),
-            ("config.model.init_tag", config.model.init_tag),
-            ("config.model.patch_dropout", config.model.patch_dropout),
-            ("config.train.freeze", config.train.freeze),
-            ("config.train.ema_decay", config.train.ema_decay),
-        )
-        if value
-    }
 
 
 def make_step(config: Config, w: RunComponents) -> TrainStep:

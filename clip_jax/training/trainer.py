@@ -22,7 +22,13 @@ from clip_jax.parallel.mesh import batch_part, mesh_text, place_batch
 from clip_jax.pretrained.workdir import Description, write_description
 from clip_jax.sections import Config
 from clip_jax.training.best_checkpoint import Best
-from clip_jax.training.checkpoint import Checkpoints, check_fingerprint
+from clip_jax.training.checkpoint import Checkpoints
+from clip_jax.training.fingerprint import (
+    Fingerprint,
+    check_fingerprint,
+    complete_fingerprint,
+    run_fingerprint,
+)
 from clip_jax.training.run_logger import RunLogger, SkipLimit
 from clip_jax.training.setup import (
     RunComponents,
@@ -32,7 +38,6 @@ from clip_jax.training.setup import (
     make_loader,
     make_step,
     open_data,
-    run_fingerprint,
     steps_of_run,
 )
 from clip_jax.training.signals import catch_signals
@@ -60,7 +65,9 @@ def train(config: Config, workdir: str) -> int:
         )
     w = build_run(config, steps, workdir)
     check_streams(config.data.streams, batch_part(w.mesh)[1])
-    identity = run_fingerprint(config, w, fingerprint(data.shards), pairs)
+    identity = run_fingerprint(
+        config, w.model.config, w.tokenizer_spec, data=fingerprint(data.shards), pairs=pairs
+    )
     distributed.agree(identity | {"its config": dataclasses.asdict(config)})
     distributed.print_on_main(_summary(config, w, data, pairs, steps))
     checkpoints = Checkpoints(folder, keep=config.checkpoint.keep)
@@ -121,7 +128,7 @@ def restore_or_init(
     config: Config,
     w: RunComponents,
     checkpoints: Checkpoints,
-    identity: dict[str, Any],
+    identity: Fingerprint,
     folder: Path,
 ) -> TrainState:
     """The newest whole checkpoint's state, or a fresh one, from config.model.init_from if set.
@@ -131,7 +138,8 @@ def restore_or_init(
     """
     meta = checkpoints.latest_meta()
     if meta is not None:
-        check_fingerprint(meta["fingerprint"], identity, folder)
+        saved = complete_fingerprint(meta["fingerprint"], folder)
+        check_fingerprint(saved, identity, folder)
         restored = checkpoints.restore(w.shapes)
         if restored is not None:
             distributed.print_on_main(f"going on from step {restored[1]['step']} of {folder}")
@@ -230,7 +238,7 @@ def train_loop(
     state: TrainState,
     steps: int,
     checkpoints: Checkpoints,
-    identity: dict[str, Any],
+    identity: Fingerprint,
     folder: Path,
 ) -> int:
     """Step until the end, a signal, or a loss that is not finite; the exit code.

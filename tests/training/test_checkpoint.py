@@ -1,6 +1,5 @@
 """Checkpoints: the same bits on any mesh, damage found and set aside, other runs refused."""
 
-import json
 import random
 import shutil
 
@@ -15,7 +14,7 @@ from tiny import ADAMW, VIT
 from clip_jax.errors import UserError
 from clip_jax.models.clip import CLIP
 from clip_jax.parallel.mesh import make_mesh
-from clip_jax.training.checkpoint import Checkpoints, check_fingerprint, tree_digests
+from clip_jax.training.checkpoint import Checkpoints, tree_digests
 from clip_jax.training.optimizer import make_optimizer
 from clip_jax.training.state import init_state, state_shapes
 
@@ -157,12 +156,3 @@ def test_digest_does_not_depend_on_the_sharding():
         tree_digests(jax.device_put(x, jax.NamedSharding(mesh, jax.P(*spec))))[""] for spec in specs
     }
     assert len(digests) == 1
-
-
-def test_fingerprint_names_the_field_that_differs():
-    saved = {"config.seed": 0, "the data": "abc"}
-    check_fingerprint(saved, dict(saved), "runs/x")
-    with pytest.raises(UserError, match=r"runs/x was made with config.seed = 0 and now it is 1"):
-        check_fingerprint(saved, {**saved, "config.seed": 1}, "runs/x")
-    # As it is after a round trip through JSON.
-    check_fingerprint(json.loads(json.dumps(saved)), saved, "runs/x")
