@@ -1,7 +1,7 @@
 """The one error class a user meets, and how commands end on it."""
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NoReturn
 
 EXIT_ERROR = 1
@@ -11,7 +11,7 @@ EXIT_TERMINATED = 75  # EX_TEMPFAIL: schedulers take it as "run me again"
 
 
 class UserError(Exception):
-    """A mistake the user can mend: one line that says what is wrong, where, and what to do.
+    """A mistake that the user can correct: a line that says what is wrong, where, and what to do.
 
     The commands print it without a traceback and exit with code 2.
     """
@@ -23,13 +23,20 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
         raise UserError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
 
 
+def check_counts(counts: Mapping[str, int | None]) -> None:
+    """Raise UserError if the number of a flag is below 1; None is a flag that is not given."""
+    for flag, count in counts.items():
+        if count is not None and count < 1:
+            raise UserError(f"{flag} is {count}; it takes 1 or more")
+
+
 def short(error: BaseException) -> str:
-    """An exception's kind and text, for a place in one line."""
+    """Return an exception's type and text in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def run_command(command: Callable[[], int]) -> NoReturn:
-    """Run a command to its exit code; a UserError becomes one line on stderr and code 2."""
+    """Run a command and exit with its code; a UserError becomes one line on stderr and code 2."""
     try:
         code = command()
     except UserError as error:

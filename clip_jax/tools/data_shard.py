@@ -5,99 +5,134 @@ become `.txt`, fields `.json` and class numbers `.cls`. The same command goes on
 """
 
 import argparse
-import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from clip_jax.data.dataset import open_line
 from clip_jax.data.skip_log import SkipLog
-from clip_jax.data.writing.shard_set import ShardSet, Written, claim_shard_folder, write_set
-from clip_jax.data.writing.tar_writer import Shrink
-from clip_jax.errors import UserError, run_command
+from clip_jax.data.writing.shard_set import (
+    PER_SHARD,
+    SKIPPED_SUFFIX,
+    ShardSet,
+    WrittenShards,
+    claim_shard_folder,
+    write_set,
+)
+from clip_jax.data.writing.tar_writer import JPEG_QUALITY, Shrink
+from clip_jax.errors import UserError, check_counts, run_command
 from clip_jax.progress_bar import progress_bar
+from clip_jax.sections import DataSection
+
+_DATA = DataSection()
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m clip_jax.data.shard", description=__doc__)
-    parser.add_argument("source", nargs="+", help="tar shards, a table, records, a folder, a URL")
-    parser.add_argument("--out", required=True, help="the folder to write")
-    parser.add_argument("--per-shard", type=int, default=10_000, help="samples of a shard")
-    parser.add_argument("--resize", type=int, help="longest short side of an image, pixels")
-    parser.add_argument("--quality", type=int, default=95, help="of JPEGs that are resized")
-    parser.add_argument("--filter", default="", help='as config.data.filter: "width>=200"')
-    parser.add_argument("--unique-keys", action="store_true", help="the first sample of a key")
-    parser.add_argument("--threads", type=int, default=4, help="shards written at a time")
-    return parser.parse_args(argv)
+@dataclass(frozen=True)
+class ShardResult:
+    """What was written, and what was not.
+
+    Attributes:
+      written: the set on the disk.
+      lost_shards: (cause, name, detail) of each shard of the source that cannot be read.
+    """
+
+    written: WrittenShards
+    lost_shards: tuple[tuple[str, str, str], ...]
 
 
 def shard(
     source: Sequence[str],
-    out: str,
+    out: str | Path,
     *,
-    per_shard: int = 10_000,
+    per_shard: int = PER_SHARD,
     resize: int | None = None,
-    quality: int = 95,
-    where: str = "",
-    unique_keys: bool = False,
-    threads: int = 4,
-) -> str:
-    """Write a source as shards; returns what to tell the user.
+    quality: int = JPEG_QUALITY,
+    where: str = _DATA.filter,
+    unique_keys: bool = _DATA.unique_keys,
+    threads: int = _DATA.threads,
+) -> ShardResult:
+    """Write a source as shards.
+
+    Args:
+      source: as `config.data.train` takes them.
+      out: the folder to write.
+      per_shard: samples of a shard.
+      resize: longest short side of an image in pixels; None leaves all images as they are.
+      quality: of JPEGs that are resized.
+      where: as `config.data.filter`.
+      unique_keys: take the first sample of every key alone.
+      threads: shards written at a time.
 
     Raises:
       UserError: the source holds nothing, a number is out of range, or `out` something else.
     """
-    for flag, value, most in (
-        ("--per-shard", per_shard, None),
-        ("--threads", threads, None),
-        ("--resize", 1 if resize is None else resize, None),
-        ("--quality", quality, 100),
-    ):
-        if value < 1 or (most is not None and value > most):
-            raise UserError(f"{flag} is {value}; it takes {f'1 to {most}' if most else 'above 0'}")
-    log = SkipLog()
-    indexes = open_line(source, where=where, unique_keys=unique_keys, log=log)
-    rows = np.arange(sum(map(len, indexes)))
+    check_counts({"--per-shard": per_shard, "--threads": threads, "--resize": resize})
+    if not 1 <= quality <= 100:
+        raise UserError(f"--quality is {quality}; it takes 1 to 100")
+    log, folder = SkipLog(), Path(out)
+    shards = open_line(source, where=where, unique_keys=unique_keys, log=log)
+    rows = np.arange(sum(map(len, shards)))
     shrink = Shrink(resize, quality) if resize else None
-    shards = ShardSet(indexes, rows, Path(out), per_shard, shrink)
-    about = {"--per-shard": per_shard, "--resize": resize, "--quality": quality}
-    claim_shard_folder(shards, {**about, "--filter": where, "--unique-keys": unique_keys})
-    with progress_bar(len(rows), os.path.basename(os.path.normpath(out))) as progress:
-        written = write_set(shards, threads=threads, progress=progress.update)
-    return told(shards, written) + "".join(
+    shard_set = ShardSet(shards, rows, folder, per_shard, shrink)
+    sizes = {"--per-shard": per_shard, "--resize": resize, "--quality": quality}
+    claim_shard_folder(shard_set, {**sizes, "--filter": where, "--unique-keys": unique_keys})
+    with progress_bar(len(rows), folder.name) as progress:
+        written = write_set(shard_set, threads=threads, on_rows=progress.update)
+    return ShardResult(written, tuple(log.lost))
+
+
+def result_text(result: ShardResult) -> str:
+    """Return what the command prints."""
+    return written_text(result.written) + "".join(
         f"\nleft out: {detail if cause != 'shard_missing' else f'{name}, which is missing'}"
-        for cause, name, detail in log.lost
+        for cause, name, detail in result.lost_shards
     )
 
 
-def told(shards: ShardSet, written: Written) -> str:
-    """The line that a finished set ends with."""
-    count = len(shards)
-    names = f"{{{shards.path(0).stem}..{shards.path(count - 1).stem}}}.tar"
-    size = sum(shards.path(k).stat().st_size for k in range(count)) / 2**20
-    left_out = ", ".join(f"{n} {cause}" for cause, n in sorted(written.skipped.items()))
-    return f"{written.samples:,} pairs in {count} shards, {size:,.1f} MiB: {shards.out}/{names}" + (
-        f"\nleft out: {left_out}; named in {shards.out}/*.skipped.jsonl" if left_out else ""
+def written_text(written: WrittenShards) -> str:
+    """Return the lines on a set that is written."""
+    text = (
+        f"{written.samples:,} pairs in {written.shards} shards, {written.size / 2**20:,.1f} MiB:"
+        f" {written.pattern}"
     )
+    if written.skipped:
+        causes = ", ".join(f"{n} {cause}" for cause, n in sorted(written.skipped.items()))
+        folder = Path(written.pattern).parent
+        text += f"\nleft out: {causes}; named in {folder}/*{SKIPPED_SUFFIX}"
+    return text
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(prog="python -m clip_jax.data.shard", description=__doc__)
+    add = parser.add_argument
+    add("source", nargs="+", help="tar shards, a table, records, a folder, a URL")
+    add("--out", required=True, help="the folder to write")
+    add("--per-shard", type=int, default=PER_SHARD, help="samples of a shard")
+    add("--resize", type=int, help="longest short side of an image, pixels")
+    add("--quality", type=int, default=JPEG_QUALITY, help="of JPEGs that are resized")
+    add("--filter", default=_DATA.filter, help='as config.data.filter: "width>=200"')
+    add("--unique-keys", action="store_true", help="take the first sample of every key alone")
+    add("--threads", type=int, default=_DATA.threads, help="shards written at a time")
+    return parser.parse_args(argv)
 
 
 def main() -> int:
-    """Parse and write; the exit code."""
+    """Parse the flags, write the shards and print the result; return the exit code."""
     args = parse(None)
-    print(
-        shard(
-            args.source,
-            args.out,
-            per_shard=args.per_shard,
-            resize=args.resize,
-            quality=args.quality,
-            where=args.filter,
-            unique_keys=args.unique_keys,
-            threads=args.threads,
-        )
+    result = shard(
+        args.source,
+        args.out,
+        per_shard=args.per_shard,
+        resize=args.resize,
+        quality=args.quality,
+        where=args.filter,
+        unique_keys=args.unique_keys,
+        threads=args.threads,
     )
+    print(result_text(result))
     return 0
 
 

@@ -25,7 +25,7 @@ from clip_jax.data.sources import expand, kind_of, open_shard, open_shards
 from clip_jax.errors import UserError
 
 COUNT = 6
-PICTURES = [encode(picture("RGB", 14, 12, seed=k), "PNG") for k in range(COUNT)]
+IMAGES = [encode(picture("RGB", 14, 12, seed=k), "PNG") for k in range(COUNT)]
 CAPTIONS = [f"caption {k}, é" for k in range(COUNT)]
 
 
@@ -55,18 +55,18 @@ def example(features: dict[str, bytes | int | float]) -> bytes:
 
 
 def example_of(k: int) -> bytes:
-    return example({"image": PICTURES[k], "caption": CAPTIONS[k].encode(), "label": k})
+    return example({"image": IMAGES[k], "caption": CAPTIONS[k].encode(), "label": k})
 
 
 def files(folder):
-    for k, data in enumerate(PICTURES):
+    for k, data in enumerate(IMAGES):
         (folder / f"p{k}.png").write_bytes(data)
 
 
 def write_tar(folder):
     with webdataset.TarWriter(str(folder / "0.tar")) as writer:
         for k in range(COUNT):
-            sample = {"__key__": f"{k:09d}", "png": PICTURES[k], "txt": CAPTIONS[k], "cls": k}
+            sample = {"__key__": f"{k:09d}", "png": IMAGES[k], "txt": CAPTIONS[k], "cls": k}
             writer.write(sample | {"json": {"caption": "other", "width": 100 * k}})
     return folder / "0.tar"
 
@@ -91,7 +91,7 @@ def write_jsonl(folder):
 
 
 def write_parquet(folder, struct_column=False):
-    image = [{"bytes": p, "path": "x.png"} for p in PICTURES] if struct_column else PICTURES
+    image = [{"bytes": p, "path": "x.png"} for p in IMAGES] if struct_column else IMAGES
     table = pa.table(
         {
             "image": image,
@@ -134,7 +134,7 @@ def write_files(folder):
     """img2dataset's "files" layout."""
     (folder / "00000").mkdir()
     for k in range(COUNT):
-        (folder / "00000" / f"{k:09d}.png").write_bytes(PICTURES[k])
+        (folder / "00000" / f"{k:09d}.png").write_bytes(IMAGES[k])
         (folder / "00000" / f"{k:09d}.txt").write_text(CAPTIONS[k])
     return folder
 
@@ -230,12 +230,12 @@ def test_a_tfds_set_made_from_a_folder_by_tfds_itself(tmp_path, monkeypatch):
 def test_class_folders_give_labels_and_sentences(tmp_path):
     for k, name in enumerate(["bird", "bird", "polar_bear"]):
         (tmp_path / name).mkdir(exist_ok=True)
-        (tmp_path / name / f"{k}.png").write_bytes(PICTURES[k])
+        (tmp_path / name / f"{k}.png").write_bytes(IMAGES[k])
     (index,) = open_shards(expand(f"{tmp_path}#template=a photo of a {{}}.|a {{}}"))
     with Handles() as handles:
         assert [index.label(i, handles) for i in range(3)] == [0, 0, 1]
         assert index.captions(2, handles) == ["a photo of a polar bear.", "a polar bear"]
-    (tmp_path / "loose.png").write_bytes(PICTURES[0])
+    (tmp_path / "loose.png").write_bytes(IMAGES[0])
     with pytest.raises(UserError, match=r"put loose.txt beside it"):
         open_shards(expand(str(tmp_path)))
 
@@ -249,7 +249,7 @@ def test_columns_by_name_and_relative_to_another_folder(tmp_path):
     root = tmp_path / "pictures"
     (index,) = open_shards(expand(f"{tmp_path}/t.csv#image=where&caption=words&root={root}"))
     with Handles() as handles:
-        assert index.image(0, handles) == PICTURES[0]
+        assert index.image(0, handles) == IMAGES[0]
         assert index.captions(0, handles) == ["hello"]
 
 

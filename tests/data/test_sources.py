@@ -87,7 +87,7 @@ def test_the_index_finds_what_webdataset_finds(shards):
         assert len(samples) == len(index)
         for i, sample in enumerate(samples):
             assert sample["__key__"] == index.key(i)
-            assert sample["png"] == read(index, index.image_place(i))
+            assert sample["png"] == read(index, index.member(i, "png"))
             for suffix in ("txt", "cls", "json"):
                 assert sample[suffix] == read(index, index.member(i, suffix))
 
@@ -99,7 +99,7 @@ def test_sharded_writer_and_compound_names(tmp_path):
     indexes = sources.open_shards(sources.expand(str(tmp_path)))
     assert [len(index) for index in indexes] == [2, 2, 1]
     assert indexes[0].key(1) == "dir.v1/1"
-    assert read(indexes[0], indexes[0].image_place(1)) == b"x"
+    assert read(indexes[0], indexes[0].member(1, "jpg")) == b"x"
     assert indexes[0].ignored == 2  # `seg.png` is another suffix than `png`
 
 
@@ -238,7 +238,7 @@ def test_side_files_hold_the_shard_to_its_count(tmp_path, plain):
     data, _ = plain
     index = index_bytes(tmp_path, data)
     side = tmp_path / "x.tar.index.json"
-    side.write_text(reader.side_file(index))
+    reader.write_side_file(index)
     assert same(reader.open_shard(index.path), index)
 
     record = json.loads(side.read_text())

@@ -90,21 +90,23 @@ def contents(folder):
 
 def test_scores_are_the_cosines_and_select_what_they_say(tmp_path):
     source, out = write(tmp_path), tmp_path / "out"
-    told = command.filter_set([source], str(out), TOY, threshold=-0.2, batch_size=16)
-    assert "45 of 50 pairs scored" in told and "not scored: 5 truncated" in told
+    result = command.filter_set([source], out, TOY, threshold=-0.2, batch_size=16)
+    text = command.result_text(result)
+    assert "45 of 50 pairs scored" in text and "not scored: 5 truncated" in text
     table = pq.read_table(str(out / "scores" / "part-00000.parquet"))
     assert table.column("key").to_pylist()[24:26] == ["0.tar/0024", "1.tar/0025"]
     scores = table.column("similarity").to_numpy().astype(np.float64)
     # float32 features of 8 numbers: a few units of 6e-8.
     np.testing.assert_allclose(scores, expected_scores(), atol=1e-6)
     wanted = {f"u{k}": scores[k] for k in range(COUNT) if scores[k] >= -0.2}
-    assert 5 < len(wanted) < 40
+    assert 5 < len(wanted) < 40 and result.written.samples == len(wanted) == len(result.rows)
+    np.testing.assert_array_equal(result.scores_B, scores.astype(np.float32))
     assert read_set(out / "similarity--0.2") == wanted
     # The half with the highest scores, and all of them for the config's own filter.
-    command.filter_set([source], str(out), TOY, top=0.5, batch_size=16)
+    command.filter_set([source], out, TOY, top=0.5, batch_size=16)
     best = sorted((s for s in scores if s == s), reverse=True)[:22]
     assert sorted(read_set(out / "top-0.5").values(), reverse=True) == best
-    command.filter_set([source], str(out), TOY, batch_size=16, per_shard=20)
+    command.filter_set([source], out, TOY, batch_size=16, per_shard=20)
     assert read_set(out / "all", "similarity>=-0.2") == wanted
     assert len(read_set(out / "all")) == 45
 
@@ -113,7 +115,7 @@ def test_interrupted_it_goes_on_at_its_part_with_the_same_bytes(tmp_path, monkey
     source = write(tmp_path)
     monkeypatch.setattr(command, "PART_ROWS", 8)
     settings = {"top": 0.5, "batch_size": 8, "per_shard": 10}
-    whole = command.filter_set([source], str(tmp_path / "whole"), TOY, **settings)
+    whole = command.filter_set([source], tmp_path / "whole", TOY, **settings)
 
     def stopping(images):
         if len(ENCODED) == 3:
@@ -124,19 +126,20 @@ def test_interrupted_it_goes_on_at_its_part_with_the_same_bytes(tmp_path, monkey
     ENCODED.clear()
     with pytest.raises(KeyboardInterrupt):
         command.filter_set(
-            [source], str(out), dataclasses.replace(TOY, encode_image=stopping), **settings
+            [source], out, dataclasses.replace(TOY, encode_image=stopping), **settings
         )
     assert sorted(p.name for p in (out / "scores").glob("part-*")) == [
         f"part-{n:05d}.parquet" for n in range(3)
     ]
     ENCODED.clear()
-    again = command.filter_set([source], str(out), TOY, **settings)
+    again = command.filter_set([source], out, TOY, **settings)
     assert len(ENCODED) == 4  # of seven batches three were stored
     assert contents(out) == contents(tmp_path / "whole")
-    assert again == whole.replace("/whole/", "/out/")
+    assert again.skipped == whole.skipped
+    assert command.result_text(again) == command.result_text(whole).replace("/whole/", "/out/")
     # Another choice encodes nothing.
     ENCODED.clear()
-    command.filter_set([source], str(out), TOY, threshold=0.0, batch_size=8)
+    command.filter_set([source], out, TOY, threshold=0.0, batch_size=8)
     assert not ENCODED
 
 
@@ -153,7 +156,7 @@ def test_scores_of_another_model_or_other_data_are_not_mixed(tmp_path):
     with pytest.raises(UserError, match="damaged"):
         command.filter_set([source], out, TOY)
     with pytest.raises(UserError, match="leaves none of the 45 scored"):
-        command.filter_set([source], str(tmp_path / "none"), TOY, threshold=1.0)
+        command.filter_set([source], tmp_path / "none", TOY, threshold=1.0)
 
 
 SCORES = st.lists(st.one_of(st.just(np.nan), st.sampled_from([0.1, 0.2, 0.2001, 0.3])), min_size=1)
@@ -216,7 +219,7 @@ def test_a_checkpoint_scores_as_its_own_encoders_do(tmp_path):
     write_own(tmp_path / "model", Description("tiny", config, spec), arrays)
     encoders = command.load_encoders(str(tmp_path / "model"))
     out = tmp_path / "out"
-    command.filter_set([pattern], str(out), encoders, scores_only=True, batch_size=8)
+    command.filter_set([pattern], out, encoders, scores_only=True, batch_size=8)
     found, _ = read_part(part_path(out / "scores", 0))
     clip = api.load(str(tmp_path / "model"))
     ((index,),) = open_sources(pattern)

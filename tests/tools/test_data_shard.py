@@ -1,5 +1,6 @@
 """Any source becomes tar shards: nothing changes on the way, and a kill changes nothing either."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ from data_cases import encode, eval_loader, picture
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from test_formats import CAPTIONS, COUNT, FORMATS, NO_LABEL, PICTURES
+from test_formats import CAPTIONS, COUNT, FORMATS, IMAGES, NO_LABEL
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from clip_jax.data.formats.webdataset import split_name
@@ -27,7 +28,7 @@ from clip_jax.data.sources import expand, open_shards
 from clip_jax.data.writing import shard_set
 from clip_jax.data.writing.tar_writer import Sample, Shrink, safe_key, write_shard
 from clip_jax.errors import UserError
-from clip_jax.tools.data_shard import shard
+from clip_jax.tools.data_shard import result_text, shard
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,24 +38,25 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_every_source_keeps_its_pictures_captions_and_labels(kind, tmp_path):
+def test_every_source_keeps_its_images_captions_and_labels(kind, tmp_path):
     (tmp_path / "in").mkdir()
     source = str(FORMATS[kind](tmp_path / "in"))
-    told = shard([source], str(tmp_path / "out"), per_shard=4, threads=2)
-    assert told.startswith(f"{COUNT} pairs in 2 shards"), told
-    indexes = open_shards(expand(str(tmp_path / "out")))
-    assert [len(index) for index in indexes] == [4, 2]
-    places = [(index, i) for index in indexes for i in range(len(index))]
+    written = shard([source], tmp_path / "out", per_shard=4, threads=2).written
+    assert (written.samples, written.shards, written.skipped) == (COUNT, 2, {})
+    assert written.size == sum(p.stat().st_size for p in (tmp_path / "out").glob("*.tar"))
+    shards = open_shards(expand(written.pattern))
+    assert [len(one) for one in shards] == [4, 2]
+    places = [(one, i) for one in shards for i in range(len(one))]
     with Handles() as handles:
-        assert [index.image(i, handles) for index, i in places] == PICTURES
-        assert [index.captions(i, handles) for index, i in places] == [[c] for c in CAPTIONS]
-        labels = [index.label(i, handles) for index, i in places]
+        assert [one.image(i, handles) for one, i in places] == IMAGES
+        assert [one.captions(i, handles) for one, i in places] == [[c] for c in CAPTIONS]
+        labels = [one.label(i, handles) for one, i in places]
     assert labels == ([-1] * COUNT if kind in NO_LABEL else list(range(COUNT)))
 
 
 def test_webdataset_reads_what_is_written_and_fields_come_along(tmp_path):
     (tmp_path / "in").mkdir()
-    shard([str(FORMATS["csv"](tmp_path / "in"))], str(tmp_path / "out"), where="width>=200")
+    shard([str(FORMATS["csv"](tmp_path / "in"))], tmp_path / "out", where="width>=200")
     # Its own reader; `WebDataset` around it would leave the file to the garbage collector.
     with open(tmp_path / "out" / "00000.tar", "rb") as file:
         members = [m | {"__url__": ""} for m in tar_file_iterator(file)]
@@ -79,16 +81,18 @@ def damaged_set(folder: Path) -> str:
 
 
 def test_unusable_samples_are_left_out_counted_and_named(tmp_path):
-    told = shard([damaged_set(tmp_path)], str(tmp_path / "out"), per_shard=10)
-    assert told.startswith("32 pairs in 4 shards")
-    assert "left out: 4 empty_caption, 4 not_an_image" in told
+    result = shard([damaged_set(tmp_path)], tmp_path / "out", per_shard=10)
+    assert result.written.skipped == {"empty_caption": 4, "not_an_image": 4}
+    text = result_text(result)
+    assert text.startswith("32 pairs in 4 shards")
+    assert "left out: 4 empty_caption, 4 not_an_image" in text
     lines = (tmp_path / "out" / "00001.skipped.jsonl").read_text().splitlines()
     assert [json.loads(line)["name"] for line in lines] == ["in.tar/0010", "in.tar/0015"]
 
 
 def test_interrupted_anywhere_and_run_again_it_gives_the_same_bytes(tmp_path, monkeypatch):
     source = damaged_set(tmp_path)
-    told = shard([source], str(tmp_path / "whole"), per_shard=6, resize=20, threads=1)
+    result = shard([source], tmp_path / "whole", per_shard=6, resize=20, threads=1)
     whole = contents(tmp_path / "whole")
     read, countdown = shard_set.read_sample, [0]
 
@@ -103,12 +107,13 @@ def test_interrupted_anywhere_and_run_again_it_gives_the_same_bytes(tmp_path, mo
         out = tmp_path / str(stop)
         countdown[0] = stop
         with pytest.raises(KeyboardInterrupt):
-            shard([source], str(out), per_shard=6, resize=20, threads=1)
+            shard([source], out, per_shard=6, resize=20, threads=1)
         assert not set(contents(out)) >= set(whole)
         countdown[0] = 0
-        again = shard([source], str(out), per_shard=6, resize=20, threads=3)
+        again = shard([source], out, per_shard=6, resize=20, threads=3)
         assert contents(out) == whole
-        assert again == told.replace("/whole/", f"/{stop}/")
+        pattern = result.written.pattern.replace("/whole/", f"/{stop}/")
+        assert again.written == dataclasses.replace(result.written, pattern=pattern)
 
 
 def test_killed_in_the_middle_it_goes_on(tmp_path):
@@ -119,7 +124,7 @@ def test_killed_in_the_middle_it_goes_on(tmp_path):
             sample = {"__key__": f"{k:04d}", "jpg": encode(Image.fromarray(data), "JPEG")}
             writer.write(sample | {"txt": f"caption {k}"})
     source, settings = str(tmp_path / "in.tar"), ["--per-shard", "5", "--resize", "200"]
-    shard([source], str(tmp_path / "whole"), per_shard=5, resize=200)
+    shard([source], tmp_path / "whole", per_shard=5, resize=200)
     out = tmp_path / "killed"
     line = [sys.executable, "-m", "clip_jax.data.shard", source, "--out", str(out), *settings]
     process = subprocess.Popen(line, cwd=ROOT, stderr=subprocess.DEVNULL)
@@ -127,8 +132,8 @@ def test_killed_in_the_middle_it_goes_on(tmp_path):
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    there = len(list(out.glob("*.tar")))
-    assert 0 < there < 12, "the kill came too late to try anything"
+    written = len(list(out.glob("*.tar")))
+    assert 0 < written < 12, "the kill came too late to try anything"
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert contents(out) == contents(tmp_path / "whole")
@@ -136,15 +141,15 @@ def test_killed_in_the_middle_it_goes_on(tmp_path):
 
 def test_another_request_and_a_folder_of_others_are_left_alone(tmp_path):
     source = damaged_set(tmp_path)
-    shard([source], str(tmp_path / "out"), per_shard=10)
+    shard([source], tmp_path / "out", per_shard=10)
     before = contents(tmp_path / "out")
     with pytest.raises(UserError, match=r"another --per-shard \(10, now 20\)"):
-        shard([source], str(tmp_path / "out"), per_shard=20)
+        shard([source], tmp_path / "out", per_shard=20)
     assert contents(tmp_path / "out") == before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("x")
     with pytest.raises(UserError, match="holds something else"):
-        shard([source], str(tmp_path / "mine"))
+        shard([source], tmp_path / "mine")
 
 
 @pytest.mark.parametrize(
@@ -158,7 +163,7 @@ def test_another_request_and_a_folder_of_others_are_left_alone(tmp_path):
 )
 def test_mistakes_are_one_line(tmp_path, flags, text):
     with pytest.raises(UserError, match=text):
-        shard([damaged_set(tmp_path)], str(tmp_path / "out"), **flags)
+        shard([damaged_set(tmp_path)], tmp_path / "out", **flags)
     assert not (tmp_path / "out").exists()
 
 
@@ -168,7 +173,7 @@ FILES += [("WEBP", mode) for mode in ("RGB", "RGBA")]
 
 
 @pytest.mark.parametrize(("fmt", "mode"), FILES)
-def test_resizing_makes_large_pictures_small_and_leaves_small_ones(fmt, mode):
+def test_resizing_makes_large_images_small_and_leaves_small_ones(fmt, mode):
     data = encode(picture(mode, 60, 91), fmt)
     assert Shrink(60)(data) is data
     whole, small = decode_image(data), decode_image(Shrink(30)(data))
@@ -191,7 +196,7 @@ def test_any_keys_become_names_that_come_back_once_each(keys):
 
 
 def test_equal_keys_are_numbered(tmp_path):
-    data = PICTURES[0]
+    data = IMAGES[0]
     keys = ["a", "a-2", "a", "a.png", "a", "../../b", "a-2"]
     write_shard(tmp_path / "x.tar", [Sample(key, data, ["c"], {}, -1) for key in keys])
     with tarfile.open(tmp_path / "x.tar") as tar:
@@ -201,7 +206,7 @@ def test_equal_keys_are_numbered(tmp_path):
 
 def test_written_shards_give_the_batches_of_their_source(tmp_path):
     source = damaged_set(tmp_path)
-    shard([source], str(tmp_path / "out"), per_shard=10)
+    shard([source], tmp_path / "out", per_shard=10)
     shape = SampleShape(image_size=16, context_length=24)
     batches = []
     for pattern in (source, str(tmp_path / "out")):

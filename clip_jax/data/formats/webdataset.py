@@ -1,17 +1,18 @@
-"""Tar shards of image-text pairs, indexed once and then read by offset.
+"""Tar shards of image-text pairs, whose members are located once and then read by offset.
 
 The format is WebDataset's: the members of one sample lie next to each other and share a key, the
 part of the name before the first dot of the base name; what follows the dot, in lower case, is
 the suffix (`000.jpg`, `000.txt`, `000.json`, `000.cls`).
 
-A shard is indexed from its headers alone, see `clip_jax.data.formats.tar`; nothing is extracted.
+A shard is opened by its headers alone, see `clip_jax.data.formats.tar`; nothing is extracted.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,10 +31,12 @@ from clip_jax.data.shards import (
     json_record,
     whole_label,
 )
+from clip_jax.files import atomic_write
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 SUFFIXES = (*IMAGE_SUFFIXES, "txt", "json", "cls")
-INDEX_ENDING = ".index.json"
+SIDE_SUFFIX = ".index.json"
+"""Of the file beside a shard that says what it must hold."""
 
 _MAX_MEMBER_BYTES = 2**32 - 1
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -41,7 +44,7 @@ _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\x
 
 @dataclass(frozen=True, eq=False)
 class TarShard:
-    """Where every sample's members lie in one tar file: 8 bytes a member, and the key.
+    """The places of every sample's members in one tar file: 8 bytes a member, and the key.
 
     Attributes:
       path: the file.
@@ -50,7 +53,7 @@ class TarShard:
       key_ends: uint32 [samples], where each key ends in `key_bytes`.
       members: suffix -> uint32 [samples, 2]: the 512-byte block where the data starts, and its
         length in bytes. Block 0 (always a header) says that the sample has no such member.
-      ignored: members that belong to no sample or have a suffix this reader has no use for.
+      ignored: members that belong to no sample or have a suffix that is not read.
       caption_key: the field of `.json` that holds the caption or a list of them.
     """
 
@@ -67,27 +70,23 @@ class TarShard:
 
     @property
     def name(self) -> str:
-        """The shard's file name without its folder."""
+        """The file name without its folder."""
         return os.path.basename(self.path)
 
     def key(self, i: int) -> str:
-        """The key of sample `i`, in this shard."""
+        """Return the key of sample `i`, in this shard."""
         start = int(self.key_ends[i - 1]) if i else 0
         return self.key_bytes[start : int(self.key_ends[i])].decode("utf-8", "replace")
 
     def member(self, i: int, suffix: str) -> tuple[int, int] | None:
-        """(byte offset, bytes) of one member of sample `i`, or None when it has none."""
+        """Return (byte offset, bytes) of one member of sample `i`, or None if it has none."""
         table = self.members.get(suffix)
         if table is None or not table[i, 0]:
             return None
         return int(table[i, 0]) * tar.BLOCK, int(table[i, 1])
 
-    def image_place(self, i: int) -> tuple[int, int] | None:
-        """(byte offset, bytes) of sample `i`'s image, or None."""
-        return next(filter(None, (self.member(i, s) for s in IMAGE_SUFFIXES)), None)
-
     def image(self, i: int, handles: Handles) -> bytes:
-        place = self.image_place(i)
+        place = next(filter(None, (self.member(i, s) for s in IMAGE_SUFFIXES)), None)
         if place is None:
             raise BadSampleError("no_image")
         if place[1] > MAX_IMAGE_BYTES:
@@ -95,7 +94,7 @@ class TarShard:
         return handles.read(self.path, self.size, *place)
 
     def captions(self, i: int, handles: Handles) -> list[str]:
-        """The lines of `.txt`, or else `self.caption_key` of `.json`."""
+        """Return the lines of `.txt`, or else `self.caption_key` of `.json`."""
         if self.member(i, "txt"):
             return caption_lines(self._text(i, "txt", handles))
         if not self.member(i, "json"):
@@ -120,18 +119,18 @@ class TarShard:
         return handles.read(self.path, self.size, *place)
 
     def incomplete(self) -> dict[str, list[str]]:
-        """Samples without an image, or with neither `.txt` nor `.json`."""
+        """Return the samples without an image, or with neither `.txt` nor `.json`."""
         has = {suffix: table[:, 0] > 0 for suffix, table in self.members.items()}
-        nothing = np.zeros(len(self), bool)
-        image = np.logical_or.reduce([nothing, *(has.get(s, nothing) for s in IMAGE_SUFFIXES)])
-        caption = has.get("txt", nothing) | has.get("json", nothing)
+        absent = np.zeros(len(self), bool)
+        image = np.logical_or.reduce([absent, *(has.get(s, absent) for s in IMAGE_SUFFIXES)])
+        caption = has.get("txt", absent) | has.get("json", absent)
         return {
             cause: [self.key(int(i)) for i in np.flatnonzero(~present)]
             for cause, present in (("no_image", image), ("no_caption", caption))
         }
 
     def digest(self) -> str:
-        """A hash of the member table: keys, offsets and lengths, not the members' contents."""
+        """Return a hash of keys, offsets and lengths, but not of the members' contents."""
         state = hashlib.blake2b(self.key_bytes, digest_size=16)
         state.update(self.key_ends.astype("<u4").tobytes())
         for suffix in sorted(self.members):
@@ -141,7 +140,7 @@ class TarShard:
 
 
 def open_shard(path: str, caption_key: str = "caption") -> TarShard:
-    """Reads a shard's headers and proves that they are all there.
+    """Read a shard's headers and prove that they are all there.
 
     The walk must end at the archive's closing zeros, no member may run past the end of the file,
     and where a side file `<path>.index.json` exists its count and hash must agree.
@@ -154,13 +153,13 @@ def open_shard(path: str, caption_key: str = "caption") -> TarShard:
         with os.fdopen(open_local(path), "rb") as file:
             size = os.fstat(file.fileno()).st_size
             _refuse_compressed(path, file.read(8))
-            index = _collect(path, size, tar.members(path, file, size), caption_key)
+            shard = _collect(path, size, tar.members(path, file, size), caption_key)
     except RemoteError as e:
         raise unreadable(e, f"shard {path} cannot be fetched: {e}") from e
     except OSError as e:
         raise unreadable(e, f"shard {path} cannot be read: {e.strerror or e}") from e
-    _check_side_file(index)
-    return index
+    _check_side_file(shard)
+    return shard
 
 
 def _refuse_compressed(path: str, head: bytes) -> None:
@@ -173,18 +172,19 @@ def _refuse_compressed(path: str, head: bytes) -> None:
             )
 
 
-def _collect(path: str, size: int, found: Sequence[tar.Member], caption_key: str) -> TarShard:
+def _collect(path: str, size: int, members: Sequence[tar.Member], caption_key: str) -> TarShard:
+    """Group the members into samples."""
     keys: list[bytes] = []
     rows: list[dict[str, tuple[int, int]]] = []
     ignored = 0
     current = None
-    for member in found:
+    for member in members:
         key, suffix = split_name(member.name)
         known = suffix in SUFFIXES
         ignored += not member.is_folder and not (key and member.is_file and known)
         if not key or not member.is_file:
             continue
-        # A sample of which nothing is known keeps its place, to be named and not dropped.
+        # A sample without a known suffix keeps its place: it is named and not dropped.
         if key != current or (known and suffix in rows[-1]):
             keys.append(key.encode("utf-8", "surrogateescape"))
             rows.append({})
@@ -203,7 +203,7 @@ def _collect(path: str, size: int, found: Sequence[tar.Member], caption_key: str
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """(key, suffix) of a member: cut at the first dot of the base name, suffix in lower case.
+    """Return (key, suffix) of a member: cut at the base name's first dot, suffix in lower case.
 
     Names without a key or a suffix (`README`, `.DS_Store`, `._000.jpg`) give ("", "").
     """
@@ -214,15 +214,22 @@ def split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, suffix.lower()
 
 
-def side_file(index: TarShard) -> str:
-    """The text of `<shard>.index.json`: what `open_shard` will hold the shard to."""
-    record = {"samples": len(index), "bytes": index.size, "members": index.digest()}
-    return json.dumps(record) + "\n"
+def write_side_file(shard: TarShard, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Write what `open_shard` will hold the shard to beside it; return the content.
+
+    Args:
+      extra: further fields, which `open_shard` does not look at.
+    """
+    record = {"samples": len(shard), "bytes": shard.size, "members": shard.digest()}
+    record |= extra or {}
+    with atomic_write(Path(shard.path + SIDE_SUFFIX)) as partial:
+        partial.write_text(json.dumps(record) + "\n", encoding="utf-8")
+    return record
 
 
-def _check_side_file(index: TarShard) -> None:
+def _check_side_file(shard: TarShard) -> None:
     """Raise ShardError if the shard is another than its side file says."""
-    side = index.path + INDEX_ENDING
+    side = shard.path + SIDE_SUFFIX
     if is_url(side) or not os.path.exists(side):
         return
     try:
@@ -236,14 +243,14 @@ def _check_side_file(index: TarShard) -> None:
     except (ValueError, KeyError, RecursionError) as e:
         message = f"{side} is damaged ({type(e).__name__}): delete it or write it anew"
         raise ShardError("shard_damaged", message) from e
-    for what, expected, found in (
-        ("samples", samples, len(index)),
-        ("bytes", size, index.size),
-        ("members (hash)", members, index.digest()),
+    for name, expected, actual in (
+        ("samples", samples, len(shard)),
+        ("bytes", size, shard.size),
+        ("members (hash)", members, shard.digest()),
     ):
-        if expected != found:
+        if expected != actual:
             raise ShardError(
                 "shard_damaged",
-                f"shard {index.path} is damaged or was replaced: {what} {found}, and its side file"
-                f" says {expected}. Fetch it again, or delete {side} if the change was meant",
+                f"shard {shard.path} is damaged or was replaced: {name} {actual}, and its side"
+                f" file says {expected}. Fetch it again, or delete {side} if the change was meant",
             )

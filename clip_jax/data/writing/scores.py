@@ -1,7 +1,7 @@
 """Scores of a set's samples, in parts on disk, and the choice of samples by them.
 
 `scores/part-00000.parquet` has a row a sample, in the order of the data: `key` ("shard/key") and
-`similarity`, which is absent where the sample could not be scored. A part is whole or not there.
+`similarity`, which is absent where the sample could not be scored. A part is whole or absent.
 """
 
 import json
@@ -20,9 +20,9 @@ from clip_jax.files import atomic_write
 FIELD = "similarity"
 
 
-def part_path(folder: Path, number: int) -> Path:
-    """Of one part."""
-    return folder / f"part-{number:05d}.parquet"
+def part_path(folder: Path, part: int) -> Path:
+    """Return the path of one part."""
+    return folder / f"part-{part:05d}.parquet"
 
 
 def write_part(
@@ -31,16 +31,24 @@ def write_part(
     scores_B: Float32[np.ndarray, " B"],
     skipped: Counter[str],
 ) -> None:
-    """One part; NaN is no score. `skipped`: cause -> samples of this part."""
-    clean = [key.encode("utf-8", "replace").decode() for key in keys]
-    table = pa.table({"key": clean, FIELD: pa.array(scores_B, mask=np.isnan(scores_B))})
-    about = {"skipped": json.dumps(dict(sorted(skipped.items())))}
+    """Write one part.
+
+    Args:
+      scores_B: NaN where the sample has no score.
+      skipped: cause -> samples of this part without a score.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    utf8_keys = [key.encode("utf-8", "replace").decode() for key in keys]
+    table = pa.table({"key": utf8_keys, FIELD: pa.array(scores_B, mask=np.isnan(scores_B))})
+    metadata = {"skipped": json.dumps(dict(sorted(skipped.items())))}
     with atomic_write(path) as partial:
-        pq.write_table(table.replace_schema_metadata(about), partial)
+        pq.write_table(table.replace_schema_metadata(metadata), partial)
 
 
 def read_part(path: Path) -> tuple[Float32[np.ndarray, " B"], Counter[str]]:
-    """The scores of a part, NaN where there is none, and what was skipped.
+    """Return the scores of a part, NaN where there is none, and what was skipped.
 
     Raises:
       UserError: it is damaged.
@@ -56,13 +64,13 @@ def read_part(path: Path) -> tuple[Float32[np.ndarray, " B"], Counter[str]]:
 
 
 def read_scores(folder: Path, parts: int) -> tuple[Float32[np.ndarray, " samples"], Counter[str]]:
-    """All the parts, in one line: 4 bytes a sample."""
-    found, skipped = [], Counter[str]()
-    for number in range(parts):
-        scores_B, causes = read_part(part_path(folder, number))
-        found.append(scores_B)
-        skipped += causes
-    return np.concatenate([np.zeros(0, np.float32), *found]), skipped
+    """Return the scores of all parts, one after the other, and what was skipped."""
+    scores, skipped = [np.zeros(0, np.float32)], Counter[str]()
+    for part in range(parts):
+        scores_B, part_skipped = read_part(part_path(folder, part))
+        scores.append(scores_B)
+        skipped += part_skipped
+    return np.concatenate(scores), skipped
 
 
 def select(
@@ -70,11 +78,11 @@ def select(
     *,
     threshold: float | None = None,
     top: float | None = None,
-) -> Int64[np.ndarray, " kept"]:
-    """Places of the samples that are kept, in order; those without a score never are.
+) -> Int64[np.ndarray, " selected"]:
+    """Return the places of the selected samples, in order; one without a score never is.
 
     Args:
-      threshold: the least score that is kept.
+      threshold: the lowest score that is selected.
       top: the share of the scored samples, those with the highest scores; of equal ones the
         first. With both, each must be met.
 
@@ -92,9 +100,9 @@ def select(
         rows = rows[scores_B[rows].astype(np.float64) >= threshold]
     if not len(rows):
         flags = {"--threshold": threshold, "--top": top}
-        asked = " ".join(f"{k} {v:g}" for k, v in flags.items() if v is not None) or "scoring"
+        given = " ".join(f"{k} {v:g}" for k, v in flags.items() if v is not None) or "scoring"
         best = f"{np.nanmax(scores_B):.4f}" if scored else "none"
         raise UserError(
-            f"{asked} leaves none of the {scored:,} scored samples (the highest score is {best})"
+            f"{given} leaves none of the {scored:,} scored samples (the highest score is {best})"
         )
     return rows.astype(np.int64)

@@ -1,4 +1,4 @@
-"""A set of tar shards, written side by side and gone on with after a kill.
+"""Write a set of tar shards side by side, and go on after a kill.
 
 Shard k holds the usable ones among `rows[k * per_shard : (k + 1) * per_shard]`, so its bytes
 depend on nothing that was written before it. Its side file is written last and proves that the
@@ -12,14 +12,14 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int64
 
-from clip_jax.data.formats.webdataset import INDEX_ENDING, open_shard, side_file
+from clip_jax.data.formats.webdataset import SIDE_SUFFIX, open_shard, write_side_file
 from clip_jax.data.images import ImageError
 from clip_jax.data.manifest import Entry, entry_of, write_index
 from clip_jax.data.shards import BadSampleError, ConcatShards, Handles, Shard
@@ -28,19 +28,10 @@ from clip_jax.data.writing.tar_writer import Sample, Shrink, image_suffix, read_
 from clip_jax.files import atomic_write, claim_folder
 
 BUILD_INFO = "shards.json"
-SKIPPED_ENDING = ".skipped.jsonl"
-"""Of the file beside a shard that names what was left out of it."""
-
-
-@dataclass
-class Written:
-    """What is in the shards, and what was left out: cause -> samples."""
-
-    samples: int = 0
-    skipped: Counter[str] = field(default_factory=Counter)
-
-    def __add__(self, other: "Written") -> "Written":
-        return Written(self.samples + other.samples, self.skipped + other.skipped)
+SKIPPED_SUFFIX = ".skipped.jsonl"
+"""Of the file beside a shard that names the samples that were left out of it."""
+PER_SHARD = 10_000
+"""Samples of a shard, unless the caller says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -48,34 +39,54 @@ class ShardSet:
     """What to write, and where.
 
     Attributes:
-      indexes: the shards of the source, whose samples the rows count in line.
+      shards: the shards of the source; rows count their samples, one shard after the other.
       rows: the samples, in the order in which they are written.
-      out: the folder.
+      folder: where the set is written.
       per_shard: rows of a shard.
       shrink: what is done to images; None leaves all as they are.
-      extra: fields that a row's json gets, by its place in `rows`.
+      extra: fields that a row's JSON record gets, by its place in `rows`.
     """
 
-    indexes: Sequence[Shard]
+    shards: Sequence[Shard]
     rows: Int64[np.ndarray, " rows"]
-    out: Path
-    per_shard: int = 10_000
+    folder: Path
+    per_shard: int = PER_SHARD
     shrink: Shrink | None = None
     extra: Callable[[int], Mapping[str, Any]] = lambda place: {}
 
     def __len__(self) -> int:
+        """Return how many shards are written."""
         return -(-len(self.rows) // self.per_shard)
 
     def path(self, k: int) -> Path:
-        """Of shard k."""
-        return self.out / f"{k:0{max(5, len(str(len(self) - 1)))}d}.tar"
+        """Return the path of shard `k`."""
+        return self.folder / f"{k:0{max(5, len(str(len(self) - 1)))}d}.tar"
 
     def places(self, k: int) -> range:
-        """The part of `rows` that belongs to shard k."""
+        """Return the part of `rows` that belongs to shard `k`."""
         return range(k * self.per_shard, min((k + 1) * self.per_shard, len(self.rows)))
 
 
-def claim_shard_folder(shards: ShardSet, options: Mapping[str, Any]) -> None:
+@dataclass(frozen=True)
+class WrittenShards:
+    """A set that is on the disk.
+
+    Attributes:
+      pattern: its shards, as `config.data.train` takes them.
+      shards: how many there are.
+      samples: pairs in all of them.
+      size: bytes of all of them.
+      skipped: cause -> samples that were left out.
+    """
+
+    pattern: str
+    shards: int
+    samples: int
+    size: int
+    skipped: Counter[str]
+
+
+def claim_shard_folder(shard_set: ShardSet, options: Mapping[str, Any]) -> None:
     """Write into the folder what the set is made of, unless it says just that already.
 
     Args:
@@ -84,72 +95,68 @@ def claim_shard_folder(shards: ShardSet, options: Mapping[str, Any]) -> None:
     Raises:
       UserError: the folder holds something else; the first difference is named.
     """
-    digest = hashlib.blake2b(shards.rows.astype("<i8").tobytes(), digest_size=16).hexdigest()
+    digest = hashlib.blake2b(shard_set.rows.astype("<i8").tobytes(), digest_size=16).hexdigest()
     build_info = {
         **options,
-        "the source's fingerprint": fingerprint(shards.indexes),
-        "samples": len(shards.rows),
+        "the source's fingerprint": fingerprint(shard_set.shards),
+        "samples": len(shard_set.rows),
         "their places": digest,
     }
-    claim_folder(shards.out, build_info, name=BUILD_INFO)
-
-
-def done_shard(shards: ShardSet, k: int) -> Written | None:
-    """What shard k holds if it is written, or None."""
-    path = shards.path(k)
-    try:
-        record = json.loads(Path(f"{path}{INDEX_ENDING}").read_text(encoding="utf-8"))
-        size = path.stat().st_size
-    except (OSError, ValueError):
-        return None
-    if not isinstance(record, dict) or "samples" not in record or record.get("bytes") != size:
-        return None
-    return Written(record["samples"], Counter(record.get("skipped", {})))
+    claim_folder(shard_set.folder, build_info, name=BUILD_INFO)
 
 
 def write_set(
-    shards: ShardSet,
-    *,
-    threads: int = 4,
-    progress: Callable[[int], object] = lambda samples: None,
-) -> Written:
+    shard_set: ShardSet, *, threads: int, on_rows: Callable[[int], object] = lambda rows: None
+) -> WrittenShards:
     """Write the shards that are not there yet; an interruption leaves whole ones only.
 
     Args:
       threads: shards written at a time.
-      progress: told how many more rows were dealt with; called from several threads.
+      on_rows: called with how many more rows are done, from several threads.
 
     Raises:
       UserError: the disk is full, or a file cannot be written.
     """
-    total = Written()
-    missing = []
-    for k in range(len(shards)):
-        done = done_shard(shards, k)
-        if done is None:
-            missing.append(k)
-        else:
-            total += done
-            progress(len(shards.places(k)))
+    records = {k: _read_side_file(shard_set.path(k)) for k in range(len(shard_set))}
+    for k, record in records.items():
+        if record is not None:
+            on_rows(len(shard_set.places(k)))
+    missing = [k for k, record in records.items() if record is None]
     stop = threading.Event()
     with ThreadPoolExecutor(threads, thread_name_prefix="shard") as pool:
-        futures = [pool.submit(_write_one, shards, k, stop, progress) for k in missing]
+        futures = {k: pool.submit(_write_one, shard_set, k, stop, on_rows) for k in missing}
         try:
-            wait(futures, return_when=FIRST_EXCEPTION)
-            total = sum((future.result() for future in futures), total)
+            wait(futures.values(), return_when=FIRST_EXCEPTION)
+            written = {k: future.result() for k, future in futures.items()}
         finally:
             stop.set()  # after an error or Ctrl-C, no thread finishes its shard first
             pool.shutdown(wait=True, cancel_futures=True)
-    _write_counts(shards)
-    return total
+    return _summary(shard_set, [record or written[k] for k, record in records.items()])
 
 
-def _write_counts(shards: ShardSet) -> None:
-    """The index of the whole folder, from which a run knows its order without reading shards."""
-    paths = [shards.path(k) for k in range(len(shards))]
-    counts = [json.loads(Path(f"{path}{INDEX_ENDING}").read_text("utf-8")) for path in paths]
-    entries = [Entry(c["samples"], c["bytes"], c.get("lacks", {})) for c in counts]
-    write_index(shards.out, {path.name: e for path, e in zip(paths, entries, strict=True)})
+def _read_side_file(path: Path) -> dict[str, Any] | None:
+    """Return the side file of a shard that is whole, or None."""
+    try:
+        record = json.loads(Path(f"{path}{SIDE_SUFFIX}").read_text(encoding="utf-8"))
+        size = path.stat().st_size
+    except (OSError, ValueError):
+        return None
+    whole = isinstance(record, dict) and "samples" in record and record.get("bytes") == size
+    return record if whole else None
+
+
+def _summary(shard_set: ShardSet, records: Sequence[Mapping[str, Any]]) -> WrittenShards:
+    """Write the folder's index, from which a run knows its order without reading a shard."""
+    paths = [shard_set.path(k) for k in range(len(shard_set))]
+    entries = [Entry(r["samples"], r["bytes"], r.get("lacks", {})) for r in records]
+    write_index(shard_set.folder, {path.name: e for path, e in zip(paths, entries, strict=True)})
+    return WrittenShards(
+        pattern=f"{shard_set.folder}/{{{paths[0].stem}..{paths[-1].stem}}}.tar",
+        shards=len(paths),
+        samples=sum(record["samples"] for record in records),
+        size=sum(record["bytes"] for record in records),
+        skipped=sum((Counter(record.get("skipped", {})) for record in records), Counter[str]()),
+    )
 
 
 class _Stopped(Exception):
@@ -157,52 +164,48 @@ class _Stopped(Exception):
 
 
 def _write_one(
-    shards: ShardSet, k: int, stop: threading.Event, progress: Callable[[int], object]
-) -> Written:
-    path = shards.path(k)
+    shard_set: ShardSet, k: int, stop: threading.Event, on_rows: Callable[[int], object]
+) -> dict[str, Any]:
+    """Write shard `k` with the files beside it; return its side file."""
+    path = shard_set.path(k)
     skipped: list[tuple[str, str, str]] = []
-    write_shard(path, _usable(shards, k, skipped, stop, progress))
+    write_shard(path, _usable(shard_set, k, skipped, stop, on_rows))
     if skipped:
         lines = [json.dumps({"cause": c, "name": name, "detail": d}) for c, name, d in skipped]
-        with atomic_write(path.with_suffix(SKIPPED_ENDING)) as partial:
+        with atomic_write(path.with_suffix(SKIPPED_SUFFIX)) as partial:
             partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    index = open_shard(str(path))
-    written = Written(len(index), Counter(cause for cause, _, _ in skipped))
-    record = json.loads(side_file(index))
-    if lacks := entry_of(index).lacks:
-        record["lacks"] = lacks
-    if written.skipped:
-        record["skipped"] = dict(sorted(written.skipped.items()))
-    with atomic_write(Path(f"{path}{INDEX_ENDING}")) as partial:
-        partial.write_text(json.dumps(record) + "\n", encoding="utf-8")
-    return written
+    shard = open_shard(str(path))
+    causes = Counter(cause for cause, _, _ in skipped)
+    extra = {"lacks": entry_of(shard).lacks, "skipped": dict(sorted(causes.items()))}
+    return write_side_file(shard, {name: value for name, value in extra.items() if value})
 
 
 def _usable(
-    shards: ShardSet,
+    shard_set: ShardSet,
     k: int,
     skipped: list[tuple[str, str, str]],
     stop: threading.Event,
-    progress: Callable[[int], object],
+    on_rows: Callable[[int], object],
 ) -> Iterator[Sample]:
-    line = ConcatShards(shards.indexes)
+    """Yield the samples of shard `k`; those that cannot be used go to `skipped`."""
+    samples = ConcatShards(shard_set.shards)
     with Handles() as handles:
-        for place in shards.places(k):
+        for place in shard_set.places(k):
             if stop.is_set():
                 raise _Stopped
-            index, i = line.at(int(shards.rows[place]))
+            shard, i = samples.at(int(shard_set.rows[place]))
             try:
-                sample = _prepared(read_sample(index, i, handles), shards, place)
+                sample = _prepared(read_sample(shard, i, handles), shard_set, place)
             except (BadSampleError, ImageError, OSError) as e:
                 cause = getattr(e, "cause", "read_failed")
-                skipped.append((cause, f"{index.name}/{index.key(i)}", str(e)[:500]))
+                skipped.append((cause, f"{shard.name}/{shard.key(i)}", str(e)[:500]))
             else:
                 yield sample
-            progress(1)
+            on_rows(1)
 
 
-def _prepared(sample: Sample, shards: ShardSet, place: int) -> Sample:
-    image = sample.image if shards.shrink is None else shards.shrink(sample.image)
+def _prepared(sample: Sample, shard_set: ShardSet, place: int) -> Sample:
+    image = sample.image if shard_set.shrink is None else shard_set.shrink(sample.image)
     image_suffix(image)  # raises for what is no image
-    record = {**sample.record, **shards.extra(place)}
+    record = {**sample.record, **shard_set.extra(place)}
     return Sample(sample.key, image, sample.captions, record, sample.label)

@@ -1,4 +1,4 @@
-"""One tar shard of samples from any source: images as they are, and always the same bytes."""
+"""Write one tar shard of samples from any source: images as they are, and always the same bytes."""
 
 import io
 import json
@@ -13,6 +13,9 @@ from clip_jax.data.images import ImageError, decode_image
 from clip_jax.data.shards import BadSampleError, Handles, Shard
 from clip_jax.files import atomic_write
 
+JPEG_QUALITY = 95
+"""Pillow's quality of an image that is encoded again."""
+
 _MAGIC = {"jpg": b"\xff\xd8\xff", "png": b"\x89PNG\r\n\x1a\n", "webp": b"RIFF"}
 _FORMAT = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 
@@ -25,18 +28,18 @@ class Sample:
     image: bytes
     captions: list[str]
     record: dict[str, Any]
-    label: int
+    label: int = -1
 
 
 @dataclass(frozen=True)
 class Shrink:
-    """Images whose short side is above `side` pixels are made that small; others stay."""
+    """Make images whose short side is above `side` pixels that small; leave the others."""
 
     side: int
-    quality: int = 95
+    quality: int = JPEG_QUALITY
 
     def __call__(self, data: bytes) -> bytes:
-        """The image's bytes: the same ones where it is small enough.
+        """Return the bytes of the smaller image, or the same bytes if it is small enough.
 
         Raises:
           ImageError: it cannot be read.
@@ -45,18 +48,18 @@ class Shrink:
         short = min(image.size)
         if short <= self.side:
             return data
-        size = [max(1, round(length * self.side / short)) for length in image.size]
+        width, height = (max(1, round(length * self.side / short)) for length in image.size)
         if image.mode in ("P", "1"):
-            image = image.convert("RGB")  # an index cannot be averaged
-        image = image.resize((size[0], size[1]))
+            image = image.convert("RGB")  # places in a palette cannot be averaged
+        image = image.resize((width, height))
         out = io.BytesIO()
-        # PNG has no such setting and Pillow passes over it.
+        # PNG has no quality, and Pillow ignores it there.
         image.save(out, _FORMAT[image_suffix(data)], quality=self.quality)
         return out.getvalue()
 
 
 def image_suffix(data: bytes) -> str:
-    """`jpg`, `png` or `webp`, by the first bytes.
+    """Return `jpg`, `png` or `webp`, by the first bytes.
 
     Raises:
       ImageError: `empty` or `not_an_image`.
@@ -69,65 +72,68 @@ def image_suffix(data: bytes) -> str:
     raise ImageError("not_an_image", data[:8].hex())
 
 
-def read_sample(index: Shard, i: int, handles: Handles) -> Sample:
-    """Every part of a sample, as evaluation asks for them: no caption is needed beside a label.
+def read_sample(shard: Shard, i: int, handles: Handles) -> Sample:
+    """Read every part of sample `i`, as evaluation does: a label stands in for a caption.
 
-    Fields that are no JSON are none: neither training nor evaluation would ask for them.
+    Fields that are not JSON are left out: neither training nor evaluation would read them.
 
     Raises:
-      Unusable, ImageError, OSError: image, caption or label cannot be read.
+      BadSampleError, ImageError, OSError: image, caption or label cannot be read.
     """
-    label = index.label(i, handles)
+    label = shard.label(i, handles)
     try:
-        captions = index.captions(i, handles)
+        captions = shard.captions(i, handles)
     except BadSampleError as e:
         if label < 0 or e.cause not in ("no_caption", "empty_caption"):
             raise
         captions = []
     try:
-        record = index.record(i, handles)
+        record = shard.record(i, handles)
     except BadSampleError:
         record = {}
-    return Sample(index.key(i), index.image(i, handles), captions, record, label)
+    return Sample(shard.key(i), shard.image(i, handles), captions, record, label)
 
 
 def safe_key(key: str) -> str:
-    """A key as a member's name: no ending of an image, no dots, no way out of a folder."""
-    stem, dot, ending = key.rpartition(".")
-    if dot and ending.lower() in IMAGE_SUFFIXES:
+    """Return a key as a member's name: no image suffix, no dots, no path out of a folder."""
+    stem, dot, suffix = key.rpartition(".")
+    if dot and suffix.lower() in IMAGE_SUFFIXES:
         key = stem
-    # Lone surrogates (file names that are no UTF-8) would not come back the same.
+    # Lone surrogates (file names that are not UTF-8) would come back as something else.
     key = key.encode("utf-8", "replace").decode().replace("\0", "").replace("\\", "/")
     parts = [part.replace(".", "_") for part in key.split("/") if part not in ("", ".", "..")]
     return "/".join(parts) or "_"
 
 
 def write_shard(path: Path, samples: Iterable[Sample]) -> None:
-    """One tar file of these samples, with times and owners of 0.
+    """Write one tar file of these samples, with times and owners of 0.
 
     A key that came before in the shard gets a number: `a`, `a-2`.
+
+    Raises:
+      UserError: the file cannot be written.
     """
-    taken: dict[str, int] = {}
+    last_number: dict[str, int] = {}
     with (
         atomic_write(path) as partial,
         tarfile.open(partial, "w", format=tarfile.PAX_FORMAT) as tar,
     ):
         for sample in samples:
-            key = _numbered(safe_key(sample.key), taken)
+            key = _numbered(safe_key(sample.key), last_number)
             for suffix, data in _members(sample):
                 member = tarfile.TarInfo(f"{key}.{suffix}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
 
 
-def _numbered(key: str, taken: dict[str, int]) -> str:
-    """The key, with a number where it is not new; `taken` keeps the last number of each."""
-    name, number = key, taken.get(key, 0)
-    while name in taken:
+def _numbered(key: str, last_number: dict[str, int]) -> str:
+    """Return the key, with a number if it is not new; `last_number` is kept up to date."""
+    name, number = key, last_number.get(key, 0)
+    while name in last_number:
         number += 1
         name = f"{key}-{number}"
-    taken[key] = max(number, 1)
-    taken.setdefault(name, 1)
+    last_number[key] = max(number, 1)
+    last_number.setdefault(name, 1)
     return name
 
 
