@@ -9,6 +9,7 @@ Evaluation never comes here.
 
 import math
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 import simplejpeg
@@ -17,6 +18,8 @@ from PIL import Image
 
 from clip_jax.data.images import decode_image, random_resized_crop
 from clip_jax.sections import DataSection
+
+T = TypeVar("T")
 
 
 def smallest_crop(
@@ -55,26 +58,40 @@ def make_decode(image_size: int, config: DataSection) -> Callable[[bytes], Image
     """
     scale, ratio, max_pixels = config.crop_scale, config.crop_ratio, config.max_pixels
 
+    def reduced(data: bytes) -> np.ndarray | None:
+        header = _if_readable(simplejpeg.decode_jpeg_header, data)
+        if header is None:
+            return None
+        height, width, colors, _ = header
+        if colors != "YCbCr" or width * height > max_pixels:
+            return None
+        k = jpeg_scale(width, height, image_size, scale, ratio)
+        if k == 8:
+            return None
+        return _if_readable(
+            simplejpeg.decode_jpeg,
+            data,
+            min_height=math.ceil(height * k / 8),
+            min_width=math.ceil(width * k / 8),
+            min_factor=1,
+        )
+
     def decode(data: bytes) -> Image.Image:
-        if not data.startswith(b"\xff\xd8\xff"):
+        x_HWC = reduced(data) if data.startswith(b"\xff\xd8\xff") else None
+        if x_HWC is None:
+            # Pillow reads every kind, and says what is wrong with a damaged image.
             return decode_image(data, max_pixels=max_pixels)
-        try:
-            height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
-            k = jpeg_scale(width, height, image_size, scale, ratio)
-            if k == 8 or colors != "YCbCr" or width * height > max_pixels:
-                return decode_image(data, max_pixels=max_pixels)
-            array = simplejpeg.decode_jpeg(
-                data,
-                min_height=math.ceil(height * k / 8),
-                min_width=math.ceil(width * k / 8),
-                min_factor=1,
-            )
-        except ValueError:
-            # Damaged, or of a kind it does not know: Pillow says what is wrong, or reads it.
-            return decode_image(data, max_pixels=max_pixels)
-        return Image.fromarray(array)
+        return Image.fromarray(x_HWC)
 
     return decode
+
+
+def _if_readable(call: Callable[..., T], data: bytes, **options: Any) -> T | None:
+    """Call simplejpeg; return None for bytes that are damaged or of a kind it does not know."""
+    try:
+        return call(data, **options)
+    except ValueError:
+        return None
 
 
 def make_transform(

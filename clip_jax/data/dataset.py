@@ -15,7 +15,7 @@ from clip_jax.data.formats.errors import ShardError
 from clip_jax.data.formats.options import split_options
 from clip_jax.data.formats.remote import PASSED_OVER
 from clip_jax.data.manifest import ALONE, Counted, Entry, Known, Lost, Share, count_shards, entry_of
-from clip_jax.data.shards import BadSampleError, Handles, Shard
+from clip_jax.data.shards import PROGRAMMING_ERRORS, BadSampleError, Handles, Shard
 from clip_jax.data.skip_log import SkipLog, on_shard_error
 from clip_jax.data.sources import expand, is_lazy, open_shard, open_shards
 from clip_jax.errors import UserError
@@ -62,6 +62,8 @@ class Resident:
             return self._read(shard)
         except ShardError as e:
             return Lost(e.cause, str(e), time.monotonic())
+        except PROGRAMMING_ERRORS:
+            raise
         except Exception as e:
             return Lost("shard_damaged", f"{shard}: {type(e).__name__}: {e}", time.monotonic())
 

@@ -9,8 +9,9 @@ when the overhang is 3, 7, 11, ... pixels; for a model read from there, too, the
 
 import io
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from jaxtyping import UInt8
@@ -19,6 +20,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from clip_jax.data.shards import BadSampleError
 from clip_jax.sections import DataSection
 
 # Per-channel mean and standard deviation of OpenAI's training images, for values in [0, 1].
@@ -28,6 +30,7 @@ IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_PIXELS = DataSection.max_pixels
 """The limit where no config is: Pillow warns from this size on and lets twice as much through."""
 
+T = TypeVar("T")
 ResizeMode = Literal["shortest", "longest", "squash"]
 Interpolation = Literal["bicubic", "bilinear"]
 
@@ -66,20 +69,16 @@ MOBILECLIP2 = Preprocess(interpolation="bilinear")  # 2: MobileCLIP2-S3 and -S4
 INCEPTION = Preprocess(mean=_HALF, std=_HALF)  # 1: ViT-L-14 laion2b_s32b_b82k
 
 
-class ImageError(Exception):
+class ImageError(BadSampleError):
     """An image that cannot be used.
 
     Attributes:
       cause: `not_an_image`, `too_large`, `truncated`, `broken` or `empty`.
     """
 
-    def __init__(self, cause: str, detail: str = ""):
-        super().__init__(f"{cause}: {detail}" if detail else cause)
-        self.cause = cause
-
 
 def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """A loaded image from JPEG, PNG or WebP bytes, in the mode of the file.
+    """Decode JPEG, PNG or WebP bytes into a loaded image in the mode of the file.
 
     Of an animation it is the first frame. The size is checked before any pixel is decoded.
 
@@ -88,40 +87,45 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """
     if not data:
         raise ImageError("empty")
-    try:
-        image = _open(data, max_pixels)
-        width, height = image.size
-        if width * height > max_pixels:
-            raise ImageError("too_large", f"{width} x {height}")
-        image.load()
-    except ImageError:
-        raise
-    except Image.DecompressionBombError as e:
-        raise ImageError("too_large", str(e)) from e
-    except Exception as e:
-        # Pillow's readers raise a dozen types on damaged files (SyntaxError and struct.error
-        # among them), so the type says nothing; only the text tells a cut file.
-        cause = "truncated" if "truncated" in str(e).lower() else "broken"
-        raise ImageError(cause, f"{type(e).__name__}: {e}") from e
+    image = _open(data, max_pixels)
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ImageError("too_large", f"{width} x {height}")
+    _pillow(image.load)
     # It never reaches RGB, but Pillow warns about it when converting.
     image.info.pop("transparency", None)
     return image
 
 
+def _pillow(call: Callable[..., T], *args: Any) -> T:
+    """Call Pillow on what a file holds, and raise ImageError for whatever it raises.
+
+    On damaged files that is a dozen types, SyntaxError, TypeError and struct.error among them, so
+    the type says nothing; only the text tells a cut file. Code of our own stays outside.
+    """
+    try:
+        return call(*args)
+    except Image.DecompressionBombError as e:
+        raise ImageError("too_large", str(e)) from e
+    except Exception as e:
+        cause = "truncated" if "truncated" in str(e).lower() else "broken"
+        raise ImageError(cause, f"{type(e).__name__}: {e}") from e
+
+
 def _open(data: bytes, max_pixels: int) -> Image.Image:
-    """The reader that the first bytes ask for.
+    """Open the bytes with the reader that the first of them ask for.
 
     `Image.open` would add its own size check, which warns through the process-wide warning
     filters; those must not be touched from threads.
     """
     file = io.BytesIO(data)
     if data.startswith(b"\xff\xd8\xff"):
-        return JpegImageFile(file)
+        return _pillow(JpegImageFile, file)
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         # Pillow reads the pixels without asking for the end of the file.
         if data.rfind(b"IEND") < 0:
             raise ImageError("truncated", "no IEND chunk")
-        return PngImageFile(file)
+        return _pillow(PngImageFile, file)
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         if len(data) < 8 + int.from_bytes(data[4:8], "little"):
             raise ImageError("truncated", f"{len(data)} bytes")
@@ -129,7 +133,7 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
         width, height = _webp_size(data)
         if width * height > max_pixels:
             raise ImageError("too_large", f"{width} x {height}")
-        return WebPImageFile(file)
+        return _pillow(WebPImageFile, file)
     raise ImageError("not_an_image", data[:8].hex())
 
 
@@ -164,7 +168,8 @@ def eval_transform(
     open_clip raises (a side that would round to nothing in "longest"), one pixel is kept.
 
     Raises:
-      ImageError: `too_large`, when a thread-thin image would grow beyond `max_pixels`.
+      ImageError: `too_large`, when a thread-thin image would grow beyond `max_pixels`; or Pillow
+        cannot resize or convert the image.
     """
     n = image_size
     new_width, new_height = fitted_size(image.width, image.height, n, preprocess.resize_mode)
@@ -174,7 +179,8 @@ def eval_transform(
             "too_large", f"{image.width} x {image.height} becomes {new_width} x {new_height}"
         )
     if (new_width, new_height) != image.size:
-        image = image.resize((new_width, new_height), _FILTERS[preprocess.interpolation])
+        resampling = _FILTERS[preprocess.interpolation]
+        image = _pillow(image.resize, (new_width, new_height), resampling)
     if new_width < n or new_height < n:
         image = _pad(image, n, preprocess.fill)
     # round() takes halves to the even side, as torchvision does.
@@ -201,7 +207,7 @@ def _pad(image: Image.Image, n: int, fill: int) -> Image.Image:
     border = (right // 2, below // 2, (right + 1) // 2, (below + 1) // 2)
     bands = len(image.getbands())
     # One number for a palette image is an index, here as in torchvision.
-    return ImageOps.expand(image, border, (fill,) * bands if bands > 1 else fill)
+    return _pillow(ImageOps.expand, image, border, (fill,) * bands if bands > 1 else fill)
 
 
 def random_resized_crop(
@@ -219,10 +225,14 @@ def random_resized_crop(
       rng: the only source of chance; the draws use `rng.random()` alone.
       scale: bounds of the part's area, as a share of the image's.
       ratio: bounds of the part's width over height.
+
+    Raises:
+      ImageError: Pillow cannot crop, resize or convert the image.
     """
     box = crop_box(image.width, image.height, rng, scale, ratio)
     # Crop first: `resize(box=...)` would let the filter look beyond the crop's edge.
-    return _to_rgb(image.crop(box).resize((image_size, image_size), _BICUBIC))
+    part = _pillow(image.crop, box)
+    return _to_rgb(_pillow(part.resize, (image_size, image_size), _BICUBIC))
 
 
 def crop_box(
@@ -257,5 +267,5 @@ def crop_box(
 
 def _to_rgb(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
     if image.mode != "RGB":
-        image = image.convert("RGB")
+        image = _pillow(image.convert, "RGB")
     return np.asarray(image)

@@ -11,7 +11,14 @@ from PIL import Image
 
 from clip_jax.data.images import MAX_PIXELS, Preprocess, decode_image, eval_transform
 from clip_jax.data.order import philox
-from clip_jax.data.shards import BadSampleError, ConcatShards, Handles, Shard
+from clip_jax.data.shards import (
+    PROGRAMMING_ERRORS,
+    BadSampleError,
+    ConcatShards,
+    Handles,
+    Shard,
+    sample_cause,
+)
 from clip_jax.typing import Tokenizer
 
 ImageTransform = Callable[[Image.Image, np.random.Generator], UInt8[np.ndarray, "H W 3"]]
@@ -107,7 +114,7 @@ class SampleReader:
         return rows
 
     def _read_row(self, rows: Rows, row: int, sample: int, *, epoch: int, handles: Handles) -> str:
-        """Fill one row and return its caption; whatever goes wrong becomes `valid=False`."""
+        """Fill one row and return its caption; a fault of the data becomes `valid=False`."""
         shard, i = self._shards.at(sample)
         rows.key[row] = f"{shard.name}/{shard.key(i)}"
         rng = np.random.Generator(philox(self._seed, _AUGMENT, sample, epoch))
@@ -119,10 +126,11 @@ class SampleReader:
             choice = 0 if self.evaluation else int(rng.random() * len(captions))
             caption = captions[choice] if captions else ""
             rows.image[row] = self._transform(self._image(shard, i, sample, handles), rng)
+        except PROGRAMMING_ERRORS:
+            raise
         except Exception as e:
-            # Pillow's readers and transforms raise a dozen types; none may end the run.
-            cause = getattr(e, "cause", "read_failed" if isinstance(e, OSError) else "broken")
-            rows.skipped.append((cause, rows.key[row], str(e)))
+            # The libraries that read records and tables have types of their own.
+            rows.skipped.append((sample_cause(e), rows.key[row], str(e)))
             return ""
         rows.valid[row] = True
         rows.label[row] = label

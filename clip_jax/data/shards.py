@@ -18,11 +18,24 @@ T = TypeVar("T")
 
 
 class BadSampleError(Exception):
-    """A sample without a usable image or caption; `cause` is a short name."""
+    """A sample without a usable image or caption; `cause` is the name it is counted under."""
 
     def __init__(self, cause: str, detail: str = ""):
         super().__init__(f"{cause}: {detail}" if detail else cause)
         self.cause = cause
+
+
+PROGRAMMING_ERRORS = (TypeError, AttributeError, NameError)
+"""Mistakes of the program, which no sample and no shard is blamed for.
+
+Libraries raise them on damaged bytes, too: what calls a library there turns its errors, and its
+alone, into `BadSampleError`.
+"""
+
+
+def sample_cause(error: Exception) -> str:
+    """Return the name that a sample is counted under which reading ended with this error."""
+    return getattr(error, "cause", "read_failed" if isinstance(error, OSError) else "broken")
 
 
 class Handles:
@@ -67,7 +80,7 @@ class Handles:
 class Shard(Protocol):
     """The samples of one file or folder, counted and in order.
 
-    Reading methods may be called from several threads. They raise `BadSampleError`, `ImageError`
+    Reading methods may be called from several threads. They raise `BadSampleError`
     or an OSError for a sample that cannot be read, and never touch another one.
     """
 

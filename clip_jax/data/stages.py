@@ -121,7 +121,7 @@ class _Reader:
                 shard, i = self._shards.at(row)
                 try:
                     captions, image = shard.captions(i, handles), shard.image(i, handles)
-                except (BadSampleError, ImageError, OSError):
+                except (BadSampleError, OSError):
                     continue
                 if len(image) <= self._free:
                     self._free -= len(image)

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
-from clip_jax.data.images import MAX_PIXELS, ImageError, decode_image
-from clip_jax.data.shards import BadSampleError, ConcatShards, Handles, Shard
+from clip_jax.data.images import MAX_PIXELS, decode_image
+from clip_jax.data.shards import BadSampleError, ConcatShards, Handles, Shard, sample_cause
 from clip_jax.data.writing.tar_writer import image_suffix, read_sample
 
 MAX_NAMED = 100_000
@@ -122,8 +122,8 @@ def _look(tally: Tally, index: Shard, i: int, handles: Handles, max_pixels: int)
     try:
         sample = read_sample(index, i, handles)
         image = decode_image(sample.image, max_pixels=max_pixels)
-    except (BadSampleError, ImageError, OSError) as e:
-        cause = getattr(e, "cause", "read_failed")
+    except (BadSampleError, OSError) as e:
+        cause = sample_cause(e)
         tally.bad[cause] += 1
         tally.named.append((cause, f"{index.name}/{index.key(i)}", str(e)[:500]))
         return []

@@ -4,7 +4,7 @@ import io
 
 from PIL import Image
 
-from clip_jax.data.images import ImageError, decode_image
+from clip_jax.data.images import decode_image
 from clip_jax.data.shards import BadSampleError, ConcatShards, Handles
 from clip_jax.data.sources import fingerprint
 from clip_jax.embeddings.encode_query import MAX_PIXELS
@@ -51,7 +51,7 @@ class Pictures:
             with Handles() as handles:
                 data = shard.image(i, handles)
             image = decode_image(data, max_pixels=MAX_PIXELS)
-        except (ImageError, BadSampleError, OSError):
+        except (BadSampleError, OSError):
             return None
         return encode_small(image)
 

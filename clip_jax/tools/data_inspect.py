@@ -15,7 +15,7 @@ import numpy as np
 
 from clip_jax.data.dataset import open_line
 from clip_jax.data.filters import first_of_key
-from clip_jax.data.images import ImageError, decode_image
+from clip_jax.data.images import decode_image
 from clip_jax.data.loader import BUCKETS
 from clip_jax.data.shards import BadSampleError, ConcatShards, Handles, Shard
 from clip_jax.data.skip_log import SkipLog
@@ -274,7 +274,7 @@ def some_samples(indexes: Sequence[Shard], rows: np.ndarray) -> tuple[list[np.nd
             try:
                 sample = read_sample(*line.at(row), handles)
                 image = decode_image(sample.image).convert("RGB")
-            except (BadSampleError, ImageError, OSError):
+            except (BadSampleError, OSError):
                 continue
             image.thumbnail((2 * IMAGE_SIDE, 2 * IMAGE_SIDE))
             images.append(np.asarray(image))

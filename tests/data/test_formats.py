@@ -263,6 +263,14 @@ def test_bad_rows_of_a_table_are_counted_and_the_rest_is_read(tmp_path):
         assert loader.skipped == expected
 
 
+def test_a_path_that_is_a_number_is_no_image(tmp_path):
+    table = pa.table({"path": [1, 2], "caption": ["a", "b"]})
+    pq.write_table(table, tmp_path / "t.parquet")
+    with eval_loader(open_shards([f"{tmp_path}/t.parquet"]), batch_size=2) as loader:
+        assert not next(loader)["valid"].any()
+        assert loader.skipped == {"no_image": 2}
+
+
 @pytest.mark.parametrize("kind", ["tfrecord", "array_record"])
 def test_a_flipped_bit_in_a_record_is_one_bad_sample_or_an_error(kind, tmp_path):
     path = FORMATS[kind](tmp_path)

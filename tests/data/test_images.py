@@ -15,7 +15,9 @@ from data_cases import encode, picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
+from clip_jax.data import images
 from clip_jax.data.images import (
     IMAGE_MEAN,
     IMAGE_STD,
@@ -136,6 +138,36 @@ def test_no_bytes_raise_anything_but_image_error(fmt, data):
         raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
     with contextlib.suppress(ImageError):
         decode_image(bytes(raw), max_pixels=10**6)
+
+
+@pytest.mark.parametrize("error", [TypeError, AttributeError, SyntaxError, struct.error])
+def test_whatever_pillow_raises_is_the_images_fault(monkeypatch, error):
+    """As its readers do on damaged chunks, by their version."""
+
+    def fail(*args):
+        raise error("of a chunk")
+
+    data = encode(picture("RGB", 16, 16), "PNG")
+    monkeypatch.setattr(PngImageFile, "load", fail)
+    with pytest.raises(ImageError, match=f"broken: {error.__name__.split('.')[-1]}: of a chunk"):
+        decode_image(data)
+    image = picture("RGB", 16, 16)
+    monkeypatch.setattr(image, "resize", fail)
+    with pytest.raises(ImageError, match="of a chunk"):
+        eval_transform(image, 8)
+
+
+@pytest.mark.parametrize("error", [TypeError, AttributeError, NameError])
+def test_a_mistake_of_our_own_is_no_image_error(monkeypatch, error):
+    def fail(*args):
+        raise error("ours")
+
+    monkeypatch.setattr(images, "_webp_size", fail)
+    with pytest.raises(error, match="ours"):
+        decode_image(encode(picture("RGB", 16, 16), "WEBP"))
+    monkeypatch.setattr(images, "fitted_size", fail)
+    with pytest.raises(error, match="ours"):
+        eval_transform(picture("RGB", 16, 16), 8)
 
 
 def png_header(width, height):

@@ -18,9 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clip_jax.data import sample_reader as rows_module
+from clip_jax.data.filters import FilteredShard
 from clip_jax.data.loader import bucket_length, trim_to_bucket
 from clip_jax.data.order import BatchPart
 from clip_jax.data.sample_reader import caption_id
+from clip_jax.data.shards import BadSampleError
 from clip_jax.data.sources import open_shards
 from clip_jax.errors import UserError
 
@@ -253,6 +255,38 @@ def test_a_fault_of_our_own_is_not_counted_away(indexes):
     loader = train_loader(indexes, tokenizer=Broken())
     with loader, pytest.raises(KeyError, match="tokenizer"):
         next(loader)
+
+
+class BrokenShard(FilteredShard):
+    """A shard whose captions end with an error."""
+
+    def __init__(self, shard, error):
+        super().__init__(shard)
+        self.error = error
+
+    def captions(self, i, handles):
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [TypeError, AttributeError, NameError])
+def test_a_programming_error_in_a_reader_is_no_bad_sample(indexes, error):
+    loader = train_loader([BrokenShard(indexes[0], error("ours"))])
+    with loader, pytest.raises(error, match="ours"):
+        next(loader)
+
+
+@pytest.mark.parametrize(
+    "error, cause",
+    [
+        (BadSampleError("no_caption"), "no_caption"),
+        (OSError("the disk"), "read_failed"),
+        (ValueError("a library's"), "broken"),
+    ],
+)
+def test_a_fault_of_the_data_is_a_bad_sample(indexes, error, cause):
+    with train_loader([BrokenShard(indexes[0], error)]) as loader:
+        assert not next(loader)["valid"].any()
+        assert loader.skipped == {cause: 16}
 
 
 def test_closing_ends_the_threads(indexes):

@@ -111,6 +111,8 @@ class TableShard:
 
     def image(self, i: int, handles: Handles) -> bytes:
         value = self._value(self._image, i)
+        if value and not isinstance(value, str | bytes):
+            raise BadSampleError("no_image", f"the path is {value!r:.80}")
         return read_picture(self.root, os.fsdecode(value) if value else "")
 
     def captions(self, i: int, handles: Handles) -> list[str]:

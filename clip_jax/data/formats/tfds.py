@@ -103,7 +103,13 @@ class TfdsShard:
         return [self._features[self._label].int2str(label).replace("_", " ")]
 
     def label(self, i: int, handles: Handles) -> int:
-        return int(self._example(i, handles)[self._label]) if self._label else -1
+        if not self._label:
+            return -1
+        value = self._example(i, handles)[self._label]
+        try:
+            return int(value)
+        except (TypeError, ValueError) as e:  # a list, or words
+            raise BadSampleError("bad_label", f"{value!r:.80}") from e
 
     def record(self, i: int, handles: Handles) -> dict[str, Any]:
         example = self._example(i, handles)

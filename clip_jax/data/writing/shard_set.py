@@ -20,9 +20,8 @@ import numpy as np
 from jaxtyping import Int64
 
 from clip_jax.data.formats.webdataset import SIDE_SUFFIX, open_shard, write_side_file
-from clip_jax.data.images import ImageError
 from clip_jax.data.manifest import Entry, entry_of, write_index
-from clip_jax.data.shards import BadSampleError, ConcatShards, Handles, Shard
+from clip_jax.data.shards import BadSampleError, ConcatShards, Handles, Shard, sample_cause
 from clip_jax.data.sources import fingerprint
 from clip_jax.data.writing.tar_writer import Sample, Shrink, image_suffix, read_sample, write_shard
 from clip_jax.files import atomic_write, claim_folder
@@ -196,9 +195,8 @@ def _usable(
             shard, i = samples.at(int(shard_set.rows[place]))
             try:
                 sample = _prepared(read_sample(shard, i, handles), shard_set, place)
-            except (BadSampleError, ImageError, OSError) as e:
-                cause = getattr(e, "cause", "read_failed")
-                skipped.append((cause, f"{shard.name}/{shard.key(i)}", str(e)[:500]))
+            except (BadSampleError, OSError) as e:
+                skipped.append((sample_cause(e), f"{shard.name}/{shard.key(i)}", str(e)[:500]))
             else:
                 yield sample
             on_rows(1)
