@@ -11,7 +11,7 @@ from tiny import ADAMW
 from clip_jax.losses import make_loss
 from clip_jax.models.clip import CLIP, CLIPConfig
 from clip_jax.parallel.mesh import BATCH_AXES, make_mesh, place_batch
-from clip_jax.planning.counts import Collective, collectives, matmul_flops
+from clip_jax.planning.counts import Collective, find_collectives, matmul_flops
 from clip_jax.planning.hlo import Program, parse_program
 from clip_jax.planning.program import batch_shapes
 from clip_jax.training.device_augment import make_draws
@@ -119,7 +119,7 @@ class CompiledStep:
 
     @property
     def exchanges(self) -> list[Collective]:
-        return collectives(self.program, self.shapes.step.sharding.mesh.size)
+        return find_collectives(self.program, self.shapes.step.sharding.mesh.size)
 
 
 def compile_step(

@@ -1,1 +1,1 @@
-"""What a run will cost, read from its compiled program."""
+"""Plans of runs: what a step costs, read from its compiled program."""

@@ -1,4 +1,4 @@
-"""Operations and collectives of a compiled program, counted from its instructions."""
+"""Counts of a compiled program's matrix operations and collectives."""
 
 import math
 import re
@@ -18,7 +18,7 @@ COLLECTIVES = (
 
 
 def matmul_flops(program: Program) -> int:
-    """Operations of a device's matrix products and convolutions, two a multiply-add.
+    """Count one device's operations in matrix products and convolutions, two a multiply-add.
 
     Of a convolution the positions in its padding count, as `models.flops` counts them; the zeros
     that stand between strided values in a gradient do not.
@@ -41,7 +41,7 @@ def _dot_flops(visit: Visit) -> int:
 
 
 def _convolution_flops(visit: Visit) -> int:
-    """2 x output x (kernel positions x features in), less what input dilation fills with zeros."""
+    """Count 2 x output x (kernel positions x features in), less the zeros of input dilation."""
     instruction = visit.instruction
     kernel = visit.computation[instruction.operands[1]].shapes[0].dims
     labels = re.search(r"dim_labels=\w+_(\w+)->", instruction.attributes)
@@ -56,9 +56,9 @@ class Collective(NamedTuple):
     """One exchange between devices.
 
     Attributes:
-      kind: of `COLLECTIVES`.
-      bytes: of its result on one device; of what goes in, for a reduce-scatter.
-      largest: bytes of its largest array: the compiler joins small ones into one exchange.
+      kind: one of `COLLECTIVES`.
+      bytes: the bytes of its result on one device; of what goes in, for a reduce-scatter.
+      largest: the bytes of its largest array: the compiler joins small ones into one exchange.
       group: the numbers of the devices that exchange with device 0.
       times: how often a step runs it.
       instruction: the line itself.
@@ -73,22 +73,22 @@ class Collective(NamedTuple):
 
     @property
     def wire_bytes(self) -> float:
-        """What a device sends, once, by the algorithm that sends least (a ring)."""
+        """The bytes a device sends each time, by the algorithm that sends least (a ring)."""
         share = (len(self.group) - 1) / len(self.group)
         factors = {"all-reduce": 2 * share, "collective-permute": 1.0}
         return self.bytes * factors.get(self.kind, share)
 
 
-def collectives(program: Program, devices: int) -> list[Collective]:
-    """All exchanges between devices, in the order of the program."""
-    found = []
+def find_collectives(program: Program, devices: int) -> list[Collective]:
+    """Return all exchanges between devices, in the order of the program."""
+    collectives = []
     for visit in visits(program):
         kind = visit.instruction.opcode.removesuffix("-start")
         if kind in COLLECTIVES:
             group = replica_group(visit.instruction.attributes, devices)
             if len(group) > 1:
-                found.append(_collective(kind, visit, group))
-    return found
+                collectives.append(_collective(kind, visit, group))
+    return collectives
 
 
 def _collective(kind: str, visit: Visit, group: tuple[int, ...]) -> Collective:
@@ -98,30 +98,30 @@ def _collective(kind: str, visit: Visit, group: tuple[int, ...]) -> Collective:
     return Collective(kind, sum(sizes), max(sizes), group, visit.times, visit.instruction)
 
 
-_COUNTED = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
+_IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
 
 
 def replica_group(attributes: str, devices: int) -> tuple[int, ...]:
-    """The first group of a collective: the numbers of its devices.
+    """Return the first group of a collective: the numbers of its devices.
 
-    XLA writes groups in four ways: as lists, as sources and targets, as a count that is reshaped
+    XLA writes groups in four ways: as lists, as sources and targets, as an iota that is reshaped
     and transposed, and as axes of a mesh.
     """
     if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", attributes):
         return _numbers(pairs.group(1)) + _numbers(pairs.group(2))
     if lists := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
         return _numbers(lists.group(1))
-    if counted := re.search(rf"replica_groups=\[\d+,(\d+)\]<={_COUNTED}", attributes):
-        ids = _counted(counted.group(2), counted.group(3))
-        return tuple(ids.reshape(-1, int(counted.group(1)))[0].tolist())
+    if iota := re.search(rf"replica_groups=\[\d+,(\d+)\]<={_IOTA}", attributes):
+        ids = _iota(iota.group(2), iota.group(3))
+        return tuple(ids.reshape(-1, int(iota.group(1)))[0].tolist())
     if mesh := re.search(
-        rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({_COUNTED}\))?\s*\{{([^}}]*)\}}",
+        rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({_IOTA}\))?\s*\{{([^}}]*)\}}",
         attributes,
     ):
-        axes, dims, order, named = mesh.groups()
+        axes, dims, permutation, named = mesh.groups()
         sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes)}
-        ids = _counted(dims or str(math.prod(sizes.values())), order)
-        return _along(ids, sizes, named)
+        ids = _iota(dims or str(math.prod(sizes.values())), permutation)
+        return _along_axes(ids, sizes, named)
     return tuple(range(devices))
 
 
@@ -129,14 +129,14 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(n) for n in text.split(",") if n)
 
 
-def _counted(dims: str, order: str | None) -> np.ndarray:
-    """0, 1, 2, ... in this shape, its axes in this order."""
+def _iota(dims: str, permutation: str | None) -> np.ndarray:
+    """Return 0, 1, 2, ... in this shape, its axes permuted."""
     ids = np.arange(math.prod(_numbers(dims))).reshape(_numbers(dims))
-    return ids.transpose(_numbers(order)) if order else ids
+    return ids.transpose(_numbers(permutation)) if permutation else ids
 
 
-def _along(ids: np.ndarray, sizes: dict[str, int], named: str) -> tuple[int, ...]:
-    """The devices along the named axes of a mesh, from its first device on.
+def _along_axes(ids: np.ndarray, sizes: dict[str, int], named: str) -> tuple[int, ...]:
+    """Return the devices along the named axes of a mesh, from its first device on.
 
     'a':(2)4 names that part of axis a which has 4 steps, below a part with 2.
     """
@@ -145,9 +145,9 @@ def _along(ids: np.ndarray, sizes: dict[str, int], named: str) -> tuple[int, ...
         for name, before, part in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", named)
     }
     shape: list[int] = []
-    place: list[Any] = []
+    index: list[Any] = []
     for name, size in sizes.items():
         before, part = parts.get(name, (size, 1))
         shape += [before, part, size // before // part]
-        place += [0, slice(None), 0]
-    return tuple(ids.reshape(shape)[tuple(place)].ravel().tolist())
+        index += [0, slice(None), 0]
+    return tuple(ids.reshape(shape)[tuple(index)].ravel().tolist())

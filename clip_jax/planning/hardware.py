@@ -1,6 +1,6 @@
-"""What one device has beside its arithmetic: memory, and the way to the others.
+"""Memory and bandwidths of the devices that a run can be planned for.
 
-Rates are the makers' published ones, bytes a second in one direction.
+Bandwidths are the makers' published ones, bytes a second in one direction.
 """
 
 from typing import NamedTuple
@@ -17,38 +17,40 @@ class Device(NamedTuple):
 
     Attributes:
       kind: its row in `metrics.PEAKS`.
-      memory: bytes.
-      memory_rate: of its own memory.
-      link_rate: to the devices of the same machine, over all its links together.
-      machine: devices that are joined by such links.
-      network_rate: to other machines, each device's share; None where nothing is published.
-      source: where the numbers stand.
+      memory: the bytes of its memory.
+      memory_bandwidth: bytes a second to its own memory.
+      link_bandwidth: bytes a second to the devices of the same machine, over all links together.
+      machine_devices: how many devices such links join.
+      network_bandwidth: bytes a second to other machines, each device's share; None where nothing
+        is published.
+      source: the document that has these numbers.
     """
 
     kind: str
     memory: float
-    memory_rate: float
-    link_rate: float
-    machine: int
-    network_rate: float | None
+    memory_bandwidth: float
+    link_bandwidth: float
+    machine_devices: int
+    network_bandwidth: float | None
     source: str
 
-    def rate(self, group: tuple[int, ...]) -> float:
-        """At which a device of this group sends, all its devices at once.
+    def bandwidth(self, group: tuple[int, ...]) -> float:
+        """Return the bytes a second that each device of this group sends, all of them at once.
 
         A ring through whole machines crosses from one to the next only once, over the network of
-        every member there together: with all eight that is nearly the links' own rate.
+        every member there together: with all eight that is nearly the links' own bandwidth.
         """
-        here = sum(number // self.machine == group[0] // self.machine for number in group)
-        if here == len(group) or self.network_rate is None:
-            return self.link_rate
-        return min(self.link_rate, here * self.network_rate)
+        machine = group[0] // self.machine_devices
+        members = sum(number // self.machine_devices == machine for number in group)
+        if members == len(group) or self.network_bandwidth is None:
+            return self.link_bandwidth
+        return min(self.link_bandwidth, members * self.network_bandwidth)
 
     def peak(self, dtype: str) -> float:
-        """Published dense matrix rate, FLOP/s.
+        """Return the published dense matrix rate, FLOP/s.
 
         Raises:
-          UserError: there is none for this dtype.
+          UserError: no rate is published for this dtype.
         """
         peak = peak_flops(self.kind, dtype)
         if peak is None:
@@ -59,8 +61,8 @@ class Device(NamedTuple):
         return peak
 
 
-# NVLink's published rates are sums of both directions, halved here; networks are those of the DGX
-# machine of each kind. TPUs: Google Cloud's system architecture pages, a pod as one machine.
+# NVLink's published bandwidths are sums of both directions, halved here; networks are those of the
+# DGX machine of each kind. TPUs: Google Cloud's system architecture pages, a pod as one machine.
 DEVICES = {
     "v100": Device(
         "V100-SXM2", 32 * GB, 0.9 * TB, 150 * GB, 8, 50 * GBIT, "V100 and DGX-1 datasheets"
@@ -86,10 +88,10 @@ DEVICES = {
 
 
 def find_device(name: str) -> Device:
-    """A row of the table.
+    """Return the device of this name in `DEVICES`; upper and lower case are alike.
 
     Raises:
-      UserError: it has no such row.
+      UserError: there is no such device.
     """
     if name.lower() not in DEVICES:
         raise UserError(f"--device {name!r} is not known; known are: {', '.join(DEVICES)}")

@@ -1,4 +1,4 @@
-"""The text of a compiled program (`compiled.as_text()`), read into instructions.
+"""Parser of a compiled program's text (`compiled.as_text()`, XLA's HLO).
 
 A program is what every device runs: the shapes in it are one device's. Loops are followed with
 their trip counts, which XLA's own cost analysis leaves out: it counts a loop's body once.
@@ -19,14 +19,14 @@ ITEM_BYTES = {
 
 
 class Shape(NamedTuple):
-    """One array of a program."""
+    """Dtype and dimensions of one array of a program, as one device holds it."""
 
     dtype: str
     dims: tuple[int, ...]
 
     @property
     def bytes(self) -> int:
-        """Of one device."""
+        """The bytes of the array on one device."""
         return math.prod(self.dims) * ITEM_BYTES[self.dtype]
 
 
@@ -34,11 +34,11 @@ class Instruction(NamedTuple):
     """One line of a program.
 
     Attributes:
-      name: by which other lines know it.
+      name: the name by which other lines refer to it.
       opcode: "dot", "fusion", "all-reduce".
-      shapes: of its result, several where that is a tuple.
-      operands: names of other instructions of the same computation.
-      attributes: the rest of the line.
+      shapes: the shapes of its result, several where that is a tuple.
+      operands: the names of other instructions of the same computation.
+      attributes: the rest of the line; of a constant and a parameter, its literal too.
     """
 
     name: str
@@ -49,18 +49,18 @@ class Instruction(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Of the result."""
+        """The bytes of the result."""
         return sum(shape.bytes for shape in self.shapes)
 
     @property
     def op_name(self) -> str:
         """Where in the Python program it comes from; empty where the compiler made it."""
-        found = re.search(r'op_name="((?:[^"\\]|\\.)*)"', self.attributes)
-        return found.group(1).replace("\\'", "'") if found else ""
+        match = re.search(r'op_name="((?:[^"\\]|\\.)*)"', self.attributes)
+        return match.group(1).replace("\\'", "'") if match else ""
 
 
 class Program(NamedTuple):
-    """All computations by name, each in the order it runs, and the name of the first."""
+    """All computations by name, each in the order it runs, and the name of the entry."""
 
     computations: dict[str, dict[str, Instruction]]
     entry: str
@@ -88,7 +88,7 @@ _CALLERS = ("fusion", "call", "while", "conditional", "async-start")
 
 
 def parse_program(text: str) -> Program:
-    """The computations of a program's text."""
+    """Parse a program's text into its computations."""
     computations: dict[str, dict[str, Instruction]] = {}
     entry, current = "", None
     for line in text.splitlines():
@@ -111,23 +111,23 @@ def _instruction(name: str, rest: str) -> Instruction:
     opcode = rest[shape_end:opening].strip()
     closing = _closing(rest, opening)
     operands = tuple(_OPERAND.findall(rest[opening:closing]))
-    # A constant's value and a parameter's number are told, as operands are, between the brackets.
-    told = rest[opening + 1 : closing] if opcode in ("constant", "parameter") else ""
-    return Instruction(name, opcode, shapes, operands, told + rest[closing + 1 :])
+    # A constant's value and a parameter's number stand, as operands do, between the brackets.
+    literal = rest[opening + 1 : closing] if opcode in ("constant", "parameter") else ""
+    return Instruction(name, opcode, shapes, operands, literal + rest[closing + 1 :])
 
 
 def _closing(text: str, opening: int) -> int:
-    """Where the bracket that opens there closes."""
+    """Return the position of the bracket that closes the one at `opening`."""
     depth = 0
-    for place in range(opening, len(text)):
-        depth += (text[place] == "(") - (text[place] == ")")
+    for position in range(opening, len(text)):
+        depth += (text[position] == "(") - (text[position] == ")")
         if depth == 0:
-            return place
+            return position
     raise ValueError(f"a bracket does not close in {text[:200]}")
 
 
 def visits(program: Program) -> Iterator[Visit]:
-    """Every instruction that a step runs, in loops, calls and fusions too."""
+    """Yield every instruction that a step runs, in loops, calls and fusions too."""
     yield from _visits(program, program.entry, 1)
 
 
@@ -144,24 +144,24 @@ def _visits(program: Program, name: str, times: int) -> Iterator[Visit]:
 
 
 def called_computations(instruction: Instruction) -> list[str]:
-    """The computations that an instruction runs as a whole; of a loop, its body."""
+    """Return the computations that an instruction runs as a whole; of a loop, its body."""
     branches = _BRANCHES.search(instruction.attributes)
     called = _CALLED.findall(instruction.attributes)
     return called + (_OPERAND.findall(branches.group(1)) if branches else [])
 
 
 def trip_count(program: Program, loop: Instruction) -> int:
-    """How often a loop runs.
+    """Return how often a loop runs.
 
-    XLA says so of a loop with a counter, as `lax.scan` makes them; where it does not, the one
+    XLA annotates it on a loop with a counter, as `lax.scan` makes them; where it does not, the one
     whole number that the condition compares with is the count of a scan.
 
     Raises:
       ValueError: neither is there, as in a `lax.while_loop` that ends on the data.
     """
-    told = _TRIPS.search(loop.attributes)
-    if told:
-        return int(told.group(1))
+    known = _TRIPS.search(loop.attributes)
+    if known:
+        return int(known.group(1))
     condition = re.search(r"condition=%([\w.\-]+)", loop.attributes)
     numbers: list[int] = []
     if condition:

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from clip_jax.losses.tiled import choose_tiling
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.parallel.mesh import BATCH_AXES, batch_shards
-from clip_jax.planning.counts import Collective, collectives, matmul_flops
+from clip_jax.planning.counts import Collective, find_collectives, matmul_flops
 from clip_jax.planning.hlo import parse_program
 from clip_jax.planning.memory import Memory, measure_memory
 from clip_jax.sections import Config
@@ -20,17 +20,18 @@ from clip_jax.training.state import parameter_counts
 
 
 @dataclasses.dataclass(frozen=True)
-class Facts:
-    """What the compiled step of a run says; bytes and operations are one device's.
+class StepCosts:
+    """What the compiled step of a run takes; bytes and operations are one device's.
 
     Attributes:
-      mesh: devices along each axis.
-      parameters: by tower.
-      rows: of the batch, on one device.
-      memory: by kind.
-      flops: of matrix products and convolutions in the compiled program, its loops run out.
-      hand_flops: the same by `models.flops` and the loss's four products, nothing computed twice.
-      exchanges: between devices.
+      mesh: the number of devices along each axis.
+      parameters: the number of parameters by tower.
+      rows: the rows of the batch on one device.
+      memory: bytes by kind.
+      flops: operations of matrix products and convolutions in the compiled program, its loops run
+        out.
+      needed_flops: the same by `models.flops` and `loss_flops`, nothing computed twice.
+      collectives: the exchanges between devices.
     """
 
     mesh: dict[str, int]
@@ -38,14 +39,14 @@ class Facts:
     rows: int
     memory: Memory
     flops: int
-    hand_flops: float
-    exchanges: list[Collective]
+    needed_flops: float
+    collectives: list[Collective]
 
 
 def batch_shapes(
     mesh: Mesh, config: CLIPConfig, batch_size: int
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """A global batch as the step takes it, texts at their full length."""
+    """Return the shapes of a global batch as the step takes it, texts at their full length."""
     sharding = NamedSharding(mesh, P(BATCH_AXES))
     size, length = config.vision.image_size, config.text.context_length
     arrays: dict[str, tuple[tuple[int, ...], Any]] = {
@@ -60,41 +61,42 @@ def batch_shapes(
     }
 
 
-def compile_run(config: Config, steps: int) -> Facts:
-    """Compile the step of a run on the devices there are, and read the program.
+def compile_run(config: Config, steps: int) -> StepCosts:
+    """Compile the step of a run on the devices there are, and read its costs from the program.
 
     Raises:
       UserError: the config does not fit the devices.
     """
-    w = build_run(config, steps)
-    sizes, pairs, shards = w.model.config, config.train.batch_size, batch_shards(w.mesh)
-    jitted: Any = make_step(config, w)
-    compiled = jitted.lower(w.shapes, batch_shapes(w.mesh, sizes, pairs)).compile()
+    run = build_run(config, steps)
+    sizes, pairs, shards = run.model.config, config.train.batch_size, batch_shards(run.mesh)
+    step: Any = make_step(config, run)
+    compiled = step.lower(run.shapes, batch_shapes(run.mesh, sizes, pairs)).compile()
     program = parse_program(compiled.as_text())
-    flops = pair_flops(config, w, sizes.text.context_length)
-    loss = loss_flops(pairs, shards, sizes.embed_dim, tile_size=config.train.loss_tile)
-    return Facts(
-        mesh=dict(w.mesh.shape),
-        parameters=parameter_counts(w.shapes.params),
+    tower_flops = pairs * pair_flops(config, run, sizes.text.context_length) / run.mesh.size
+    return StepCosts(
+        mesh=dict(run.mesh.shape),
+        parameters=parameter_counts(run.shapes.params),
         rows=pairs // shards,
         memory=measure_memory(
             compiled,
             program,
-            w.shapes,
+            run.shapes,
             embed_dim=sizes.embed_dim,
             rows=(config.train.microbatch_size or pairs) // shards,
         ),
         flops=matmul_flops(program),
-        hand_flops=pairs * flops / w.mesh.size + loss,
-        exchanges=collectives(program, w.mesh.size),
+        needed_flops=tower_flops
+        + loss_flops(pairs, shards, sizes.embed_dim, tile_size=config.train.loss_tile),
+        collectives=find_collectives(program, run.mesh.size),
     )
 
 
-def loss_flops(pairs: int, shards: int, embed_dim: int, *, tile_size: int = 0) -> int:
-    """Of one device: the logits, their products with both sides, and the logits a second time
-    where the loss did not save their cosines.
+def loss_flops(pairs: int, shards: int, embed_dim: int, *, tile_size: int) -> int:
+    """Count one device's operations in the loss.
 
-    Devices along `tensor` hold copies of the rows and compute the loss each for itself.
+    They are those of the logits, of their products with both sides, and of the logits a second
+    time where the loss does not save their cosines. Devices along `tensor` hold copies of the
+    rows and compute the loss each for itself. A `tile_size` of 0 is the rule's choice.
     """
     rows = pairs // shards
     tiling = choose_tiling(rows, pairs, embed_dim, jax.default_backend(), tile_size=tile_size)

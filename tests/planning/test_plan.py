@@ -1,4 +1,4 @@
-"""The planner: what it counts equals the compiler's figures and the hand counts."""
+"""Tests of the planner: its counts equal the compiler's figures and the hand counts."""
 
 import dataclasses
 import math
@@ -22,16 +22,19 @@ from clip_jax.models.flops import train_flops_per_pair
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.zoo import model_config
 from clip_jax.parallel.mesh import batch_shards
-from clip_jax.planning.counts import collectives, matmul_flops, replica_group
-from clip_jax.planning.estimate import USABLE, advice, gigabytes, run_steps, step_times
+from clip_jax.planning.counts import find_collectives, matmul_flops, replica_group
+from clip_jax.planning.estimate import USABLE, step_time
 from clip_jax.planning.hardware import DEVICES, find_device
 from clip_jax.planning.hlo import parse_program, trip_count, visits
 from clip_jax.planning.memory import Memory, measure_memory
-from clip_jax.planning.program import Facts, loss_flops
-from clip_jax.planning.text import plan_text
+from clip_jax.planning.plan import make_plan, run_steps
+from clip_jax.planning.program import StepCosts, loss_flops
+from clip_jax.planning.scopes import in_loss, step_scopes
+from clip_jax.planning.text import change_text, format_bytes, plan_text
 from clip_jax.protobuf import fields, varints
-from clip_jax.tools.plan import plan
+from clip_jax.tools.plan import parse, plan
 from clip_jax.training.state import device_bytes
+from clip_jax.training.step import LOSS, TOWERS, UPDATE
 
 
 def program_of(function, *shapes):
@@ -126,15 +129,16 @@ def test_what_a_device_sends():
 
     mapped = jax.shard_map(exchange, mesh=mesh, in_specs=jax.P("x"), out_specs=jax.P("x"))
     program, _ = program_of(mapped, (64, 4))
-    found = {x.kind: x for x in collectives(program, 8)}
+    by_kind = {x.kind: x for x in find_collectives(program, 8)}
     size = 64 * 4 * 4
-    assert {kind: x.bytes for kind, x in found.items()} == {
+    assert {kind: x.bytes for kind, x in by_kind.items()} == {
         "all-gather": size,
         "all-reduce": size,
         "reduce-scatter": size,
     }
-    assert found["all-gather"].wire_bytes == found["reduce-scatter"].wire_bytes == 7 / 8 * size
-    assert found["all-reduce"].wire_bytes == 2 * 7 / 8 * size
+    assert by_kind["all-gather"].wire_bytes == 7 / 8 * size
+    assert by_kind["reduce-scatter"].wire_bytes == 7 / 8 * size
+    assert by_kind["all-reduce"].wire_bytes == 2 * 7 / 8 * size
 
 
 def check_memory(step):
@@ -157,7 +161,7 @@ def check_memory(step):
     assert all(size >= 0 for size in memory.kinds.values())
     s = step.shapes
     assert memory.kinds["parameters"] == device_bytes(s.params)
-    assert memory.kinds["optimiser"] == device_bytes(s.opt_state)
+    assert memory.kinds["optimizer"] == device_bytes(s.opt_state)
     # To the byte: the program's arguments are the state and the batch.
     state = device_bytes(s)
     assert stats.argument_size_in_bytes == state + device_bytes(step.batch)
@@ -198,10 +202,10 @@ def test_a_resnets_operations_and_memory():
     check_memory(step)
 
 
-def check_operations(step, config, pairs, **how):
-    hand = pairs * train_flops_per_pair(config, config.text.context_length, **how)
+def check_operations(step, config, pairs, **options):
+    hand = pairs * train_flops_per_pair(config, config.text.context_length, **options)
     hand += loss_flops(pairs, 1, config.embed_dim, tile_size=16)
-    if how.get("freeze") != "image":
+    if options.get("freeze") != "image":
         hand -= pairs * first_convolution(config.vision)
     # 2 %: products with a vector, which the compiler turns into sums, are not counted as products.
     assert step.flops == pytest.approx(hand, rel=0.02)
@@ -215,13 +219,13 @@ def test_a_frozen_tower_has_no_backward_pass(freeze):
 def test_dropped_patches_are_not_counted():
     config = dataclasses.replace(VIT, vision=dataclasses.replace(VIT.vision, image_size=64))
     step = compile_step(config, (1, 1, 1), pairs=32, patch_dropout=0.75)
-    kept = config.vision.grid_size**2 // 4
-    check_operations(step, config, 32, kept_patches=kept)
+    check_operations(step, config, 32, kept_patches=config.vision.grid_size**2 // 4)
 
 
 def test_kept_cosines_are_not_computed_again():
-    assert 4 * loss_flops(4096, 1, 512) == 3 * loss_flops(4096, 1, 512, tile_size=1024)
-    assert loss_flops(2**16, 1, 512) == loss_flops(2**16, 1, 512, tile_size=1024)
+    chosen, computed_again = (loss_flops(4096, 1, 512, tile_size=n) for n in (0, 1024))
+    assert 4 * chosen == 3 * computed_again
+    assert loss_flops(2**16, 1, 512, tile_size=0) == loss_flops(2**16, 1, 512, tile_size=1024)
 
 
 def test_in_a_large_model_the_first_convolution_is_nothing():
@@ -230,16 +234,44 @@ def test_in_a_large_model_the_first_convolution_is_nothing():
     assert first_convolution(config.vision) < 0.002 * pair
 
 
-def facts(**changes):
-    kinds = {"parameters": 10e9, "optimiser": 20e9, "batch": 1e9, "activations": 60e9}
-    start = Facts(
+@pytest.mark.parametrize(
+    ("op_name", "scopes"),
+    [
+        ("jit(step)/jvp(towers)/CLIP/CLIP.encode_image/visual/ln_pre/sub", {TOWERS}),
+        ("jit(step)/while/body/closed_call/transpose(jvp(towers))/CLIP/add", {TOWERS}),
+        ("jit(step)/transpose(jvp(loss))/shard_map/reduce_scatter", {LOSS}),
+        ("jit(step)/(transpose(jvp(loss))/psum_invariant:jvp(loss)/psum)", {LOSS}),
+        ("jit(step)/(transpose(jvp(towers))/CLIP/mul:transpose(jvp(loss))/div)", {TOWERS, LOSS}),
+        ("jit(step)/update/pow", {UPDATE}),
+        ("jit(step)/jit(update)/pow", set()),
+        ("jit(step)/reduce_sum", set()),
+        ("state.params['text']['loss']", set()),
+        ("", set()),
+    ],
+)
+def test_scopes_of_an_instruction(op_name, scopes):
+    assert step_scopes(op_name) == scopes
+    assert in_loss(op_name) == (scopes == {LOSS})
+
+
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 4, 1)])
+def test_the_compiled_step_has_every_scope(mesh):
+    """Without them the planner would sort by dimensions alone."""
+    step = step_of("fsdp") if mesh != (1, 1, 1) else compile_step(VIT, mesh)
+    lines = [line for lines in step.program.computations.values() for line in lines.values()]
+    assert {s for line in lines for s in step_scopes(line.op_name)} == {TOWERS, LOSS, UPDATE}
+
+
+def costs_of(**changes):
+    kinds = {"parameters": 10e9, "optimizer": 20e9, "batch": 1e9, "activations": 60e9}
+    start = StepCosts(
         mesh={"data": 32, "fsdp": 1, "tensor": 1},
         parameters={"image": 1, "text": 1, "other": 1, "total": 3},
         rows=128,
         memory=Memory(kinds, sum(kinds.values())),
         flops=10**14,
-        hand_flops=10**14,
-        exchanges=[],
+        needed_flops=10**14,
+        collectives=[],
     )
     return dataclasses.replace(start, **changes)
 
@@ -252,26 +284,31 @@ def config_of(**values):
     return resolve(c)
 
 
+def plan_of(config, costs=None, **options):
+    options = {"utilization": 0.5, "pairs": None} | options
+    return make_plan(costs or costs_of(), config, "h100", DEVICES["h100"], **options)
+
+
 def test_seconds_of_a_step():
-    times = step_times(facts(), DEVICES["h100"], "bfloat16", 0.5)
-    assert times.compute == pytest.approx(1e14 / (0.5 * 989.4e12))
+    time = step_time(costs_of(), DEVICES["h100"], dtype="bfloat16", utilization=0.5)
+    assert time.compute == pytest.approx(1e14 / (0.5 * 989.4e12))
     # State read and written, gradients written and read.
-    assert times.update == pytest.approx((2 * 30e9 + 2 * 10e9) / 3.35e12)
-    assert times.loss == times.others == 0
-    assert times.least == times.most == times.compute + times.update
+    assert time.update == pytest.approx((2 * 30e9 + 2 * 10e9) / 3.35e12)
+    assert time.loss == time.others == 0
+    assert time.overlapped == time.serial == time.compute + time.update
 
 
-def test_rates_inside_a_machine_and_between_machines():
+def test_bandwidths_inside_a_machine_and_between_machines():
     h100 = DEVICES["h100"]
-    assert h100.rate(tuple(range(8))) == 450e9
-    assert h100.rate(tuple(range(256))) == 8 * 50e9  # eight of each machine share its network
-    assert h100.rate(tuple(range(0, 256, 8))) == 50e9  # one of each machine
-    assert DEVICES["tpu-v5p"].rate(tuple(range(256))) == 600e9
+    assert h100.bandwidth(tuple(range(8))) == 450e9
+    assert h100.bandwidth(tuple(range(256))) == 8 * 50e9  # eight of each machine share its network
+    assert h100.bandwidth(tuple(range(0, 256, 8))) == 50e9  # one of each machine
+    assert DEVICES["tpu-v5p"].bandwidth(tuple(range(256))) == 600e9
 
 
 def test_what_fits_needs_no_advice():
-    small = facts(memory=Memory({"activations": 5e10}, 5e10))
-    assert advice(small, config_of(), DEVICES["h100"]) == []
+    small = plan_of(config_of(), costs_of(memory=Memory({"activations": 5e10}, 5e10)))
+    assert small.fits and small.changes == ()
 
 
 @settings(max_examples=50, deadline=None)
@@ -281,33 +318,41 @@ def test_what_fits_needs_no_advice():
     activations=st.floats(2e10, 2e12),
 )
 def test_the_micro_batch_it_names_fits(batch, data, activations):
-    kinds = {"parameters": 10e9, "optimiser": 20e9, "activations": activations}
+    kinds = {"parameters": 10e9, "optimizer": 20e9, "activations": activations}
     mesh = {"data": data, "fsdp": 1, "tensor": 1}
-    f = facts(mesh=mesh, rows=batch // data, memory=Memory(kinds, sum(kinds.values())))
-    lines = " ".join(advice(f, config_of(**{"train.batch_size": batch}), DEVICES["h100"]))
-    found = re.search(r"microbatch_size=(\d+)", lines)
-    if found:
-        size = int(found.group(1))
-        assert batch % size == 0 and size % data == 0
-        assert 30e9 + activations * size / batch <= USABLE * 80e9
-    elif f.memory.total > USABLE * 80e9:
+    costs = costs_of(mesh=mesh, rows=batch // data, memory=Memory(kinds, sum(kinds.values())))
+    changes = plan_of(config_of(**{"train.batch_size": batch}), costs).changes
+    change = next((c for c in changes if c.field == "train.microbatch_size"), None)
+    if change:
+        assert batch % change.value == 0 and change.value % data == 0
+        assert 30e9 + activations * change.value / batch <= USABLE * 80e9
+    elif costs.memory.total > USABLE * 80e9:
         # Not even one row a device at a time.
         assert 30e9 + activations * data / batch > USABLE * 80e9
 
 
 def test_advice_names_what_splits_the_state():
-    big = facts(memory=Memory({"parameters": 30e9, "optimiser": 60e9}, int(9e10)))
-    (line, *_) = advice(big, config_of(), DEVICES["h100"])
+    memory = Memory({"parameters": 30e9, "optimizer": 60e9}, int(9e10))
+    large = plan_of(config_of(), costs_of(memory=memory))
+    line = change_text(large, large.changes[0])
     assert line.startswith("config.mesh.fsdp=8") and "11.2 GB instead of 90.0 GB" in line
 
 
-def test_the_answer_in_words():
-    c = config_of(**{"train.steps": 86_400})
-    text = plan_text(facts(), c, "h100", DEVICES["h100"], utilisation=0.5, pairs=None)
+def test_what_does_not_fit_says_so_where_nothing_can_be_changed():
+    config = config_of(**{"model.remat": "blocks", "model.scan": True})
+    memory = Memory({"parameters": 30e9, "optimizer": 60e9}, int(9e10))
+    large = plan_of(config, costs_of(memory=memory, mesh={"data": 1, "fsdp": 32, "tensor": 1}))
+    assert large.changes == () and "does not fit: 112 %" in plan_text(large)
+
+
+def test_a_plan_in_words():
+    plan = plan_of(config_of(**{"train.steps": 86_400}))
+    text = plan_text(plan)
     assert "does not fit: 114 % of the h100's 80 GB" in text
     assert "remat=blocks" in text and "microbatch_size=2048" in text
-    seconds = step_times(facts(), DEVICES["h100"], "bfloat16", 0.5).most
-    assert f"the run, 86,400 steps: {seconds:.2f}" in text  # as many days as seconds a step
+    assert (
+        f"the run, 86,400 steps: {plan.time.serial:.2f}" in text
+    )  # as many days as seconds a step
 
 
 def test_steps_of_the_run():
@@ -319,7 +364,7 @@ def test_steps_of_the_run():
 
 def test_units():
     sizes = [0, 999, 1e3, 2.5e6, 1e9, 1.23e12]
-    assert [gigabytes(n) for n in sizes] == [
+    assert [format_bytes(n) for n in sizes] == [
         *("0 B", "999 B", "1.0 kB", "2.5 MB", "1.0 GB", "1,230.0 GB")
     ]
 
@@ -329,16 +374,28 @@ def test_units():
     [
         ({"device": "abacus"}, "'abacus' is not known; known are: v100"),
         ({"devices": 0}, "--devices is 0"),
-        ({"utilisation": 0.0}, "--utilisation is 0"),
-        ({"utilisation": 1.5}, "--utilisation is 1.5"),
+        ({"utilization": 0.0}, "--utilization is 0"),
+        ({"utilization": 1.5}, "--utilization is 1.5"),
         ({"pairs": 3}, "--pairs is 3"),
         ({"device": "v100"}, "no rate is published for bfloat16 on V100"),
     ],
 )
 def test_mistakes_are_one_line(options, message):
-    given_ = {"devices": 8, "device": "h100"} | options
+    options = {"devices": 8, "device": "h100"} | options
     with pytest.raises(UserError, match=re.escape(message)):
-        plan(config_of(), **given_)
+        plan(config_of(), **options)
+
+
+@pytest.mark.parametrize("name", ["--utilization", "--utilisation"])
+def test_flags_of_the_plan_and_of_the_config(name, capsys):
+    args, rest = parse(
+        ["plan", "--config", "a.py", "--devices", "8", f"{name}=0.25", "--config.b=1"]
+    )
+    assert (args.devices, args.device, args.utilization) == (8, "h100", 0.25)
+    assert rest == ["--config", "a.py", "--config.b=1"]
+    with pytest.raises(SystemExit):
+        parse(["plan", "--help"])
+    assert "utilisation" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", DEVICES)
@@ -346,7 +403,7 @@ def test_every_device_has_a_peak(name):
     device = find_device(name.upper())
     dtype = "float32" if name == "v100" else "bfloat16"
     assert device.peak(dtype) > 1e13
-    assert device.memory_rate > device.link_rate >= (device.network_rate or 0)
+    assert device.memory_bandwidth > device.link_bandwidth >= (device.network_bandwidth or 0)
 
 
 def command(*arguments):

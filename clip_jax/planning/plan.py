@@ -1,0 +1,111 @@
+"""A run's plan as a value: what its step costs, whether it fits, and how long the run takes."""
+
+import dataclasses
+import math
+
+from clip_jax.planning.estimate import Change, StepTime, advise, fits, step_time
+from clip_jax.planning.hardware import Device
+from clip_jax.planning.program import StepCosts
+from clip_jax.sections import Config
+from clip_jax.training.setup import steps_of_run
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a run would take on so many devices of a kind.
+
+    Attributes:
+      config: the run.
+      device_name: the name of the device in `hardware.DEVICES`.
+      device: its memory and bandwidths.
+      utilization: the share of the published peak that matrix products are taken to reach.
+      costs: the compiled step's mesh, memory by kind, operations and collectives, of one device.
+      time: the seconds of a step.
+      changes: what would make it fit, the most telling first; nothing where it does.
+      steps: the optimizer steps of the run; None where that takes the pairs of an epoch.
+    """
+
+    config: Config
+    device_name: str
+    device: Device
+    utilization: float
+    costs: StepCosts
+    time: StepTime
+    changes: tuple[Change, ...]
+    steps: int | None
+
+    @property
+    def devices(self) -> int:
+        """The number of devices."""
+        return math.prod(self.costs.mesh.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether the step fits the memory that a program can count on."""
+        return fits(self.costs, self.device)
+
+    @property
+    def memory_share(self) -> float:
+        """The memory of the step over that of the device."""
+        return self.costs.memory.total / self.device.memory
+
+    @property
+    def flops(self) -> int:
+        """The operations of a step on all devices."""
+        return self.costs.flops * self.devices
+
+    @property
+    def needed_flops(self) -> float:
+        """The operations of a step on all devices, nothing computed twice."""
+        return self.costs.needed_flops * self.devices
+
+    def pairs_per_second(self, step_seconds: float) -> float:
+        """Return the rate of all devices at this many seconds a step."""
+        return self.config.train.batch_size / step_seconds
+
+    def model_flop_utilization(self, step_seconds: float) -> float:
+        """Return the share of the peak that the needed operations reach.
+
+        This is the MFU of Chowdhery et al. 2022 (PaLM, arXiv:2204.02311, section 4.1).
+        """
+        peak = self.device.peak(self.config.model.dtype)
+        return self.costs.needed_flops / peak / step_seconds
+
+
+def make_plan(
+    costs: StepCosts,
+    config: Config,
+    device_name: str,
+    device: Device,
+    *,
+    utilization: float,
+    pairs: int | None,
+) -> Plan:
+    """Make the plan of a run from its step's costs.
+
+    Args:
+      pairs: the pairs of an epoch, for a run given in epochs.
+
+    Raises:
+      UserError: no rate is published for the config's dtype on this device.
+    """
+    return Plan(
+        config,
+        device_name,
+        device,
+        utilization,
+        costs,
+        step_time(costs, device, dtype=config.model.dtype, utilization=utilization),
+        tuple(advise(costs, config, device)),
+        run_steps(config, pairs),
+    )
+
+
+def run_steps(config: Config, pairs: int | None) -> int | None:
+    """Return the optimizer steps of the whole run; None where that takes the pairs of an epoch."""
+    return (config.train.steps or None) if pairs is None else steps_of_run(config, pairs)
+
+
+def days(steps: int, step_seconds: float) -> float:
+    """Return the days of a run at this many seconds a step."""
+    return steps * step_seconds / 86_400
