@@ -2,6 +2,9 @@
 
 An experiment file returns `default()` with its differences. `main` turns that into the frozen
 sections of `clip_jax.sections`.
+
+What a field can be is said where it is implemented, and read from there. Those modules import JAX,
+so they are imported when values are checked: a key that does not exist is refused before.
 """
 
 import dataclasses
@@ -12,7 +15,7 @@ from typing import Any
 
 import ml_collections
 
-from clip_jax.errors import UserError
+from clip_jax.errors import UserError, check_choice
 from clip_jax.sections import (
     Config,
     DataSection,
@@ -25,7 +28,7 @@ from clip_jax.sections import (
 
 
 def default() -> ml_collections.ConfigDict:
-    """Every field at its default, locked: an unknown key is an error."""
+    """Return every field at its default, locked: an unknown key is an error."""
     config = ml_collections.ConfigDict(dataclasses.asdict(Config()))
     # One string or a tuple of them, which a typed field could not change between.
     config.data.train = ml_collections.FieldReference(config.data.train, field_type=object)
@@ -33,39 +36,39 @@ def default() -> ml_collections.ConfigDict:
 
 
 def known_keys() -> list[str]:
-    """Every field's dotted name."""
+    """Return the dotted name of every field."""
     sections = dataclasses.asdict(Config())
     nested = [f"{s}.{k}" for s, v in sections.items() if isinstance(v, dict) for k in v]
     return [s for s, v in sections.items() if not isinstance(v, dict)] + nested
 
 
 def unknown_key_message(key: str) -> str:
-    """One line for a key that does not exist, with the nearest that does."""
+    """Return one line on a key that does not exist, with the nearest that does."""
     near = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.5)
     hint = f"did you mean config.{near[0]}?" if near else "see clip_jax/sections.py for all keys"
     return f"config.{key} does not exist; {hint}"
 
 
-def _section(cls: type, values: dict[str, Any], prefix: str) -> Any:
+def _make_section(cls: type, values: dict[str, Any], prefix: str) -> Any:
     hints = typing.get_type_hints(cls)
     for key in values:
         if key not in hints:
             raise UserError(unknown_key_message(prefix + key))
-    made = {}
+    fields = {}
     for key, kind in hints.items():
         if key not in values:
             raise UserError(
                 f"config.{prefix}{key} is missing; start from clip_jax.config.default()"
             )
-        made[key] = _field(kind, values[key], prefix + key)
-    return cls(**made)
+        fields[key] = _convert(kind, values[key], prefix + key)
+    return cls(**fields)
 
 
-def _field(kind: Any, value: Any, key: str) -> Any:
+def _convert(kind: Any, value: Any, key: str) -> Any:
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
             raise UserError(f"config.{key} is {value!r}; it is a section with fields of its own")
-        return _section(typing.cast(type, kind), value, key + ".")
+        return _make_section(typing.cast(type, kind), value, key + ".")
     if isinstance(kind, types.UnionType):
         kinds = typing.get_args(kind)
         kind = next((k for k in kinds if k is type(value)), kinds[1])
@@ -76,7 +79,7 @@ def _field(kind: Any, value: Any, key: str) -> Any:
         if ... not in typing.get_args(kind) and len(value) != len(typing.get_args(kind)):
             wanted = len(typing.get_args(kind))
             raise UserError(f"config.{key} has {len(value)} items; it takes {wanted}")
-        return tuple(_field(item, v, f"{key}[{i}]") for i, v in enumerate(value))
+        return tuple(_convert(item, v, f"{key}[{i}]") for i, v in enumerate(value))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
@@ -90,12 +93,12 @@ def _require(condition: bool, message: str) -> None:
 
 
 def resolve(config: ml_collections.ConfigDict) -> Config:
-    """The frozen config, its fields and their combination checked.
+    """Return the frozen config, its fields and their combination checked.
 
     Raises:
       UserError: a key is unknown or missing, a value has another type, or fields contradict.
     """
-    c: Config = _section(Config, config.to_dict(), "")
+    c: Config = _make_section(Config, config.to_dict(), "")
     _check_model(c.model)
     _check_train(c.train)
     _check_optim(c.optim)
@@ -109,11 +112,6 @@ def resolve(config: ml_collections.ConfigDict) -> Config:
     _check_eval(c.eval)
     _require(c.checkpoint.every > 0 and c.checkpoint.keep > 0, "config.checkpoint: both above 0")
     return c
-
-
-def _one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
-    known = ", ".join(f'"{choice}"' for choice in choices)
-    _require(value in choices, f"config.{key} is {value!r}; it is one of {known}")
 
 
 def _above_zero(prefix: str, section: Any, *keys: str) -> None:
@@ -133,15 +131,20 @@ def _below_one(key: str, value: float) -> None:
 
 
 def _check_model(m: ModelSection) -> None:
-    _one_of("model.dtype", m.dtype, ("float32", "bfloat16"))
-    _one_of("model.attention", m.attention, ("auto", "xla", "cudnn"))
-    _one_of("model.remat", m.remat, ("none", "dots", "blocks", "full"))
+    from clip_jax.models.execution import ATTENTION, DTYPES, REMAT
+
+    check_choice("config.model.dtype", m.dtype, DTYPES)
+    check_choice("config.model.attention", m.attention, ATTENTION)
+    check_choice("config.model.remat", m.remat, REMAT)
     _not_negative("model", m, "image_size", "context_length")
     _below_one("model.patch_dropout", m.patch_dropout)
     _require(bool(m.init_from) or not m.init_tag, "config.model.init_tag needs init_from")
 
 
 def _check_train(t: TrainSection) -> None:
+    from clip_jax.losses import LOSSES
+    from clip_jax.training.state import FROZEN
+
     _require(
         (t.steps > 0) != (t.epochs > 0),
         f"config.train.steps is {t.steps} and config.train.epochs is {t.epochs:g}; "
@@ -154,13 +157,15 @@ def _check_train(t: TrainSection) -> None:
         f"config.train.batch_size {t.batch_size} is not a multiple of "
         f"config.train.microbatch_size {t.microbatch_size}; change one of them",
     )
-    _one_of("train.loss", t.loss, ("softmax", "sigmoid"))
-    _one_of("train.freeze", t.freeze, ("", "image", "text"))
+    check_choice("config.train.loss", t.loss, LOSSES)
+    check_choice("config.train.freeze", t.freeze, FROZEN)
     _below_one("train.ema_decay", t.ema_decay)
 
 
 def _check_optim(o: OptimSection) -> None:
-    _one_of("optim.name", o.name, ("adamw", "lion", "adafactor", "muon"))
+    from clip_jax.training.optimizer import SCALERS
+
+    check_choice("config.optim.name", o.name, SCALERS)
     _require(
         o.max_logit_scale >= 1, f"config.optim.max_logit_scale is {o.max_logit_scale:g}; at least 1"
     )
@@ -201,27 +206,28 @@ def _check_mesh(m: MeshSection) -> None:
     _require(m.data > 0 or m.data == -1, f"config.mesh.data is {m.data}; above 0, or -1 for all")
 
 
-EVAL_TASKS = ("zeroshot_classification", "zeroshot_retrieval", "linear_probe", "knn", "few_shot")
-
-
 def _check_eval(e: EvalSection) -> None:
+    from clip_jax.evaluation.tasks import LEARNING, TASKS, ZERO_SHOT
+
     _above_zero("eval", e, "batch_size")
     _not_negative("eval", e, "every")
-    during = bool(e.every and e.data)
-    _require(during or not e.best, "config.eval.best needs config.eval.every and config.eval.data")
+    in_training = bool(e.every and e.data)
+    _require(
+        in_training or not e.best, "config.eval.best needs config.eval.every and config.eval.data"
+    )
     for task in e.tasks:
-        _one_of("eval.tasks", task, EVAL_TASKS)
-    learning = [task for task in e.tasks if task in EVAL_TASKS[2:]]
+        check_choice("config.eval.tasks", task, TASKS)
+    learning = [task for task in e.tasks if task in LEARNING]
     _require(
         not learning or bool(e.train_data),
         f"config.eval.tasks has {learning[:1]} but config.eval.train_data names no shards",
     )
     _require(
-        not e.data or bool(e.classnames) or EVAL_TASKS[0] not in e.tasks,
+        not e.data or bool(e.classnames) or ZERO_SHOT not in e.tasks,
         f"config.eval.data is {e.data!r} but config.eval.classnames names no file; "
         "name one, or leave zeroshot_classification out of config.eval.tasks",
     )
-    # One word can be the name of a list.
+    # A template without {} may be the name of a shipped list: one word.
     _require(
         all("{}" in t or (t and not set(t) & set(" {")) for t in (*e.templates, *e.ablate)),
         f"config.eval.templates is {e.templates}; every template needs a {{}}",

@@ -20,7 +20,8 @@ class UserError(Exception):
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
     """Raise UserError if the value of an option is none of its choices."""
     if value not in choices:
-        raise UserError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
+        known = ", ".join(choice or '""' for choice in choices)
+        raise UserError(f"{name} is {value!r}; it must be one of {known}")
 
 
 def check_counts(counts: Mapping[str, int | None]) -> None:

@@ -56,12 +56,12 @@ def join() -> None:
 
 def main() -> int:
     """Parse the flags, resolve the config and train; the process's exit code."""
+    # First of all: resolving imports JAX, which may start threads.
+    keep_freed_memory()
     config = resolve(parse(sys.argv))
     workdir = _WORKDIR.value
     if workdir is None and not _DRY_RUN.value:
         raise UserError("--workdir is missing; for example --workdir runs/emoji")
-    keep_freed_memory()
-    # Only now the heavy imports: a misspelt key answers at once.
     join()
     from clip_jax.parallel import distributed
     from clip_jax.training import setup

@@ -68,13 +68,19 @@ def test_the_papers_hyper_parameters(file, model, learning_rate, beta2, eps):
         ("train", "epochs", 3.0, "exactly one of them"),
         ("train", "batch_size", 0, "batch_size is 0"),
         ("train", "batch_size", 100, "not a multiple of config.data.streams 8"),
-        ("train", "loss", "hinge", 'one of "softmax", "sigmoid"'),
-        ("model", "dtype", "float16", 'one of "float32", "bfloat16"'),
+        ("train", "loss", "hinge", "one of softmax, sigmoid"),
+        ("train", "freeze", "both", 'one of "", image, text'),
+        ("optim", "name", "sgd", "one of adamw, lion, adafactor, muon"),
+        ("model", "dtype", "float16", "one of float32, bfloat16"),
+        ("model", "attention", "flash", "one of auto, xla, cudnn"),
+        ("model", "remat", "some", "one of none, dots, blocks, full"),
         ("data", "crop_scale", (0.5, 1.5), "0 < low <= high <= 1"),
         ("data", "crop_scale", (0.5,), "it takes 2"),
         ("mesh", "fsdp", 0, "config.mesh.fsdp is 0"),
         ("mesh", "data", 0, "config.mesh.data is 0"),
         ("eval", "data", "x.tar", "config.eval.classnames names no file"),
+        ("eval", "tasks", ("guessing",), "config.eval.tasks is 'guessing'; it must be one of zero"),
+        ("eval", "tasks", ("knn",), "config.eval.train_data names no shards"),
         ("eval", "templates", ("a photo",), "needs a {}"),
     ],
 )
@@ -98,6 +104,25 @@ def test_unknown_and_missing_keys():
     assert "did you mean config.train.steps?" in unknown_key_message("train.step")
     assert "see clip_jax/sections.py" in unknown_key_message("zzz")
     assert {"seed", "train.steps", "mesh.fsdp"} < set(known_keys())
+
+
+@pytest.mark.parametrize("mistake", ["config.train.stepz = 3", "config.data.train = 3"])
+def test_a_wrong_key_or_type_is_refused_before_jax_is_imported(mistake):
+    code = f"""
+import sys
+from clip_jax.config import default, resolve
+from clip_jax.errors import UserError
+config = default().unlock()
+{mistake}
+try:
+    resolve(config)
+except UserError:
+    assert "jax" not in sys.modules
+else:
+    raise SystemExit("not refused")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def command(*args: str) -> subprocess.CompletedProcess:

@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 
 from clip_jax.errors import check_choice
 
+DTYPES = ("float32", "bfloat16")
 ATTENTION = ("auto", "xla", "cudnn")
 REMAT = ("none", "dots", "blocks", "full")
 
