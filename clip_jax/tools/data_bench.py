@@ -1,13 +1,16 @@
-"""Is the data fast enough? `python -m clip_jax.data.bench SOURCE --model ViT-B/32 --device h100`.
+"""Measure whether data is fast enough: `python -m clip_jax.data.bench SOURCE --model ViT-B/32
+--device h100`.
 
-SOURCE is what `config.data.train` takes. Measures each stage on this machine and sets the whole
-loader against what the accelerator would take. Files read lately come from the system's memory.
+SOURCE is what `config.data.train` takes. Each stage is measured on this machine, and the whole
+loader is set against what the accelerator would take. Files that were read lately come from the
+system's memory.
 """
 
 import argparse
 import dataclasses
 import json
 import os
+from argparse import SUPPRESS
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -16,34 +19,23 @@ from clip_jax.data.dataset import open_sources
 from clip_jax.data.sample_reader import SampleShape
 from clip_jax.data.skip_log import SkipLog
 from clip_jax.data.stages import PARTS, Settings, Stage, measure_loader, measure_parts
-from clip_jax.errors import UserError, run_command
+from clip_jax.errors import UserError, check_counts, run_command
 from clip_jax.models.flops import train_flops_per_pair
 from clip_jax.planning.hardware import find_device
 from clip_jax.progress_bar import progress_bar
-from clip_jax.sections import DataSection
+from clip_jax.sections import DataSection, ModelSection, TrainSection
 from clip_jax.tokenizers import make_tokenizer
 from clip_jax.training.setup import sized_model
+from clip_jax.typing import Tokenizer
 
 ENOUGH = 1.2
 """So many times the accelerator's rate are called enough: a step's time is never quite even."""
+SECONDS = 5.0
+"""Time that each stage is measured for."""
+UTILIZATION = 0.5
+"""Share of the published peak that a device is taken to reach."""
 
-
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m clip_jax.data.bench", description=__doc__)
-    parser.add_argument("source", nargs="+", help="tar shards, a table, records, a folder, a URL")
-    parser.add_argument("--model", default="ViT-B/32", help="a row of clip_jax.list_models()")
-    parser.add_argument("--device", default="h100", help="h100, a100, tpu-v5e, ... as in plan")
-    parser.add_argument("--devices", type=int, default=1, help="that this machine would feed")
-    parser.add_argument("--dtype", default="bfloat16", help="bfloat16 or float32")
-    parser.add_argument("--utilisation", type=float, default=0.5, help="share of the peak reached")
-    parser.add_argument("--image-size", type=int, default=0, help="pixels; 0 is the model's own")
-    parser.add_argument("--batch-size", type=int, default=256, help="pairs of a batch")
-    parser.add_argument("--tokenizer", default="clip", help="as config.data.tokenizer")
-    parser.add_argument("--threads", default="4", help="of the loader; several: 1,2,4")
-    parser.add_argument("--seconds", type=float, default=5.0, help="for each stage")
-    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
-    return parser.parse_args(argv)
+_MODEL, _TRAIN, _DATA = ModelSection(), TrainSection(), DataSection()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +52,7 @@ class Need:
     device: str
     devices: int
     dtype: str
-    utilisation: float
+    utilization: float
     tokens: int
     flops: int
     rate: float
@@ -74,6 +66,7 @@ class Verdict:
       rate: the best loader's, pairs a second.
       busy: share of the time for which the devices would compute.
       cores: processor cores, as fast as these, that would keep them busy.
+      enough: whether the rate is `ENOUGH` times what the devices take.
     """
 
     rate: float
@@ -82,18 +75,88 @@ class Verdict:
     enough: bool
 
 
+@dataclasses.dataclass(frozen=True)
+class BenchResult:
+    """What was measured: the stages alone, the whole loader by its threads, and what follows."""
+
+    stages: tuple[Stage, ...]
+    loaders: tuple[Stage, ...]
+    need: Need
+    verdict: Verdict
+
+
+def bench(
+    source: Sequence[str],
+    *,
+    model: str,
+    device: str,
+    devices: int = 1,
+    dtype: str = "bfloat16",
+    utilization: float = UTILIZATION,
+    image_size: int = _MODEL.image_size,
+    batch_size: int = _TRAIN.batch_size,
+    tokenizer: str = _DATA.tokenizer,
+    threads: Sequence[int] = (_DATA.threads,),
+    seconds: float = SECONDS,
+) -> BenchResult:
+    """Measure how fast data comes, and compare it with what devices take.
+
+    Args:
+      source: as `config.data.train` takes them.
+      model: an entry of `clip_jax.list_models()`.
+      device: as the command `plan` takes it: h100, a100, tpu-v5e, ...
+      devices: that this machine would feed.
+      dtype: bfloat16 or float32.
+      utilization: share of the published peak that is reached.
+      image_size: pixels; 0 is the model's own.
+      batch_size: pairs of a batch.
+      tokenizer: as `config.data.tokenizer`.
+      threads: of the loader, which is measured with each number.
+      seconds: for each stage.
+
+    Raises:
+      UserError: a number is out of range, a name is not known, or the source cannot be read.
+    """
+    check_counts({"--devices": devices, "--batch-size": batch_size})
+    if not seconds > 0:
+        raise UserError(f"--seconds is {seconds:g}; it must be above 0")
+    if not 0 < utilization <= 1:
+        raise UserError(f"--utilization is {utilization:g}; it takes 0 < share <= 1, 0.5 say")
+    encode = make_tokenizer(tokenizer)
+    config = sized_model(model, encode, image_size=image_size)
+    hardware: dict[str, Any] = {"device": device, "devices": devices, "dtype": dtype}
+    hardware |= {"utilization": utilization, "image_size": image_size}
+    need_of(model, encode, 16, **hardware)  # an unknown name ends before anything is measured
+    shape = SampleShape(config.vision.image_size, config.text.context_length)
+    settings = Settings(shape, batch_size, _DATA)
+    shards = [shard for one in open_sources(source, log=SkipLog()) for shard in one]
+    loaders, lengths = [], Counter[int]()
+    with progress_bar(len(threads) + PARTS, "bench", "stage") as progress:
+        stages = measure_parts(shards, encode, settings, seconds=seconds)
+        progress.update(PARTS)
+        for number in threads:
+            stage, batch_lengths = measure_loader(
+                shards, encode, settings, threads=number, seconds=seconds
+            )
+            loaders.append(stage)
+            lengths += batch_lengths
+            progress.update(1)
+    need = need_of(model, encode, lengths.most_common(1)[0][0], **hardware)
+    return BenchResult(tuple(stages), tuple(loaders), need, verdict_of(loaders, need))
+
+
 def need_of(
     model: str,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     tokens: int,
     *,
     device: str,
     devices: int,
     dtype: str,
-    utilisation: float,
-    image_size: int = 0,
+    utilization: float,
+    image_size: int,
 ) -> Need:
-    """What a model on these devices takes, at a share of the published peak.
+    """Return what a model on these devices takes, at a share of the published peak.
 
     Raises:
       UserError: no such model or device, or a number is out of range.
@@ -102,24 +165,28 @@ def need_of(
     if not config.text.supports_trimming:
         tokens = config.text.context_length
     flops = train_flops_per_pair(config, tokens)
-    rate = utilisation * find_device(device).peak(dtype) * devices / flops
-    return Need(model, device, devices, dtype, utilisation, tokens, flops, rate)
+    rate = utilization * find_device(device).peak(dtype) * devices / flops
+    return Need(model, device, devices, dtype, utilization, tokens, flops, rate)
 
 
 def verdict_of(loaders: Sequence[Stage], need: Need) -> Verdict:
-    """The best of the loaders against the need."""
+    """Compare the best of the loaders with the need."""
     best = max(loaders, key=lambda stage: stage.rate)
     share = best.rate / need.rate
     cores = ENOUGH * need.rate * best.cpu_ms / 1000
     return Verdict(best.rate, min(1.0, share), cores, share >= ENOUGH)
 
 
-def bench_text(stages: Sequence[Stage], need: Need, verdict: Verdict) -> str:
-    """What the command prints."""
+def result_text(result: BenchResult) -> str:
+    """Return what the command prints."""
+    need, verdict = result.need, result.verdict
     lines = [f"{'stage':<22} {'pairs/s':>10}  {'CPU ms a pair':>13}"]
-    lines += [f"{s.name:<22} {s.rate:>10,.0f}  {s.cpu_ms:>13.3f}" for s in stages]
+    lines += [
+        f"{stage.name:<22} {stage.rate:>10,.0f}  {stage.cpu_ms:>13.3f}"
+        for stage in (*result.stages, *result.loaders)
+    ]
     lines.append(
-        f"{need.model} on {need.devices} x {need.device}, {need.dtype}, at {need.utilisation:.0%}"
+        f"{need.model} on {need.devices} x {need.device}, {need.dtype}, at {need.utilization:.0%}"
         f" of the peak, {need.tokens} tokens: {need.rate:,.0f} pairs/s"
         f" ({need.flops / 1e9:,.1f} GFLOP a pair)"
     )
@@ -141,61 +208,50 @@ def bench_text(stages: Sequence[Stage], need: Need, verdict: Verdict) -> str:
     return "\n".join(lines)
 
 
-def bench(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure as the flags say; stages, need and verdict.
+def result_json(result: BenchResult) -> dict[str, Any]:
+    """Return what the command prints with `--json`."""
+    need = dataclasses.asdict(result.need)
+    return {
+        "stages": [
+            {"name": stage.name, "pairs_per_second": stage.rate, "cpu_ms": stage.cpu_ms}
+            for stage in (*result.stages, *result.loaders)
+        ],
+        # The key has the spelling that it was published with.
+        "need": {"utilisation" if k == "utilization" else k: v for k, v in need.items()},
+        "verdict": dataclasses.asdict(result.verdict),
+    }
 
-    Raises:
-      UserError: a flag is wrong, or the source cannot be read.
-    """
-    for flag, value in (
-        ("--devices", args.devices),
-        ("--seconds", args.seconds),
-        ("--batch-size", args.batch_size),
-    ):
-        if not value > 0:
-            raise UserError(f"{flag} is {value:g}; it must be above 0")
-    if not 0 < args.utilisation <= 1:
-        raise UserError(f"--utilisation is {args.utilisation:g}; it takes 0 < share <= 1, 0.5 say")
-    if not all(n.isdigit() for n in args.threads.split(",")):
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(prog="python -m clip_jax.data.bench", description=__doc__)
+    add = parser.add_argument
+    add("source", nargs="+", help="tar shards, a table, records, a folder, a URL")
+    add("--model", default=_MODEL.name, help="an entry of clip_jax.list_models()")
+    add("--device", default="h100", help="h100, a100, tpu-v5e, ... as in plan")
+    add("--devices", type=int, default=1, help="that this machine would feed")
+    add("--dtype", default="bfloat16", help="bfloat16 or float32")
+    add("--utilization", type=float, default=UTILIZATION, help="share of the peak reached")
+    add("--utilisation", type=float, dest="utilization", default=SUPPRESS, help=SUPPRESS)
+    add("--image-size", type=int, default=_MODEL.image_size, help="pixels; 0 is the model's own")
+    add("--batch-size", type=int, default=_TRAIN.batch_size, help="pairs of a batch")
+    add("--tokenizer", default=_DATA.tokenizer, help="as config.data.tokenizer")
+    add("--threads", default=str(_DATA.threads), help="of the loader; several: 1,2,4")
+    add("--seconds", type=float, default=SECONDS, help="for each stage")
+    add("--json", action="store_true", help="print the figures as JSON")
+    args = parser.parse_args(argv)
+    if not all(number.isdigit() for number in args.threads.split(",")):
         raise UserError(f"--threads {args.threads}: numbers with commas, such as 1,2,4")
-    tokenizer = make_tokenizer(args.tokenizer)
-    about = {"device": args.device, "devices": args.devices, "dtype": args.dtype}
-    about |= {"utilisation": args.utilisation, "image_size": args.image_size}
-    need_of(args.model, tokenizer, 16, **about)  # a wrong name answers before anything is measured
-    config = sized_model(args.model, tokenizer, image_size=args.image_size)
-    shape = SampleShape(config.vision.image_size, config.text.context_length)
-    settings = Settings(shape, args.batch_size, DataSection())
-    opened = open_sources(args.source, log=SkipLog())
-    indexes = [index for one in opened for index in one]
-    numbers = [int(n) for n in args.threads.split(",")]
-    loaders, lengths = [], Counter[int]()
-    with progress_bar(len(numbers) + PARTS, "bench", "stage") as progress:
-        stages = measure_parts(indexes, tokenizer, settings, seconds=args.seconds)
-        progress.update(PARTS)
-        for threads in numbers:
-            stage, found = measure_loader(
-                indexes, tokenizer, settings, threads=threads, seconds=args.seconds
-            )
-            loaders.append(stage)
-            lengths += found
-            progress.update(1)
-    need = need_of(args.model, tokenizer, lengths.most_common(1)[0][0], **about)
-    return {"stages": [*stages, *loaders], "need": need, "verdict": verdict_of(loaders, need)}
+    args.threads = [int(number) for number in args.threads.split(",")]
+    return args
 
 
 def main() -> int:
-    """Parse and measure; the exit code."""
-    args = parse(None)
-    found = bench(args)
-    if args.json:
-        stages = [
-            {"name": s.name, "pairs_per_second": s.rate, "cpu_ms": s.cpu_ms}
-            for s in found["stages"]
-        ]
-        parts = {key: dataclasses.asdict(found[key]) for key in ("need", "verdict")}
-        print(json.dumps({"stages": stages, **parts}, indent=1))
-    else:
-        print(bench_text(found["stages"], found["need"], found["verdict"]))
+    """Parse the flags, measure and print the result; return the exit code."""
+    args = vars(parse(None))
+    as_json = args.pop("json")
+    result = bench(**args)
+    print(json.dumps(result_json(result), indent=1) if as_json else result_text(result))
     return 0
 
 

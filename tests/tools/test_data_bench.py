@@ -1,7 +1,5 @@
 """The data bench: every pair is counted, and the verdict is the arithmetic that it says."""
 
-import argparse
-
 import pytest
 from data_cases import ToyTokenizer, write_shards
 
@@ -11,10 +9,17 @@ from clip_jax.data.stages import PARTS, Settings, Stage, measure_loader, measure
 from clip_jax.errors import UserError
 from clip_jax.sections import DataSection
 from clip_jax.tools import data_bench as command
-from clip_jax.tools.data_bench import ENOUGH, bench_text, need_of, verdict_of
+from clip_jax.tools.data_bench import (
+    ENOUGH,
+    BenchResult,
+    need_of,
+    result_json,
+    result_text,
+    verdict_of,
+)
 
 SETTINGS = Settings(SampleShape(16, 32), 8, DataSection())
-NEED = {"device": "h100", "devices": 2, "dtype": "bfloat16", "utilisation": 0.5}
+NEED = {"device": "h100", "devices": 2, "dtype": "bfloat16", "utilization": 0.5, "image_size": 0}
 
 
 def test_work_is_called_in_turn_until_the_time_is_over_and_counted():
@@ -80,22 +85,42 @@ def test_the_verdict_says_plainly_whether_data_starves_it(share, words):
     assert verdict.busy == pytest.approx(min(1, share))
     # 4 ms of processors a pair.
     assert verdict.cores == pytest.approx(ENOUGH * need.rate * 0.004)
-    text = bench_text([slow, best], need, verdict)
+    text = result_text(BenchResult((), (slow, best), need, verdict))
     assert words in text and "ViT-B/32 on 2 x h100" in text
 
 
-def test_the_command(tmp_path, monkeypatch):
+def test_the_command(tmp_path):
     write_shards(tmp_path, [40])
     line = [str(tmp_path), "--model", "ViT-B/32", "--image-size", "32", "--batch-size", "8"]
-    args = command.parse([*line, "--seconds", "0.01", "--threads", "0,2"])
-    found = command.bench(args)
-    assert [s.name for s in found["stages"][PARTS:]] == ["loader, 0 threads", "loader, 2 threads"]
-    assert found["need"].tokens == 16
+    options = vars(command.parse([*line, "--seconds", "0.01", "--threads", "0,2", "--json"]))
+    assert options.pop("json")
+    result = command.bench(**options)
+    assert [s.name for s in result.loaders] == ["loader, 0 threads", "loader, 2 threads"]
+    assert result.need.tokens == 16
+    figures = result_json(result)
+    assert [list(figures), list(figures["stages"][0])] == [
+        ["stages", "need", "verdict"],
+        ["name", "pairs_per_second", "cpu_ms"],
+    ]
+    need = ["model", "device", "devices", "dtype", "utilisation", "tokens", "flops", "rate"]
+    assert list(figures["need"]) == need
+    assert list(figures["verdict"]) == ["rate", "busy", "cores", "enough"]
+    assert len(figures["stages"]) == PARTS + 2
     for name, value, text in (
-        ("threads", "two", "numbers with commas"),
-        ("utilisation", 1.5, "--utilisation is 1.5"),
+        ("utilization", 1.5, "--utilization is 1.5"),
         ("seconds", 0.0, "--seconds is 0"),
         ("model", "ViT-B/31", "ViT-B/31"),
     ):
         with pytest.raises(UserError, match=text):
-            command.bench(argparse.Namespace(**{**vars(args), name: value}))
+            command.bench(**{**options, name: value})
+    with pytest.raises(UserError, match="numbers with commas"):
+        command.parse([*line, "--threads", "two"])
+
+
+def test_the_older_spelling_of_a_flag_goes_on_working(capsys):
+    for flag in ("--utilization", "--utilisation"):
+        assert command.parse(["x.tar", flag, "0.25"]).utilization == 0.25
+    assert command.parse(["x.tar"]).utilization == command.UTILIZATION
+    with pytest.raises(SystemExit):
+        command.parse(["--help"])
+    assert "utilisation" not in capsys.readouterr().out
