@@ -228,7 +228,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--threshold", type=float, help="lowest cosine that is selected")
     add("--top", type=float, help="share that is selected, the best ones: 0.3")
     add("--scores-only", action="store_true", help="write no shards")
-    add("--filter", default=_DATA.filter, help='as config.data.filter: "width>=200"')
+    add("--filter", dest="where", default=_DATA.filter, help='as config.data.filter: "width>=200"')
     add("--batch-size", type=int, default=_EVAL.batch_size, help="pairs scored at a time")
     add("--per-shard", type=int, default=PER_SHARD, help="samples of a shard")
     add("--threads", type=int, default=_DATA.threads, help="that read and decode")
@@ -254,19 +254,9 @@ def main() -> int:
     """Parse the flags, score, write and print the result; return the exit code."""
     args = parse(None)
     check(args)
-    result = filter_set(
-        args.source,
-        args.out,
-        load_encoders(args.model, args.architecture, args.tokenizer),
-        threshold=args.threshold,
-        top=args.top,
-        scores_only=args.scores_only,
-        where=args.filter,
-        batch_size=args.batch_size,
-        per_shard=args.per_shard,
-        threads=args.threads,
-    )
-    print(result_text(result))
+    options = vars(args)
+    checkpoint = [options.pop(name) for name in ("model", "architecture", "tokenizer")]
+    print(result_text(filter_set(encoders=load_encoders(*checkpoint), **options)))
     return 0
 
 

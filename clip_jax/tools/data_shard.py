@@ -113,7 +113,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--per-shard", type=int, default=PER_SHARD, help="samples of a shard")
     add("--resize", type=int, help="longest short side of an image, pixels")
     add("--quality", type=int, default=JPEG_QUALITY, help="of JPEGs that are resized")
-    add("--filter", default=_DATA.filter, help='as config.data.filter: "width>=200"')
+    add("--filter", dest="where", default=_DATA.filter, help='as config.data.filter: "width>=200"')
     add("--unique-keys", action="store_true", help="take the first sample of every key alone")
     add("--threads", type=int, default=_DATA.threads, help="shards written at a time")
     return parser.parse_args(argv)
@@ -121,18 +121,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main() -> int:
     """Parse the flags, write the shards and print the result; return the exit code."""
-    args = parse(None)
-    result = shard(
-        args.source,
-        args.out,
-        per_shard=args.per_shard,
-        resize=args.resize,
-        quality=args.quality,
-        where=args.filter,
-        unique_keys=args.unique_keys,
-        threads=args.threads,
-    )
-    print(result_text(result))
+    print(result_text(shard(**vars(parse(None)))))
     return 0
 
 

@@ -15,7 +15,7 @@ from clip_jax.data.loader import bucket_length
 from clip_jax.data.survey import Tally, histogram, quantile, spread
 from clip_jax.errors import UserError
 from clip_jax.tools import data_inspect as command
-from clip_jax.tools.data_inspect import survey_text
+from clip_jax.tools.data_inspect import result_json, result_text
 
 SIDES = ((40, 64), (200, 130), (90, 90))
 
@@ -49,7 +49,8 @@ def toy(monkeypatch):
 def test_counts_are_exact(tmp_path, toy):
     source, lengths = write(tmp_path)
     out = tmp_path / "out"
-    facts = command.inspect([source], out=str(out), context_length=64, batch_size=8, threads=2)
+    result = command.inspect([source], out=out, context_length=64, batch_size=8, threads=2)
+    facts = json.loads(json.dumps(result_json(result)))
     assert facts["complete"] and facts["shards"] == 2 and facts["samples"] == 90
     assert [(s["cause"], s["name"][-5:]) for s in facts["bad_shards"]] == [
         ("shard_missing", "3.tar"),
@@ -80,33 +81,36 @@ def test_counts_are_exact(tmp_path, toy):
     assert json.loads((out / "inspect.json").read_text()) == facts
     with Image.open(out / "samples.png") as grid:
         assert grid.width > 1000 and grid.height > 800  # 24 images, six a line
-    text = survey_text(facts)
+    assert result.bad_samples[0][:2] == ("truncated", "0.tar/0009")
+    text = result_text(result)
     assert "9 truncated" in text and "2.tar: shard_damaged" in text and "width in 100.0%" in text
 
 
 def test_the_share_of_batches_is_what_trimmed_batches_have(tmp_path, toy):
     """Of many batches drawn from the captions, the share of each length, to 3 standard errors."""
     source, lengths = write(tmp_path)
-    facts = command.inspect([source], context_length=77, batch_size=4)
+    result = command.inspect([source], context_length=77, batch_size=4)
     rng = np.random.default_rng(1)
     longest = rng.choice(np.minimum(lengths, 77), (20_000, 4)).max(axis=1)
     low = 0
-    for bucket in facts["buckets"]:
-        share = np.mean((longest > low) & (longest <= bucket["tokens"]))
-        assert bucket["batches"] == pytest.approx(share, abs=3 * np.sqrt(0.25 / 20_000))
-        low = bucket["tokens"]
-    assert sum(b["batches"] for b in facts["buckets"]) == pytest.approx(1.0, abs=1e-12)
+    for bucket in result.buckets:
+        share = np.mean((longest > low) & (longest <= bucket.tokens))
+        assert bucket.batches == pytest.approx(share, abs=3 * np.sqrt(0.25 / 20_000))
+        low = bucket.tokens
+    assert sum(bucket.batches for bucket in result.buckets) == pytest.approx(1.0, abs=1e-12)
 
 
 def test_a_limit_looks_at_samples_from_everywhere(tmp_path, toy):
     source, _ = write(tmp_path)
-    facts = command.inspect([source], limit=30)
-    assert facts["samples"] == 90 and facts["looked_at"] == 30
+    result = command.inspect([source], limit=30)
+    assert result.samples == 90 and result.looked_at == 30
     assert spread(90, 30).tolist() == list(range(0, 90, 3))
     assert spread(5, 9).tolist() == list(range(5))
 
 
-def test_after_an_interruption_the_part_that_was_seen_is_told(tmp_path, toy, monkeypatch):
+def test_after_an_interruption_the_figures_are_of_the_part_that_was_seen(
+    tmp_path, toy, monkeypatch
+):
     source, _ = write(tmp_path)
     monkeypatch.setattr(survey_module, "_CHUNK", 10)
 
@@ -128,9 +132,9 @@ def test_after_an_interruption_the_part_that_was_seen_is_told(tmp_path, toy, mon
             pass
 
     monkeypatch.setattr(command, "progress_bar", Bar)
-    facts = command.inspect([source], out=str(tmp_path / "out"))
-    assert not facts["complete"] and facts["looked_at"] == 30 and facts["bad"] == {"truncated": 3}
-    assert "30 were looked at before the interruption" in survey_text(facts)
+    result = command.inspect([source], out=tmp_path / "out")
+    assert not result.complete and result.looked_at == 30 and result.bad == {"truncated": 3}
+    assert "30 were looked at before the interruption" in result_text(result)
 
 
 def test_mistakes_are_one_line(tmp_path, toy):
@@ -149,13 +153,15 @@ def test_a_set_of_classes_and_one_of_nothing_good(tmp_path, toy):
         for k in range(3):
             data = encode(picture("L", 30, 30, seed=k), "JPEG")
             writer.write({"__key__": f"{k}", "jpg": data, "cls": k})
-    facts = command.inspect([str(tmp_path / "c.tar")], out=str(tmp_path / "out"))
-    assert facts["captions"] == 0 and facts["classes"] == 3 and facts["kinds"] == {"jpg L": 3}
-    assert "class numbers alone" in survey_text(facts)
+    result = command.inspect([str(tmp_path / "c.tar")], out=tmp_path / "out")
+    assert result.captions == 0 and result.classes == 3 and result.kinds == {"jpg L": 3}
+    assert "class numbers alone" in result_text(result)
     with webdataset.TarWriter(str(tmp_path / "d.tar")) as writer:
         writer.write({"__key__": "a", "jpg": b"GIF", "txt": "x"})
-    facts = command.inspect([str(tmp_path / "d.tar")], out=str(tmp_path / "none"))
-    assert facts["bad"] == {"not_an_image": 1} and "1 not_an_image" in survey_text(facts)
+    result = command.inspect([str(tmp_path / "d.tar")], out=tmp_path / "none")
+    assert result.bad == {"not_an_image": 1} and "1 not_an_image" in result_text(result)
+    facts = result_json(result)
+    assert facts["tokens"] == facts["short_side"] == {} and facts["pictures"] == 0
     assert not (tmp_path / "none" / "samples.png").exists()
 
 
