@@ -1,6 +1,5 @@
-"""A file of someone else's as read-only memory, and the one way to say what is wrong with it."""
+"""Map a file of unknown origin read-only, and report what is wrong with it in one way."""
 
-import mmap
 import os
 import stat
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ FETCH_AGAIN = "the file is cut or damaged: fetch it again"
 
 
 class BadFile(Exception):
-    """What is wrong with the file being read; `reading` adds its path."""
+    """The file being read is not what it should be; `reading` adds its path."""
 
     def __init__(self, reason: str, remedy: str = FETCH_AGAIN):
         super().__init__(f"{reason}; {remedy}")
@@ -23,7 +22,7 @@ class BadFile(Exception):
 
 @contextmanager
 def reading(path: str | Path) -> Iterator[None]:
-    """Turns what goes wrong inside into one line that names `path`.
+    """Turn what goes wrong inside into one line that names `path`.
 
     Raises:
       UserError: the file cannot be opened, or a reader found it bad.
@@ -37,17 +36,22 @@ def reading(path: str | Path) -> Iterator[None]:
 
 
 def map_file(path: str | Path) -> np.ndarray:
-    """The bytes of a file as a read-only array; pages are read when they are first touched."""
-    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for its writer
+    """Return the bytes of a file, uint8 [size], read-only; pages are read when first touched.
+
+    Raises:
+      BadFile: the file is empty, or no regular file.
+      OSError: it cannot be opened.
+    """
+    info = os.stat(path)
+    if not stat.S_ISREG(info.st_mode):  # opening a pipe would wait for its writer
         raise BadFile("is not a file", "give the path of a checkpoint file")
-    with open(path, "rb") as file:
-        if os.fstat(file.fileno()).st_size == 0:  # which mmap refuses
-            raise BadFile("is empty", "fetch it again")
-        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+    if info.st_size == 0:  # which cannot be mapped
+        raise BadFile("is empty", "fetch it again")
+    return np.asarray(np.memmap(path, np.uint8, mode="r"))
 
 
 def shown(name: object) -> str:
-    """A name out of a file, fit for one line of a message: escaped, and cut if it is long."""
+    """Return a name out of a file as fits one line of a message: escaped, and cut if long."""
     text = str(name)
     if len(text) > 120:
         text = text[:117] + "..."

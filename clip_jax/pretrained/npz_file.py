@@ -1,12 +1,12 @@
-"""NumPy's archives to arrays, as big_vision keeps its checkpoints.
+"""Read NumPy's archives, which is how big_vision keeps its checkpoints.
 
-Arrays in the archive as they are become read-only views of the file; compressed ones are
-inflated, never beyond the size that was checked first. Headers are matched against the one form
-that NumPy writes for plain arrays, so neither `pickle` nor `eval` has a part in it.
+Arrays that the archive holds as they are become read-only views of the file, where `np.load` would
+copy them; compressed ones are inflated, never beyond the size that was checked first.
 """
 
 import math
 import re
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -14,19 +14,15 @@ import ml_dtypes
 import numpy as np
 
 from clip_jax.pretrained.mapped_file import BadFile, map_file, reading, shown
-from clip_jax.pretrained.zip_file import (
-    DEFLATED,
-    Member,
-    check_crc,
-    member_bytes,
-    zip_members,
-)
+from clip_jax.pretrained.zip_file import Member, check_crc, member_bytes, zip_members
 
 # Weights shrink by a tenth; a file that unfolds to more than this is no checkpoint.
 _MAX_INFLATION = 8
 _SMALL = 1 << 20
 _MAX_RANK = 32
 _MAX_HEADER = 4096
+# The one form that NumPy writes for plain arrays. Its own reader of headers evaluates them as
+# Python literals, which ends in any of eight exceptions or in a warning where a header is damaged.
 _HEADER = re.compile(
     r"\{'descr': '([<|=]?[a-zA-Z][0-9]{1,2})', 'fortran_order': (True|False),"
     r" 'shape': \(((?:[0-9]{1,15}(?:, ?|(?=\))))*)\), \} *\n"
@@ -41,7 +37,7 @@ _DTYPES = {
 
 
 def read_npz(path: str | Path) -> dict[str, np.ndarray]:
-    """The arrays of an `.npz` archive by name (`params/img/embedding/kernel`).
+    """Return the arrays of an `.npz` archive by name (`params/img/embedding/kernel`).
 
     Two-byte void items are taken for bfloat16, which is how NumPy stores those.
 
@@ -52,7 +48,7 @@ def read_npz(path: str | Path) -> dict[str, np.ndarray]:
         file_U = map_file(path)
         if file_U[:2].tobytes() != b"PK":
             raise BadFile("is not a .npz archive", "give a file that numpy.savez wrote")
-        members = zip_members(file_U)
+        members = zip_members(path, file_U)
         total = sum(member.size for member in members.values())
         if total > _MAX_INFLATION * len(file_U) + _SMALL:
             raise BadFile(
@@ -70,8 +66,8 @@ def read_npz(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def _inflate(file_U: np.ndarray, member: Member) -> np.ndarray:
-    """A member's bytes, which are exactly as many as it declares."""
-    if member.method != DEFLATED:
+    """Return a member's bytes, which must be exactly as many as it declares."""
+    if member.method != zipfile.ZIP_DEFLATED:
         return member_bytes(file_U, member)
     inflater = zlib.decompressobj(-zlib.MAX_WBITS)
     packed = file_U[member.start : member.stop].data
@@ -89,7 +85,7 @@ def _inflate(file_U: np.ndarray, member: Member) -> np.ndarray:
 
 
 def _array(name: str, data_U: np.ndarray) -> np.ndarray:
-    """One `.npy` member: a short text header, and numbers to its end."""
+    """Return the array of one `.npy` member: a short text header, and numbers to its end."""
     magic, version = data_U[:6].tobytes(), data_U[6:8].tobytes()
     length_bytes = {b"\1\0": 2, b"\2\0": 4}.get(version, 0)
     start = 8 + length_bytes

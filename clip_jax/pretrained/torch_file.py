@@ -1,4 +1,4 @@
-"""PyTorch's files, `torch.save` and `torch.jit.save`, to arrays: no torch, no code run.
+"""Read the files of `torch.save` and `torch.jit.save` as arrays, without torch; no code is run.
 
 Both are zip archives: a pickle that describes the tensors (`torch_pickle`), and one uncompressed
 member of raw numbers for each storage. Arrays are read-only views of the file wherever the tensor
@@ -24,20 +24,17 @@ _MAX_RANK = 8
 # Bounds on what the walk through a TorchScript module yields: modules may be shared.
 _MAX_NAMES, _MAX_NAME = 100_000, 512
 _LEGACY = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
+_SAVE_ALONE = "save the state dict alone: torch.save(model.state_dict(), path)"
 _RESAVE = "load it with a recent torch and save it again: torch.save(torch.load(path), new_path)"
 
 
-def read_torch(path: str | Path, key: str | None = None) -> dict[str, np.ndarray]:
-    """The tensors of a checkpoint by name, as read-only arrays.
+def read_torch(path: str | Path) -> dict[str, np.ndarray]:
+    """Return the tensors of a checkpoint by name, as read-only arrays.
 
     A training wrapper (`{"epoch": ..., "state_dict": ..., "optimizer": ...}`) gives its
     `state_dict`. Of a TorchScript archive, names are the paths of attributes joined by dots;
     tensors that the module does not list in its `state_dict()` (a mask) are among them.
     Values that are no tensors are left out. Names are as stored, `module.` and all.
-
-    Args:
-      path: a file written by `torch.save` or `torch.jit.save`.
-      key: the entry of a wrapper that holds the tensors, if it is not `state_dict`.
 
     Raises:
       UserError: the file is damaged, is no such file, or names anything but tensors and plain
@@ -49,15 +46,15 @@ def read_torch(path: str | Path, key: str | None = None) -> dict[str, np.ndarray
             raise BadFile("is in PyTorch's format from before version 1.6", _RESAVE)
         if file_U[:2].tobytes() != b"PK":
             raise BadFile("is not a file of torch.save or torch.jit.save", "give a .pt or .bin")
-        members = zip_members(file_U)
+        members = zip_members(path, file_U)
         prefix, root = _read_pickle(file_U, members)
-        tensors = _choose(root, key)
+        tensors = _find_tensors(root)
         storages = _read_storages(file_U, members, prefix, tensors.values())
         return _arrays(tensors, storages, len(file_U))
 
 
 def _read_pickle(file_U: np.ndarray, members: dict[str, Member]) -> tuple[str, Any]:
-    """(the folder inside the archive, what its pickle describes)."""
+    """Return the folder inside the archive, and what its pickle describes."""
     pickles = [name for name in members if name.split("/")[-1] == "data.pkl"]
     if len(pickles) != 1:
         raise BadFile(
@@ -74,14 +71,10 @@ def _read_pickle(file_U: np.ndarray, members: dict[str, Member]) -> tuple[str, A
     return prefix, load_pickle(member_bytes(file_U, member).tobytes())
 
 
-def _choose(root: Any, key: str | None) -> dict[str, Tensor]:
-    """The tensors by name: a module's attributes, a state dict, or the one inside a wrapper."""
-    if key is None and isinstance(root, dict) and _is_tree(root.get("state_dict")):
-        key = "state_dict"
-    if key is not None:
-        if not isinstance(root, dict) or not _is_tree(root.get(key)):
-            raise BadFile(f"has no dict under {shown(key)!r}", _keys_of(root))
-        root = root[key]
+def _find_tensors(root: Any) -> dict[str, Tensor]:
+    """Return the tensors by name: of a module, a state dict, or the state dict in a wrapper."""
+    if isinstance(root, dict) and isinstance(root.get("state_dict"), dict | Object):
+        root = root["state_dict"]
     if isinstance(root, Object):
         tensors = _module_tensors(root)
     elif isinstance(root, dict):
@@ -89,25 +82,18 @@ def _choose(root: Any, key: str | None) -> dict[str, Tensor]:
     else:
         raise BadFile(f"holds a {type(root).__name__}", "give a state dict, saved by torch.save")
     if not tensors:
-        raise BadFile("holds no tensors at its top", _keys_of(root))
+        items = root.items() if isinstance(root, dict) else ()
+        inner = [shown(name) for name, value in items if isinstance(value, dict | Object)]
+        names = ", ".join(inner[:8]) or "none"
+        raise BadFile(f"holds no tensors at its top (dicts in it: {names})", _SAVE_ALONE)
     for name in tensors:
         if not isinstance(name, str):
-            raise BadFile(f"has a tensor whose name is the number {name}", _keys_of(root))
+            raise BadFile(f"has a tensor whose name is the number {name}", _SAVE_ALONE)
     return tensors
 
 
-def _is_tree(value: Any) -> bool:
-    return isinstance(value, dict | Object)
-
-
-def _keys_of(root: Any) -> str:
-    items = root.items() if isinstance(root, dict) else ()
-    trees = [shown(name) for name, value in items if _is_tree(value)]
-    return f"choose one of its dicts by key: {', '.join(trees[:8]) or 'it has none'}"
-
-
 def _module_tensors(module: Object) -> dict[str, Tensor]:
-    """The tensors among a TorchScript module's attributes and those of its submodules."""
+    """Return the tensors among a TorchScript module's attributes and those of its submodules."""
     tensors: dict[str, Tensor] = {}
     pending, visited = [("", module)], 0
     while pending:
@@ -126,7 +112,10 @@ def _module_tensors(module: Object) -> dict[str, Tensor]:
 def _read_storages(
     file_U: np.ndarray, members: dict[str, Member], prefix: str, tensors: Iterable[Tensor]
 ) -> dict[tuple[str, str], np.ndarray]:
-    """The numbers of every storage in use as flat arrays, checksums compared, by key and dtype."""
+    """Return the numbers of every storage in use, flat and with their checksums compared.
+
+    They are keyed by the storage's key and dtype.
+    """
     used: dict[tuple[str, str], Storage] = {}
     for tensor in tensors:
         storage = used.setdefault((tensor.storage.key, tensor.storage.dtype), tensor.storage)
@@ -157,7 +146,7 @@ def _dtype(name: str) -> np.dtype:
 def _arrays(
     tensors: dict[str, Tensor], storages: dict[tuple[str, str], np.ndarray], file_size: int
 ) -> dict[str, np.ndarray]:
-    """Each tensor as a view of its storage; a transposed one as a contiguous copy."""
+    """Return each tensor as a view of its storage; a transposed one as a contiguous copy."""
     copied = 0
     arrays = {}
     for name, tensor in tensors.items():
@@ -173,7 +162,7 @@ def _arrays(
 
 
 def _window(name: str, tensor: Tensor, storage: np.ndarray) -> np.ndarray:
-    """The tensor's numbers inside its storage, which must hold all of them."""
+    """Return the tensor's numbers inside its storage, which must hold all of them."""
     shape, strides, offset = tensor.shape, tensor.strides, tensor.offset
     outside = BadFile(
         f"the tensor {shown(name)} of shape {shown(shape)} does not lie inside its storage"
