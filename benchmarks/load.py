@@ -24,7 +24,7 @@ from clip_jax.data.images import OPENAI
 from clip_jax.models.zoo import model_config
 from clip_jax.pretrained.export import WRITERS
 from clip_jax.pretrained.load import array_shapes
-from clip_jax.pretrained.workdir import Description
+from clip_jax.pretrained.work_folder import RunDescription
 from clip_jax.tokenizers import TokenizerSpec
 
 WEIGHTS = {
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     arrays = {
         path: rng.standard_normal(shape, np.float32) for path, shape in array_shapes(config).items()
     }
-    about = Description(options.model, config, TokenizerSpec(), OPENAI)
+    about = RunDescription(options.model, config, TokenizerSpec(), OPENAI)
     weights = sum(x.nbytes for x in arrays.values()) / 1e6
     rows = []
     with tempfile.TemporaryDirectory() as folder:

@@ -12,9 +12,8 @@ from clip_jax.embeddings.folder import About
 from clip_jax.embeddings.write import open_images
 from clip_jax.evaluation.encoders import Encoders
 from clip_jax.models.clip import CLIP, init_variables
-from clip_jax.pretrained.export import write_own
 from clip_jax.pretrained.trees import from_variables
-from clip_jax.pretrained.workdir import Description
+from clip_jax.pretrained.work_folder import RunDescription, write_work_folder
 from clip_jax.tokenizers import TokenizerSpec, make_tokenizer
 
 SIDE = 12
@@ -28,7 +27,9 @@ def write_tiny_model(folder: Path, tokenizer: Path, seed: int = 0) -> Path:
     config = dataclasses.replace(VIT, text=text)
     folder.mkdir(parents=True)
     variables = jax.jit(lambda: init_variables(CLIP(config), seed))()
-    write_own(folder, Description("tiny", config, spec), from_variables(variables["params"], {}))
+    write_work_folder(
+        folder, RunDescription("tiny", config, spec), from_variables(variables["params"], {})
+    )
     return folder
 
 

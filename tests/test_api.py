@@ -8,8 +8,8 @@ from tiny import RESNET, VIT
 import clip_jax
 from clip_jax.errors import UserError
 from clip_jax.models import zoo
-from clip_jax.pretrained.workdir import (
-    Description,
+from clip_jax.pretrained.work_folder import (
+    RunDescription,
     model_from_json,
     model_to_json,
     read_description,
@@ -127,13 +127,13 @@ def test_description_of_a_work_folder(tmp_path):
     folder.mkdir()
     write_description(
         folder,
-        Description(
+        RunDescription(
             "tiny", VIT, TokenizerSpec("sentencepiece", str(tokenizer)), config={"seed": 1}
         ),
     )
     found = read_description(folder)
     spec = TokenizerSpec("sentencepiece", str(folder / "tokenizer.model"))
-    assert found == Description("tiny", VIT, spec, config={"seed": 1})
+    assert found == RunDescription("tiny", VIT, spec, config={"seed": 1})
     # Writing what was read must not copy the file onto itself.
     write_description(folder, found)
     assert (folder / "tokenizer.model").read_bytes() == b"model"
@@ -150,6 +150,6 @@ def test_folders_that_are_none(tmp_path, text, message):
 
 
 def test_a_folder_without_a_checkpoint(tmp_path):
-    write_description(tmp_path, Description("tiny", VIT, TokenizerSpec(), config={"seed": 1}))
+    write_description(tmp_path, RunDescription("tiny", VIT, TokenizerSpec(), config={"seed": 1}))
     with pytest.raises(UserError, match="no checkpoint yet"):
         clip_jax.load(tmp_path)

@@ -1,7 +1,4 @@
-"""Our models in the formats of others: a folder that open_clip or transformers loads as it is.
-
-And our own: the same folder as a run's, with the weights in one safetensors file.
-"""
+"""Write a model as a folder that open_clip or transformers loads as it is, or as a work folder."""
 
 import json
 import os
@@ -23,7 +20,7 @@ from clip_jax.pretrained.hf_tokenizer import write_clip_tokenizer
 from clip_jax.pretrained.layouts import to_theirs
 from clip_jax.pretrained.open_clip_config import config_to_open_clip
 from clip_jax.pretrained.preprocess import preprocess_to_hf, preprocess_to_open_clip
-from clip_jax.pretrained.workdir import WEIGHTS, Description, write_description
+from clip_jax.pretrained.work_folder import RunDescription, write_work_folder
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -36,7 +33,7 @@ RANKS = {
 HF_SIGLIP_RANKS = {**RANKS, "logit_scale": 1, "logit_bias": 1}
 
 
-def write_open_clip(folder: Path, about: Description, arrays: Arrays) -> None:
+def write_open_clip(folder: Path, about: RunDescription, arrays: Arrays) -> None:
     """`open_clip_model.safetensors` and `open_clip_config.json` in a folder that exists.
 
     `open_clip.create_model("local-dir:FOLDER")` loads them.
@@ -73,7 +70,7 @@ def open_clip_naming(config: CLIPConfig) -> str:
     return "open_clip_siglip" if is_siglip else "openai"
 
 
-def write_hf(folder: Path, about: Description, arrays: Arrays) -> None:
+def write_hf(folder: Path, about: RunDescription, arrays: Arrays) -> None:
     """`model.safetensors`, `config.json`, `preprocessor_config.json` and the tokenizer's files.
 
     `transformers.CLIPModel.from_pretrained(FOLDER)` loads them, or `SiglipModel` a SigLIP.
@@ -93,17 +90,15 @@ def write_hf(folder: Path, about: Description, arrays: Arrays) -> None:
     write_tokenizer(folder, about)
 
 
-def write_own(folder: Path, about: Description, arrays: Arrays) -> None:
-    """A work folder without a run: `config.json`, `model.safetensors`, the tokenizer's file."""
-    save_file({k: np.asarray(v, order="C") for k, v in arrays.items()}, folder / WEIGHTS)
-    write_description(folder, about)
+Writer = Callable[[Path, RunDescription, Arrays], None]
+WRITERS: dict[str, Writer] = {
+    "own": write_work_folder,
+    "open_clip": write_open_clip,
+    "hf": write_hf,
+}
 
 
-Writer = Callable[[Path, Description, Arrays], None]
-WRITERS: dict[str, Writer] = {"own": write_own, "open_clip": write_open_clip, "hf": write_hf}
-
-
-def write_tokenizer(folder: Path, about: Description) -> None:
+def write_tokenizer(folder: Path, about: RunDescription) -> None:
     """The tokenizer's files: CLIP's as Hugging Face has them, any other's own file."""
     spec = about.tokenizer
     if spec is None:

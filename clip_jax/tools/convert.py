@@ -47,7 +47,7 @@ def convert(
     from clip_jax import api
     from clip_jax.pretrained.export import WRITERS, new_folder
     from clip_jax.pretrained.trees import from_variables
-    from clip_jax.pretrained.workdir import Description
+    from clip_jax.pretrained.work_folder import RunDescription
 
     # Claimed first: a wrong name answers before a big model is read.
     with new_folder(Path(dst)) as part:
@@ -58,7 +58,7 @@ def convert(
             image_size=image_size,
             context_length=context_length,
         )
-        about = Description(clip.name, clip.config, clip.tokenizer_spec, clip.preprocessing)
+        about = RunDescription(clip.name, clip.config, clip.tokenizer_spec, clip.preprocessing)
         arrays = from_variables(clip.params, clip.batch_stats)
         WRITERS[to](part, about, arrays)
     count = sum(x.size for x in arrays.values())

@@ -81,7 +81,7 @@ def evaluate_workdir(
       UserError: the folder is no work folder, or there is nothing to evaluate on.
     """
     from clip_jax.evaluation.run import EvalSpec
-    from clip_jax.pretrained.workdir import read_description
+    from clip_jax.pretrained.work_folder import read_description
 
     description = read_description(workdir)
     # A model that was converted names nothing to evaluate on; an older run lacks newer fields.
@@ -182,7 +182,7 @@ def main() -> int:
     """Parse and evaluate; the exit code."""
     from clip_jax.evaluation.run import EvalSpec
     from clip_jax.evaluation.tasks import LEARNING, check_tasks
-    from clip_jax.pretrained.own import is_work_folder
+    from clip_jax.pretrained.work_folder import is_work_folder
 
     args = parse(None)
     fields = _request_fields(args)

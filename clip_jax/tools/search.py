@@ -69,8 +69,7 @@ def load_encoders(args: argparse.Namespace, embeddings: "Embeddings") -> "Encode
 
 def own_template(model: str) -> str:
     """The prompt that a run evaluates with; empty where there is none."""
-    from clip_jax.pretrained.own import is_work_folder
-    from clip_jax.pretrained.workdir import read_description
+    from clip_jax.pretrained.work_folder import is_work_folder, read_description
 
     if not is_work_folder(model):
         return ""

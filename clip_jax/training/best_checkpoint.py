@@ -11,7 +11,7 @@ from typing import Any
 
 from clip_jax.errors import UserError
 from clip_jax.parallel.distributed import from_first, is_first, print_on_main
-from clip_jax.pretrained.workdir import Description, write_description
+from clip_jax.pretrained.work_folder import RunDescription, write_description
 from clip_jax.training.checkpoint import Checkpoints
 from clip_jax.training.state import TrainState
 
@@ -21,7 +21,7 @@ FOLDER = "best"
 class Best:
     """Keeps the state with the highest value of a metric, the earliest of equal ones."""
 
-    def __init__(self, workdir: Path, metric: str, description: Description) -> None:
+    def __init__(self, workdir: Path, metric: str, description: RunDescription) -> None:
         self._metric = metric
         self._checkpoints = Checkpoints(workdir / FOLDER)
         if is_first():

@@ -11,7 +11,7 @@ from typing import Any
 from clip_jax.errors import UserError
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.parallel.distributed import from_first, is_first
-from clip_jax.pretrained.workdir import FILE, model_to_json
+from clip_jax.pretrained.work_folder import CONFIG_FILENAME, model_to_json
 from clip_jax.sections import Config, fixed_values
 from clip_jax.tokenizers import TokenizerSpec, spec_digest
 
@@ -57,7 +57,7 @@ def complete_fingerprint(saved: Fingerprint, workdir: str | Path) -> Fingerprint
 
 def _saved_config(workdir: Path) -> dict[str, Any] | None:
     try:
-        return json.loads((workdir / FILE).read_text())["config"]
+        return json.loads((workdir / CONFIG_FILENAME).read_text())["config"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -19,7 +19,7 @@ from clip_jax.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED, UserE
 from clip_jax.files import make_folder
 from clip_jax.parallel import distributed
 from clip_jax.parallel.mesh import batch_part, mesh_text, place_batch
-from clip_jax.pretrained.workdir import Description, write_description
+from clip_jax.pretrained.work_folder import RunDescription, write_description
 from clip_jax.sections import Config
 from clip_jax.training.best_checkpoint import Best
 from clip_jax.training.checkpoint import Checkpoints
@@ -84,9 +84,9 @@ def train(config: Config, workdir: str) -> int:
     return code
 
 
-def description_of(config: Config, w: RunComponents) -> Description:
+def description_of(config: Config, w: RunComponents) -> RunDescription:
     """What the run's work folder says of it."""
-    return Description(
+    return RunDescription(
         config.model.name,
         w.model.config,
         w.tokenizer_spec,

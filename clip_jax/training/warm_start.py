@@ -32,9 +32,13 @@ from clip_jax.pretrained.load import (
     resized,
     tokenizer_family,
 )
-from clip_jax.pretrained.own import is_work_folder, read_weights
 from clip_jax.pretrained.trees import to_variables
-from clip_jax.pretrained.workdir import WEIGHTS, read_description
+from clip_jax.pretrained.work_folder import (
+    WEIGHTS_FILENAME,
+    is_work_folder,
+    read_description,
+    read_weights,
+)
 from clip_jax.tokenizers import TokenizerSpec, make_tokenizer, tokenizer_from_file
 from clip_jax.training.checkpoint import FOLDER, Checkpoints
 from clip_jax.training.state import TrainState, make_state
@@ -75,7 +79,7 @@ def read_source(path: str, model: str | None) -> SourceCheckpoint:
     if not is_work_folder(path):
         return SourceCheckpoint(path, read_checkpoint(path, model))
     about = read_description(path)
-    weights = Path(path) / WEIGHTS
+    weights = Path(path) / WEIGHTS_FILENAME
     arrays = read_weights(weights, about.model) if weights.is_file() else {}
     return SourceCheckpoint(
         path,

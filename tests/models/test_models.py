@@ -22,7 +22,7 @@ from clip_jax.models.layers import LayerNorm, gelu, gelu_tanh, quick_gelu
 from clip_jax.models.text import TextTransformer, end_positions
 from clip_jax.models.vit import VisionTransformer, ViTConfig
 from clip_jax.models.zoo import MODELS, left_out, list_models, model_config
-from clip_jax.pretrained.workdir import model_from_json, model_to_json
+from clip_jax.pretrained.work_folder import model_from_json, model_to_json
 from clip_jax.training.state import parameter_counts
 
 GOLDEN = json.loads(

@@ -22,9 +22,8 @@ from clip_jax.data.writing.scores import part_path, read_part, select, write_par
 from clip_jax.errors import UserError
 from clip_jax.evaluation.encoders import Encoders
 from clip_jax.models.clip import CLIP, init_variables
-from clip_jax.pretrained.export import write_own
 from clip_jax.pretrained.trees import from_variables
-from clip_jax.pretrained.workdir import Description
+from clip_jax.pretrained.work_folder import RunDescription, write_work_folder
 from clip_jax.tokenizers import make_tokenizer, tokenizer_spec
 from clip_jax.tools import data_filter as command
 
@@ -216,7 +215,7 @@ def test_a_checkpoint_scores_as_its_own_encoders_do(tmp_path):
     variables = jax.jit(lambda: init_variables(CLIP(config), 0))()
     (tmp_path / "model").mkdir()
     arrays = from_variables(variables["params"], {})
-    write_own(tmp_path / "model", Description("tiny", config, spec), arrays)
+    write_work_folder(tmp_path / "model", RunDescription("tiny", config, spec), arrays)
     encoders = command.load_encoders(str(tmp_path / "model"))
     out = tmp_path / "out"
     command.filter_set([pattern], out, encoders, scores_only=True, batch_size=8)

@@ -21,7 +21,7 @@ from clip_jax import main
 from clip_jax.data.images import Preprocess
 from clip_jax.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED, UserError
 from clip_jax.models import zoo
-from clip_jax.pretrained.workdir import Description
+from clip_jax.pretrained.work_folder import RunDescription
 from clip_jax.tools.evaluate import evaluate_workdir, evaluation_text
 from clip_jax.training import run_logger, trainer
 from clip_jax.training.best_checkpoint import Best
@@ -89,7 +89,7 @@ def test_evaluation_during_a_run_changes_no_loss_and_its_best_state_is_kept(
 
 
 def test_the_best_is_kept_over_a_restart_and_a_wrong_metric_is_named(tmp_path, capsys):
-    about = Description("tiny", VIT, None, Preprocess(), config={})
+    about = RunDescription("tiny", VIT, None, Preprocess(), config={})
     one = {"x": jnp.ones(2)}
     states = {step: TrainState(jnp.int32(step), one, {}, one, {}) for step in (1, 2, 3)}
     with Best(tmp_path, "acc1", about) as best:

@@ -24,7 +24,7 @@ from clip_jax.pretrained import tags
 from clip_jax.pretrained.load import resized
 from clip_jax.pretrained.resize import resize_image_positions, resize_text_positions
 from clip_jax.pretrained.trees import from_variables
-from clip_jax.pretrained.workdir import read_description, write_description
+from clip_jax.pretrained.work_folder import read_description, write_description
 from clip_jax.tokenizers.train import train as train_tokenizer
 from clip_jax.tools.convert import convert
 from clip_jax.training import setup

@@ -1,11 +1,17 @@
-"""What a work folder says of itself: `config.json`, enough to load the model without the code
-that made it. Weights are checkpoints of a run, or one `model.safetensors` that was converted."""
+"""Describe the model of a work folder in its `config.json`, enough to load it without its code.
+
+The weights beside it are the checkpoints of a run, or one `model.safetensors` that was converted.
+"""
 
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
 
 from clip_jax.data.images import OPENAI, Preprocess
 from clip_jax.errors import UserError, short
@@ -15,23 +21,26 @@ from clip_jax.models.convnet import ConvNetConfig
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
+from clip_jax.pretrained.layouts import own_arrays
+from clip_jax.pretrained.load import array_shapes
 from clip_jax.pretrained.preprocess import preprocess_from_json, preprocess_to_json
+from clip_jax.pretrained.safetensors_file import read_safetensors
 from clip_jax.tokenizers.spec import TokenizerSpec, spec_from_json, spec_to_json
 
-FILE = "config.json"
-WEIGHTS = "model.safetensors"
+CONFIG_FILENAME = "config.json"
+WEIGHTS_FILENAME = "model.safetensors"
 VISION_KINDS = {"vit": ViTConfig, "resnet": ResNetConfig, "convnet": ConvNetConfig}
 
 
 @dataclasses.dataclass(frozen=True)
-class Description:
-    """A model as a work folder keeps it.
+class RunDescription:
+    """A model as the `config.json` of a work folder describes it.
 
     Attributes:
-      model_name: its row of the zoo.
+      model_name: its entry of the zoo.
       model: its sizes, the tokenizer's included.
-      tokenizer: its file, where it has one, lies in the work folder; None is none that is known.
-      preprocess: how images are made for the model.
+      tokenizer: its file, where it has one, lies in the work folder; None where none is known.
+      preprocess: the preprocessing of its images.
       config: the resolved experiment, as nested dicts; empty for a converted model.
     """
 
@@ -42,17 +51,27 @@ class Description:
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
+def is_work_folder(path: str | Path) -> bool:
+    """Return whether a folder's `config.json` is this project's, not Hugging Face's."""
+    try:
+        values = json.loads((Path(path) / CONFIG_FILENAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        # Absent: another format. Damaged: named by whoever reads it next.
+        return (Path(path) / "checkpoints").is_dir()
+    return isinstance(values, dict) and "model_name" in values
+
+
 def model_to_json(config: CLIPConfig) -> dict[str, Any]:
-    """The sizes of a model as JSON."""
+    """Return the sizes of a model as values that JSON has."""
     (kind,) = (k for k, cls in VISION_KINDS.items() if isinstance(config.vision, cls))
-    made = dataclasses.asdict(config)
-    made["vision"] = {"kind": kind, **made["vision"]}
+    values = dataclasses.asdict(config)
+    values["vision"] = {"kind": kind, **values["vision"]}
     # One form, whether the dict is fresh or was read back: lists instead of tuples.
-    return json.loads(json.dumps(made))
+    return json.loads(json.dumps(values))
 
 
-def model_from_json(values: dict[str, Any]) -> CLIPConfig:
-    """The sizes `model_to_json` wrote.
+def model_from_json(values: Mapping[str, Any]) -> CLIPConfig:
+    """Return the sizes that `model_to_json` wrote.
 
     Folders written before each tower had its own activation hold one of the whole model.
     """
@@ -67,7 +86,7 @@ def model_from_json(values: dict[str, Any]) -> CLIPConfig:
     return CLIPConfig(**rest, vision=cls(**vision), text=TextConfig(**text))
 
 
-def write_description(workdir: Path, description: Description) -> Description:
+def write_description(workdir: Path, description: RunDescription) -> RunDescription:
     """Write `config.json`, and a copy of a tokenizer's file; return what was written."""
     tokenizer = description.tokenizer
     if tokenizer is not None and tokenizer.file is not None:
@@ -76,25 +95,25 @@ def write_description(workdir: Path, description: Description) -> Description:
             shutil.copyfile(tokenizer.file, target)
         tokenizer = dataclasses.replace(tokenizer, file=target.name)
     description = dataclasses.replace(description, tokenizer=tokenizer)
-    made = {
+    values = {
         "model_name": description.model_name,
         "model": model_to_json(description.model),
         "tokenizer": None if tokenizer is None else spec_to_json(tokenizer),
         "preprocess": preprocess_to_json(description.preprocess),
         "config": description.config,
     }
-    with atomic_write(workdir / FILE) as partial:
-        partial.write_text(json.dumps(made, indent=2) + "\n")
+    with atomic_write(workdir / CONFIG_FILENAME) as partial:
+        partial.write_text(json.dumps(values, indent=2) + "\n")
     return description
 
 
-def read_description(workdir: str | Path) -> Description:
-    """The description in a work folder, its tokenizer's path made absolute.
+def read_description(workdir: str | Path) -> RunDescription:
+    """Return the description in a work folder, its tokenizer's path made absolute.
 
     Raises:
       UserError: the folder or its `config.json` is missing or damaged.
     """
-    path = Path(workdir) / FILE
+    path = Path(workdir) / CONFIG_FILENAME
     try:
         values = json.loads(path.read_text())
         tokenizer = None
@@ -102,7 +121,7 @@ def read_description(workdir: str | Path) -> Description:
             tokenizer = spec_from_json(values["tokenizer"], where=f"{path}: tokenizer")
             if tokenizer.file is not None:
                 tokenizer = dataclasses.replace(tokenizer, file=str(Path(workdir) / tokenizer.file))
-        return Description(
+        return RunDescription(
             model_name=values["model_name"],
             model=model_from_json(values["model"]),
             tokenizer=tokenizer,
@@ -113,7 +132,36 @@ def read_description(workdir: str | Path) -> Description:
         )
     except FileNotFoundError:
         raise UserError(
-            f"{workdir} is not a work folder: it has no {FILE}; give the --workdir of a run"
+            f"{workdir} is not a work folder: it has no {CONFIG_FILENAME}; give the --workdir of a"
+            " run"
         ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({short(error)})") from None
+
+
+def write_work_folder(
+    folder: Path, description: RunDescription, arrays: Mapping[str, np.ndarray]
+) -> None:
+    """Write a work folder without a run: its description, and the weights in one file.
+
+    Args:
+      folder: where; it exists.
+      description: the model, its tokenizer and its preprocessing.
+      arrays: parameters and batch statistics by path, float32.
+    """
+    in_order = {path: np.asarray(array, order="C") for path, array in arrays.items()}
+    save_file(in_order, folder / WEIGHTS_FILENAME)
+    write_description(folder, description)
+
+
+def read_weights(path: Path, config: CLIPConfig) -> dict[str, Callable[[], np.ndarray]]:
+    """Return, for each path of the parameter tree, a function that reads its array.
+
+    Args:
+      path: a weights file of `write_work_folder`.
+      config: the sizes of its model.
+
+    Raises:
+      UserError: the file is damaged or holds another model.
+    """
+    return own_arrays(read_safetensors(path), array_shapes(config), str(path))
