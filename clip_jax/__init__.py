@@ -31,7 +31,7 @@ def load(
     context_length: int | None = None,
     mesh: "Mesh | None" = None,
 ) -> "LoadedCLIP":
-    """A model from a run's work folder or from a published checkpoint, whatever its format.
+    """Load a model from a run's work folder or from a published checkpoint, whatever its format.
 
     OpenAI's `.pt`; open_clip's `.pt`, `.bin` and `.safetensors`; folders of open_clip and Hugging
     Face (CLIP, MetaCLIP 2, SigLIP); big_vision's `.npz`; work folders. Nothing in a file is run.
@@ -63,7 +63,7 @@ def load(
 
 
 def create(name: str, seed: int = 0) -> "LoadedCLIP":
-    """A model of `list_models()` with random weights.
+    """Make a model of `list_models()` with random weights.
 
     Raises:
       UserError: no model has that name.
@@ -74,21 +74,21 @@ def create(name: str, seed: int = 0) -> "LoadedCLIP":
 
 
 def list_models() -> list[str]:
-    """The names `create` and `config.model.name` know."""
+    """Return the names that `create` and `config.model.name` know."""
     from clip_jax.models import zoo
 
     return zoo.list_models()
 
 
 def list_pretrained() -> list[tuple[str, str]]:
-    """open_clip's published (model, tag) pairs that `load(file, "model:tag")` knows."""
+    """Return open_clip's published (model, tag) pairs that `load(file, "model:tag")` knows."""
     from clip_jax.pretrained import tags
 
     return tags.list_pretrained()
 
 
 def tokenize(texts: str | Sequence[str], context_length: int = 77) -> "np.ndarray":
-    """CLIP's byte-pair encoding: int32 [batch, context_length], too long texts cut."""
+    """Encode texts by CLIP's byte pairs: int32 [batch, context_length]; too long ones are cut."""
     from clip_jax.tokenizers import make_tokenizer
 
     return make_tokenizer("clip")([texts] if isinstance(texts, str) else texts, context_length)

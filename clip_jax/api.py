@@ -1,4 +1,4 @@
-"""A loaded model for notebooks and commands: jitted `encode_image` / `encode_text`, `classify`."""
+"""Load or create a model for notebooks and commands: `encode_image`, `encode_text`, `classify`."""
 
 import hashlib
 import json
@@ -14,12 +14,12 @@ from PIL import Image
 
 from clip_jax.data.images import OPENAI, Preprocess, eval_transform
 from clip_jax.errors import UserError
-from clip_jax.evaluation.encoders import Encoders, image_encoder_over, text_encoder_over
+from clip_jax.evaluation.encoders import Encoders, mesh_encoders
 from clip_jax.evaluation.zero_shot import class_embeddings
 from clip_jax.models.clip import CLIP, CLIPConfig, init_variables, unit_length
 from clip_jax.models.relevance import make_relevance
 from clip_jax.models.zoo import model_config
-from clip_jax.parallel.mesh import batch_shards, make_mesh
+from clip_jax.parallel.mesh import make_mesh
 from clip_jax.pretrained.load import resized, tokenizer_family
 from clip_jax.pretrained.tags import family_preprocess
 from clip_jax.tokenizers import TokenizerSpec, make_tokenizer, spec_digest, tokenizer_from_file
@@ -35,7 +35,7 @@ class LoadedCLIP:
     """A model, its parameters, its tokenizer and its preprocessing.
 
     Attributes:
-      name: the registered model, or the file's.
+      name: of the zoo's entry, or of the file.
       config: the sizes of both towers.
       params: the parameter pytree, float32.
       batch_stats: a ResNet's running statistics; empty for a ViT.
@@ -67,7 +67,7 @@ class LoadedCLIP:
         self._relevance = jax.jit(make_relevance(CLIP(config)))
 
     def known_tokenizer(self) -> Tokenizer:
-        """The tokenizer.
+        """Return the tokenizer.
 
         Raises:
           UserError: the checkpoint came without one.
@@ -81,12 +81,12 @@ class LoadedCLIP:
 
     @property
     def logit_scale(self) -> jax.Array:
-        """The logarithm of the scale (of the inverse temperature), as stored; a scalar."""
+        """The logarithm of the scale (of the inverse temperature) as it is stored, a scalar."""
         return self.params["logit_scale"]
 
     @property
     def scale(self) -> float:
-        """exp(logit_scale), the factor between cosines and logits."""
+        """The factor exp(logit_scale) that multiplies cosines to give logits."""
         return float(jnp.exp(self.logit_scale))
 
     @property
@@ -94,7 +94,7 @@ class LoadedCLIP:
         return {"params": self.params, "batch_stats": self.batch_stats}
 
     def preprocess(self, images: Image.Image | Sequence[Image.Image]) -> np.ndarray:
-        """PIL images through the model's evaluation transform: uint8 [batch, height, width, 3].
+        """Prepare PIL images as the model takes them: uint8 [batch, height, width, 3].
 
         They stay uint8 until `encode_image` normalizes them on the device.
         """
@@ -104,12 +104,15 @@ class LoadedCLIP:
         return np.stack([eval_transform(image, size, self.preprocessing) for image in images])
 
     def tokenize(self, texts: str | Sequence[str]) -> np.ndarray:
-        """Captions to ids, int32 [batch, context_length]; too long ones are cut, end token kept."""
+        """Turn captions into ids, int32 [batch, context_length].
+
+        A caption that is too long is cut and keeps its end token.
+        """
         texts = [texts] if isinstance(texts, str) else list(texts)
         return self.known_tokenizer()(texts, self.config.text.context_length)
 
     def encode_image(self, images: np.ndarray | jax.Array, normalize: bool = True) -> jax.Array:
-        """Image features, float32 [batch, embed_dim], of unit length unless `normalize=False`.
+        """Encode images: float32 [batch, embed_dim], of unit length unless `normalize=False`.
 
         Args:
           images: [batch, height, width, 3]; uint8 as `preprocess` returns them, or floats that
@@ -118,10 +121,11 @@ class LoadedCLIP:
         Raises:
           UserError: the shape is not what the model takes.
         """
-        z_BD = self._encode_image(self._variables, self._checked(images, "encode_image"))
+        z_BD = self._encode_image(self._variables, self._check_images(images, "encode_image"))
         return self._unit_length(z_BD) if normalize else z_BD
 
-    def _checked(self, images: np.ndarray | jax.Array, method: str) -> jax.Array:
+    def _check_images(self, images: np.ndarray | jax.Array, method: str) -> jax.Array:
+        """Return the images as an array, or raise UserError with the method's name."""
         size = self.config.vision.image_size
         images = jnp.asarray(images)
         if images.shape[1:] != (size, size, 3):
@@ -134,7 +138,7 @@ class LoadedCLIP:
         return images
 
     def encode_text(self, tokens: np.ndarray | jax.Array, normalize: bool = True) -> jax.Array:
-        """Text features, float32 [batch, embed_dim], of unit length unless `normalize=False`.
+        """Encode captions: float32 [batch, embed_dim], of unit length unless `normalize=False`.
 
         Args:
           tokens: int32 [batch, length] as `tokenize` returns them; length may be shorter, except
@@ -144,10 +148,8 @@ class LoadedCLIP:
           UserError: the shape is not what the model takes.
         """
         text = self.config.text
-        longest, shortest = (
-            text.context_length,
-            1 if text.supports_trimming else text.context_length,
-        )
+        longest = text.context_length
+        shortest = 1 if text.supports_trimming else longest
         if tokens.ndim != 2 or not shortest <= tokens.shape[1] <= longest:
             takes = f"at most {longest}" if text.supports_trimming else f"{longest}"
             raise UserError(
@@ -163,7 +165,12 @@ class LoadedCLIP:
         class_names: Sequence[str],
         templates: Sequence[str] = ("a photo of a {}.",),
     ) -> jax.Array:
-        """Zero-shot probabilities, float32 [batch, classes] (paper, section 3.1.2).
+        """Return zero-shot probabilities, float32 [batch, classes] (paper, section 3.1.2).
+
+        Args:
+          images: as `encode_image` takes them.
+          class_names: what is asked for.
+          templates: prompts with {} for the name; their unit features are averaged.
 
         Raises:
           UserError: a template lacks its {}, or there are no class names.
@@ -180,7 +187,7 @@ class LoadedCLIP:
         return jax.nn.softmax(logits_BM, axis=-1)
 
     def relevance(self, images: np.ndarray | jax.Array, text: str | Sequence[str]) -> jax.Array:
-        """What each patch adds to the cosine with a caption, float32 [batch, rows, columns].
+        """Return what each patch adds to the cosine with a caption, float32 [batch, rows, columns].
 
         Gradient-weighted attention; see `models.relevance`. Nothing is below zero.
 
@@ -191,7 +198,7 @@ class LoadedCLIP:
         Raises:
           UserError: the shape is not what the model takes, or captions are too few or too many.
         """
-        images = self._checked(images, "relevance")
+        images = self._check_images(images, "relevance")
         texts = [text] * len(images) if isinstance(text, str) else list(text)
         if len(texts) != len(images):
             raise UserError(f"relevance got {len(images)} images and {len(texts)} captions")
@@ -203,7 +210,7 @@ class LoadedCLIP:
 
 
 def create(name: str, seed: int = 0) -> LoadedCLIP:
-    """A model of the zoo with random weights.
+    """Make a model of the zoo with random weights.
 
     Raises:
       UserError: no model has that name.
@@ -228,7 +235,7 @@ def load(
     context_length: int | None = None,
     mesh: Mesh | None = None,
 ) -> LoadedCLIP:
-    """A run's model, or a published one in any format; see `clip_jax.load`."""
+    """Load a run's model, or a published one in any format; see `clip_jax.load`."""
     checkpoint = read_source(str(path), model).checkpoint
     spec = checkpoint.tokenizer
     if tokenizer is not None:
@@ -249,29 +256,32 @@ def load(
     )
 
 
-def load_over_devices(
+def load_encoders(
     model: str, *, architecture: str | None = None, tokenizer: str | None = None
-) -> tuple[LoadedCLIP, Mesh]:
-    """A model with its parameters on every device, and the mesh of all of them."""
+) -> Encoders:
+    """Load a model as the evaluators take it, its parameters and batches over all devices.
+
+    Args:
+      model: the path, as `load` takes it.
+      architecture: a name of the zoo, or "name:tag", for a file that does not say it.
+      tokenizer: for a checkpoint that came without one.
+
+    Raises:
+      UserError: the path is no checkpoint, or its tokenizer is not known.
+    """
     mesh = make_mesh(data=-1, fsdp=1, tensor=1)
-    return load(model, architecture, tokenizer=tokenizer, mesh=mesh), mesh
-
-
-def encoders_of(clip: LoadedCLIP, mesh: Mesh) -> Encoders:
-    """A loaded model as the evaluators take it, its batches split over the mesh."""
-    tokenizer, spec = clip.known_tokenizer(), clip.tokenizer_spec
+    clip = load(model, architecture, tokenizer=tokenizer, mesh=mesh)
+    known, spec = clip.known_tokenizer(), clip.tokenizer_spec
     digests = tree_digests({"params": clip.params, "batch_stats": clip.batch_stats})
-    trim_behind = tokenizer.eot_id if clip.config.text.supports_trimming else None
-    about = json.dumps([digests, repr(clip.config), spec and spec_digest(spec)])
-    return Encoders(
-        image_encoder_over(clip.encode_image, mesh),
-        text_encoder_over(clip.encode_text, mesh, trim_behind=trim_behind),
-        tokenizer,
-        image_size=clip.config.vision.image_size,
-        context_length=clip.config.text.context_length,
+    described = json.dumps([digests, repr(clip.config), spec and spec_digest(spec)])
+    return mesh_encoders(
+        clip.encode_image,
+        clip.encode_text,
+        mesh,
+        config=clip.config,
+        tokenizer=known,
         preprocess=clip.preprocessing,
         scale=clip.scale,
         name=clip.name,
-        identity=hashlib.blake2b(about.encode(), digest_size=8).hexdigest(),
-        shards=batch_shards(mesh),
+        identity=hashlib.blake2b(described.encode(), digest_size=8).hexdigest(),
     )

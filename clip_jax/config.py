@@ -207,7 +207,7 @@ def _check_mesh(m: MeshSection) -> None:
 
 
 def _check_eval(e: EvalSection) -> None:
-    from clip_jax.evaluation.tasks import LEARNING, TASKS, ZERO_SHOT
+    from clip_jax.evaluation.tasks import TASKS, TRAINED_TASKS, ZERO_SHOT
 
     _above_zero("eval", e, "batch_size")
     _not_negative("eval", e, "every")
@@ -217,10 +217,10 @@ def _check_eval(e: EvalSection) -> None:
     )
     for task in e.tasks:
         check_choice("config.eval.tasks", task, TASKS)
-    learning = [task for task in e.tasks if task in LEARNING]
+    trained = [task for task in e.tasks if task in TRAINED_TASKS]
     _require(
-        not learning or bool(e.train_data),
-        f"config.eval.tasks has {learning[:1]} but config.eval.train_data names no shards",
+        not trained or bool(e.train_data),
+        f"config.eval.tasks has {trained[:1]} but config.eval.train_data names no shards",
     )
     _require(
         not e.data or bool(e.classnames) or ZERO_SHOT not in e.tasks,

@@ -49,7 +49,15 @@ def toy_encoders(dim: int = 8, after: int | None = None) -> Encoders:
         return (words[tokens] * (tokens > 0)[..., None]).sum(axis=1)
 
     return Encoders(
-        image, text, ToyTokenizer(), image_size=SIDE, context_length=16, name="toy", identity="a"
+        image,
+        text,
+        ToyTokenizer(),
+        image_size=SIDE,
+        context_length=16,
+        embed_dim=dim,
+        scale=100.0,
+        name="toy",
+        identity="a",
     )
 
 

@@ -4,6 +4,7 @@ A part's files appear whole and its metadata last, so what was killed is made ag
 part on, to the same bytes: a part is the same batches whoever makes it, and when.
 """
 
+import dataclasses
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ from clip_jax.data.skip_log import SkipLog
 from clip_jax.data.sources import FOLDER, expand, kind_of, open_shards
 from clip_jax.embeddings.folder import METADATA, About, is_whole, part_file
 from clip_jax.evaluation.encoders import Encoders
-from clip_jax.evaluation.feature_store import FeatureSet, encode_parts
+from clip_jax.evaluation.features import FeatureSet, encode_parts
 from clip_jax.files import atomic_write
 from clip_jax.progress_bar import progress_bar
 
@@ -126,14 +127,13 @@ def _embed_run(
     def no_features(tokens_BL: np.ndarray) -> np.ndarray:
         return np.ones((len(tokens_BL), about.embed_dim), np.float32)
 
+    if not about.texts:
+        encoders = dataclasses.replace(encoders, encode_text=no_features)
     with loader:
         encode_parts(
-            encoders.encode_image,
-            encoders.encode_text if about.texts else no_features,
-            encoders.tokenizer,
+            encoders,
             _one_caption_each(loader, advance),
             keep,
-            context_length=encoders.context_length,
             text_batch_size=about.batch_size,
             batches_per_part=batches_per_part,
             first_part=run.start,

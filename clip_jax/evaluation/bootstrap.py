@@ -1,7 +1,7 @@
-"""How far a figure could be off by the choice of the images alone: bootstrap intervals.
+"""Bootstrap intervals: how far a figure could be off by the choice of the images alone.
 
-Percentile intervals of 95 % from 1,000 resamples (Efron and Tibshirani 1993, chapter 13). They say
-nothing of another training seed or another data set.
+They are percentile intervals of 95 % from 1,000 resamples (Efron and Tibshirani 1993, chapter 13),
+and say nothing of another training seed or another data set.
 """
 
 import numpy as np
@@ -16,17 +16,17 @@ Interval = tuple[float, float]
 def ratio_intervals(
     hits_BK: Float[np.ndarray, "B K"], counts_BK: Float[np.ndarray, "B K"], *, seed: int = 0
 ) -> list[Interval]:
-    """Intervals of K shares, sum(hits) / sum(counts), when the B images are drawn anew.
+    """Return the intervals of K shares, sum(hits) / sum(counts), when the B images are drawn anew.
 
     An image with several captions is drawn with all of them: they are not independent.
     """
     rng = np.random.default_rng(seed)
     size = len(hits_BK)
-    both_B2K = np.concatenate([hits_BK, counts_BK], axis=1)
+    stacked_B2K = np.concatenate([hits_BK, counts_BK], axis=1)
     shares = np.zeros((RESAMPLES, hits_BK.shape[1]))
     for i in range(RESAMPLES):
-        times_B = np.bincount(rng.integers(size, size=size), minlength=size)
-        hits, counts = np.split(times_B @ both_B2K, 2)
+        weight_B = np.bincount(rng.integers(size, size=size), minlength=size)
+        hits, counts = np.split(weight_B @ stacked_B2K, 2)
         shares[i] = hits / np.maximum(counts, 1)
     return _percentiles(shares)
 
@@ -34,17 +34,18 @@ def ratio_intervals(
 def mean_recall_interval(
     right_B: Bool[np.ndarray, " B"], label_B: Int[np.ndarray, " B"], *, seed: int = 0
 ) -> Interval:
-    """Of the recall averaged over the classes that have images, when the images are drawn anew.
+    """Return the interval of the recall averaged over the classes, when the images are drawn anew.
 
-    A class of which none is drawn is left out of that resample's mean.
+    Only classes that have images count; one of which none is drawn is left out of that resample's
+    mean.
     """
     rng = np.random.default_rng(seed)
     size = len(label_B)
     means = np.zeros((RESAMPLES, 1))
     for i in range(RESAMPLES):
-        times_B = np.bincount(rng.integers(size, size=size), minlength=size)
-        images_M = np.bincount(label_B, times_B)
-        right_M = np.bincount(label_B, times_B * right_B)
+        weight_B = np.bincount(rng.integers(size, size=size), minlength=size)
+        images_M = np.bincount(label_B, weight_B)
+        right_M = np.bincount(label_B, weight_B * right_B)
         means[i] = (right_M[images_M > 0] / images_M[images_M > 0]).mean()
     return _percentiles(means)[0]
 

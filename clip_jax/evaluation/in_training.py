@@ -6,60 +6,69 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from clip_jax.evaluation.encoders import Encoders, image_encoder_over, text_encoder_over
-from clip_jax.evaluation.run import EvalSpec, make_subject, open_request
-from clip_jax.evaluation.tasks import TASKS
+from clip_jax.data.images import Preprocess
+from clip_jax.evaluation.encoders import mesh_encoders
+from clip_jax.evaluation.run import make_task_inputs, open_eval_sources
+from clip_jax.evaluation.spec import EvalSpec
+from clip_jax.evaluation.tasks import TaskResult, run_tasks
+from clip_jax.models.clip import CLIPConfig
+from clip_jax.typing import Tokenizer
 
-# (variables, rows) -> features, jitted: `step.make_encoders` makes both.
-EncodeWith = Callable[[Mapping[str, Any], Any], Any]
-Evaluator = Callable[[Mapping[str, Any]], dict[str, float]]
+# {"params": ..., "batch_stats": ...}
+Variables = Mapping[str, Any]
+# (variables, rows) -> features, jitted: `training.step.make_encoders` makes both.
+EncodeWith = Callable[[Variables, Any], Any]
+Evaluator = Callable[[Variables], dict[str, float]]
 
 
 def make_evaluator(
     encode_image: EncodeWith,
     encode_text: EncodeWith,
-    request: EvalSpec,
+    spec: EvalSpec,
     mesh: Mesh,
     *,
-    scale: Callable[[Mapping[str, Any]], float],
-    trim_behind: int | None = None,
-    **encoders: Any,
+    config: CLIPConfig,
+    tokenizer: Tokenizer,
+    preprocess: Preprocess,
+    scale: Callable[[Variables], float],
 ) -> Evaluator:
-    """A function of the variables, {"params": ..., "batch_stats": ...}, that returns the metrics.
+    """Make a function of the variables that returns the metrics; the data is opened here, once.
 
     The encoders take the variables as an argument, so every call runs the programs that the
     first one compiled, and the training step is not touched. Nothing is stored. With several
     processes all of them call it.
 
     Args:
-      scale: the factor between cosines and logits, of the variables.
-      trim_behind: see `features.text_encoder_over`.
-      request: its data is indexed here, once.
-      encoders: the other fields of `features.Encoders`: tokenizer, sizes, preprocess, shards.
-    """
-    sources = open_request(request)
+      config, tokenizer, preprocess: of the model, as `encoders.mesh_encoders` takes them.
+      scale: returns what multiplies cosines to give logits.
 
-    def evaluate(variables: Mapping[str, Any]) -> dict[str, float]:
-        made = Encoders(
-            image_encoder_over(lambda rows: encode_image(variables, rows), mesh),
-            text_encoder_over(
-                lambda rows: encode_text(variables, rows), mesh, trim_behind=trim_behind
-            ),
+    Raises:
+      UserError: a task does not exist or lacks its data, or a source cannot be read.
+    """
+    sources = open_eval_sources(spec)
+
+    def evaluate(variables: Variables) -> dict[str, float]:
+        encoders = mesh_encoders(
+            lambda rows: encode_image(variables, rows),
+            lambda rows: encode_text(variables, rows),
+            mesh,
+            config=config,
+            tokenizer=tokenizer,
+            preprocess=preprocess,
             scale=scale(variables),
-            **encoders,
         )
-        subject = make_subject(made, request, sources, None, mesh, progress=False)
-        return named_metrics({task: TASKS[task](subject) for task in request.tasks})
+        inputs = make_task_inputs(encoders, spec, sources, None, progress=False)
+        return named_metrics(run_tasks(inputs))
 
     return evaluate
 
 
-def named_metrics(outcomes: Mapping[str, Sequence[Any]]) -> dict[str, float]:
-    """Every metric that is a number by its name; few-shot ones with their shots, "lp_acc1@4"."""
-    found: dict[str, float] = {}
-    for results in outcomes.values():
+def named_metrics(task_results: Mapping[str, Sequence[TaskResult]]) -> dict[str, float]:
+    """Return every metric that is a number by its name; few-shot ones as "lp_acc1@4", by shots."""
+    metrics: dict[str, float] = {}
+    for results in task_results.values():
         for result in results:
             shots = result.metrics.get("fewshot_k", -1)
-            ending = f"@{shots:g}" if shots > 0 else ""
-            found |= {n + ending: v for n, v in result.metrics.items() if not np.isnan(v)}
-    return found
+            suffix = f"@{shots:g}" if shots > 0 else ""
+            metrics |= {n + suffix: v for n, v in result.metrics.items() if not np.isnan(v)}
+    return metrics

@@ -13,17 +13,20 @@ from clip_jax.evaluation.encoders import equal_blocks
 BLOCK_SCORES = 1 << 24
 
 
-def neighbour_votes(
+def knn_votes(
     z_BD: Float32[np.ndarray, "B D"],
     train_ND: Float32[np.ndarray, "N D"],
     label_N: Int[np.ndarray, " N"],
     *,
     num_classes: int,
-    k: int = 20,
+    k: int,
     temperature: float = 0.07,
 ) -> Float32[np.ndarray, "B M"]:
-    """Each class's votes among the k nearest training images, weighted by exp(cosine / temperature)
-    (Wu et al. 2018, arXiv:1805.01978, section 3.4; k 20 and 0.07 are DINO's)."""
+    """Return each class's votes among the k nearest training images.
+
+    A vote weighs exp(cosine / temperature) (Wu et al. 2018, arXiv:1805.01978, section 3.4); DINO
+    takes k 20 and 0.07.
+    """
     k = min(k, len(train_ND))
     block = max(1, min(len(z_BD), BLOCK_SCORES // len(train_ND)))
     train, labels = jnp.asarray(train_ND), jnp.asarray(label_N, jnp.int32)

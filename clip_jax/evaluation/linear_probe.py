@@ -24,20 +24,24 @@ from clip_jax.parallel.mesh import batch_shards, place_batch
 C_EXPONENTS = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)
 STEPS_PER_DECADE = 8
 # Fits of a search: the seven, and for each of the four spans down to an eighth two more.
-MOST_FITS = len(C_EXPONENTS) + 2 * 4
-# Steps that a device takes before the host looks: it tells of them, and can be interrupted.
+MAX_FITS = len(C_EXPONENTS) + 2 * 4
+# Steps that a device takes before the host looks, calls back, and can be interrupted.
 STEPS_AT_ONCE = 20
 
 
 class Probe(NamedTuple):
-    """Logits are z_BD @ weights_MD.T + bias_M."""
+    """A fitted probe, whose logits are z_BD @ weights_MD.T + bias_M.
+
+    Attributes:
+      steps: of L-BFGS that it took.
+    """
 
     weights_MD: Float32[np.ndarray, "M D"]
     bias_M: Float32[np.ndarray, " M"]
     steps: int
 
     def logits(self, z_BD: Float[np.ndarray, "B D"]) -> Float[np.ndarray, "B M"]:
-        """The logits of any number of features."""
+        """Return the logits of any number of features."""
         return z_BD @ self.weights_MD.T + self.bias_M
 
 
@@ -50,15 +54,15 @@ def fit(
     mesh: Mesh | None = None,
     tolerance: float = 1e-4,
     max_steps: int = 1000,
-    told: Callable[[int], object] = lambda steps: None,
+    on_steps: Callable[[int], object] = lambda steps: None,
 ) -> Probe:
-    """The probe of one C.
+    """Fit the probe of one C.
 
     Args:
       mesh: splits the rows between its devices; every process passes all rows. None is one device.
       tolerance: stops where no element of the mean loss's gradient is larger, in the stretched
         coordinates; scikit-learn's default is the same number in its own.
-      told: the number of steps, from time to time.
+      on_steps: called with the number of steps, from time to time.
     """
     penalty = 1.0 / (c * len(z_BD))
     center_D = z_BD.mean(axis=0, dtype=np.float64)
@@ -74,7 +78,7 @@ def fit(
         until = min(steps + STEPS_AT_ONCE, max_steps)
         carry = _advance(carry, *function, tolerance, until)
         steps = int(carry.steps)
-        told(steps)
+        on_steps(steps)
     v_MD, b_M = carry.params
     weights_MD = np.asarray(v_MD, np.float64) @ stretch_DD.T.astype(np.float64)
     bias_M = np.asarray(b_M, np.float64) * num_classes**0.5 - weights_MD @ center_D
@@ -84,7 +88,7 @@ def fit(
 def _stretch(
     z_BD: np.ndarray, center_D: np.ndarray, num_classes: int, penalty: float
 ) -> Float32[np.ndarray, "D D"]:
-    """H^-1/2 for H = covariance / M + penalty: the Hessian's factor at equal probabilities."""
+    """Return H^-1/2 for H = covariance / M + penalty, the Hessian at equal probabilities."""
     second_DD = (z_BD.T @ z_BD).astype(np.float64) / len(z_BD)
     covariance_DD = second_DD - np.outer(center_D, center_D)
     values_D, turn_DD = np.linalg.eigh(covariance_DD)
@@ -100,23 +104,27 @@ def _move(z_BD, center_D, stretch_DD):
 
 
 def _place(x_BD: np.ndarray, label_B: np.ndarray, mesh: Mesh | None) -> tuple[jax.Array, ...]:
-    """Features, labels and weights of the rows; rows that fill up the last share weigh nothing."""
+    """Place features, labels and weights of the rows; padding of the last share weighs nothing."""
     weight_B = np.full(len(x_BD), 1 / len(x_BD), np.float32)
     arrays = {"x": x_BD, "label": label_B.astype(np.int32), "weight": weight_B}
     if mesh is None:
         return tuple(jnp.asarray(a) for a in arrays.values())
     share = -(-len(x_BD) // (batch_shards(mesh) * jax.process_count())) * batch_shards(mesh)
-    own = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+    local = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
     filled = {
         name: np.pad(a, ((0, share * jax.process_count() - len(a)), *((0, 0),) * (a.ndim - 1)))
         for name, a in arrays.items()
     }
-    return tuple(place_batch({n: a[own] for n, a in filled.items()}, mesh).values())
+    return tuple(place_batch({n: a[local] for n, a in filled.items()}, mesh).values())
 
 
 class _Carry(NamedTuple):
-    """Where the minimization is: stretched weights and bias, L-BFGS's memory, steps taken, and
-    the largest element of the gradient before the last."""
+    """The state of the minimization.
+
+    Attributes:
+      params: stretched weights and bias; state: L-BFGS's memory.
+      largest: the largest element of the gradient before the last step.
+    """
 
     params: tuple[jax.Array, jax.Array]
     state: optax.OptState
@@ -136,7 +144,7 @@ def _begin(num_classes, width):
 
 @jax.jit
 def _advance(carry, x_BD, label_B, weight_B, stretch_DD, penalty, tolerance, until):
-    """Steps down to the tolerance or up to the step `until`."""
+    """Take steps down to the tolerance or up to the step `until`."""
 
     def loss(params):
         v_MD, b_M = params
@@ -172,10 +180,10 @@ def choose_c(
     validation: tuple[np.ndarray, np.ndarray],
     fit_one: Callable[..., Probe],
 ) -> tuple[float, dict[float, float]]:
-    """C by accuracy on validation data, and the accuracy of every C that was tried.
+    """Choose C by accuracy on validation data; return it and the accuracy of every C tried.
 
-    The paper's search: seven powers of ten, then ever nearer on both sides of the best one, down
-    to eight steps a decade. Of equal accuracies the smaller C is taken.
+    It is the paper's search: seven powers of ten, then ever nearer on both sides of the best one,
+    down to eight steps a decade. Of equal accuracies the smaller C is taken.
 
     Args:
       train, validation: features and labels.
@@ -202,22 +210,22 @@ def choose_c(
 def hold_out(
     label_B: Int[np.ndarray, " B"], *, share: float = 0.2, seed: int = 0
 ) -> tuple[Int[np.ndarray, " fit"], Int[np.ndarray, " held"]]:
-    """Rows to fit on and rows to choose C by, where there is no validation split."""
+    """Split into rows to fit on and rows to choose C by, where there is no validation set."""
     order = np.random.default_rng(seed).permutation(len(label_B))
-    held = max(1, round(share * len(label_B)))
-    return np.sort(order[held:]), np.sort(order[:held])
+    count = max(1, round(share * len(label_B)))
+    return np.sort(order[count:]), np.sort(order[:count])
 
 
 def draw_shots(
     label_B: Int[np.ndarray, " B"], shots: int, *, seed: int
 ) -> Int[np.ndarray, " rows"]:
-    """`shots` rows of every class that has so many; all of a class that has fewer."""
+    """Draw `shots` rows of every class that has so many; take all of a class that has fewer."""
     order = np.random.default_rng(seed).permutation(len(label_B))
-    taken: dict[int, int] = {}
+    counts: dict[int, int] = {}
     rows = []
     for row in order:
         label = int(label_B[row])
-        if taken.get(label, 0) < shots:
-            taken[label] = taken.get(label, 0) + 1
+        if counts.get(label, 0) < shots:
+            counts[label] = counts.get(label, 0) + 1
             rows.append(row)
     return np.sort(np.array(rows, np.int64))

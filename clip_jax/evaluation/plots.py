@@ -1,4 +1,4 @@
-"""Images of a model: its guesses under example images, and the curves of its training."""
+"""Plots: a model's guesses under example images, captions under images, and training's curves."""
 
 import json
 import math
@@ -12,14 +12,14 @@ from PIL import Image, ImageDraw, ImageFont
 from clip_jax.errors import UserError
 from clip_jax.files import atomic_write
 
-# Lengths in pixels.
+# Lengths, pixels.
 IMAGE_SIDE = 192
 CELL_WIDTH = 236
 PAD = 14
 LINE = 21
 FONT_SIZE = 14
 # Colors, red green blue.
-INK, GREY, GREEN = (32, 36, 42), (96, 103, 112), (11, 122, 61)
+INK, GRAY, GREEN = (32, 36, 42), (96, 103, 112), (11, 122, 61)
 BAR, GREEN_BAR, FRAME = (226, 231, 238), (196, 232, 207), (214, 218, 224)
 
 Guesses = Sequence[tuple[str, float]]
@@ -35,25 +35,28 @@ def prediction_grid(
     *,
     columns: int = 6,
 ) -> Path:
-    """Writes a PNG of images with their true name and first five guesses, right ones green.
+    """Write a PNG of images with their true name and first five guesses, right ones green.
 
     Args:
       images: of any sizes, uint8.
       truths: the right name of each.
       guesses: for each, (name, probability) pairs, likeliest first.
 
-    Raises UserError when there is no image.
+    Raises:
+      UserError: there is no image.
     """
     if not len(images):
         raise UserError("there are no images for a grid of predictions")
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
-    lines = max(len(of_one[:5]) for of_one in guesses)
+    lines = max(len(image_guesses[:5]) for image_guesses in guesses)
     cell_height = IMAGE_SIDE + (lines + 1) * LINE + 2 * PAD
     page = Image.new("RGB", (columns * CELL_WIDTH + PAD, rows * cell_height + PAD), "white")
     draw = ImageDraw.Draw(page)
     font = ImageFont.load_default(FONT_SIZE)
-    for i, (image_HWC, truth, of_one) in enumerate(zip(images, truths, guesses, strict=True)):
+    for i, (image_HWC, truth, image_guesses) in enumerate(
+        zip(images, truths, guesses, strict=True)
+    ):
         x = PAD + i % columns * CELL_WIDTH
         y = PAD + i // columns * cell_height
         _draw_image(page, draw, image_HWC, x, y)
@@ -62,7 +65,7 @@ def prediction_grid(
         # Twice, half a pixel apart: the built-in font has no bold.
         for shift in (0, 0.5):
             draw.text((x + shift, y), _fit(draw, truth, font, width), INK, font)
-        for name, probability in of_one[:5]:
+        for name, probability in image_guesses[:5]:
             y += LINE
             _draw_guess(draw, font, name, probability, name == truth, x, y, width)
     return _save(page, Path(path))
@@ -76,9 +79,10 @@ def caption_grid(
     columns: int = 6,
     lines: int = 3,
 ) -> Path:
-    """Writes a PNG of images with their captions below, each on so many lines at most.
+    """Write a PNG of images with their captions below, each on so many lines at most.
 
-    Raises UserError when there is no image.
+    Raises:
+      UserError: there is no image.
     """
     if not len(images):
         raise UserError("there are no images for a grid of samples")
@@ -104,7 +108,7 @@ def _wrap(
     width: int,
     lines: int,
 ) -> list[str]:
-    """The words on so many lines at most; what does not fit is cut with an ellipsis."""
+    """Break the text into so many lines at most; what does not fit is cut with an ellipsis."""
     words = text.encode("utf-8", "replace").decode("utf-8").split()
     wrapped: list[str] = []
     while words and len(wrapped) < lines - 1:
@@ -139,7 +143,7 @@ def _draw_guess(
     y: int,
     width: int,
 ) -> None:
-    ink, bar = (GREEN, GREEN_BAR) if right else (GREY, BAR)
+    ink, bar = (GREEN, GREEN_BAR) if right else (GRAY, BAR)
     draw.rectangle((x, y, x + max(2, round(width * probability)), y + LINE - 3), fill=bar)
     share = f"{probability:.1%}"
     share_width = round(draw.textlength(share, font))
@@ -153,7 +157,7 @@ def _fit(
     font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
     width: int,
 ) -> str:
-    """The text on one line, cut with an ellipsis where it would pass `width` pixels.
+    """Return the text on one line, cut with an ellipsis where it would pass `width` pixels.
 
     Characters outside the built-in font (it is Latin) show as empty boxes.
     """
@@ -173,13 +177,14 @@ def _save(page: Image.Image, path: Path) -> Path:
 
 
 def loss_curve(metrics_jsonl_path: str | Path, png_path: str | Path) -> Path:
-    """Writes a PNG of a run's loss, both accuracies, learning rate and logit scale by step.
+    """Write a PNG of a run's loss, both accuracies, learning rate and scale by step.
 
-    Reads JSON lines with `step` and any of `loss`, `image_accuracy`, `text_accuracy`,
+    The file holds JSON lines with `step` and any of `loss`, `image_accuracy`, `text_accuracy`,
     `learning_rate`, and `logit_scale` (a logarithm) or `scale`. A panel without numbers is left
     out. Values that are not finite leave a gap; a last line cut off in writing is passed over.
 
-    Raises UserError when the file cannot be read or has no step of training.
+    Raises:
+      UserError: the file cannot be read or has no step of training.
     """
     # A second to import, and a window system looked for: only where curves are drawn.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -197,7 +202,7 @@ def loss_curve(metrics_jsonl_path: str | Path, png_path: str | Path) -> Path:
             {"image_accuracy": "image to text", "text_accuracy": "text to image"},
         ),
         ("learning rate", {"learning_rate": "learning rate"}),
-        ("logit scale (1 / temperature)", {"scale": "logit scale"}),
+        ("scale (1 / temperature)", {"scale": "scale"}),
     ]
     panels = [(label, names) for label, names in panels if any(n in curves for n in names)]
     figure = Figure(figsize=(10, 3.1 * -(-len(panels) // 2)), layout="constrained", dpi=130)
@@ -225,9 +230,10 @@ def loss_curve(metrics_jsonl_path: str | Path, png_path: str | Path) -> Path:
 def read_curves(
     path: Path, names: Container[str] | None = None
 ) -> dict[str, tuple[list[int], list[float]]]:
-    """For each number in a metrics file, or each of `names`, its steps and values.
+    """Return, for each number in a metrics file or each of `names`, its steps and values.
 
-    Raises UserError when the file cannot be read, is damaged, or holds none of them.
+    Raises:
+      UserError: the file cannot be read, is damaged, or holds none of them.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()

@@ -1,4 +1,4 @@
-"""Class names and prompt templates: the paper's, which are shipped, and those of files.
+"""Class names and prompt templates: those of the paper, which are shipped, and those of files.
 
 `prompt_data/` holds open_clip's names and templates of ImageNet and CLIP_benchmark's of the other
 data sets of the CLIP paper; `prompt_data/NOTICE` says under which licenses.
@@ -26,28 +26,29 @@ def _shipped(file: str) -> dict[str, list[str]]:
 
 
 def shipped_class_names() -> dict[str, list[str]]:
-    """Class names in label order, by data set."""
+    """Return the class names in label order, by data set."""
     return _shipped("en_classnames.json")
 
 
 def shipped_templates() -> dict[str, list[str]]:
-    """Templates by data set, and "imagenet_1", "imagenet_7" and "imagenet_80" by their number."""
+    """Return the templates by data set, ImageNet's as "imagenet_1", "imagenet_7", "imagenet_80"."""
     imagenet = _shipped("imagenet_prompts.json")
-    found = dict(_shipped("en_zeroshot_classification_templates.json"))
-    found["imagenet_1"] = ["a photo of a {}."]
-    found["imagenet_7"] = imagenet["templates_7"]
-    found["imagenet_80"] = imagenet["templates"]
-    return found
+    templates = dict(_shipped("en_zeroshot_classification_templates.json"))
+    templates["imagenet_1"] = ["a photo of a {}."]
+    templates["imagenet_7"] = imagenet["templates_7"]
+    templates["imagenet_80"] = imagenet["templates"]
+    return templates
 
 
 def load_class_names(name_or_path: str | Path) -> list[str]:
-    """Class names in label order.
+    """Return class names in label order.
 
     Args:
       name_or_path: a shipped data set ("imagenet1k"), a JSON list, or a text file with one name a
         line.
 
-    Raises UserError when the file cannot be read or a name is empty.
+    Raises:
+      UserError: the file cannot be read, or a name is empty.
     """
     if str(name_or_path) in shipped_class_names():
         return list(shipped_class_names()[str(name_or_path)])
@@ -55,14 +56,15 @@ def load_class_names(name_or_path: str | Path) -> list[str]:
 
 
 def load_templates(name_or_path: str | Path | Sequence[str]) -> list[str]:
-    """Prompt templates with "{}" for the class name.
+    """Return prompt templates with "{}" for the class name.
 
     Args:
       name_or_path: a name in `TEMPLATES` or of a shipped list ("imagenet_80", "food101"), a JSON
         list or text file, or the templates themselves, among which a name stands for its list.
         The "{c}" of CLIP_benchmark's files is read as "{}".
 
-    Raises UserError when the file cannot be read or a template lacks its "{}".
+    Raises:
+      UserError: the file cannot be read, or a template lacks its "{}".
     """
     if isinstance(name_or_path, str | Path):
         named = _named_templates(str(name_or_path))
@@ -73,14 +75,14 @@ def load_templates(name_or_path: str | Path | Sequence[str]) -> list[str]:
 
 
 def _named_templates(name: str) -> list[str]:
-    """The list of that name; empty where there is none."""
+    """Return the list of that name; empty where there is none."""
     if name in TEMPLATES:
         return list(TEMPLATES[name])
     return list(shipped_templates().get(name, ()))
 
 
 def check_templates(templates: Sequence[str]) -> list[str]:
-    """The templates, each with its "{}"; UserError names the first one without."""
+    """Return the templates, or raise UserError that names the first one without its "{}"."""
     if not templates:
         raise UserError('there are no templates: give at least one, such as "a photo of a {}."')
     for number, template in enumerate(templates, 1):
@@ -90,6 +92,7 @@ def check_templates(templates: Sequence[str]) -> list[str]:
 
 
 def _read_strings(path: Path, what: str) -> list[str]:
+    """Read a JSON list or one string a line; `what` names them in messages."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:

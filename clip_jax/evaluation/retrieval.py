@@ -1,7 +1,7 @@
 """Image-text retrieval: recall at k in both directions, one block of scores at a time."""
 
 import dataclasses
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,12 @@ from clip_jax.evaluation.encoders import equal_blocks
 
 # Scores of one block: 64 MiB in float32, whatever the number of pairs.
 BLOCK_SCORES = 1 << 24
+KS = (1, 5, 10)
 
 
 @dataclasses.dataclass(frozen=True)
 class Ranks:
-    """How many candidates are nearer to each query than its nearest right one.
+    """The number of candidates that are nearer to each query than its nearest right one.
 
     Attributes:
       image_of_text: for each text as the query, among images.
@@ -32,14 +33,16 @@ def retrieval_ranks(
     z_text_BD: Float[np.ndarray, "texts D"],
     image_of_text: Int[np.ndarray, " texts"],
     *,
-    captions: Sequence[Hashable] | None = None,
+    captions: Sequence[str] | None = None,
 ) -> Ranks:
-    """The rank of every query's nearest right candidate; of equal scores the lower index is nearer.
+    """Return the rank of every query's nearest right candidate.
+
+    Of equal scores the lower index is nearer.
 
     Args:
       z_image_BD, z_text_BD: unit features.
       image_of_text: each text's image; every image has at least one text.
-      captions: what each text says, as strings or ids. A text then counts as right for every
+      captions: what each text says. A text then counts as right for every
         image that has an equal caption, because no encoder could tell such texts apart.
         CLIP_benchmark does not do so, which None gives. It matters where captions repeat; emoji
         names repeat between vendors only, so within one vendor's drawings rarely.
@@ -68,8 +71,8 @@ def retrieval_ranks(
     )
 
 
-def recalls(ranks: Ranks, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
-    """Recall at k, named and defined as in CLIP_benchmark's `zeroshot_retrieval`.
+def recalls(ranks: Ranks, ks: Sequence[int] = KS) -> dict[str, float]:
+    """Return the recall at k, named and defined as in CLIP_benchmark's `zeroshot_retrieval`.
 
     `image_retrieval_recall@k`: share of texts with a right image among the k nearest;
     `text_retrieval_recall@k`: share of images with a right text among the k nearest. A k above the
@@ -85,16 +88,16 @@ def retrieval_metrics(
     z_text_BD: Float[np.ndarray, "texts D"],
     image_of_text: Int[np.ndarray, " texts"],
     *,
-    captions: Sequence[Hashable] | None = None,
-    ks: Sequence[int] = (1, 5, 10),
+    captions: Sequence[str] | None = None,
+    ks: Sequence[int] = KS,
 ) -> dict[str, float]:
-    """The `recalls` of the `retrieval_ranks` of these features."""
+    """Return the `recalls` of the `retrieval_ranks` of these features."""
     ranks = retrieval_ranks(z_image_BD, z_text_BD, image_of_text, captions=captions)
     return recalls(ranks, ks)
 
 
 def _groups(keys: np.ndarray, values: np.ndarray) -> list[np.ndarray]:
-    """The values of each key 0, 1, ..., for keys of which none is missing."""
+    """Return the values of each key 0, 1, ..., for keys of which none is missing."""
     order = np.argsort(keys, kind="stable")
     return np.split(values[order], np.cumsum(np.bincount(keys))[:-1])
 
@@ -102,7 +105,7 @@ def _groups(keys: np.ndarray, values: np.ndarray) -> list[np.ndarray]:
 def _best_ranks(
     queries_BD: np.ndarray, candidates_BD: np.ndarray, right: Callable[[int], np.ndarray]
 ) -> Int[np.ndarray, " queries"]:
-    """How many candidates are nearer than each query's nearest right one, `right(query)`."""
+    """Count the candidates that are nearer than each query's nearest right one, `right(query)`."""
     rows = max(1, min(len(queries_BD), BLOCK_SCORES // len(candidates_BD)))
     candidates = jnp.asarray(candidates_BD)
     ranks = []

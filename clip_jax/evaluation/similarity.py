@@ -1,4 +1,4 @@
-"""How well the images of a batch go with their own captions."""
+"""The cosines of the images of a batch with their own captions."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,10 +12,10 @@ from clip_jax.evaluation.encoders import Encoders, encode_padded, unit_rows
 def similarities(
     encoders: Encoders, batch: Mapping[str, Any], text_batch_size: int
 ) -> Float32[np.ndarray, " B"]:
-    """The cosine of each image and its caption, or the mean over its captions.
+    """Return the cosine of each image and its caption, or the mean over its captions.
 
-    Training draws one of several captions, so the mean is what it gets. NaN where the row is not
-    usable or has no caption. Batches are `data.loader.Batch`es of evaluation.
+    Training draws one of several captions, so the mean is what it gets. It is NaN where the row is
+    not valid or has no caption. A batch is a `data.loader.Batch` of evaluation.
     """
     score_B = np.full(len(batch["valid"]), np.nan, np.float32)
     pairs = [

@@ -13,7 +13,7 @@ from clip_jax.evaluation.encoders import EncodeText, encode_padded, equal_blocks
 from clip_jax.evaluation.prompts import check_templates
 from clip_jax.typing import Tokenizer
 
-# Features on the host at a time: 80 templates of 3,600 names would be a gigabyte.
+# Features of prompts on the host at a time: 80 templates of 3,600 names would be a gigabyte.
 MAX_PROMPTS = 8192
 # Images whose scores of all classes are there at a time.
 BLOCK_ROWS = 4096
@@ -26,11 +26,11 @@ def class_embeddings(
     templates: Sequence[str],
     *,
     batch_size: int,
-    context_length: int = 77,
+    context_length: int,
 ) -> Float32[np.ndarray, "M D"]:
-    """One unit vector a class: the mean of its prompts' unit features, made unit again.
+    """Return one unit vector a class: the mean of its prompts' unit features, made unit again.
 
-    The vectors of open_clip's `build_zero_shot_classifier`, transposed.
+    They are the vectors of open_clip's `build_zero_shot_classifier`, transposed.
 
     Args:
       encode_text: int32 [batch_size, context_length] -> [batch_size, D].
@@ -38,7 +38,8 @@ def class_embeddings(
       templates: T prompts with "{}" for the name.
       batch_size: prompts an `encode_text` call; with fewer prompts in all, their number.
 
-    Raises UserError when there is no class or a template lacks its "{}".
+    Raises:
+      UserError: there is no class, or a template lacks its "{}".
     """
     if not class_names:
         raise UserError("there are no class names: zero-shot classification needs at least one")
@@ -62,11 +63,11 @@ def class_embeddings(
 def top_classes(
     z_image_BD: Float[jax.Array | np.ndarray, "B D"],
     class_MD: Float[jax.Array | np.ndarray, "M D"],
-    logit_scale: Float[jax.Array, ""] | float,
+    scale: Float[jax.Array, ""] | float,
     *,
     k: int,
 ) -> tuple[Int[jax.Array, "B k"], Float[jax.Array, "B k"]]:
-    """The k likeliest classes of each image, likeliest first, and their probabilities.
+    """Return the k likeliest classes of each image, likeliest first, and their probabilities.
 
     Both inputs have rows of unit length. Of equal classes the lower number comes first, as in
     argmax. Probabilities are of a softmax over all M classes at this scale (not its logarithm).
@@ -74,47 +75,47 @@ def top_classes(
     # Matrix units round float32 inputs at the default precision, enough to swap close classes.
     cosine_BM = jnp.matmul(z_image_BD, class_MD.T, precision=jax.lax.Precision.HIGHEST)
     cosine_Bk, top_Bk = jax.lax.top_k(cosine_BM, k)
-    total_B1 = jax.nn.logsumexp(logit_scale * cosine_BM, axis=1, keepdims=True)
-    return top_Bk, jnp.exp(logit_scale * cosine_Bk - total_B1)
+    total_B1 = jax.nn.logsumexp(scale * cosine_BM, axis=1, keepdims=True)
+    return top_Bk, jnp.exp(scale * cosine_Bk - total_B1)
 
 
 def rank_classes(
     z_image_BD: Float32[np.ndarray, "B D"],
     class_MD: Float32[np.ndarray, "M D"],
-    logit_scale: float,
+    scale: float,
     *,
     k: int = 5,
     block: int = BLOCK_ROWS,
 ) -> tuple[Int[np.ndarray, "B k"], Float[np.ndarray, "B k"]]:
-    """`top_classes` of any number of images, `block` at a time, as numpy; k is at most M."""
+    """Return `top_classes` of any number of images, `block` at a time; k may be more than M."""
     k = min(k, len(class_MD))
     block = min(block, len(z_image_BD))
     tops, shares = [], []
     for part_bD, used in equal_blocks(z_image_BD, block):
-        top, share = top_classes(part_bD, class_MD, logit_scale, k=k)
+        top, share = top_classes(part_bD, class_MD, scale, k=k)
         tops.append(np.asarray(top)[:used])
         shares.append(np.asarray(share)[:used])
     return np.concatenate(tops), np.concatenate(shares)
 
 
 def zero_shot_metrics(
-    top_Bk: Int[np.ndarray, "B k"], labels_B: Int[np.ndarray, " B"], *, num_classes: int
+    top_Bk: Int[np.ndarray, "B k"], label_B: Int[np.ndarray, " B"], *, num_classes: int
 ) -> dict[str, float]:
-    """Accuracy as CLIP_benchmark's `zeroshot_classification` defines it.
+    """Return the accuracy as CLIP_benchmark's `zeroshot_classification` defines it.
 
     Args:
       top_Bk: each image's classes, likeliest first; k is at least min(5, num_classes).
-      labels_B: the right class of each image.
+      label_B: the right class of each image.
 
     Returns:
       acc1, acc5: share of images whose class is the first, or one of the first five; acc5 is NaN
         under five classes.
       mean_per_class_recall: acc1 of each class that has images, averaged over these classes.
     """
-    right_B = top_Bk[:, 0] == labels_B
-    images_M = np.bincount(labels_B, minlength=num_classes)
-    recall_M = np.bincount(labels_B[right_B], minlength=num_classes) / np.maximum(images_M, 1)
-    in_five_B = (top_Bk[:, :5] == labels_B[:, None]).any(axis=1)
+    right_B = top_Bk[:, 0] == label_B
+    images_M = np.bincount(label_B, minlength=num_classes)
+    recall_M = np.bincount(label_B[right_B], minlength=num_classes) / np.maximum(images_M, 1)
+    in_five_B = (top_Bk[:, :5] == label_B[:, None]).any(axis=1)
     return {
         "acc1": float(right_B.mean()),
         "acc5": float(in_five_B.mean()) if num_classes >= 5 else float("nan"),

@@ -1,4 +1,4 @@
-"""What a report shows of a run, read from its folder; nothing is computed on a device."""
+"""Load what a report shows of a run from its folder; nothing is computed on a device."""
 
 import base64
 import csv
@@ -10,17 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float32
 from PIL import Image
 
 from clip_jax.data.sources import expand, open_shards
 from clip_jax.errors import UserError
-from clip_jax.evaluation.feature_store import FeatureSet, join, stored_parts
+from clip_jax.evaluation.feature_store import read_parts
+from clip_jax.evaluation.features import FeatureSet, concatenate
 from clip_jax.evaluation.plots import read_curves
+from clip_jax.evaluation.read_images import read_images
 from clip_jax.evaluation.results import CONFUSION, RESULTS
-from clip_jax.evaluation.run import read_pictures
 from clip_jax.pretrained.preprocess import preprocess_from_json
 
-THUMBNAIL = 72
+THUMBNAIL_SIDE = 72
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Run:
       evaluation: eval.json; empty where nothing was evaluated.
       confusion: (truth, guess, images), most first.
       features: of the evaluated images; None where they are not kept.
-      class_MD: the classes' embeddings, of `class_names`.
+      class_MD: the embeddings of `class_names`.
     """
 
     name: str
@@ -42,14 +44,14 @@ class Run:
     confusion: list[tuple[str, str, int]]
     features: FeatureSet | None
     class_names: list[str]
-    class_MD: np.ndarray | None
+    class_MD: Float32[np.ndarray, "M D"] | None
 
 
-def read_run(folder: str | Path) -> Run:
-    """Everything there is of a run.
+def load_run(folder: str | Path) -> Run:
+    """Load everything there is of a run.
 
-    Raises UserError when there is neither a training nor an evaluation in the folder, or a file
-    is damaged.
+    Raises:
+      UserError: there is neither a training nor an evaluation in the folder, or a file is damaged.
     """
     folder = Path(folder)
     metrics, results = folder / "metrics.jsonl", folder / RESULTS
@@ -69,14 +71,14 @@ def read_run(folder: str | Path) -> Run:
         class_MD, confusion = None, []
     except (ValueError, TypeError) as error:
         raise UserError(f"{results} is damaged ({error}); evaluate again") from None
-    parts = stored_parts(folder / evaluation["features"]) if "features" in evaluation else []
+    parts = read_parts(folder / evaluation["features"]) if "features" in evaluation else []
     return Run(
         folder.resolve().name,
         folder,
         curves,
         evaluation,
         confusion,
-        join(parts) if parts else None,
+        concatenate(parts) if parts else None,
         evaluation.get("class_names", []),
         class_MD,
     )
@@ -88,25 +90,25 @@ def _read_confusion(path: Path) -> list[tuple[str, str, int]]:
     return [(truth, guess, int(images)) for truth, guess, images in rows]
 
 
-def thumbnails(run: Run, places: Iterable[int]) -> dict[int, str]:
-    """Images of the evaluated set by their place in `run.features`, as data URIs.
+def load_thumbnails(run: Run, positions: Iterable[int]) -> dict[int, str]:
+    """Load images of the evaluated set by their positions in `run.features`, as data URIs.
 
-    Empty where the data is no longer there.
+    The dict is empty where the data is no longer there.
     """
     assert run.features is not None
-    places = sorted(set(places))
+    positions = sorted(set(positions))
     try:
-        indexes = open_shards(expand(run.evaluation["request"]["data"]))
+        shards = open_shards(expand(run.evaluation["request"]["data"]))
     except UserError:
         return {}
     preprocess = preprocess_from_json(run.evaluation["preprocess"], where="eval.json: preprocess")
-    rows = run.features.row_B[places].tolist()
-    images = read_pictures(indexes, rows, THUMBNAIL, preprocess)
-    return {place: data_uri(image) for place, image in zip(places, images, strict=True)}
+    rows = run.features.row_B[positions].tolist()
+    images = read_images(shards, rows, THUMBNAIL_SIDE, preprocess)
+    return {position: data_uri(image) for position, image in zip(positions, images, strict=True)}
 
 
 def data_uri(image_HWC: np.ndarray) -> str:
-    """An image inside the page itself."""
+    """Encode an image so that it lies inside the page itself."""
     out = io.BytesIO()
     Image.fromarray(image_HWC).save(out, "WEBP", quality=82, method=4)
     return "data:image/webp;base64," + base64.b64encode(out.getvalue()).decode()

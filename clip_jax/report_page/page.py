@@ -1,4 +1,4 @@
-"""The report: runs in, one self-contained HTML file out, which asks nothing of the network."""
+"""Render runs as one self-contained HTML file, which asks nothing of the network."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -7,26 +7,26 @@ from pathlib import Path
 
 from clip_jax.files import atomic_write
 from clip_jax.report_page import sections
-from clip_jax.report_page.load_run import Run, read_run
+from clip_jax.report_page.load_run import Run, load_run
 
-FILE = "report.html"
+REPORT_FILENAME = "report.html"
 
 
 def write_report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path:
-    """The page of these work folders, written to `out` or into the first of them.
+    """Write the page of these work folders to `out`, or into the first of them.
 
     Raises:
       UserError: a folder has nothing to report, or holds a damaged file.
     """
-    path = Path(out) if out else Path(folders[0]) / FILE
-    page = render(unique_names([read_run(folder) for folder in folders]))
+    path = Path(out) if out else Path(folders[0]) / REPORT_FILENAME
+    page = render(unique_names([load_run(folder) for folder in folders]))
     with atomic_write(path) as partial:
         partial.write_text(page, encoding="utf-8")
     return path
 
 
 def unique_names(runs: Sequence[Run]) -> list[Run]:
-    """Runs of one name told apart by their folders."""
+    """Name runs of one name by their folders instead."""
     names = [run.name for run in runs]
     return [
         dataclasses.replace(run, name=str(run.folder)) if names.count(run.name) > 1 else run
@@ -35,7 +35,7 @@ def unique_names(runs: Sequence[Run]) -> list[Run]:
 
 
 def render(runs: Sequence[Run]) -> str:
-    """The page as HTML."""
+    """Return the page as HTML."""
     title = " and ".join(run.name for run in runs)
     style = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
     body = "".join(
@@ -43,7 +43,7 @@ def render(runs: Sequence[Run]) -> str:
         for part in (
             sections.results,
             sections.curves,
-            sections.pictures,
+            sections.examples,
             sections.calibration,
             sections.ablation,
         )
@@ -67,15 +67,16 @@ def render(runs: Sequence[Run]) -> str:
 
 
 def _about(runs: Sequence[Run]) -> str:
-    parts = []
+    """Say in a line what each run is."""
+    lines = []
     for run in runs:
         results = run.evaluation.get("results", [])
-        told = [results[0]["model"]] if results else []
+        facts = [results[0]["model"]] if results else []
         if run.curves:
-            told.append(f"{max(steps[-1] for steps, _ in run.curves.values()):,} steps")
+            facts.append(f"{max(steps[-1] for steps, _ in run.curves.values()):,} steps")
         if results:
-            told.append(f"{results[0]['images']:,} images evaluated")
+            facts.append(f"{results[0]['images']:,} images evaluated")
         skipped = sum(run.evaluation.get("skipped", {}).values())
-        told += [f"{skipped:,} could not be used"] if skipped else []
-        parts.append(escape(f"{run.folder}: {', '.join(told)}"))
-    return "<br>".join(parts)
+        facts += [f"{skipped:,} could not be used"] if skipped else []
+        lines.append(escape(f"{run.folder}: {', '.join(facts)}"))
+    return "<br>".join(lines)

@@ -1,18 +1,26 @@
-"""The parts of the page, each from runs to HTML; empty where a run has nothing for it."""
+"""The sections of the page, each made from runs; one that no run has anything for is empty."""
 
 import math
 from collections.abc import Sequence
 from html import escape
 
 from clip_jax.evaluation.results import COUNTS
-from clip_jax.report_page import select_examples
-from clip_jax.report_page.load_run import Run, thumbnails
+from clip_jax.report_page.load_run import Run, load_thumbnails
+from clip_jax.report_page.select_examples import (
+    CaptionQuery,
+    ImageMap,
+    SimilarityBatch,
+    WorstClasses,
+    WrongCaption,
+    first_captions,
+    select_examples,
+)
 from clip_jax.report_page.svg import bar_chart, diagonal_chart, line_chart, scatter
 
 # (title, metric names of metrics.jsonl, shares, logarithmic)
 CURVES = (
     ("loss", ("loss",), False, True),
-    ("temperature (logit scale)", ("scale",), False, False),
+    ("scale (1 / temperature)", ("scale",), False, False),
     ("accuracy in the batch, image to text", ("image_accuracy",), True, False),
     ("accuracy in the batch, text to image", ("text_accuracy",), True, False),
     ("zero-shot accuracy during the run", ("eval/acc1",), True, False),
@@ -23,19 +31,19 @@ CURVES = (
 
 
 def section(title: str, about: str, body: str) -> str:
-    """One card of the page; nothing where the body is empty."""
+    """Make one card of the page; nothing where the body is empty."""
     if not body:
         return ""
     return f"<section><h2>{escape(title)}</h2><p>{escape(about)}</p>{body}</section>"
 
 
 def figure(caption: str, body: str) -> str:
-    """A chart with the words under it."""
+    """Make a chart with its caption; nothing where the body is empty."""
     return f"<figure>{body}<figcaption>{escape(caption)}</figcaption></figure>" if body else ""
 
 
 def curves(runs: Sequence[Run]) -> str:
-    """Loss, temperature, accuracies, learning rate and gradient norm by step."""
+    """Draw loss, scale, accuracies, learning rate and gradient norm by step."""
     charts = []
     for title, names, percent, log in CURVES:
         series = []
@@ -55,7 +63,7 @@ def curves(runs: Sequence[Run]) -> str:
 
 
 def legend(runs: Sequence[Run]) -> str:
-    """Which color is which run, where there are several."""
+    """Name the color of each run, where there are several."""
     if len(runs) < 2:
         return ""
     names = (f'<span class="c{i % 6}">{escape(r.name)}</span>' for i, r in enumerate(runs))
@@ -63,7 +71,7 @@ def legend(runs: Sequence[Run]) -> str:
 
 
 def results(runs: Sequence[Run]) -> str:
-    """Every figure of every run in one table, with intervals, and the same as bars."""
+    """Show every figure of every run in one table, with intervals, and the same as bars."""
     rows: dict[tuple[str, str, str], dict[int, tuple[float, tuple | None]]] = {}
     for i, run in enumerate(runs):
         for result in run.evaluation.get("results", []):
@@ -78,13 +86,13 @@ def results(runs: Sequence[Run]) -> str:
         return ""
     head = "".join(f'<th class="n">{escape(run.name)}</th>' for run in runs)
     lines, before = [], None
-    for (task, dataset, name), found in rows.items():
+    for (task, dataset, name), values in rows.items():
         if (task, dataset) != before:
             before = (task, dataset)
             lines.append(
                 f'<tr><th colspan="{len(runs) + 1}">{escape(task)} on {escape(dataset)}</th></tr>'
             )
-        lines.append(_result_row(name, found, len(runs)))
+        lines.append(_result_row(name, values, len(runs)))
     body = f"<tr><th>metric</th>{head}</tr>{''.join(lines)}"
     return section(
         "Results",
@@ -95,19 +103,19 @@ def results(runs: Sequence[Run]) -> str:
     )
 
 
-def _result_row(name: str, found: dict[int, tuple[float, tuple | None]], runs: int) -> str:
+def _result_row(name: str, values: dict[int, tuple[float, tuple | None]], runs: int) -> str:
     best = min if name == "calibration_error" else max
-    top = best(value for value, _ in found.values())
+    top = best(value for value, _ in values.values())
     cells = []
     for i in range(runs):
-        if i not in found:
+        if i not in values:
             cells.append('<td class="n">-</td>')
             continue
-        value, interval = found[i]
+        value, interval = values[i]
         if name in COUNTS:
             cells.append(f'<td class="n">{value:.4g}</td>')
             continue
-        mark = " best" if len(found) > 1 and value == top else ""
+        mark = " best" if len(values) > 1 and value == top else ""
         span = ""
         if interval:
             span = f" <small>[{100 * interval[0]:.1f} to {100 * interval[1]:.1f}]</small>"
@@ -118,15 +126,15 @@ def _result_row(name: str, found: dict[int, tuple[float, tuple | None]], runs: i
 def _bars(runs: Sequence[Run], rows: dict) -> str:
     bars = [
         (f"{name} {runs[i].name}" if len(runs) > 1 else name, value, interval, i)
-        for (_, _, name), found in rows.items()
-        for i, (value, interval) in found.items()
+        for (_, _, name), values in rows.items()
+        for i, (value, interval) in values.items()
         if interval
     ]
     return f"<h3>With their intervals</h3>{bar_chart(bars, label='results')}" if bars else ""
 
 
 def calibration(runs: Sequence[Run]) -> str:
-    """How often the model is right when it is so sure."""
+    """Draw how often each model is right by how sure it is."""
     charts = []
     for run in runs:
         table = run.evaluation.get("reliability", [])
@@ -147,7 +155,7 @@ def calibration(runs: Sequence[Run]) -> str:
 
 
 def ablation(runs: Sequence[Run]) -> str:
-    """Accuracy by prompt."""
+    """Draw the accuracy by prompt."""
     charts = []
     for run in runs:
         rows = [(a["template"], a["acc1"], None, 0) for a in run.evaluation.get("ablation", [])]
@@ -160,91 +168,89 @@ def ablation(runs: Sequence[Run]) -> str:
     )
 
 
-def pictures(runs: Sequence[Run]) -> str:
-    """The sections with images, run by run."""
-    return "".join(_pictures_of(run, len(runs) > 1) for run in runs if run.features is not None)
+def examples(runs: Sequence[Run]) -> str:
+    """Make the sections with images, run by run."""
+    return "".join(
+        _examples_of(run, f" ({run.name})" if len(runs) > 1 else "")
+        for run in runs
+        if run.features is not None
+    )
 
 
-def _pictures_of(run: Run, several: bool) -> str:
-    features = run.features
-    assert features is not None
-    texts = len(features.captions) > 0
-    batch = select_examples.similarity_batch(features) if texts else None
-    queries = select_examples.gallery(features) if texts else []
-    misses = select_examples.nearest_wrong(features) if texts else []
-    worst = None
-    if run.class_MD is not None:
-        worst = select_examples.worst_classes(features, run.class_MD, run.evaluation["scale"])
-    how, flat_B2 = select_examples.flat_map(features.z_image_BD[: select_examples.MOST_SEARCHED])
-    shown = list(range(0, len(flat_B2), max(1, len(flat_B2) // 150)))
-    places = [*shown, *(m.place for m in misses), *(p for q in queries for p in q.places)]
-    places += [] if batch is None else batch.places.tolist()
-    places += [] if worst is None else worst.places
-    pictures = thumbnails(run, places)
-    captions = select_examples.captions_of(features)
-    names = [captions[i] or features.keys[i] for i in range(len(features))]
-    of = f" ({run.name})" if several else ""
-    points = [
-        (float(flat_B2[i, 0]), float(flat_B2[i, 1]), names[i], pictures.get(i, "")) for i in shown
-    ]
+def _examples_of(run: Run, suffix: str) -> str:
+    """Make the sections with images of one run; `suffix` ends their titles."""
+    selected = select_examples(run)
+    uris = load_thumbnails(run, selected.positions())
+    worst, batch = selected.worst, selected.batch
     return "".join(
         (
             section(
-                f"Worst classes{of}",
+                f"Worst classes{suffix}",
                 "The classes with the lowest recall, and the mean probability that their images "
                 "give to the names they are taken for. The whole confusion matrix is in "
                 "confusion.csv.",
-                "" if worst is None else _worst(run, worst, pictures),
+                "" if worst is None else _worst_table(worst, run.class_names, uris),
             ),
             section(
-                f"One batch{of}",
+                f"One batch{suffix}",
                 "Cosines of some images, downwards, with their captions, across. The framed "
                 "diagonal should be the strongest of its row and of its column.",
-                "" if batch is None else _batch(batch, pictures),
+                "" if batch is None else _batch_table(batch, uris),
             ),
             section(
-                f"Found by words{of}",
+                f"Found by words{suffix}",
                 "A caption and the ten images nearest to it, of all that were evaluated; those "
                 "that have this caption are framed.",
-                "".join(_query(query, pictures) for query in queries),
+                "".join(_query_strip(query, uris) for query in selected.queries),
             ),
             section(
-                f"Nearest wrong captions{of}",
+                f"Nearest wrong captions{suffix}",
                 "Images that are nearer to another image's caption than to their own, by the most.",
-                _misses(misses, pictures),
+                _wrong_caption_cards(selected.wrong_captions, uris),
             ),
             section(
-                f"Map{of}",
-                f"Images by {how}: what lies near looks alike to the model.",
-                scatter(points, label="map of the images"),
+                f"Map{suffix}",
+                f"Images by {selected.map.method}: what lies near looks alike to the model.",
+                _map(run, selected.map, uris),
             ),
         )
     )
 
 
-def _image(pictures: dict[int, str], place: int, alt: str, side: int) -> str:
-    if place not in pictures:
+def _map(run: Run, image_map: ImageMap, uris: dict[int, str]) -> str:
+    """Draw the images on their plane, each with its caption or key as a tool tip."""
+    features = run.features
+    assert features is not None
+    captions = first_captions(features)
+    points = [
+        (x, y, captions[position] or features.keys[position], uris.get(position, ""))
+        for position, (x, y) in zip(image_map.positions, image_map.xy.tolist(), strict=True)
+    ]
+    return scatter(points, label="map of the images")
+
+
+def _image(uris: dict[int, str], position: int, alt: str, side: int) -> str:
+    if position not in uris:
         return ""
-    return f'<img src="{pictures[place]}" alt="{escape(alt)}" width="{side}" height="{side}">'
+    return f'<img src="{uris[position]}" alt="{escape(alt)}" width="{side}" height="{side}">'
 
 
-def _cell(share: float, words: str, *, own: bool) -> str:
-    """A table cell as dark as its share."""
+def _cell(share: float, words: str, *, right: bool) -> str:
+    """Make a table cell as dark as its share, framed where it is the right answer."""
     share = min(max(share, 0.0), 1.0)
-    own_class = " own" if own else ""
+    frame = " own" if right else ""
     style = f"background:rgba(var(--heat),{0.75 * share:.3f})"
-    return f'<td class="cell{own_class}" style="{style}">{words}</td>'
+    return f'<td class="cell{frame}" style="{style}">{words}</td>'
 
 
-def _worst(run: Run, worst: select_examples.Worst, pictures: dict[int, str]) -> str:
-    names = run.class_names
+def _worst_table(worst: WorstClasses, names: Sequence[str], uris: dict[int, str]) -> str:
     head = "".join(f'<th class="top"><span>{escape(names[m])}</span></th>' for m in worst.columns)
     rows = []
     for i, m in enumerate(worst.classes):
-        image = _image(pictures, worst.places[i], names[m], 46)
+        image = _image(uris, worst.positions[i], names[m], 46)
         about = f"{worst.recalls[i]:.0%} of {worst.images[i]}"
         cells = "".join(
-            _cell(math.sqrt(share), f"{share:.0%}" if share >= 0.005 else "", own=column == m)
+            _cell(math.sqrt(share), f"{share:.0%}" if share >= 0.005 else "", right=column == m)
             for column, share in zip(worst.columns, worst.shares[i], strict=True)
         )
         rows.append(
@@ -257,14 +263,14 @@ def _worst(run: Run, worst: select_examples.Worst, pictures: dict[int, str]) -> 
     )
 
 
-def _batch(batch: select_examples.Batch, pictures: dict[int, str]) -> str:
+def _batch_table(batch: SimilarityBatch, uris: dict[int, str]) -> str:
     low, high = float(batch.cosines.min()), float(batch.cosines.max())
     head = "".join(f'<th class="top"><span>{escape(c)}</span></th>' for c in batch.captions)
     rows = []
-    for i, place in enumerate(batch.places.tolist()):
-        image = _image(pictures, place, batch.captions[i], 46)
+    for i, position in enumerate(batch.positions.tolist()):
+        image = _image(uris, position, batch.captions[i], 46)
         cells = "".join(
-            _cell((cosine - low) / ((high - low) or 1), f"{cosine:.2f}", own=i == j)
+            _cell((cosine - low) / ((high - low) or 1), f"{cosine:.2f}", right=i == j)
             for j, cosine in enumerate(batch.cosines[i].tolist())
         )
         rows.append(f"<tr><td>{image}</td>{cells}</tr>")
@@ -274,11 +280,11 @@ def _batch(batch: select_examples.Batch, pictures: dict[int, str]) -> str:
     )
 
 
-def _query(query: select_examples.Query, pictures: dict[int, str]) -> str:
+def _query_strip(query: CaptionQuery, uris: dict[int, str]) -> str:
     shots = []
-    for place, cosine, right in zip(query.places, query.cosines, query.right, strict=True):
+    for position, cosine, right in zip(query.positions, query.cosines, query.right, strict=True):
         mark = " right" if right else ""
-        image = _image(pictures, place, query.caption if right else "another image", 76)
+        image = _image(uris, position, query.caption if right else "another image", 76)
         shots.append(f'<div class="shot{mark}">{image}{cosine:.2f}</div>')
     return (
         f'<div class="query"><b>{escape(query.caption)}</b>'
@@ -286,11 +292,11 @@ def _query(query: select_examples.Query, pictures: dict[int, str]) -> str:
     )
 
 
-def _misses(misses: Sequence[select_examples.Miss], pictures: dict[int, str]) -> str:
+def _wrong_caption_cards(wrong_captions: Sequence[WrongCaption], uris: dict[int, str]) -> str:
     cards = [
-        f'<div class="miss">{_image(pictures, miss.place, miss.caption, 72)}<div>'
-        f'<span class="no">{escape(miss.nearest)} {miss.nearest_cosine:.2f}</span><br>'
-        f'<span class="yes">{escape(miss.caption)} {miss.cosine:.2f}</span></div></div>'
-        for miss in misses
+        f'<div class="miss">{_image(uris, wrong.position, wrong.caption, 72)}<div>'
+        f'<span class="no">{escape(wrong.nearest)} {wrong.nearest_cosine:.2f}</span><br>'
+        f'<span class="yes">{escape(wrong.caption)} {wrong.cosine:.2f}</span></div></div>'
+        for wrong in wrong_captions
     ]
     return f'<div class="misses">{"".join(cards)}</div>' if cards else ""

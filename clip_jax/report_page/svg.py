@@ -22,10 +22,10 @@ def line_chart(
     percent: bool = False,
     log: bool = False,
 ) -> str:
-    """Curves over a common axis; points that are not finite leave a gap.
+    """Draw curves over a common axis; points that are not finite leave a gap.
 
     Args:
-      series: (name, points); the place in the list is the color.
+      series: (name, points); the position in the list is the color.
       percent: y are shares, written in percent; log: a logarithmic axis, where all y are above 0.
     """
     shown = [(name, _thin(points)) for name, points in series]
@@ -56,43 +56,44 @@ def line_chart(
         px, _ = at(x, y_ticks[0])
         parts.append(text(px, HEIGHT - BOTTOM + 17, number(x), anchor="middle"))
     parts.append(text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 5, x_label, anchor="middle"))
-    for colour, (name, points) in enumerate(shown):
+    for color, (name, points) in enumerate(shown):
         for stretch in _stretches(points):
             path = "L".join("{:.1f} {:.1f}".format(*at(*p)) for p in stretch)
             title = f"<title>{escape(name)}</title>"
-            parts.append(f'<path class="line c{colour % 6}" d="M{path}">{title}</path>')
+            parts.append(f'<path class="line c{color % 6}" d="M{path}">{title}</path>')
     return frame(WIDTH, HEIGHT, y_label, parts)
 
 
 def _thin(points: Sequence[Point]) -> list[Point]:
-    """Every n-th point and the last."""
+    """Take every n-th point and the last."""
     step = max(1, -(-len(points) // MAX_POINTS))
     return [*points[:-1][::step], *points[-1:]]
 
 
 def _stretches(points: Sequence[Point]) -> list[list[Point]]:
-    found: list[list[Point]] = [[]]
+    """Split points where one is not finite."""
+    stretches: list[list[Point]] = [[]]
     for x, y in points:
         if math.isfinite(y):
-            found[-1].append((x, y))
-        elif found[-1]:
-            found.append([])
-    return [stretch for stretch in found if stretch]
+            stretches[-1].append((x, y))
+        elif stretches[-1]:
+            stretches.append([])
+    return [stretch for stretch in stretches if stretch]
 
 
 def bar_chart(
     rows: Sequence[tuple[str, float, tuple[float, float] | None, int]], *, label: str
 ) -> str:
-    """Shares as bars across: (name, share, interval, color)."""
+    """Draw shares as bars across, from rows of (name, share, interval, color)."""
     row_height, name_width = 24, 190
     top = max([share for _, share, _, _ in rows] + [i[1] for _, _, i, _ in rows if i] + [1e-9])
     scale = (WIDTH - name_width - 70) / top
     parts = []
-    for i, (name, share, interval, colour) in enumerate(rows):
+    for i, (name, share, interval, color) in enumerate(rows):
         y = 6 + i * row_height
-        parts.append(text(name_width - 8, y + 15, clip(name, 27), anchor="end", title=name))
+        parts.append(text(name_width - 8, y + 15, shorten(name, 27), anchor="end", title=name))
         parts.append(
-            f'<rect class="bar c{colour % 6}" x="{name_width}" y="{y + 3}" '
+            f'<rect class="bar c{color % 6}" x="{name_width}" y="{y + 3}" '
             f'width="{share * scale:.1f}" height="{row_height - 7}"/>'
         )
         end = share
@@ -105,27 +106,27 @@ def bar_chart(
 
 
 def scatter(points: Sequence[tuple[float, float, str, str]], *, label: str, size: int = 26) -> str:
-    """A map: (x, y, what it is, its image as a data URI or ""); texts are rings."""
+    """Draw a map of points (x, y, title, image as a data URI or ""); without an image, a ring."""
     width, height, pad = 760, 520, 24
     xs, ys = [p[0] for p in points], [p[1] for p in points]
     x_span, y_span = (max(xs) - min(xs)) or 1, (max(ys) - min(ys)) or 1
     parts = []
-    for x, y, what, picture in points:
+    for x, y, title, image in points:
         px = pad + (x - min(xs)) / x_span * (width - 2 * pad)
         py = pad + (y - min(ys)) / y_span * (height - 2 * pad)
-        title = f"<title>{escape(what)}</title>"
-        if picture:
+        tip = f"<title>{escape(title)}</title>"
+        if image:
             parts.append(
                 f'<image x="{px - size / 2:.1f}" y="{py - size / 2:.1f}" width="{size}" '
-                f'height="{size}" href="{picture}">{title}</image>'
+                f'height="{size}" href="{image}">{tip}</image>'
             )
         else:
-            parts.append(f'<circle class="ring" cx="{px:.1f}" cy="{py:.1f}" r="4">{title}</circle>')
+            parts.append(f'<circle class="ring" cx="{px:.1f}" cy="{py:.1f}" r="4">{tip}</circle>')
     return frame(width, height, label, parts)
 
 
 def diagonal_chart(points: Sequence[tuple[float, float, float]], *, label: str) -> str:
-    """Reliability: (confidence, accuracy, share of the images) against the diagonal."""
+    """Draw reliability, (confidence, accuracy, share of the images), against the diagonal."""
     side, pad = 260, 40
 
     def at(v: float) -> float:
@@ -150,7 +151,7 @@ def diagonal_chart(points: Sequence[tuple[float, float, float]], *, label: str) 
 
 
 def frame(width: float, height: float, label: str, parts: Sequence[str]) -> str:
-    """One SVG that fills its column, with a name for screen readers."""
+    """Make an SVG that fills its column, with a name for screen readers."""
     return (
         f'<svg viewBox="0 0 {width:g} {height:g}" style="max-width:{width:g}px" role="img" '
         f'aria-label="{escape(label)}">{"".join(parts)}</svg>'
@@ -158,18 +159,18 @@ def frame(width: float, height: float, label: str, parts: Sequence[str]) -> str:
 
 
 def text(x: float, y: float, words: str, *, anchor: str = "start", title: str = "") -> str:
-    """A line of text, with the whole of it as a tool tip where it was cut."""
+    """Make a line of text, with the whole of it as a tool tip where it was cut."""
     tip = f"<title>{escape(title)}</title>" if title else ""
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}{tip}</text>'
 
 
-def clip(words: str, length: int) -> str:
-    """At most so many characters, with an ellipsis where some are missing."""
+def shorten(words: str, length: int) -> str:
+    """Return at most so many characters, with an ellipsis where some are missing."""
     return words if len(words) <= length else words[: length - 1].rstrip() + "…"
 
 
 def number(value: float, *, percent: bool = False) -> str:
-    """A tick's number in few characters."""
+    """Write a tick's number in few characters."""
     if percent:
         return f"{100 * value:.3g} %"
     if value and (abs(value) >= 1e6 or abs(value) < 1e-3):
@@ -178,7 +179,7 @@ def number(value: float, *, percent: bool = False) -> str:
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers from at or below `low` to at or above `high`."""
+    """Return round numbers from at or below `low` to at or above `high`."""
     # Numbers that cannot be told apart, or are as good as 0, get an axis all the same.
     if high - low <= max(1e-9 * max(abs(low), abs(high)), 1e-30):
         high = low + max(abs(low), 1e-30) if abs(low) > 1e-30 else 1.0
@@ -190,9 +191,11 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """1, 2, 5, 10, ... around the numbers; powers of ten alone where there are many."""
+    """Return 1, 2, 5, 10, ... around the numbers; powers of ten alone where there are many."""
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    found = [m * 10.0**e for e in exponents for m in ((1,) if len(exponents) > 3 else (1, 2, 5))]
-    inside = [t for t in found if low <= t <= high]
-    below = [t for t in found if t < low][-1:]
-    return below + inside + [t for t in found if t > high][:1]
+    candidates = [
+        m * 10.0**e for e in exponents for m in ((1,) if len(exponents) > 3 else (1, 2, 5))
+    ]
+    inside = [t for t in candidates if low <= t <= high]
+    below = [t for t in candidates if t < low][-1:]
+    return below + inside + [t for t in candidates if t > high][:1]

@@ -68,15 +68,6 @@ class FilterResult:
     written: WrittenShards | None = None
 
 
-def load_encoders(
-    model: str, architecture: str | None = None, tokenizer: str | None = None
-) -> "Encoders":
-    """Load a checkpoint's encoders over all devices; the arguments are those of `clip_jax.load`."""
-    from clip_jax.api import encoders_of, load_over_devices
-
-    return encoders_of(*load_over_devices(model, architecture=architecture, tokenizer=tokenizer))
-
-
 def score_set(
     encoders: "Encoders",
     shards: Sequence[Shard],
@@ -92,10 +83,9 @@ def score_set(
     Raises:
       UserError: the folder is another model's or other data's, or features are not finite.
     """
-    from clip_jax.evaluation.run import whole_batch
     from clip_jax.evaluation.similarity import similarities
 
-    batch_size = whole_batch(encoders, batch_size)
+    batch_size = encoders.round_batch_size(batch_size)
     per_part = max(1, PART_ROWS // batch_size)
     build_info = {
         "model": encoders.identity,
@@ -252,11 +242,13 @@ def check(args: argparse.Namespace) -> None:
 
 def main() -> int:
     """Parse the flags, score, write and print the result; return the exit code."""
+    from clip_jax.api import load_encoders
+
     args = parse(None)
     check(args)
     options = vars(args)
-    checkpoint = [options.pop(name) for name in ("model", "architecture", "tokenizer")]
-    print(result_text(filter_set(encoders=load_encoders(*checkpoint), **options)))
+    checkpoint = {name: options.pop(name) for name in ("model", "architecture", "tokenizer")}
+    print(result_text(filter_set(encoders=load_encoders(**checkpoint), **options)))
     return 0
 
 

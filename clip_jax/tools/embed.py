@@ -67,7 +67,7 @@ def embed_source(args: argparse.Namespace) -> str:
     """
     import jax
 
-    from clip_jax.api import encoders_of, load_over_devices
+    from clip_jax.api import load_encoders
     from clip_jax.data.sources import fingerprint
     from clip_jax.embeddings.folder import claim
     from clip_jax.embeddings.write import LIST, embed, finish, open_images
@@ -78,7 +78,7 @@ def embed_source(args: argparse.Namespace) -> str:
     indexes = open_images(args.data)
     if not (samples := sum(map(len, indexes))):
         raise UserError(f"--data {args.data} holds no image")
-    clip, mesh = load_over_devices(
+    encoders = load_encoders(
         args.model, architecture=args.architecture or None, tokenizer=args.tokenizer or None
     )
     if jax.process_count() > 1:
@@ -86,8 +86,7 @@ def embed_source(args: argparse.Namespace) -> str:
             "the devices of this machine have started together with those of others, as on a TPU "
             "pod, and embed works with a machine's own; start it on a single one"
         )
-    encoders = encoders_of(clip, mesh)
-    about = describe(args, encoders, clip.config.embed_dim, fingerprint(indexes), samples)
+    about = describe(args, encoders, fingerprint(indexes), samples)
     folder = Path(args.out)
     claim(folder, about)
     made = embed(encoders, indexes, about, folder, index=index, count=count)
@@ -102,7 +101,7 @@ def embed_source(args: argparse.Namespace) -> str:
 
 
 def describe(
-    args: argparse.Namespace, encoders: "Encoders", embed_dim: int, fingerprint: str, samples: int
+    args: argparse.Namespace, encoders: "Encoders", fingerprint: str, samples: int
 ) -> "About":
     """What the folder will say of itself."""
     from clip_jax.embeddings.folder import About
@@ -114,7 +113,7 @@ def describe(
         tokenizer=from_anywhere(args.tokenizer) if args.tokenizer else "",
         name=encoders.name,
         identity=encoders.identity,
-        embed_dim=embed_dim,
+        embed_dim=encoders.embed_dim,
         data=from_anywhere(args.data),
         fingerprint=fingerprint,
         samples=samples,

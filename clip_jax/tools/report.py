@@ -13,7 +13,7 @@ from clip_jax.errors import run_command
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m clip_jax.report", description=__doc__)
     parser.add_argument("folders", nargs="+", metavar="WORKDIR", help="runs to show side by side")
     parser.add_argument("--out", help="the page; report.html in the first folder if not given")
@@ -46,7 +46,7 @@ def report_text(page: ReportPage) -> str:
 
 
 def main() -> int:
-    """Parse and write; the exit code."""
+    """Parse and write; return the exit code."""
     args = parse(None)
     print(report_text(report(args.folders, args.out)))
     return 0

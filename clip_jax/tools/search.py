@@ -50,7 +50,7 @@ def load_encoders(args: argparse.Namespace, embeddings: "Embeddings") -> "Encode
     Raises:
       UserError: it is not there any more, or has changed.
     """
-    from clip_jax.api import encoders_of, load_over_devices
+    from clip_jax import api
     from clip_jax.embeddings.encode_query import check_model
 
     about = embeddings.about
@@ -59,10 +59,9 @@ def load_encoders(args: argparse.Namespace, embeddings: "Embeddings") -> "Encode
         raise UserError(f"{embeddings.folder} does not say what made it; give --model")
     architecture = args.architecture or (about.architecture if about else None)
     tokenizer = args.tokenizer or (about.tokenizer if about else None)
-    clip, mesh = load_over_devices(
+    encoders = api.load_encoders(
         model, architecture=architecture or None, tokenizer=tokenizer or None
     )
-    encoders = encoders_of(clip, mesh)
     check_model(embeddings, encoders, model)
     return encoders
 

@@ -19,7 +19,7 @@ from clip_jax.data.sample_reader import SampleShape
 from clip_jax.data.skip_log import SKIPPED, SkipLog
 from clip_jax.errors import UserError
 from clip_jax.evaluation.in_training import Evaluator, make_evaluator
-from clip_jax.evaluation.run import EvalSpec
+from clip_jax.evaluation.spec import EvalSpec
 from clip_jax.losses import make_loss
 from clip_jax.models.attention import this_accelerator
 from clip_jax.models.clip import CLIP, CLIPConfig, attention_line
@@ -242,32 +242,20 @@ def check_patch_dropout(config: Config, sizes: CLIPConfig) -> None:
 
 def make_evaluation(config: Config, w: RunComponents) -> Evaluator | None:
     """What `config.eval.every` runs during a run, over the run's mesh; None where it is 0."""
-    e = config.eval
-    if not e.data or not e.every:
+    if not config.eval.data or not config.eval.every:
         return None
     encode_image, encode_text = make_encoders(
         w.model, image_mean=w.preprocess.mean, image_std=w.preprocess.std
     )
-    request = EvalSpec(
-        data=e.data,
-        classnames=e.classnames,
-        templates=e.templates,
-        tasks=e.tasks,
-        train_data=e.train_data,
-        batch_size=e.batch_size,
-    )
     return make_evaluator(
         encode_image,
         encode_text,
-        request,
+        EvalSpec.from_section(config.eval),
         w.mesh,
         scale=lambda variables: math.exp(float(variables["params"]["logit_scale"])),
-        trim_behind=w.tokenizer.eot_id if w.model.config.text.supports_trimming else None,
+        config=w.model.config,
         tokenizer=w.tokenizer,
-        image_size=w.model.config.vision.image_size,
-        context_length=w.model.config.text.context_length,
         preprocess=w.preprocess,
-        shards=batch_shards(w.mesh),
     )
 
 

@@ -1,11 +1,13 @@
-"""Zero-shot, retrieval and images against plain definitions, with encoders of a few lines."""
+"""Zero-shot, retrieval and plots against plain definitions, with encoders of a few lines."""
 
+import functools
 import json
 import math
 import zlib
 
 import numpy as np
 import pytest
+from evaluate_batches import evaluate_batches
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -13,8 +15,7 @@ from PIL import Image
 from clip_jax.errors import UserError
 from clip_jax.evaluation import retrieval as retrieval_module
 from clip_jax.evaluation import zero_shot as zero_shot_module
-from clip_jax.evaluation.encoders import encode_padded, unit_rows
-from clip_jax.evaluation.evaluate import evaluate
+from clip_jax.evaluation.encoders import Encoders, encode_padded, unit_rows
 from clip_jax.evaluation.plots import GREEN, loss_curve, prediction_grid
 from clip_jax.evaluation.prompts import load_class_names, load_templates
 from clip_jax.evaluation.results import write_results
@@ -27,7 +28,7 @@ TEMPLATES = ["a photo of a {}.", "{}", "the {} and another {}"]
 
 
 class WordTokenizer:
-    """One id a word; enough of a `Tokenizer` for the evaluators."""
+    """A tokenizer with one id a word, enough for the evaluators."""
 
     vocab_size, eot_id, pad_id = 1000, 1, 0
 
@@ -62,8 +63,15 @@ def make_samples(rng, count):
     }
 
 
+def make_encoders(image=encode_image):
+    return Encoders(
+        image, encode_text, WordTokenizer(), image_size=4, context_length=12, embed_dim=D,
+        scale=100.0, name="toy",
+    )  # fmt: skip
+
+
 def make_batches(samples, batch_size):
-    """Batches as the loader makes them, the last one filled up with rows of ok=False."""
+    """Make batches as the loader does, the last one filled up with rows of `valid` False."""
     count = len(samples["image"])
     for start in range(0, count, batch_size):
         rows = np.arange(start, start + batch_size)
@@ -75,42 +83,27 @@ def make_batches(samples, batch_size):
             "captions": [
                 samples["captions"][r] if good else [] for r, good in zip(rows, valid, strict=True)
             ],
+            "key": [f"s/{row}" if good else "" for row, good in zip(rows, valid, strict=True)],
             "valid": valid,
         }
 
 
-def run(batches, **options):
-    return evaluate(
-        encode_image,
-        encode_text,
-        WordTokenizer(),
-        batches,
-        options.pop("class_names", NAMES),
-        TEMPLATES,
-        dataset="toy",
-        model="ViT-B/32",
-        context_length=12,
-        progress=False,
-        **options,
-    )
-
-
-def metrics_of(report):
-    return {r["task"]: r["metrics"] for r in report["results"]}
+def run(batches, class_names=NAMES):
+    return evaluate_batches(make_encoders(), batches, class_names, TEMPLATES)
 
 
 def test_class_embeddings_are_the_definition():
     tokenizer = WordTokenizer()
-    expected = []
+    want = []
     for name in NAMES:
         z = encode_text(tokenizer([t.format(name, name) for t in TEMPLATES], 12))
         mean = (z / np.linalg.norm(z, axis=1, keepdims=True)).mean(axis=0)
-        expected.append(mean / np.linalg.norm(mean))
-    found = class_embeddings(
+        want.append(mean / np.linalg.norm(mean))
+    got = class_embeddings(
         encode_text, tokenizer, NAMES, TEMPLATES, batch_size=4, context_length=12
     )
     # A few additions of float32 numbers below one.
-    np.testing.assert_allclose(found, expected, atol=1e-6)
+    np.testing.assert_allclose(got, want, atol=1e-6)
 
 
 def test_class_embeddings_do_not_depend_on_batches(monkeypatch):
@@ -208,13 +201,13 @@ def test_every_image_counts_once_whatever_the_batches():
     samples = make_samples(np.random.default_rng(3), 23)
     reports = [run(make_batches(samples, size)) for size in (1, 5, 8, 23, 40)]
     for report in reports[1:]:
-        for task, metrics in metrics_of(report).items():
-            assert metrics == pytest.approx(metrics_of(reports[0])[task])
-        assert len(report["examples"]["guesses"]) == 23
-        assert report["examples"]["rows"] == list(range(23))
-        assert report["examples"]["truths"] == reports[0]["examples"]["truths"]
-    assert set(metrics_of(reports[0])) == {"zeroshot_classification", "zeroshot_retrieval"}
-    assert len(metrics_of(reports[0])["zeroshot_retrieval"]) == 6
+        for task, metrics in report.metrics.items():
+            assert metrics == pytest.approx(reports[0].metrics[task])
+        assert len(report.examples.guesses) == 23
+        assert report.examples.rows == list(range(23))
+        assert report.examples.truths == reports[0].examples.truths
+    assert set(reports[0].metrics) == {"zeroshot_classification", "zeroshot_retrieval"}
+    assert len(reports[0].metrics["zeroshot_retrieval"]) == 6
 
 
 def test_bad_rows_count_nowhere():
@@ -225,61 +218,55 @@ def test_bad_rows_count_nowhere():
     more = {name: values[:5] for name, values in bad.items()}
     more["valid"] = np.zeros(5, bool)
     more["label"] = np.full(5, 3, np.int32)
-    assert metrics_of(run([more, good, more])) == metrics_of(run([good]))
+    assert run([more, good, more]).metrics == run([good]).metrics
 
 
 def test_unknown_labels_are_left_out_of_classification_alone():
     samples = make_samples(np.random.default_rng(5), 12)
     known = {name: values[:8] for name, values in samples.items()}
     samples["label"][8:] = -1
-    report, expected = run(make_batches(samples, 4)), run(make_batches(known, 4))
+    got, want = (run(make_batches(s, 4)).metrics for s in (samples, known))
     task = "zeroshot_classification"
-    assert metrics_of(report)[task] == pytest.approx(metrics_of(expected)[task])
-    assert metrics_of(report) != metrics_of(expected)
+    assert got[task] == pytest.approx(want[task])
+    assert got != want
 
 
 def test_a_perfect_encoder_scores_one():
     labels = np.arange(6).repeat(3).astype(np.int32)
-    tokens = WordTokenizer()([f"{NAMES[m]}" for m in labels], 12)
     batch = {
         "image": np.zeros((18, 4, 4, 3), np.uint8) + labels[:, None, None, None].astype(np.uint8),
         "label": labels,
-        "text": tokens,
-        "caption_id": labels.astype(np.uint32),
+        "captions": [[NAMES[m]] for m in labels],
+        "key": [""] * 18,
         "valid": np.ones(18, bool),
     }
 
     def see(images):
         return encode_text(WordTokenizer()([NAMES[m] for m in images[:, 0, 0, 0]], 12))
 
-    report = evaluate(
-        see, encode_text, WordTokenizer(), [batch], NAMES, ["{}"],
-        dataset="toy", model="seer", context_length=12, num_examples=4, progress=False,
-    )  # fmt: skip
-    for metrics in metrics_of(report).values():
+    report = evaluate_batches(make_encoders(see), [batch], NAMES, ["{}"], num_examples=4)
+    for metrics in report.metrics.values():
         assert {v for name, v in metrics.items() if name != "calibration_error"} == {1.0}
-    assert all(r["intervals"][n] == (1, 1) for r in report["results"] for n in r["intervals"])
-    assert len(report["examples"]["rows"]) == 4
-    for truth, guesses in zip(
-        report["examples"]["truths"], report["examples"]["guesses"], strict=True
-    ):
+    assert all(r["intervals"][n] == (1, 1) for r in report.results for n in r["intervals"])
+    assert len(report.examples.rows) == 4
+    for truth, guesses in zip(report.examples.truths, report.examples.guesses, strict=True):
         assert guesses[0][0] == truth
 
 
 def test_tasks_without_data_are_absent():
     samples = make_samples(np.random.default_rng(6), 6)
     only_texts = run(make_batches(samples, 6), class_names=[])
-    assert set(metrics_of(only_texts)) == {"zeroshot_retrieval"}
-    assert only_texts["examples"]["rows"] == []
+    assert set(only_texts.metrics) == {"zeroshot_retrieval"}
+    assert only_texts.examples is None
     samples["captions"] = [[]] * 6
-    assert set(metrics_of(run(make_batches(samples, 6)))) == {"zeroshot_classification"}
+    assert set(run(make_batches(samples, 6)).metrics) == {"zeroshot_classification"}
 
 
 def test_results_are_json_with_clip_benchmarks_fields(tmp_path):
     samples = make_samples(np.random.default_rng(7), 6)
     samples["label"] %= 3
-    report = run(make_batches(samples, 6), class_names=NAMES[:3], pretrained="none")
-    write_results(report["results"], {"truncated": 2}, tmp_path / "eval.json")
+    report = run(make_batches(samples, 6), class_names=NAMES[:3])
+    write_results(report.results, {"truncated": 2}, tmp_path / "eval.json")
     written = json.loads((tmp_path / "eval.json").read_text())
     first, second = written["results"]
     assert first["metrics"]["acc5"] is None
@@ -290,6 +277,9 @@ def test_results_are_json_with_clip_benchmarks_fields(tmp_path):
 
 
 def test_mistakes_are_named():
+    embed = functools.partial(
+        class_embeddings, encode_text, WordTokenizer(), batch_size=4, context_length=12
+    )
     samples = make_samples(np.random.default_rng(8), 4)
     with pytest.raises(UserError, match="label 9 is no class: there are 6"):
         run(make_batches(samples | {"label": np.full(4, 9, np.int32)}, 4))
@@ -298,9 +288,9 @@ def test_mistakes_are_named():
     with pytest.raises(UserError, match="1 of 2 features are not finite"):
         unit_rows(np.array([[1.0, 2.0], [np.nan, 0.0]]))
     with pytest.raises(UserError, match="no class names"):
-        class_embeddings(encode_text, WordTokenizer(), [], TEMPLATES, batch_size=4)
+        embed([], TEMPLATES)
     with pytest.raises(UserError, match="template 2, 'a photo'"):
-        class_embeddings(encode_text, WordTokenizer(), NAMES, ["{}", "a photo"], batch_size=4)
+        embed(NAMES, ["{}", "a photo"])
 
 
 def test_zero_features_stay_zero():

@@ -4,24 +4,37 @@ import dataclasses
 import functools
 import json
 
+import chex
+import jax
 import numpy as np
 import pytest
 from data_cases import ToyTokenizer, write_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import VIT
 
+from clip_jax.data.images import OPENAI
 from clip_jax.errors import UserError
 from clip_jax.evaluation import bootstrap
 from clip_jax.evaluation.bootstrap import mean_recall_interval, ratio_intervals
 from clip_jax.evaluation.calibration import calibration_error, reliability
-from clip_jax.evaluation.encoders import Encoders, image_encoder_over, text_encoder_over, unit_rows
-from clip_jax.evaluation.feature_store import FeatureSet, collect
-from clip_jax.evaluation.knn import neighbour_votes
-from clip_jax.evaluation.linear_probe import MOST_FITS, choose_c, draw_shots, fit
+from clip_jax.evaluation.encoders import (
+    Encoders,
+    mesh_image_encoder,
+    mesh_text_encoder,
+    unit_rows,
+)
+from clip_jax.evaluation.feature_store import encode_dataset
+from clip_jax.evaluation.features import FeatureSet
+from clip_jax.evaluation.in_training import make_evaluator
+from clip_jax.evaluation.knn import knn_votes
+from clip_jax.evaluation.linear_probe import MAX_FITS, choose_c, draw_shots, fit
 from clip_jax.evaluation.prompts import load_class_names, load_templates, shipped_templates
-from clip_jax.evaluation.run import EvalSpec, run_evaluation
-from clip_jax.evaluation.tasks import Subject, check_tasks, few_shot, linear_probe, neighbours
+from clip_jax.evaluation.run import run_evaluation
+from clip_jax.evaluation.spec import EvalSpec
+from clip_jax.evaluation.tasks import TaskInputs, check_tasks, few_shot, knn, linear_probe
 from clip_jax.parallel.mesh import make_mesh
+from clip_jax.sections import EvalSection
 from clip_jax.tools import evaluate
 
 SIDE, D = 12, 8
@@ -37,10 +50,21 @@ def encode_text(tokens_BL):
     return (WORDS[np.asarray(tokens_BL)] * (np.asarray(tokens_BL) > 0)[..., None]).sum(axis=1)
 
 
+def toy_encoders(image=encode_image, text=encode_text, **fields):
+    return Encoders(
+        image, text, ToyTokenizer(), image_size=SIDE, context_length=16, embed_dim=D,
+        **{"scale": 100.0, "name": "toy"} | fields,
+    )  # fmt: skip
+
+
+def spec_of(data, **changes):
+    return EvalSpec.from_section(EvalSection(data=str(data)), **changes)
+
+
 def clusters(rng, rows, classes=4, width=6, noise=0.5):
-    centres = rng.normal(size=(classes, width))
+    centers = rng.normal(size=(classes, width))
     label_B = rng.integers(classes, size=rows)
-    return unit_rows(centres[label_B] + noise * rng.normal(size=(rows, width))), label_B
+    return unit_rows(centers[label_B] + noise * rng.normal(size=(rows, width))), label_B
 
 
 def feature_set(z_BD, label_B):
@@ -48,6 +72,12 @@ def feature_set(z_BD, label_B):
         z_BD, np.arange(len(z_BD)), label_B.astype(np.int32), [""] * len(z_BD),
         np.zeros((0, z_BD.shape[1]), np.float32), [], np.zeros(0, np.int64), {},
     )  # fmt: skip
+
+
+def task_inputs(test, train=None, *, progress=False, **changes):
+    return TaskInputs(
+        spec=spec_of("", **changes), test=test, scale=100.0, train=train, progress=progress
+    )
 
 
 @pytest.mark.parametrize("c", [0.1, 10.0])
@@ -69,26 +99,26 @@ def test_the_probe_is_at_the_minimum_on_any_mesh(c):
     assert (split.logits(x_BD).argmax(1) == alone.logits(x_BD).argmax(1)).all()
 
 
-def test_the_probe_tells_of_its_steps_and_does_not_depend_on_how_often(monkeypatch, capfd):
+def test_the_probe_calls_back_and_does_not_depend_on_how_often(monkeypatch, capfd):
     x_BD, y_B = clusters(np.random.default_rng(4), 90)
-    fit_one, told = functools.partial(fit, num_classes=4, c=10.0), []
+    fit_one, steps = functools.partial(fit, num_classes=4, c=10.0), []
     mesh = make_mesh(data=8, fsdp=1, tensor=1)
     whole, split = fit_one(x_BD, y_B), fit_one(x_BD, y_B, mesh=mesh)
     monkeypatch.setattr("clip_jax.evaluation.linear_probe.STEPS_AT_ONCE", 4)
-    often = fit_one(x_BD, y_B, told=told.append)
-    assert told == [*range(4, whole.steps, 4), whole.steps] and len(told) > 1
+    often = fit_one(x_BD, y_B, on_steps=steps.append)
+    assert steps == [*range(4, whole.steps, 4), whole.steps] and len(steps) > 1
     np.testing.assert_array_equal(often.weights_MD, whole.weights_MD)
     np.testing.assert_array_equal(often.bias_M, whole.bias_M)
     often = fit_one(x_BD, y_B, mesh=mesh)
     np.testing.assert_array_equal(often.weights_MD, split.weights_MD)
     assert fit_one(x_BD, y_B, max_steps=6).steps == 6
     rest = feature_set(x_BD, y_B)
-    linear_probe(Subject(rest, train=rest, progress=True))
+    linear_probe(task_inputs(rest, rest, progress=True))
     assert "linear_probe: 100%" in (shown := capfd.readouterr().err) and ", step " in shown
 
 
 def test_c_is_the_best_of_what_the_search_tried():
-    peak, asked = -1.375, []
+    peak, fitted = -1.375, []
 
     class Ranked:
         def __init__(self, c):
@@ -98,23 +128,23 @@ def test_c_is_the_best_of_what_the_search_tried():
             right = np.arange(1000) >= 50 * self.off
             return np.stack([right, ~right], axis=1)
 
-    def pretended(x, y, *, c):
-        asked.append(c)
+    def fit_one(x, y, *, c):
+        fitted.append(c)
         return Ranked(c)
 
     data = np.zeros((1000, 2), np.float32), np.zeros(1000, int)
-    c, tried = choose_c(data, data, pretended)
+    c, tried = choose_c(data, data, fit_one)
     # An eighth of a decade, as the paper has it, and far fewer than its 97 values.
     assert c == pytest.approx(10**peak) and max(tried, key=tried.get) == c
-    assert len(asked) == len(set(asked)) <= MOST_FITS
+    assert len(fitted) == len(set(fitted)) <= MAX_FITS
 
 
 @settings(max_examples=15, deadline=None)
 @given(st.integers(1, 30), st.integers(1, 40), st.integers(1, 7), st.integers(0, 2**32 - 1))
-def test_neighbours_vote_as_defined(rows, train, k, seed):
+def test_neighbors_vote_as_defined(rows, train, k, seed):
     rng = np.random.default_rng(seed)
     (z_BD, _), (x_ND, y_N) = clusters(rng, rows), clusters(rng, train)
-    found = neighbour_votes(z_BD, x_ND, y_N, num_classes=4, k=k)
+    found = knn_votes(z_BD, x_ND, y_N, num_classes=4, k=k)
     cosine = z_BD.astype(np.float64) @ x_ND.T
     order = np.argsort(-cosine, axis=1)[:, :k]
     near = np.take_along_axis(cosine, order, 1)
@@ -128,13 +158,17 @@ def test_learning_tasks_tell_clusters_apart_and_refuse_to_guess():
     rng = np.random.default_rng(3)
     z_BD, y_B = clusters(rng, 300, noise=0.15)
     rest = feature_set(z_BD[100:], y_B[100:])
-    subject = Subject(feature_set(z_BD[:100], y_B[:100]), train=rest, shots=(1, 4), draws=2)
-    (probe,), (near,), shots = linear_probe(subject), neighbours(subject), few_shot(subject)
+    inputs = task_inputs(feature_set(z_BD[:100], y_B[:100]), rest, shots=(1, 4))
+    (probe,), (near,), shots = linear_probe(inputs), knn(inputs), few_shot(inputs, draws=2)
     assert probe.metrics["lp_acc1"] > 0.9 and near.metrics["knn_acc1"] > 0.9
     assert [s.metrics["fewshot_k"] for s in shots] == [1.0, 4.0]
-    held = feature_set(z_BD[200:], y_B[200:])
-    given_ = dataclasses.replace(subject, validation=held, shots=(4,), draws=1)
-    (chosen,), rows = few_shot(given_), draw_shots(y_B[100:], 4, seed=0)
+
+    def with_shots(*shots, **fields):
+        spec = dataclasses.replace(inputs.spec, shots=shots)
+        return dataclasses.replace(inputs, spec=spec, **fields)
+
+    validated = with_shots(4, validation=feature_set(z_BD[200:], y_B[200:]))
+    (chosen,), rows = few_shot(validated, draws=1), draw_shots(y_B[100:], 4, seed=0)
     drawn = z_BD[100:][rows], y_B[100:][rows]
     best, _ = choose_c(drawn, (z_BD[200:], y_B[200:]), functools.partial(fit, num_classes=4))
     assert chosen.metrics["C"] == pytest.approx(best) and shots[0].metrics["C"] == 1
@@ -142,14 +176,14 @@ def test_learning_tasks_tell_clusters_apart_and_refuse_to_guess():
     assert low <= probe.metrics["lp_acc1"] <= high
     assert (np.bincount(y_B[draw_shots(y_B, 3, seed=0)]) == 3).all()
     with pytest.raises(UserError, match="give --train-data"):
-        linear_probe(Subject(rest))
-    few_at_last = dataclasses.replace(subject, shots=(1000, 1), draws=1)
-    assert [s.metrics["fewshot_k"] for s in few_shot(few_at_last)] == [1.0]
+        linear_probe(task_inputs(rest))
+    possible = few_shot(with_shots(1000, 1), draws=1)
+    assert [s.metrics["fewshot_k"] for s in possible] == [1.0]
     with pytest.raises(UserError, match=r"no class has more than [0-9]+ training images"):
-        few_shot(dataclasses.replace(subject, shots=(1000,)))
-    unlabelled = feature_set(z_BD, np.full(300, -1))
+        few_shot(with_shots(1000))
+    unlabeled = feature_set(z_BD, np.full(300, -1))
     with pytest.raises(UserError, match="linear_probe: no image of the test data has a label"):
-        linear_probe(dataclasses.replace(subject, test=unlabelled))
+        linear_probe(dataclasses.replace(inputs, test=unlabeled))
     with pytest.raises(UserError, match="no task 'zeroshot'; the tasks are zeroshot_class"):
         check_tasks(["zeroshot"])
 
@@ -159,6 +193,7 @@ def test_learning_tasks_tell_clusters_apart_and_refuse_to_guess():
     [
         (["--shots", "1,two"], "--shots '1,two' is no list of whole numbers"),
         (["--shots", "0"], "must be at least 1"),
+        (["--neighbors", "0"], "--neighbors, --batch-size and --shots must be at least 1"),
         (["--neighbours", "0"], "must be at least 1"),
         (["--batch-size", "0"], "must be at least 1"),
         (["--dataset", "imagenet1K"], "no class names are shipped for --dataset imagenet1K"),
@@ -172,17 +207,19 @@ def test_mistakes_on_the_command_line(monkeypatch, tmp_path, flags, message):
         evaluate.main()
 
 
-def test_nothing_is_encoded_before_a_mistake_is_told(tmp_path):
+def test_nothing_is_encoded_before_a_mistake_is_named(tmp_path):
     write_shards(tmp_path, [5], side=SIDE)
     encoders, seen = over_eight_devices()
-    ask = functools.partial(run_evaluation, encoders, folder=tmp_path / "out", progress=False)
+    evaluate_spec = functools.partial(
+        run_evaluation, encoders, folder=tmp_path / "out", progress=False
+    )
     with pytest.raises(UserError, match="no task 'few'"):
-        ask(EvalSpec(data=str(tmp_path), tasks=["few"]))
+        evaluate_spec(spec_of(tmp_path, tasks=["few"]))
     with pytest.raises(UserError, match="few_shot learns from labeled images"):
-        ask(EvalSpec(data=str(tmp_path), tasks=["few_shot"]))
+        evaluate_spec(spec_of(tmp_path, tasks=["few_shot"]))
     (tmp_path / "out").write_text("a file")
     with pytest.raises(UserError, match=r"--out .*/out cannot be made .*; give another"):
-        ask(EvalSpec(data=str(tmp_path)))
+        evaluate_spec(spec_of(tmp_path))
     assert not seen
 
 
@@ -217,8 +254,7 @@ def test_calibration_error_is_the_definition():
 
 
 def over_eight_devices():
-    import jax
-
+    """Return encoders over a mesh, and the list of (shape, devices) of the images they meet."""
     mesh = make_mesh(data=4, fsdp=2, tensor=1)
     seen = []
 
@@ -234,15 +270,8 @@ def over_eight_devices():
         seen.append((images.shape, len(images.sharding.device_set)))
         return image(images)
 
-    encoders = Encoders(
-        image_encoder_over(watched, mesh),
-        text_encoder_over(text, mesh),
-        ToyTokenizer(),
-        image_size=SIDE,
-        context_length=16,
-        name="toy",
-        identity="a",
-        shards=8,
+    encoders = toy_encoders(
+        mesh_image_encoder(watched, mesh), mesh_text_encoder(text, mesh), identity="a", mesh=mesh
     )
     return encoders, seen
 
@@ -250,12 +279,12 @@ def over_eight_devices():
 def test_a_prime_number_of_images_on_eight_devices_counts_each_once(tmp_path):
     write_shards(tmp_path, [20, 17], side=SIDE)
     (tmp_path / "names.txt").write_text("".join(f"name {i}\n" for i in range(7)))
-    request = EvalSpec(
-        data=str(tmp_path), classnames=str(tmp_path / "names.txt"), templates=["{}", "a {}"],
+    spec = spec_of(
+        tmp_path, classnames=str(tmp_path / "names.txt"), templates=["{}", "a {}"],
         ablate=["{}", "a {}"], batch_size=10,
     )  # fmt: skip
     encoders, seen = over_eight_devices()
-    evaluation = run_evaluation(encoders, request, folder=tmp_path / "out", progress=False)
+    evaluation = run_evaluation(encoders, spec, folder=tmp_path / "out", progress=False)
     results = evaluation.results
     names = {"eval.json", "predictions.png", "confusion.csv"}
     assert {path.name for path in evaluation.paths} == names
@@ -263,11 +292,8 @@ def test_a_prime_number_of_images_on_eight_devices_counts_each_once(tmp_path):
     # Batches of 10 become 16, so that eight devices share them; every one has that shape.
     assert set(seen) == {((16, SIDE, SIDE, 3), 8)} and len(seen) == 3
     assert [r["images"] for r in results] == [37, 37]
-    alone = Encoders(
-        encode_image, encode_text, ToyTokenizer(),
-        image_size=SIDE, context_length=16, name="toy", identity="b",
-    )  # fmt: skip
-    expected = run_evaluation(alone, request, folder=tmp_path / "alone", progress=False).results
+    alone = toy_encoders(identity="b")
+    expected = run_evaluation(alone, spec, folder=tmp_path / "alone", progress=False).results
     for ours, theirs in zip(results, expected, strict=True):
         assert ours["metrics"] == pytest.approx(theirs["metrics"], abs=1e-6)
     written = json.loads((tmp_path / "out" / "eval.json").read_text())
@@ -279,10 +305,10 @@ def test_a_prime_number_of_images_on_eight_devices_counts_each_once(tmp_path):
 
     # Again, with other tasks: nothing is encoded twice; with other weights everything is.
     before = len(seen)
-    again = run_evaluation(encoders, request, folder=tmp_path / "out", progress=False)
+    again = run_evaluation(encoders, spec, folder=tmp_path / "out", progress=False)
     assert again.results == results and len(seen) == before
-    other = over_eight_devices()[0].__class__(**{**vars(encoders), "identity": "c"})
-    run_evaluation(other, request, folder=tmp_path / "out", progress=False)
+    other = dataclasses.replace(encoders, identity="c")
+    run_evaluation(other, spec, folder=tmp_path / "out", progress=False)
     assert len(seen) == 2 * before
 
 
@@ -307,9 +333,9 @@ def test_an_evaluation_that_was_killed_goes_on_at_its_last_part(tmp_path):
             }
 
     def run(source, folder):
-        return collect(
-            encode_image, encode_text, ToyTokenizer(), source, context_length=16,
-            text_batch_size=4, batches_per_part=2, folder=folder, progress=False,
+        return encode_dataset(
+            toy_encoders(), source, batch_size=4, batches_per_part=2, folder=folder, title="toy",
+            progress=False,
         )  # fmt: skip
 
     whole = run(batches_from, None)
@@ -319,8 +345,7 @@ def test_an_evaluation_that_was_killed_goes_on_at_its_last_part(tmp_path):
     seen.clear()
     resumed = run(batches_from, tmp_path)
     assert seen == [4, 5]
-    for name, value in vars(whole).items():
-        np.testing.assert_array_equal(getattr(resumed, name), value, err_msg=name)
+    chex.assert_trees_all_equal(vars(resumed), vars(whole))
     # A part that was damaged is made again.
     part = tmp_path / "part-00001.npz"
     data = part.read_bytes()
@@ -342,13 +367,14 @@ def test_shipped_names_and_templates():
 
 
 def test_evaluation_during_a_run_compiles_once_and_follows_the_parameters(tmp_path):
-    import jax
-
-    from clip_jax.evaluation.in_training import make_evaluator
-
     write_shards(tmp_path, [20], side=SIDE)
     (tmp_path / "names.txt").write_text("".join(f"name {i}\n" for i in range(7)))
-    request = EvalSpec(data=str(tmp_path), classnames=str(tmp_path / "names.txt"), batch_size=8)
+    spec = spec_of(tmp_path, classnames=str(tmp_path / "names.txt"), batch_size=8)
+    config = dataclasses.replace(
+        VIT,
+        vision=dataclasses.replace(VIT.vision, image_size=SIDE, patch_size=4),
+        text=dataclasses.replace(VIT.text, context_length=16),
+    )
     traced = []
 
     @jax.jit
@@ -362,16 +388,14 @@ def test_evaluation_during_a_run_compiles_once_and_follows_the_parameters(tmp_pa
         return (z * (tokens > 0)[..., None]).sum(axis=1)
 
     evaluate = make_evaluator(
-        image, text, request, make_mesh(data=8, fsdp=1, tensor=1), scale=lambda v: 10.0,
-        tokenizer=ToyTokenizer(), image_size=SIDE, context_length=16, shards=8,
+        image, text, spec, make_mesh(data=8, fsdp=1, tensor=1), config=config,
+        tokenizer=ToyTokenizer(), preprocess=OPENAI, scale=lambda variables: 10.0,
     )  # fmt: skip
     first = evaluate({"params": {"image": WEIGHTS, "text": WORDS}})
     second = evaluate({"params": {"image": -WEIGHTS, "text": WORDS}})
     assert len(traced) == 1 and first != second
-    alone = Encoders(
-        encode_image, encode_text, ToyTokenizer(), image_size=SIDE, context_length=16, scale=10.0
-    )
-    results = run_evaluation(alone, request, folder=tmp_path / "out", progress=False).results
+    alone = toy_encoders(scale=10.0)
+    results = run_evaluation(alone, spec, folder=tmp_path / "out", progress=False).results
     expected = results[0]["metrics"] | results[1]["metrics"]
     # Sums of float32 numbers in another order; ranks are the same.
     assert first == pytest.approx(expected, abs=1e-6)

@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+from evaluate_batches import evaluate_batches
 
-from clip_jax.evaluation.evaluate import evaluate
+from clip_jax.evaluation.encoders import Encoders
 from clip_jax.evaluation.retrieval import retrieval_metrics
 from clip_jax.evaluation.zero_shot import class_embeddings
 from clip_jax.tokenizers import make_clip_tokenizer
@@ -19,7 +20,7 @@ D = 24
 
 
 class Encoder(torch.nn.Module):
-    """Two random linear maps under CLIP's method names."""
+    """A pair of random linear maps under CLIP's method names."""
 
     def __init__(self):
         super().__init__()
@@ -47,6 +48,14 @@ def encode_image(images_BHWC):
     return ENCODER.encode_image(torch.from_numpy(images_BHWC)).numpy()
 
 
+def evaluate(batches, class_names, templates):
+    encoders = Encoders(
+        encode_image, encode_text, make_clip_tokenizer(), image_size=4, context_length=77,
+        embed_dim=D, scale=100.0,
+    )  # fmt: skip
+    return evaluate_batches(encoders, batches, class_names, templates)
+
+
 def torch_tokenizer(texts):
     return torch.from_numpy(make_clip_tokenizer()(texts))
 
@@ -55,7 +64,9 @@ def test_class_embeddings():
     from open_clip import build_zero_shot_classifier
 
     theirs = build_zero_shot_classifier(ENCODER, torch_tokenizer, NAMES, TEMPLATES)
-    ours = class_embeddings(encode_text, make_clip_tokenizer(), NAMES, TEMPLATES, batch_size=8)
+    ours = class_embeddings(
+        encode_text, make_clip_tokenizer(), NAMES, TEMPLATES, batch_size=8, context_length=77
+    )
     # Unit vectors in float32, summed in another order.
     np.testing.assert_allclose(ours, theirs.T.numpy(), atol=1e-6)
 
@@ -100,22 +111,13 @@ def test_zero_shot_metrics(num_classes, monkeypatch):
         {
             "image": images[i : i + 16],
             "label": labels[i : i + 16],
+            "captions": [[]] * 16,
+            "key": [""] * 16,
             "valid": np.ones(16, bool)[: 50 - i],
         }
         for i in range(0, 50, 16)
     ]
-    report = evaluate(
-        encode_image,
-        encode_text,
-        make_clip_tokenizer(),
-        batches,
-        names,
-        TEMPLATES,
-        dataset="toy",
-        model="toy",
-        progress=False,
-    )
-    (result,) = report["results"]
+    (result,) = evaluate(batches, names, TEMPLATES).results
     assert set(result["metrics"]) == set(theirs) | {"calibration_error"}
     for name, value in theirs.items():
         assert result["metrics"][name] == pytest.approx(value, nan_ok=True)
@@ -145,15 +147,14 @@ def test_retrieval_metrics():
         {
             "image": np.pad(images[i : i + 16], ((0, max(0, i - 24)), (0, 0), (0, 0), (0, 0))),
             "captions": texts[i : i + 16] + [[]] * max(0, i - 24),
+            "label": np.full(16, -1),
+            "key": [""] * 16,
             "valid": np.arange(i, i + 16) < 40,
         }
         for i in range(0, 40, 16)
     ]
-    report = evaluate(
-        encode_image, encode_text, make_clip_tokenizer(), padded, [], [],
-        dataset="toy", model="toy", progress=False,
-    )  # fmt: skip
-    assert report["results"][0]["metrics"] == pytest.approx(theirs)
+    (result,) = evaluate(padded, [], []).results
+    assert result["metrics"] == pytest.approx(theirs)
 
 
 @pytest.mark.parametrize("c", [0.316, 30.0])
@@ -173,8 +174,8 @@ def test_linear_probe(c):
     expected = theirs.decision_function(z[2000:])
     # Logits up to 10 of float32 sums, at a minimum that is known to a gradient of 1e-6.
     found = ours.logits(z[2000:])
-    centred = [x - x.mean(axis=1, keepdims=True) for x in (found, expected)]
-    np.testing.assert_allclose(*centred, atol=1e-2)
+    centered = [x - x.mean(axis=1, keepdims=True) for x in (found, expected)]
+    np.testing.assert_allclose(*centered, atol=1e-2)
     # Far enough from sure that a wrong probe would show.
     accuracy = (found.argmax(axis=1) == label[2000:]).mean()
     assert 0.3 < accuracy < 0.95

@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 
 from clip_jax.errors import UserError
 from clip_jax.evaluation.encoders import Encoders
-from clip_jax.evaluation.run import EvalSpec, run_evaluation
-from clip_jax.report_page import select_examples
+from clip_jax.evaluation.run import run_evaluation
+from clip_jax.evaluation.spec import EvalSpec
+from clip_jax.report_page.select_examples import UMAP_NEIGHBORS, flatten
 from clip_jax.report_page.svg import line_chart, log_ticks, ticks
+from clip_jax.sections import EvalSection
 from clip_jax.tools.report import report, report_text
 
 SIDE = 12
@@ -26,13 +28,13 @@ SIDE = 12
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Two work folders with metrics and an evaluation, and their data."""
+    """Write two work folders with metrics and an evaluation, and their data."""
     root = tmp_path_factory.mktemp("report")
     write_shards(root, [30], side=SIDE)
     (root / "names.txt").write_text("".join(f"<name> & {i}\n" for i in range(7)))
-    request = EvalSpec(
-        data=str(root), classnames=str(root / "names.txt"), templates=["{}"],
-        ablate=["{}", "a {}"], batch_size=8,
+    section = EvalSection(
+        data=str(root), classnames=str(root / "names.txt"), templates=("{}",),
+        ablate=("{}", "a {}"), batch_size=8,
     )  # fmt: skip
     for seed, name in enumerate(("one", "two")):
         rng = np.random.default_rng(seed)
@@ -45,20 +47,20 @@ def runs(tmp_path_factory):
             return (words[tokens] * (tokens > 0)[..., None]).sum(axis=1)
 
         encoders = Encoders(
-            image, text, ToyTokenizer(), image_size=SIDE, context_length=16, name="toy",
-            identity=name,
+            image, text, ToyTokenizer(), image_size=SIDE, context_length=16, embed_dim=8,
+            scale=100.0, name="toy", identity=name,
         )  # fmt: skip
         folder = root / name
         folder.mkdir()
         lines = [{"step": s, "loss": 5 / (s + 1), "scale": 14.0 + s} for s in range(1, 40)]
         lines[7]["loss"] = "NaN"
         (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-        run_evaluation(encoders, request, folder=folder, progress=False)
+        run_evaluation(encoders, EvalSpec.from_section(section), folder=folder, progress=False)
     return root
 
 
 class Page(HTMLParser):
-    """Checks that tags close in order; keeps headings and addresses."""
+    """A parser that checks that tags close in order, and keeps headings and addresses."""
 
     def __init__(self, html):
         super().__init__()
@@ -162,9 +164,9 @@ def test_nothing_overlaps_in_a_browser(runs, tmp_path, width):
 
 def test_a_plane_is_mapped_as_it_is():
     rng = np.random.default_rng(0)
-    plane_B2 = rng.normal(size=(select_examples.NEIGHBOURS, 2)) * [3, 1]
+    plane_B2 = rng.normal(size=(UMAP_NEIGHBORS, 2)) * [3, 1]
     z_BD = plane_B2 @ np.linalg.qr(rng.normal(size=(8, 2)))[0].T
-    about, flat_B2 = select_examples.flat_map(z_BD.astype(np.float32))
+    about, flat_B2 = flatten(z_BD.astype(np.float32))
     assert "PCA, 100%" in about
 
     def distances(x):
@@ -180,5 +182,5 @@ def test_the_map_is_umaps_where_it_is_installed():
     rng = np.random.default_rng(0)
     sides_B = np.arange(40) % 2
     z_BD = np.float32(rng.normal(size=(40, 8)) * 0.1 + 4 * sides_B[:, None])
-    about, flat_B2 = select_examples.flat_map(z_BD)
+    about, flat_B2 = flatten(z_BD)
     assert about.startswith("UMAP") and flat_B2.shape == (40, 2)

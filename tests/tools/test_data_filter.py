@@ -43,7 +43,14 @@ def encode_text(tokens):
 
 
 TOY = Encoders(
-    encode_image, encode_text, ToyTokenizer(), image_size=SIDE, context_length=32, identity="toy"
+    encode_image,
+    encode_text,
+    ToyTokenizer(),
+    image_size=SIDE,
+    context_length=32,
+    embed_dim=PIXELS.shape[1],
+    scale=100.0,
+    identity="toy",
 )
 
 
@@ -216,7 +223,7 @@ def test_a_checkpoint_scores_as_its_own_encoders_do(tmp_path):
     (tmp_path / "model").mkdir()
     arrays = from_variables(variables["params"], {})
     write_work_folder(tmp_path / "model", RunDescription("tiny", config, spec), arrays)
-    encoders = command.load_encoders(str(tmp_path / "model"))
+    encoders = api.load_encoders(str(tmp_path / "model"))
     out = tmp_path / "out"
     command.filter_set([pattern], out, encoders, scores_only=True, batch_size=8)
     found, _ = read_part(part_path(out / "scores", 0))

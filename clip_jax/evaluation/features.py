@@ -1,0 +1,156 @@
+"""The features of a data set: what every task is computed from, made part by part.
+
+A part is some batches' features and what is known of their images.
+"""
+
+import dataclasses
+import itertools
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jaxtyping import Float32, Int32, Int64
+
+from clip_jax.evaluation.encoders import Encoders, encode_padded, unit_rows
+
+T = TypeVar("T")
+Batch = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureSet:
+    """Unit features of the images that could be read, and of their captions.
+
+    Attributes:
+      row_B: each image's position in the order of its data.
+      label_B: its class, -1 where that is not known.
+      keys: its name, "shard/key".
+      captions: what each text says.
+      image_of_text: the position in `z_image_BD` of each text's image.
+      skipped: cause -> images that could not be used.
+    """
+
+    z_image_BD: Float32[np.ndarray, "B D"]
+    row_B: Int64[np.ndarray, " B"]
+    label_B: Int32[np.ndarray, " B"]
+    keys: list[str]
+    z_text_BD: Float32[np.ndarray, "texts D"]
+    captions: list[str]
+    image_of_text: Int64[np.ndarray, " texts"]
+    skipped: dict[str, int]
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.row_B)
+
+
+def concatenate(parts: Sequence[FeatureSet]) -> FeatureSet:
+    """Join feature sets in their order."""
+    starts = np.cumsum([0, *(len(part) for part in parts)])
+    skipped = sum((Counter(part.skipped) for part in parts), Counter())
+    return FeatureSet(
+        z_image_BD=np.concatenate([part.z_image_BD for part in parts]),
+        row_B=np.concatenate([part.row_B for part in parts]),
+        label_B=np.concatenate([part.label_B for part in parts]),
+        keys=[key for part in parts for key in part.keys],
+        z_text_BD=np.concatenate([part.z_text_BD for part in parts]),
+        captions=[caption for part in parts for caption in part.captions],
+        image_of_text=np.concatenate(
+            [part.image_of_text + start for part, start in zip(parts, starts, strict=False)]
+        ),
+        skipped=dict(skipped),
+    )
+
+
+def encode_parts(
+    encoders: Encoders,
+    batches: Iterator[Batch],
+    on_part: Callable[[int, FeatureSet], None],
+    *,
+    text_batch_size: int,
+    batches_per_part: int,
+    first_part: int = 0,
+    skipped: Callable[[], Mapping[str, int]] = dict,
+) -> None:
+    """Encode the batches, part by part; one part is in memory at a time.
+
+    With several processes all of them call it, and all get the whole of every part.
+
+    Args:
+      batches: this process's rows of each, as `data.loader.Batch` of evaluation; rows with `valid`
+        False count nowhere.
+      on_part: takes each part's number and the part.
+      first_part: the number of the part that the first batch begins.
+      skipped: returns cause -> rows of all batches so far that could not be used.
+
+    Raises:
+      UserError: a feature is not finite.
+    """
+    before: Counter[str] = Counter()
+    for number, group in enumerate(_groups_of(batches, batches_per_part), first_part):
+        features = [
+            _encode_batch(encoders, batch, step, text_batch_size)
+            for step, batch in enumerate(group, number * batches_per_part)
+        ]
+        now = Counter(skipped())
+        counts = sum((Counter(c) for c in gather_json(dict(now - before))), Counter())
+        before = now
+        on_part(number, dataclasses.replace(concatenate(features), skipped=dict(counts)))
+
+
+def _groups_of(items: Iterator[T], size: int) -> Iterator[Iterator[T]]:
+    """Yield `size` items at a time, read only when they are needed; each group is used up first."""
+    for first in items:
+        yield itertools.chain([first], itertools.islice(items, size - 1))
+
+
+def _encode_batch(encoders: Encoders, batch: Batch, step: int, text_batch_size: int) -> FeatureSet:
+    """Encode the valid rows of the global batch, each at its position in the order of the data."""
+    z_image_BD = np.asarray(encoders.encode_image(batch["image"]))
+    batch = _gather_rows(batch)
+    valid_B = np.asarray(batch["valid"], bool)
+    rows = np.flatnonzero(valid_B)
+    pairs = [(row, caption) for row in rows.tolist() for caption in batch["captions"][row]]
+    captions = [caption for _, caption in pairs]
+    tokens_BL = encoders.tokenizer(captions, encoders.context_length)
+    # Bad rows are not looked at: what the encoder makes of a placeholder counts nowhere.
+    z_image_BD = unit_rows(z_image_BD[rows])
+    z_text_BD = np.zeros((0, z_image_BD.shape[1]), np.float32)
+    if captions:
+        z_text_BD = encode_padded(encoders.encode_text, tokens_BL, text_batch_size)
+    return FeatureSet(
+        z_image_BD,
+        step * len(valid_B) + rows.astype(np.int64),
+        np.asarray(batch["label"], np.int32)[rows],
+        [batch["key"][row] for row in rows],
+        z_text_BD,
+        captions,
+        np.searchsorted(rows, [row for row, _ in pairs]).astype(np.int64),
+        {},
+    )
+
+
+def _gather_rows(batch: Batch) -> Batch:
+    """Return what is known of the global batch's rows: every process's, in their order."""
+    if jax.process_count() == 1:
+        return batch
+    local = {name: batch[name] for name in ("captions", "key")}
+    local |= {name: batch[name].tolist() for name in ("valid", "label")}
+    shares = gather_json(local)
+    return {name: [row for share in shares for row in share[name]] for name in local}
+
+
+def gather_json(value: Any) -> list[Any]:
+    """Every process's value, in the order of the processes, on all of them."""
+    if jax.process_count() == 1:
+        return [value]
+    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = np.asarray(multihost_utils.process_allgather(np.array([len(data)]))).ravel()
+    padded = np.zeros(sizes.max(), np.uint8)
+    padded[: len(data)] = data
+    rows = np.asarray(multihost_utils.process_allgather(padded)).reshape(len(sizes), -1)
+    return [json.loads(row[:n].tobytes()) for row, n in zip(rows, sizes, strict=True)]
