@@ -1,4 +1,4 @@
-"""How far a command on data has come."""
+"""A bar on stderr that shows how far a command has come."""
 
 import sys
 from collections.abc import Iterable
@@ -15,17 +15,25 @@ def progress_bar(
     initial: int = 0,
     shown: bool = True,
 ) -> tqdm:
-    """Count, rate and time left, on stderr, over `items` or moved by hand; redrawn rarely where
-    that is a file, in which one redrawn often is noise."""
-    pace = 0.1 if sys.stderr.isatty() else 10.0
-    # Looks at the clock at every move: what is told between two items is shown in its time too.
+    """Return a bar with count, rate and time left.
+
+    Args:
+      total: of what is counted; None if it is not known.
+      title: what stands before the bar.
+      unit: what is counted.
+      items: what the bar iterates over; without them `update` moves it.
+      initial: how many were done before.
+      shown: False shows nothing.
+    """
+    # In a file, a bar that is drawn often is noise.
+    seconds = 0.1 if sys.stderr.isatty() else 10.0
     return tqdm(
         items,
         title,
         total,
         unit=unit,
         initial=initial,
-        mininterval=pace,
-        miniters=0,
+        mininterval=seconds,
+        miniters=0,  # the clock alone says when to draw, and is looked at in every update
         disable=not shown,
     )

@@ -189,7 +189,7 @@ def _expand_folder(folder: str) -> list[str]:
     for name in _METADATA:
         if not found and os.path.isfile(os.path.join(folder, name)):
             found = [os.path.join(folder, name)]
-    if not found and not folders.holds_pictures(folder):
+    if not found and not folders.holds_images(folder):
         raise UserError(
             f"folder {folder} holds no .tar file and no image: name the folder of the shards"
         )

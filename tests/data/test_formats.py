@@ -225,6 +225,9 @@ def test_a_tfds_set_made_from_a_folder_by_tfds_itself(tmp_path, monkeypatch):
         open_shards(expand("tfds:nothing"))
     with pytest.raises(UserError, match="cannot be read"):
         open_shards(expand("tfds:pairs#split=tset"))
+    for role in ("image", "caption", "label"):
+        with pytest.raises(UserError, match=f"no feature 'words' for the {role}"):
+            open_shards(expand(f"tfds:pairs#{role}=words"))
 
 
 def test_class_folders_give_labels_and_sentences(tmp_path):
@@ -403,8 +406,17 @@ def test_a_remote_read_is_tried_again_and_then_the_shard_passed_over(tmp_path, m
     assert len(calls) == remote.TRIES  # its other samples were passed over at once
 
 
+def test_a_remote_file_of_which_a_part_came_is_not_used(tmp_path, memory, monkeypatch):
+    size = os.path.getsize(write_tar(tmp_path))
+    memory.put(str(tmp_path / "0.tar"), "/bucket/0.tar")
+    monkeypatch.setattr(type(memory), "info", lambda self, path: {"size": size + 1, "type": "file"})
+    with pytest.raises(ShardError, match=f"{size} of {size + 1} bytes came") as caught:
+        open_shard("memory://bucket/0.tar")
+    assert caught.value.cause == "shard_unreadable"
+
+
 def test_the_cache_on_disk_is_bounded_and_what_is_open_stays_readable(tmp_path):
-    cache = remote.DiskCache(limit=250, folder=str(tmp_path))
+    cache = remote.DiskCache(limit=250, parent=str(tmp_path))
 
     def write(path):
         with open(path, "wb") as file:

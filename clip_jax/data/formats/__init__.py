@@ -1,1 +1,1 @@
-"""One reader a format, each giving `data.shards.ShardIndex`."""
+"""One reader a format, each giving a `data.shards.Shard`."""

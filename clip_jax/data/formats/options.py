@@ -1,4 +1,4 @@
-"""What stands behind the `#` of a source: `pairs.csv#image=file&caption=title`."""
+"""The options behind the `#` of a source: `pairs.csv#image=file&caption=title`."""
 
 import dataclasses
 import re
@@ -8,7 +8,7 @@ from clip_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How to read one source; an empty field is found by the names that are usual."""
+    """How to read one source; where a field is empty, the usual names are looked for."""
 
     image: str = ""
     """Column or feature of the image: its bytes, or its path."""
@@ -25,7 +25,7 @@ class Options:
 
     @property
     def templates(self) -> tuple[str, ...]:
-        """The sentences; the bare name when none is given."""
+        """The sentences; the bare name if none is given."""
         return tuple(self.template.split("|")) if self.template else ("{}",)
 
 
@@ -34,7 +34,7 @@ _NAMES = tuple(field.name for field in dataclasses.fields(Options))
 
 
 def split_options(source: str) -> tuple[str, Options]:
-    """A source without its options, and the options.
+    """Return a source without its options, and the options.
 
     Raises:
       UserError: an unknown option, one that comes twice, or a template without {}.

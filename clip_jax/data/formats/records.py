@@ -1,13 +1,9 @@
-"""TFRecord and ArrayRecord files of `tf.train.Example`, read without TensorFlow.
-
-The wire format of an Example: field 1 holds Features, whose field 1 is a map entry of a name and
-a Feature, which is one of bytes (1), floats (2, packed) or integers (3, packed).
-"""
+"""TFRecord and ArrayRecord files of `tf.train.Example`, read without TensorFlow."""
 
 import os
 import struct
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +11,7 @@ from array_record.python import array_record_module
 from jaxtyping import UInt64
 
 from clip_jax.data.formats.errors import ShardError, damaged, unreadable
+from clip_jax.data.formats.file_shard import FileShard
 from clip_jax.data.formats.options import Options
 from clip_jax.data.formats.remote import is_url, open_local
 from clip_jax.data.shards import (
@@ -25,7 +22,6 @@ from clip_jax.data.shards import (
     whole_label,
 )
 from clip_jax.errors import short
-from clip_jax.protobuf import BYTES, fields, varints
 
 IMAGE_FEATURES = ("image", "image/encoded", "jpg", "jpeg", "png", "webp", "image_bytes", "img")
 CAPTION_FEATURES = ("caption", "text", "txt", "title", "captions", "caption/text", "image/caption")
@@ -35,87 +31,41 @@ _MASK_DELTA = 0xA282EAD8
 
 
 def parse_example(data: bytes) -> dict[str, list[Any]]:
-    """Feature name -> its values: bytes, floats or integers.
+    """Return feature name -> its values, which are bytes, floats or integers; names are sorted.
 
     Raises:
-      Unusable: `broken_record`, for whatever is wrong with the bytes.
+      BadSampleError: `broken_record`, for whatever is wrong with the bytes.
     """
+    from tensorflow_datasets.proto import tf_example_pb2  # needs a second, and no TensorFlow
+
     try:
-        features: dict[str, list[Any]] = {}
-        for _, wire, body in fields(data, wanted=1):
-            if wire == BYTES:
-                for _, _, entry in fields(body, wanted=1):
-                    name, values = _map_entry(entry)
-                    features[name] = values
-        return features
-    except (IndexError, ValueError) as e:
+        example = tf_example_pb2.Example.FromString(data)
+    except Exception as e:  # protobuf's own, which is no dependency by itself
         raise BadSampleError("broken_record", f"not a tf.train.Example ({short(e)})") from e
-
-
-def _map_entry(entry: memoryview) -> tuple[str, list[Any]]:
-    name = ""
-    values: list[Any] = []
-    for number, _, body in fields(entry):
-        if number == 1:
-            name = str(_view(body), "utf-8")
-        elif number == 2:
-            for kind, _, value_list in fields(_view(body)):
-                values += _VALUES[kind](_view(value_list)) if kind in _VALUES else []
-    return name, values
-
-
-def _view(value: int | memoryview) -> memoryview:
-    """Return the bytes of a field; raise ValueError if it is a number."""
-    if isinstance(value, int):
-        raise ValueError("a number in the place of bytes")
-    return value
-
-
-def _bytes_list(body: memoryview) -> list[bytes]:
-    return [bytes(_view(value)) for _, _, value in fields(body, wanted=1)]
-
-
-def _float_list(body: memoryview) -> list[float]:
-    # Packed or one by one, the bytes of a float are the same.
-    parts = [_view(value) for _, _, value in fields(body, wanted=1)]
-    return np.frombuffer(b"".join(parts), "<f4").tolist()
-
-
-def _int_list(body: memoryview) -> list[int]:
-    values = [v for _, _, value in fields(body, wanted=1) for v in varints(value)]
-    return [v - (1 << 64) if v >> 63 else v for v in values]
-
-
-_VALUES: dict[int, Callable[[Any], list[Any]]] = {1: _bytes_list, 2: _float_list, 3: _int_list}
+    features: dict[str, list[Any]] = {}
+    for name, feature in sorted(example.features.feature.items()):  # a map has no order
+        kind = feature.WhichOneof("kind")
+        features[name] = list(getattr(feature, kind).value) if kind else []
+    return features
 
 
 def masked_crc(data: bytes) -> int:
-    """The checksum that TFRecord stores: CRC32C, rotated right by 15 bits, plus a constant."""
+    """Return the checksum of TFRecord: CRC32C, rotated right by 15 bits, plus a constant."""
     import google_crc32c
 
     crc = google_crc32c.value(data)
     return (((crc >> 15) | (crc << 17)) + _MASK_DELTA) & 0xFFFFFFFF
 
 
-class _Examples:
-    """What shards of Examples have in common: a record, and its features by name."""
+class _ExampleShard(FileShard):
+    """Records by number, each a `tf.train.Example` whose features are found by name."""
 
-    path: str
-    size: int
-
-    def __init__(self, options: Options):
+    def __init__(self, path: str, size: int, options: Options):
+        super().__init__(path, size)
         self._options = options
 
     def _bytes(self, i: int, handles: Handles) -> bytes:
         raise NotImplementedError
-
-    @property
-    def name(self) -> str:
-        return os.path.basename(self.path)
-
-    def key(self, i: int) -> str:
-        """The record's number, from 0."""
-        return f"{i:08d}"
 
     def _example(self, i: int, handles: Handles) -> dict[str, list[Any]]:
         return handles.once((self.path, i), lambda: parse_example(self._bytes(i, handles)))
@@ -139,7 +89,7 @@ class _Examples:
         return whole_label(values[0] if values else None)
 
     def record(self, i: int, handles: Handles) -> dict[str, Any]:
-        """Numbers and texts of one value; images are left out."""
+        """Return the features of one value, numbers and texts; images are left out."""
         record = {}
         for name, values in self._example(i, handles).items():
             value = values[0] if len(values) == 1 else None
@@ -149,18 +99,18 @@ class _Examples:
                 record[name] = value
         return record
 
-    def incomplete(self) -> dict[str, list[str]]:
-        return {}
 
+class TFRecordShard(_ExampleShard):
+    """Records by offset; the data's checksum is tested whenever a record is read.
 
-class TFRecordShard(_Examples):
-    """Records by offset; the data's checksum is tested whenever a record is read."""
+    Args:
+      places: each record's byte offset and length.
+    """
 
     def __init__(
         self, path: str, size: int, places: UInt64[np.ndarray, "samples 2"], options: Options
     ):
-        super().__init__(options)
-        self.path, self.size = path, size
+        super().__init__(path, size, options)
         self._places = places
 
     def __len__(self) -> int:
@@ -177,7 +127,7 @@ class TFRecordShard(_Examples):
 
 
 def open_tfrecord(path: str, options: Options) -> TFRecordShard:
-    """Walks the lengths of a TFRecord file; each has a checksum of its own.
+    """Open a TFRecord file by walking its lengths, each of which has a checksum of its own.
 
     Raises:
       ShardError: the file cannot be read, is cut, or a length is damaged (at the byte named).
@@ -186,31 +136,29 @@ def open_tfrecord(path: str, options: Options) -> TFRecordShard:
     try:
         with os.fdopen(open_local(path), "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            at = 0
-            while at < size:
-                head = os.pread(file.fileno(), 12, at)
+            offset = 0
+            while offset < size:
+                head = os.pread(file.fileno(), 12, offset)
                 if len(head) < 12 or struct.unpack("<I", head[8:])[0] != masked_crc(head[:8]):
-                    raise damaged(path, at, "no length with a right checksum")
+                    raise damaged(path, offset, "no length with a right checksum")
                 length = struct.unpack("<Q", head[:8])[0]
-                places.append((at + 12, length))
-                at += 12 + length + 4
-            if at != size:
-                raise damaged(path, at, f"the file ends at byte {size}")
+                places.append((offset + 12, length))
+                offset += 12 + length + 4
+            if offset != size:
+                raise damaged(path, offset, f"the file ends at byte {size}")
     except OSError as e:
         raise unreadable(e, f"{path} cannot be read: {short(e)}") from e
     return TFRecordShard(path, size, np.array(places, np.uint64).reshape(-1, 2), options)
 
 
-class ArrayRecordShard(_Examples):
+class ArrayRecordShard(_ExampleShard):
     """Records by number, through the array_record library, which checks them itself."""
 
     def __init__(self, path: str, options: Options):
-        super().__init__(options)
-        self.path = path
-        # The reader opens the file and keeps it, so a fetched copy may be thrown out later.
+        # The reader opens the file and keeps it, so a fetched copy may be deleted later.
         fd = open_local(path)
         try:
-            self.size = os.fstat(fd).st_size
+            super().__init__(path, os.fstat(fd).st_size, options)
             local = f"/proc/self/fd/{fd}" if is_url(path) else path
             self._reader = array_record_module.ArrayRecordReader(
                 local, options="readahead_buffer_size:0"

@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 
@@ -27,8 +27,9 @@ PASSED_OVER = 300.0
 """Seconds in which a file that failed is not tried again."""
 CACHE_BYTES = 100 << 30
 
-_BLOCK = 8 << 20
 _EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3", "http": "http", "https": "http"}
+
+T = TypeVar("T")
 
 
 class RemoteError(OSError):
@@ -38,12 +39,12 @@ class RemoteError(OSError):
 
 
 def is_url(path: str) -> bool:
-    """Whether fsspec is to read it."""
+    """Return whether fsspec is to read it."""
     return re.match(r"[a-z][a-z0-9+.-]*://", path) is not None
 
 
 def file_system(url: str) -> tuple[Any, str]:
-    """fsspec's file system of a URL, and the path in it.
+    """Return fsspec's file system of a URL, and the path in it.
 
     Raises:
       UserError: the protocol is unknown, or its package is not installed.
@@ -59,38 +60,36 @@ def file_system(url: str) -> tuple[Any, str]:
         raise UserError(f"{url}: {e}; give a local path, gs://, s3:// or https://") from None
 
 
-def with_tries(what: str, action: Callable[[], Any]) -> Any:
-    """What `action` returns, tried up to TRIES times.
+def with_retries(url: str, call: Callable[[], T]) -> T:
+    """Return what a call of fsspec, and of nothing else, returns after up to TRIES tries.
 
     Raises:
-      RemoteError: the last try's error. A file that is not there or not allowed is not tried
-        again.
+      RemoteError: the last try's error. A file that does not exist or may not be read is not
+        tried again.
     """
     for attempt in range(TRIES):
         try:
-            return action()
-        except UserError:
-            raise
+            return call()
         except FileNotFoundError as e:
-            raise RemoteError(f"{what} does not exist") from e
+            raise RemoteError(f"{url} does not exist") from e
         except PermissionError as e:
-            raise RemoteError(f"{what} may not be read: {short(e)}") from e
-        except Exception as e:
-            # Every file system of fsspec has exceptions of its own.
-            if attempt == TRIES - 1:
-                raise RemoteError(f"{what} failed {TRIES} times, at last with {short(e)}") from e
-        time.sleep(PAUSE * 2**attempt)
+            raise RemoteError(f"{url} may not be read: {short(e)}") from e
+        except Exception as e:  # every file system of fsspec has exceptions of its own
+            error = e
+        if attempt < TRIES - 1:
+            time.sleep(PAUSE * 2**attempt)
+    raise RemoteError(f"{url} failed {TRIES} times, at last with {short(error)}") from error
 
 
 def read_whole(path: str, limit: int) -> bytes:
-    """A small file's bytes, local or remote.
+    """Return a small file's bytes, local or remote.
 
     Raises:
       OSError: it cannot be read, or is longer than `limit`.
     """
     if is_url(path):
         fs, inner = file_system(path)
-        data = with_tries(path, lambda: fs.cat_file(inner, start=0, end=limit + 1))
+        data = with_retries(path, lambda: fs.cat_file(inner, start=0, end=limit + 1))
     else:
         with open(path, "rb") as file:
             data = file.read(limit + 1)
@@ -100,35 +99,40 @@ def read_whole(path: str, limit: int) -> bytes:
 
 
 def remote_size(url: str) -> int:
-    """A remote file's bytes, without fetching it; 0 where the server does not say."""
+    """Return a remote file's bytes, without fetching it; 0 where the server does not say."""
     fs, inner = file_system(url)
     try:
-        return int(with_tries(url, lambda: fs.info(inner)).get("size") or 0)
+        return int(with_retries(url, lambda: fs.info(inner)).get("size") or 0)
     except RemoteError:
         return 0
 
 
 class DiskCache:
-    """Files that were fetched or made, up to a number of bytes, oldest use first out.
+    """Files that were fetched or made, up to a number of bytes; the longest unused is deleted.
 
-    A file that is open when it is thrown out stays readable to whoever has it open.
+    A file that is open when it is deleted stays readable to whoever has it open.
+
+    Args:
+      limit: bytes of all files.
+      parent: where the cache makes its folder; empty is the system's folder of temporary files.
     """
 
-    def __init__(self, limit: int = CACHE_BYTES, folder: str = ""):
+    def __init__(self, limit: int = CACHE_BYTES, parent: str = ""):
         self.limit = limit
-        self._parent = folder
+        self._parent = parent
         self._folder = ""
         self._files: dict[str, tuple[str, int]] = {}  # path and bytes, in order of use
-        self._failed: dict[str, tuple[float, str]] = {}
+        self._failed: dict[str, tuple[float, str]] = {}  # when, and why
         self._locks: dict[str, threading.Lock] = {}
         self._lock = threading.Lock()
         self._count = 0
 
-    def open(self, name: str, make: Callable[[str], None]) -> int:
-        """A descriptor of the file `name`, which `make(path)` writes where it is not there.
+    def open(self, name: str, write: Callable[[str], None]) -> int:
+        """Return a descriptor of the file `name`, which `write(path)` makes if it does not exist.
 
         Raises:
-          RemoteError: `make` failed, now or a short while ago.
+          RemoteError: `write` failed a short while ago.
+          OSError: `write` failed now.
         """
         with self._lock:
             lock = self._locks.setdefault(name, threading.Lock())
@@ -141,8 +145,8 @@ class DiskCache:
                 try:
                     return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
                 except FileNotFoundError:
-                    pass  # another file's arrival threw it out just now
-            return self._make(name, make)
+                    pass  # deleted just now, when another file arrived
+            return self._write(name, write)
 
     def _path(self, name: str) -> str | None:
         with self._lock:
@@ -151,7 +155,7 @@ class DiskCache:
             self._files[name] = self._files.pop(name)  # now the newest
             return self._files[name][0]
 
-    def _make(self, name: str, make: Callable[[str], None]) -> int:
+    def _write(self, name: str, write: Callable[[str], None]) -> int:
         with self._lock:
             if not self._folder:
                 parent = self._parent or None
@@ -160,7 +164,7 @@ class DiskCache:
             self._count += 1
             path = os.path.join(self._folder, str(self._count))
         try:
-            make(path)
+            write(path)
         except OSError as e:
             if os.path.exists(path):
                 os.remove(path)
@@ -177,7 +181,7 @@ class DiskCache:
         return fd
 
     def close(self) -> None:
-        """Deletes the folder."""
+        """Delete the folder."""
         with self._lock:
             folder, self._folder = self._folder, ""
             self._files.clear()
@@ -190,7 +194,7 @@ CACHE = DiskCache()
 
 
 def open_local(path: str) -> int:
-    """A descriptor to read a file, which is fetched first when the path is a URL.
+    """Return a descriptor to read a file, which is fetched first if the path is a URL.
 
     Raises:
       OSError: it cannot be opened, or (RemoteError) not be fetched.
@@ -201,22 +205,24 @@ def open_local(path: str) -> int:
 
 
 def fetch(url: str, to: str) -> None:
-    """Copies a remote file, in blocks, and checks that it came whole."""
+    """Copy a remote file to a local path, and check that all of it has come.
+
+    Raises:
+      RemoteError: it has not.
+    """
     fs, inner = file_system(url)
 
     def copy() -> None:
-        with fs.open(inner, "rb") as source, open(to, "wb") as target:
-            size = getattr(source, "size", None)
-            while block := source.read(_BLOCK):
-                target.write(block)
-            if size is not None and target.tell() != size:
-                raise OSError(f"{target.tell()} of {size} bytes came")
+        fs.get_file(inner, to)
+        size = fs.info(inner).get("size")
+        if size is not None and os.path.getsize(to) != size:
+            raise OSError(f"{os.path.getsize(to)} of {size} bytes came")
 
-    with_tries(url, copy)
+    with_retries(url, copy)
 
 
 def list_urls(pattern: str) -> list[str]:
-    """The files of a folder or a glob, in name order.
+    """Return the files of a folder or a glob, in name order.
 
     Raises:
       UserError: it cannot be listed.
@@ -224,9 +230,9 @@ def list_urls(pattern: str) -> list[str]:
     fs, inner = file_system(pattern)
     try:
         if any(c in inner for c in "*?["):
-            found = with_tries(pattern, lambda: fs.glob(inner))
+            names = with_retries(pattern, lambda: fs.glob(inner))
         else:
-            found = with_tries(pattern, lambda: fs.ls(inner, detail=False))
+            names = with_retries(pattern, lambda: fs.ls(inner, detail=False))
     except RemoteError as e:
         raise UserError(f"{pattern} cannot be listed: {e}; check the address") from e
-    return sorted(fs.unstrip_protocol(name) for name in found)
+    return sorted(fs.unstrip_protocol(name) for name in names)

@@ -4,9 +4,10 @@ Paths in a table start from the table's own folder, or from the option `root`. T
 found by their usual names (open_clip's `filepath` and `title` among them) or named as options.
 """
 
+import csv
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +16,7 @@ import pyarrow.parquet as pq
 from jaxtyping import UInt64
 
 from clip_jax.data.formats.errors import unreadable
+from clip_jax.data.formats.file_shard import FileShard
 from clip_jax.data.formats.options import Options
 from clip_jax.data.formats.remote import CACHE, RemoteError, is_url, open_local, read_whole
 from clip_jax.data.shards import (
@@ -34,10 +36,10 @@ LABEL_COLUMNS = ("label", "cls", "class")
 
 
 def resolve(root: str, path: str) -> str:
-    """A table's path as a path from here, or a URL.
+    """Return a table's path as a path from here, or as a URL.
 
     Raises:
-      Unusable: `no_image`, when it is empty.
+      BadSampleError: `no_image`, if it is empty.
     """
     if not path:
         raise BadSampleError("no_image", "the path is empty")
@@ -46,158 +48,161 @@ def resolve(root: str, path: str) -> str:
     return f"{root.rstrip('/')}/{path}"
 
 
-def read_picture(root: str, path: str) -> bytes:
-    """The file that a table names.
+def read_image(root: str, path: str) -> bytes:
+    """Read the file that a table names.
 
     Raises:
-      Unusable, OSError: it is not named, is not there, or is too long.
+      BadSampleError, OSError: it is not named, is not there, or is too long.
     """
     return read_whole(resolve(root, path), MAX_IMAGE_BYTES)
 
 
-def folder_of(path: str, options: Options) -> str:
-    """Where the relative paths of a table start."""
+def root_of(path: str, options: Options) -> str:
+    """Return where the relative paths of a table start."""
     return options.root or path.rpartition("/")[0] or "."
 
 
-def pick(names: Sequence[str], wanted: str, usual: Sequence[str], what: str, where: str) -> str:
-    """The column that is wanted, or the first usual one; empty when `what` may be absent.
+class Columns(NamedTuple):
+    """The names of a table's columns; `label` is empty where there is none."""
+
+    image: str
+    caption: str
+    label: str
+
+
+def find_columns(names: Sequence[str], options: Options, path: str, *, image: str = "") -> Columns:
+    """Return the columns that the options name, or those with the usual names.
+
+    Args:
+      names: of all columns.
+      path: the table, for messages.
+      image: the column of the image, if it is known.
 
     Raises:
       UserError: no such column.
     """
+    return Columns(
+        image or _find_column(names, options.image, IMAGE_COLUMNS, "image", path),
+        _find_column(names, options.caption, CAPTION_COLUMNS, "caption", path),
+        _find_column(names, options.label, LABEL_COLUMNS, "label", path),
+    )
+
+
+def _find_column(
+    names: Sequence[str], wanted: str, usual: Sequence[str], role: str, path: str
+) -> str:
     if wanted:
         if wanted not in names:
-            raise UserError(f"{where} has no column {wanted!r}; it has {', '.join(names)}")
+            raise UserError(f"{path} has no column {wanted!r}; it has {', '.join(names)}")
         return wanted
-    found = next((name for name in usual if name in names), "")
-    if not found and what != "label":
+    column = next((name for name in usual if name in names), "")
+    if not column and role != "label":
         raise UserError(
-            f"{where} has no column for the {what} among {', '.join(usual)}; it has "
-            f"{', '.join(names)}: name it, {where}#{what}=COLUMN"
+            f"{path} has no column for the {role} among {', '.join(usual)}; it has "
+            f"{', '.join(names)}: name it, {path}#{role}=COLUMN"
         )
-    return found
+    return column
 
 
-class TableShard:
+class TableShard(FileShard):
     """A table in memory whose images are files.
 
     Args:
       path: the table.
       size: its bytes.
-      columns: column -> values, as an arrow table.
-      image, caption, label: names of columns; `label` may be empty.
+      table: the values.
+      columns: where image, caption and label stand in it.
       root: where relative paths start.
     """
 
-    def __init__(
-        self, path: str, size: int, columns: pa.Table, names: tuple[str, str, str], root: str
-    ):
-        self.path, self.size, self.root = path, size, root
-        self._columns = columns.combine_chunks()
-        self._image, self._caption, self._label = names
-
-    @property
-    def name(self) -> str:
-        return os.path.basename(self.path)
+    def __init__(self, path: str, size: int, table: pa.Table, columns: Columns, root: str):
+        super().__init__(path, size)
+        self._table = table.combine_chunks()
+        self._columns = columns
+        self._root = root
 
     def __len__(self) -> int:
-        return self._columns.num_rows
+        return self._table.num_rows
 
     def key(self, i: int) -> str:
-        """The image's path as the table has it."""
-        value = self._value(self._image, i)
+        """Return the image's path as it stands in the table."""
+        value = self._value(self._columns.image, i)
         return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value or i)
 
     def image(self, i: int, handles: Handles) -> bytes:
-        value = self._value(self._image, i)
+        value = self._value(self._columns.image, i)
         if value and not isinstance(value, str | bytes):
             raise BadSampleError("no_image", f"the path is {value!r:.80}")
-        return read_picture(self.root, os.fsdecode(value) if value else "")
+        return read_image(self._root, os.fsdecode(value) if value else "")
 
     def captions(self, i: int, handles: Handles) -> list[str]:
-        return caption_values(self._value(self._caption, i))
+        return caption_values(self._value(self._columns.caption, i))
 
     def label(self, i: int, handles: Handles) -> int:
-        return whole_label(self._value(self._label, i)) if self._label else -1
+        column = self._columns.label
+        return whole_label(self._value(column, i)) if column else -1
 
     def record(self, i: int, handles: Handles) -> dict[str, Any]:
-        row = {name: self._value(name, i) for name in self._columns.column_names}
+        row = {name: self._value(name, i) for name in self._table.column_names}
         return {
             k: v.decode("utf-8", "replace") if isinstance(v, bytes) else v for k, v in row.items()
         }
 
-    def incomplete(self) -> dict[str, list[str]]:
-        return {}
-
     def _value(self, column: str, i: int) -> Any:
-        return self._columns.column(column)[i].as_py()
+        return self._table.column(column)[i].as_py()
 
 
 def open_csv(path: str, options: Options) -> TableShard:
-    """A CSV (commas; tabs where the header has tabs alone) or TSV table with a header line.
+    """Open a CSV (commas; tabs where the header has tabs alone) or TSV table with a header line.
 
     Raises:
       ShardError: it cannot be read.
       UserError: it has no column for image or caption.
     """
-    size, head = _head(path)
-    first = head.partition(b"\n")[0]
-    tabs = path.lower().endswith(".tsv") or (b"\t" in first and b"," not in first)
-    names = first.decode("utf-8-sig", "replace").strip("\r").split("\t" if tabs else ",")
-    names = [name.strip('"') for name in names]
-    # Bytes, not text: one caption that is no UTF-8 is that row's fault and not the table's.
-    kinds = dict.fromkeys(names, pa.binary())
     try:
         with os.fdopen(open_local(path), "rb") as file:
-            columns = pyarrow.csv.read_csv(
+            size = os.fstat(file.fileno()).st_size
+            header = file.readline(1 << 16)
+            tabs = path.lower().endswith(".tsv") or (b"\t" in header and b"," not in header)
+            delimiter = "\t" if tabs else ","
+            lines = header.decode("utf-8-sig", "replace").splitlines()
+            names = next(csv.reader(lines[:1], delimiter=delimiter), [])
+            # Bytes, not text: one caption that is no UTF-8 is that row's fault and not the table's.
+            types = dict.fromkeys(names, pa.binary())
+            file.seek(0)
+            table = pyarrow.csv.read_csv(
                 file,
                 read_options=pyarrow.csv.ReadOptions(column_names=names, skip_rows=1),
                 parse_options=pyarrow.csv.ParseOptions(
-                    delimiter="\t" if tabs else ",", newlines_in_values=True
+                    delimiter=delimiter, newlines_in_values=True
                 ),
-                convert_options=pyarrow.csv.ConvertOptions(column_types=kinds, check_utf8=False),
+                convert_options=pyarrow.csv.ConvertOptions(column_types=types, check_utf8=False),
             )
-    except (OSError, pa.ArrowInvalid) as e:
-        message = f"table {path} cannot be read: {short(e)}; mend the row, or leave it out"
-        raise unreadable(e, message) from e
-    chosen = (
-        pick(names, options.image, IMAGE_COLUMNS, "image", path),
-        pick(names, options.caption, CAPTION_COLUMNS, "caption", path),
-        pick(names, options.label, LABEL_COLUMNS, "label", path),
-    )
-    return TableShard(path, size, columns, chosen, folder_of(path, options))
-
-
-def _head(path: str) -> tuple[int, bytes]:
-    try:
-        with os.fdopen(open_local(path), "rb") as file:
-            return os.fstat(file.fileno()).st_size, file.read(1 << 16)
     except OSError as e:
         raise unreadable(e, f"{path} cannot be read: {short(e)}") from e
+    except pa.ArrowInvalid as e:
+        message = f"table {path} cannot be read: {short(e)}; mend the row, or leave it out"
+        raise unreadable(e, message) from e
+    return TableShard(path, size, table, find_columns(names, options, path), root_of(path, options))
 
 
-class JsonLinesShard:
-    """One JSON object a line, read when it is asked for; in memory are the lines' places."""
+class JsonLinesShard(FileShard):
+    """One JSON object a line, read when it is asked for; the lines' places are in memory.
+
+    Args:
+      ends: where each line ends, in bytes.
+    """
 
     def __init__(
         self, path: str, size: int, ends: UInt64[np.ndarray, " samples"], options: Options
     ):
-        self.path, self.size = path, size
+        super().__init__(path, size)
         self._ends = ends
         self._options = options
-        self._root = folder_of(path, options)
-
-    @property
-    def name(self) -> str:
-        return os.path.basename(self.path)
+        self._root = root_of(path, options)
 
     def __len__(self) -> int:
         return len(self._ends)
-
-    def key(self, i: int) -> str:
-        """The line's number, from 0."""
-        return f"{i:08d}"
 
     def record(self, i: int, handles: Handles) -> dict[str, Any]:
         return handles.once((self.path, i), lambda: json_record(self._line(i, handles)))
@@ -215,7 +220,7 @@ class JsonLinesShard:
         path = self._field(i, handles, self._options.image, IMAGE_COLUMNS)
         if not isinstance(path, str):
             raise BadSampleError("no_image", "no path in the line")
-        return read_picture(self._root, path)
+        return read_image(self._root, path)
 
     def captions(self, i: int, handles: Handles) -> list[str]:
         return caption_values(self._field(i, handles, self._options.caption, CAPTION_COLUMNS))
@@ -223,12 +228,9 @@ class JsonLinesShard:
     def label(self, i: int, handles: Handles) -> int:
         return whole_label(self._field(i, handles, self._options.label, LABEL_COLUMNS))
 
-    def incomplete(self) -> dict[str, list[str]]:
-        return {}
-
 
 def open_jsonl(path: str, options: Options) -> JsonLinesShard:
-    """JSON lines; blank ones at the end are no samples.
+    """Open a file of JSON lines; blank ones are not samples.
 
     Raises:
       ShardError: the file cannot be read.
@@ -246,50 +248,27 @@ def open_jsonl(path: str, options: Options) -> JsonLinesShard:
     return JsonLinesShard(path, position, np.array(ends, np.uint64), options)
 
 
-class ParquetShard:
-    """A Parquet file with a column of encoded images.
+class ParquetShard(TableShard):
+    """A Parquet file with a column of encoded images; the other columns are in memory.
 
     A row group is compressed as a whole, and samples are asked for one by one: its images are
     written to the bounded folder of `remote.CACHE` when the first is asked for, and then read by
     offset.
+
+    Args:
+      groups: rows of each row group.
     """
 
     def __init__(
-        self,
-        path: str,
-        size: int,
-        columns: pa.Table,
-        names: tuple[str, str, str],
-        groups: list[int],
+        self, path: str, size: int, table: pa.Table, columns: Columns, groups: Sequence[int]
     ):
-        self._table = TableShard(path, size, columns, ("", *names[1:]), "")
-        self.path, self.size = path, size
-        self._image = names[0]
+        super().__init__(path, size, table, columns, root="")
         self._starts = np.cumsum([0, *groups])
-        self._places: dict[int, np.ndarray] = {}
-
-    @property
-    def name(self) -> str:
-        return os.path.basename(self.path)
-
-    def __len__(self) -> int:
-        return len(self._table)
+        self._image_ends: dict[int, UInt64[np.ndarray, " rows"]] = {}
 
     def key(self, i: int) -> str:
-        """The row's number, from 0."""
+        """Return the row's number, from 0."""
         return f"{i:08d}"
-
-    def captions(self, i: int, handles: Handles) -> list[str]:
-        return self._table.captions(i, handles)
-
-    def label(self, i: int, handles: Handles) -> int:
-        return self._table.label(i, handles)
-
-    def record(self, i: int, handles: Handles) -> dict[str, Any]:
-        return self._table.record(i, handles)
-
-    def incomplete(self) -> dict[str, list[str]]:
-        return {}
 
     def image(self, i: int, handles: Handles) -> bytes:
         group = int(np.searchsorted(self._starts, i, side="right")) - 1
@@ -306,36 +285,38 @@ class ParquetShard:
             raise BadSampleError("too_large", f"{count} bytes")
         return os.pread(fd, count, start)
 
-    def _ends(self, group: int, fd: int) -> np.ndarray:
-        """Where each image ends; behind the images, since others may have written the file."""
-        if group not in self._places:
+    def _ends(self, group: int, fd: int) -> UInt64[np.ndarray, " rows"]:
+        """Return where each image ends, from behind the images: others may have spooled them."""
+        if group not in self._image_ends:
             count = int(self._starts[group + 1] - self._starts[group])
-            table = os.pread(fd, 8 * count, os.fstat(fd).st_size - 8 * count)
-            self._places[group] = np.frombuffer(table, "<u8")
-        return self._places[group]
+            ends = os.pread(fd, 8 * count, os.fstat(fd).st_size - 8 * count)
+            self._image_ends[group] = np.frombuffer(ends, "<u8")
+        return self._image_ends[group]
 
     def _spool(self, group: int, to: str) -> None:
+        """Write the images of a row group to a file, and then where each of them ends."""
+        name = self._columns.image
         ends: list[int] = []
         try:
             with os.fdopen(open_local(self.path), "rb") as file, open(to, "wb") as out:
-                column = pq.ParquetFile(file).read_row_group(group, columns=[self._image]).column(0)
+                column = pq.ParquetFile(file).read_row_group(group, columns=[name]).column(0)
                 for value in column:
-                    out.write(_picture_bytes(value.as_py()))
+                    out.write(_image_bytes(value.as_py()))
                     ends.append(out.tell())
                 out.write(np.array(ends, "<u8").tobytes())
         except pa.ArrowException as e:
             raise RemoteError(f"row group {group} of {self.path} cannot be read: {short(e)}") from e
 
 
-def _picture_bytes(value: Any) -> bytes:
-    """The bytes of a cell: bytes as they are, or the `bytes` of a Hugging Face image struct."""
+def _image_bytes(value: Any) -> bytes:
+    """Return the bytes of a cell, or the `bytes` of a Hugging Face image struct in it."""
     if isinstance(value, dict):
         value = value.get("bytes")
     return value if isinstance(value, bytes) else b""
 
 
-def open_parquet(path: str, options: Options) -> TableShard | ParquetShard:
-    """A Parquet file with a column of images, as bytes or as paths.
+def open_parquet(path: str, options: Options) -> TableShard:
+    """Open a Parquet file with a column of images, as bytes or as paths.
 
     Raises:
       ShardError: it cannot be read.
@@ -346,20 +327,18 @@ def open_parquet(path: str, options: Options) -> TableShard | ParquetShard:
             size = os.fstat(raw.fileno()).st_size
             file = pq.ParquetFile(raw)
             schema = file.schema_arrow
-            image = _parquet_image(schema, options, path)
-            names = [n for n in schema.names if not _is_bytes(schema.field(n).type)]
-            caption = pick(schema.names, options.caption, CAPTION_COLUMNS, "caption", path)
-            label = pick(schema.names, options.label, LABEL_COLUMNS, "label", path)
-            in_bytes = _is_bytes(schema.field(image).type)
-            kept = sorted({*names, caption} | ({label} if label else set()))
-            columns = file.read(columns=kept)
+            image = _bytes_column(schema) if not options.image else ""
+            columns = find_columns(schema.names, options, path, image=image)
+            names = {name for name in schema.names if not _is_bytes(schema.field(name).type)}
+            names |= {name for name in (columns.caption, columns.label) if name}
+            table = file.read(columns=sorted(names))
             groups = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
     except (OSError, pa.ArrowException) as e:
         message = f"{path} cannot be read: {short(e)}; fetch it again, or leave it out"
         raise unreadable(e, message) from e
-    if in_bytes:
-        return ParquetShard(path, size, columns, (image, caption, label), groups)
-    return TableShard(path, size, columns, (image, caption, label), folder_of(path, options))
+    if _is_bytes(schema.field(columns.image).type):
+        return ParquetShard(path, size, table, columns, groups)
+    return TableShard(path, size, table, columns, root_of(path, options))
 
 
 def _is_bytes(kind: pa.DataType) -> bool:
@@ -368,10 +347,7 @@ def _is_bytes(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
-def _parquet_image(schema: pa.Schema, options: Options, path: str) -> str:
-    """Bytes before paths: a table of bytes often has the old path beside them."""
-    if not options.image:
-        for name in BYTES_COLUMNS:
-            if name in schema.names and _is_bytes(schema.field(name).type):
-                return name
-    return pick(schema.names, options.image, IMAGE_COLUMNS, "image", path)
+def _bytes_column(schema: pa.Schema) -> str:
+    """Return a usual column of bytes, which often has the old path beside it; empty if none."""
+    names = (name for name in BYTES_COLUMNS if name in schema.names)
+    return next((name for name in names if _is_bytes(schema.field(name).type)), "")

@@ -7,7 +7,7 @@ Captions come from a text feature, or from the class names of a label.
 import glob
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,7 @@ CAPTION_FEATURES = ("caption", "captions", "text", "title", "description")
 
 
 def is_tfds_folder(folder: str) -> bool:
-    """Whether a folder is one prepared version of a TFDS set."""
+    """Return whether a folder is one prepared version of a TFDS set."""
     return all(
         os.path.isfile(os.path.join(folder, name))
         for name in ("dataset_info.json", "features.json")
@@ -28,7 +28,7 @@ def is_tfds_folder(folder: str) -> bool:
 
 
 def find_folder(name: str) -> str:
-    """The folder of a prepared set: a folder as it is, or NAME[/CONFIG][:VERSION].
+    """Return the folder of a prepared set, given as a folder or as NAME[/CONFIG][:VERSION].
 
     Raises:
       UserError: it is not there, or holds several configs and none is named.
@@ -37,32 +37,43 @@ def find_folder(name: str) -> str:
         return os.path.expanduser(name)
     data_dir = os.path.expanduser(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets"))
     set_name, _, version = name.partition(":")
-    base = os.path.join(data_dir, set_name)
-    found = [f for f in glob.glob(f"{glob.escape(base)}/**/", recursive=True) if is_tfds_folder(f)]
-    found = [f.rstrip("/") for f in found]
+    below = glob.glob(f"{glob.escape(os.path.join(data_dir, set_name))}/**/", recursive=True)
+    folders = [folder.rstrip("/") for folder in below if is_tfds_folder(folder)]
     if version:
-        found = [f for f in found if os.path.basename(f) == version]
-    configs = sorted({os.path.dirname(f) for f in found})
+        folders = [folder for folder in folders if os.path.basename(folder) == version]
+    configs = sorted({os.path.dirname(folder) for folder in folders})
     if len(configs) > 1:
-        names = ", ".join(os.path.relpath(c, data_dir) for c in configs)
+        names = ", ".join(os.path.relpath(config, data_dir) for config in configs)
         raise UserError(f"tfds:{name} has several configs: name one of {names}")
-    if not found:
+    if not folders:
         raise UserError(
             f"tfds:{name} is not prepared in {data_dir}; run `tfds build {set_name}"
             " --file_format=array_record` where it can be downloaded, or set TFDS_DATA_DIR"
         )
-    return max(found, key=lambda f: [int(n) for n in re.findall(r"\d+", os.path.basename(f))])
+    return max(folders, key=lambda f: [int(n) for n in re.findall(r"\d+", os.path.basename(f))])
 
 
 class TfdsShard:
-    """One split of a TFDS set; its images stay encoded."""
+    """One split of a TFDS set; its images stay encoded.
+
+    Args:
+      name: for messages and keys.
+      source: the split, as `tfds.data_source` gives it.
+      features: the set's features by name.
+      size: bytes of the split.
+    """
 
     def __init__(self, name: str, source: Any, features: Any, size: int, options: Options):
         self.name, self.size = name, size
         self._source, self._features = source, features
-        self._image = _feature(features, options.image, ("image",), name, "image")
-        self._label = _label_feature(features, options.label)
+        self._image = options.image or "image"
+        self._label = options.label or _label_feature(features)
         self._caption = options.caption or _caption_feature(features)
+        _check_feature(features, [self._image], name, "image")
+        if self._label:
+            _check_feature(features, [self._label], name, "label")
+        if self._caption:
+            _check_feature(features, self._caption.split("/"), name, "caption")
         if not self._caption and not self._label:
             raise UserError(
                 f"{name} has neither a text feature nor class names among {', '.join(features)}:"
@@ -73,7 +84,7 @@ class TfdsShard:
         return len(self._source)
 
     def key(self, i: int) -> str:
-        """The example's number in the split."""
+        """Return the example's number in the split."""
         return f"{i:08d}"
 
     def _example(self, i: int, handles: Handles) -> dict[str, Any]:
@@ -94,8 +105,8 @@ class TfdsShard:
     def captions(self, i: int, handles: Handles) -> list[str]:
         if self._caption:
             value: Any = self._example(i, handles)
-            for part in self._caption.split("/"):
-                value = value[part]
+            for name in self._caption.split("/"):
+                value = value[name]
             return caption_values(value.tolist() if hasattr(value, "tolist") else value)
         label = self.label(i, handles)
         if label < 0:
@@ -112,35 +123,38 @@ class TfdsShard:
             raise BadSampleError("bad_label", f"{value!r:.80}") from e
 
     def record(self, i: int, handles: Handles) -> dict[str, Any]:
+        """Return the features that are one number or text; images are left out."""
         example = self._example(i, handles)
-        plain = {
+        values = {
             k: v.item() if hasattr(v, "item") and v.ndim == 0 else v for k, v in example.items()
         }
-        return {k: v for k, v in plain.items() if isinstance(v, int | float | str)}
+        return {k: v for k, v in values.items() if isinstance(v, int | float | str)}
 
     def incomplete(self) -> dict[str, list[str]]:
         return {}
 
 
-def _feature(features: Any, wanted: str, usual: tuple[str, ...], name: str, what: str) -> str:
-    for candidate in [wanted] if wanted else usual:
-        if candidate in features:
-            return candidate
-    raise UserError(
-        f"{name} has no feature {wanted or usual[0]!r} for the {what}; it has"
-        f" {', '.join(features)}: #{what}=FEATURE"
-    )
+def _check_feature(features: Any, path: Sequence[str], name: str, role: str) -> None:
+    """Raise UserError if there is no such feature inside the others on its path."""
+    inner = features
+    for part in path:
+        inner = getattr(inner, "feature", inner)  # of a sequence
+        if part not in getattr(inner, "keys", list)():
+            raise UserError(
+                f"{name} has no feature {'/'.join(path)!r} for the {role}; it has"
+                f" {', '.join(features)}: #{role}=FEATURE"
+            )
+        inner = inner[part]
 
 
-def _label_feature(features: Any, wanted: str) -> str:
-    if wanted:
-        return wanted
+def _label_feature(features: Any) -> str:
+    """Return the feature of class numbers, `label` before others; empty if there is none."""
     names = [n for n, f in features.items() if type(f).__name__ == "ClassLabel"]
     return "label" if "label" in names else next(iter(names), "")
 
 
 def _caption_feature(features: Any) -> str:
-    """The first text feature with a usual name, also inside a sequence (`captions/text`)."""
+    """Return the first text feature with a usual name, also inside a sequence (`captions/text`)."""
     for name in CAPTION_FEATURES:
         if name in features:
             inner = features[name]
@@ -153,7 +167,7 @@ def _caption_feature(features: Any) -> str:
 
 
 def open_tfds(path: str, options: Options) -> TfdsShard:
-    """One split of a prepared set.
+    """Open one split of a prepared set.
 
     Raises:
       ShardError: tfds cannot read it: a format without random access, or no such split.
@@ -178,8 +192,7 @@ def open_tfds(path: str, options: Options) -> TfdsShard:
 
 @contextmanager
 def _tfds_errors(name: str, folder: str) -> Iterator[None]:
-    """Turn whatever a call of tfds raises into a ShardError: types of its own and of others, with
-    pages of text."""
+    """Turn the error of a call of tfds, which may be of any type and pages long, into a line."""
     try:
         yield
     except Exception as e:

@@ -1,0 +1,28 @@
+"""What shards of one file have in common."""
+
+import os
+
+
+class FileShard:
+    """A file, or a folder, whose samples are named by their numbers.
+
+    Attributes:
+      path: the file.
+      size: its bytes.
+    """
+
+    def __init__(self, path: str, size: int):
+        self.path, self.size = path, size
+
+    @property
+    def name(self) -> str:
+        """The file name without its folder."""
+        return os.path.basename(os.path.normpath(self.path))
+
+    def key(self, i: int) -> str:
+        """Return the sample's number, from 0."""
+        return f"{i:08d}"
+
+    def incomplete(self) -> dict[str, list[str]]:
+        """Return nothing: what samples lack is only known when they are read."""
+        return {}
