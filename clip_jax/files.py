@@ -82,17 +82,17 @@ def claim_folder(
                 partial.write_text(json.dumps(build_info, indent=1) + "\n", encoding="utf-8")
         return False
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
+        on_disk = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(on_disk, dict):
             raise ValueError("not an object")
     except (OSError, ValueError) as e:
         raise UserError(f"{path} cannot be read: {short(e)}; name another folder") from e
-    found = {**(defaults or {}), **found}
+    on_disk = {**(defaults or {}), **on_disk}
     wanted = json.loads(json.dumps(build_info))  # tuples become lists, as in the file
     for key, value in wanted.items():
-        if key not in may_differ and found.get(key) != value:
+        if key not in may_differ and on_disk.get(key) != value:
             raise UserError(
-                f"{folder} was begun with another {key} ({found.get(key)!s:.60}, now"
+                f"{folder} was begun with another {key} ({on_disk.get(key)!s:.60}, now"
                 f" {value!s:.60}): name another folder, or delete it"
             )
     return True

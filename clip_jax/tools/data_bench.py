@@ -40,7 +40,7 @@ _MODEL, _TRAIN, _DATA = ModelSection(), TrainSection(), DataSection()
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """What an accelerator takes.
+    """The pairs that accelerators take.
 
     Attributes:
       tokens: length of a caption after trimming.
@@ -60,7 +60,7 @@ class Need:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """Whether the data keeps the devices busy.
+    """The comparison of the data with what the devices take.
 
     Attributes:
       rate: the best loader's, pairs a second.
@@ -77,7 +77,7 @@ class Verdict:
 
 @dataclasses.dataclass(frozen=True)
 class BenchResult:
-    """What was measured: the stages alone, the whole loader by its threads, and what follows."""
+    """The stages alone, the whole loader by its threads, and what follows from them."""
 
     stages: tuple[Stage, ...]
     loaders: tuple[Stage, ...]

@@ -41,7 +41,7 @@ class EmojiShards:
 
 @dataclass(frozen=True)
 class EmojiSet:
-    """The set on the disk.
+    """An emoji set on the disk.
 
     Attributes:
       written: False where it was there already.
@@ -61,7 +61,7 @@ class EmojiSet:
 
     @property
     def duplicates(self) -> int:
-        """The held-out vendor's images that are left out, since a training vendor has them."""
+        """The number of held-out images that are left out, since a training vendor has them."""
         return self.vendors[self.held_out] - self.test.images
 
 
@@ -149,7 +149,7 @@ def _read_samples(
         record = {"caption": names[code], "vendor": vendor, "emoji": code, "label": label[code]}
         return Sample("", png_on_white(path), [names[code]], record, label[code])
 
-    return {vendor: [sample(vendor, path) for path in found] for vendor, found in paths.items()}
+    return {vendor: [sample(vendor, path) for path in some] for vendor, some in paths.items()}
 
 
 def build(out: str | Path, *, held_out: str, shards: int) -> EmojiSet:
@@ -169,9 +169,9 @@ def build(out: str | Path, *, held_out: str, shards: int) -> EmojiSet:
         raise UserError(f"--held-out {held_out}: the vendors are {', '.join(paths)}")
     if shards < 1:
         raise UserError(f"--shards {shards}: at least 1")
-    codes = sorted({code_points(path) for found in paths.values() for path in found})
+    codes = sorted({code_points(path) for some in paths.values() for path in some})
     names = dict(zip(codes, english_names(codes), strict=True))
-    vendors = {vendor: len(found) for vendor, found in paths.items()}
+    vendors = {vendor: len(some) for vendor, some in paths.items()}
     digest = hashlib.blake2b("\n".join(names.values()).encode(), digest_size=16).hexdigest()
     build_info = {"held_out": held_out, "shards": shards, "pictures": vendors, "names": digest}
     written = not claim_folder(out, build_info, name=BUILD_INFO, write=False)

@@ -71,7 +71,7 @@ class FieldCount:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What is in a set, as far as it was looked at.
+    """The contents of a set, as far as it was looked at.
 
     Attributes:
       source: the sources, as `config.data.train` takes them.

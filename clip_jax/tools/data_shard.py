@@ -31,7 +31,7 @@ _DATA = DataSection()
 
 @dataclass(frozen=True)
 class ShardResult:
-    """What was written, and what was not.
+    """The shards that were written, and those that could not be read.
 
     Attributes:
       written: the set on the disk.

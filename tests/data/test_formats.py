@@ -155,8 +155,8 @@ FORMATS = {
 NO_LABEL = {"files"}
 
 
-def read_all(indexes):
-    with eval_loader(indexes, batch_size=COUNT) as loader:
+def read_all(shards):
+    with eval_loader(shards, batch_size=COUNT) as loader:
         batches = list(loader)
         assert not loader.skipped, loader.recent
     return batches
@@ -164,8 +164,8 @@ def read_all(indexes):
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_every_format_gives_the_same_pairs(kind, tmp_path):
-    indexes = open_shards(expand(str(FORMATS[kind](tmp_path))))
-    (batch,) = read_all(indexes)
+    shards = open_shards(expand(str(FORMATS[kind](tmp_path))))
+    (batch,) = read_all(shards)
     assert batch["valid"].all()
     assert batch["captions"] == [[caption] for caption in CAPTIONS]
     assert batch["label"].tolist() == ([-1] * COUNT if kind in NO_LABEL else list(range(COUNT)))
@@ -173,7 +173,7 @@ def test_every_format_gives_the_same_pairs(kind, tmp_path):
     (reference,) = read_all(open_shards(expand(str(write_tar(tmp_path / "reference")))))
     np.testing.assert_array_equal(batch["image"], reference["image"])
     np.testing.assert_array_equal(batch["text"], reference["text"])
-    with train_loader(indexes, batch_size=COUNT, seed=1, streams=2, repeat=False) as loader:
+    with train_loader(shards, batch_size=COUNT, seed=1, streams=2, repeat=False) as loader:
         trained = list(loader)
     keys = Counter(
         key for b in trained for key, valid in zip(b["key"], b["valid"], strict=True) if valid
@@ -234,10 +234,10 @@ def test_class_folders_give_labels_and_sentences(tmp_path):
     for k, name in enumerate(["bird", "bird", "polar_bear"]):
         (tmp_path / name).mkdir(exist_ok=True)
         (tmp_path / name / f"{k}.png").write_bytes(IMAGES[k])
-    (index,) = open_shards(expand(f"{tmp_path}#template=a photo of a {{}}.|a {{}}"))
+    (shard,) = open_shards(expand(f"{tmp_path}#template=a photo of a {{}}.|a {{}}"))
     with Handles() as handles:
-        assert [index.label(i, handles) for i in range(3)] == [0, 0, 1]
-        assert index.captions(2, handles) == ["a photo of a polar bear.", "a polar bear"]
+        assert [shard.label(i, handles) for i in range(3)] == [0, 0, 1]
+        assert shard.captions(2, handles) == ["a photo of a polar bear.", "a polar bear"]
     (tmp_path / "loose.png").write_bytes(IMAGES[0])
     with pytest.raises(UserError, match=r"put loose.txt beside it"):
         open_shards(expand(str(tmp_path)))
@@ -250,10 +250,10 @@ def test_columns_by_name_and_relative_to_another_folder(tmp_path):
     with pytest.raises(UserError, match=r"t.csv#image=COLUMN"):
         open_shards([f"{tmp_path}/t.csv"])
     root = tmp_path / "pictures"
-    (index,) = open_shards(expand(f"{tmp_path}/t.csv#image=where&caption=words&root={root}"))
+    (shard,) = open_shards(expand(f"{tmp_path}/t.csv#image=where&caption=words&root={root}"))
     with Handles() as handles:
-        assert index.image(0, handles) == IMAGES[0]
-        assert index.captions(0, handles) == ["hello"]
+        assert shard.image(0, handles) == IMAGES[0]
+        assert shard.captions(0, handles) == ["hello"]
 
 
 def test_bad_rows_of_a_table_are_counted_and_the_rest_is_read(tmp_path):
@@ -284,10 +284,10 @@ def test_a_flipped_bit_in_a_record_is_one_bad_sample_or_an_error(kind, tmp_path)
         data[rng.integers(len(data))] ^= 1 << rng.integers(8)
         path.write_bytes(data)
         try:
-            indexes = open_shards([str(path)])
+            shards = open_shards([str(path)])
         except UserError:
             continue
-        with eval_loader(indexes, batch_size=COUNT) as loader:
+        with eval_loader(shards, batch_size=COUNT) as loader:
             batch = next(loader)
         good = [b for b, valid in zip(batch["captions"], batch["valid"], strict=True) if valid]
         # A damage is seen, or (in bytes that say nothing) changes nothing.
@@ -394,12 +394,12 @@ def test_a_remote_read_is_tried_again_and_then_the_shard_passed_over(tmp_path, m
 
     monkeypatch.setattr(type(memory), "_open", failing)
     broken = 2
-    indexes = open_shards(expand("memory://bucket/{0..0}.tar"))
+    shards = open_shards(expand("memory://bucket/{0..0}.tar"))
     assert len(calls) == 3
     remote.CACHE.close()
     calls.clear()
     broken = 100
-    with eval_loader(indexes, batch_size=COUNT) as loader:
+    with eval_loader(shards, batch_size=COUNT) as loader:
         assert not next(loader)["valid"].any()
         assert loader.skipped == {"shard_unreadable": COUNT}
         assert "failed 4 times" in loader.recent[-1] and "try later" in loader.recent[-1]
@@ -433,12 +433,12 @@ def test_the_cache_on_disk_is_bounded_and_what_is_open_stays_readable(tmp_path):
 
 
 def test_filters_and_repeated_keys(tmp_path):
-    (index,) = open_shards([str(write_tar(tmp_path))])
-    kept = filters.filtered(index, filters.parse_filter("width>=200, width!=300"))
+    (shard,) = open_shards([str(write_tar(tmp_path))])
+    kept = filters.filtered(shard, filters.parse_filter("width>=200, width!=300"))
     assert [kept.key(i) for i in range(len(kept))] == ["000000002", "000000004", "000000005"]
-    assert len(filters.filtered(index, filters.parse_filter("caption==other"))) == COUNT
-    assert len(filters.filtered(index, filters.parse_filter("absent>0"))) == 0
-    first, second = filters.without_repeats([kept, index])
+    assert len(filters.filtered(shard, filters.parse_filter("caption==other"))) == COUNT
+    assert len(filters.filtered(shard, filters.parse_filter("absent>0"))) == 0
+    first, second = filters.without_repeats([kept, shard])
     assert len(first) == 3
     assert [second.key(i) for i in range(3)] == ["000000000", "000000001", "000000003"]
     for text in ("width", "width>x", ">3"):

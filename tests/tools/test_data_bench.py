@@ -36,21 +36,21 @@ def test_work_is_called_in_turn_until_the_time_is_over_and_counted():
 
 
 def test_every_stage_and_the_loader_are_measured(tmp_path):
-    indexes = open_shards(write_shards(tmp_path, [20, 13], side=30))
-    stages = measure_parts(indexes, ToyTokenizer(), SETTINGS, seconds=0.01)
+    shards = open_shards(write_shards(tmp_path, [20, 13], side=30))
+    stages = measure_parts(shards, ToyTokenizer(), SETTINGS, seconds=0.01)
     assert [s.name for s in stages] == ["read", "decode and crop", "tokenise", "assemble"]
     assert len(stages) == PARTS and all(s.pairs > 0 for s in stages)
-    stage, lengths = measure_loader(indexes, ToyTokenizer(), SETTINGS, threads=2, seconds=0.01)
+    stage, lengths = measure_loader(shards, ToyTokenizer(), SETTINGS, threads=2, seconds=0.01)
     assert stage.name == "loader, 2 threads"
     assert stage.pairs == 8 * lengths.total()
     assert set(lengths) == {16}  # "caption 12" and the end token
 
 
 def test_a_set_of_nothing_that_can_be_read(tmp_path):
-    indexes = open_shards(write_shards(tmp_path, [20]))
+    shards = open_shards(write_shards(tmp_path, [20]))
     (tmp_path / "s-00000.tar").write_bytes(b"")
     with pytest.raises(UserError, match="no sample could be read"):
-        measure_parts(indexes, ToyTokenizer(), SETTINGS, seconds=0.01)
+        measure_parts(shards, ToyTokenizer(), SETTINGS, seconds=0.01)
 
 
 def test_what_an_accelerator_takes():

@@ -74,8 +74,8 @@ def test_writes_reads_back_and_repeats_to_the_byte(tmp_path, capsys, few):
     names = (tmp_path / "a" / "classnames.txt").read_text(encoding="utf-8").splitlines()
     kinds = {}
     for kind in ("train", "heldout"):
-        indexes = open_shards(expand(f"{tmp_path}/a/{kind}-*.tar"))
-        with eval_loader(indexes, batch_size=64) as loader:
+        shards = open_shards(expand(f"{tmp_path}/a/{kind}-*.tar"))
+        with eval_loader(shards, batch_size=64) as loader:
             (batch,) = list(loader)
         rows = np.flatnonzero(batch["valid"])
         assert not loader.skipped
@@ -140,12 +140,12 @@ def test_interrupted_or_failing_it_leaves_nothing(tmp_path, capsys, few, monkeyp
 
 def test_records_say_where_an_image_is_from(tmp_path, capsys, few):
     run(capsys, "--out", tmp_path / "set", "--held-out", "Goog", "--shards", 1)
-    (index,) = open_shards([str(tmp_path / "set" / "train-00000.tar")])
-    with open(index.path, "rb") as file:
+    (shard,) = open_shards([str(tmp_path / "set" / "train-00000.tar")])
+    with open(shard.path, "rb") as file:
         data = file.read()
     records = []
-    for i in range(len(index)):
-        offset, size = index.member(i, "json")
+    for i in range(len(shard)):
+        offset, size = shard.member(i, "json")
         records.append(json.loads(data[offset : offset + size]))
     assert {record["vendor"] for record in records} == {"Appl", "Twtr"}
     assert all(data_emoji.english_names([r["emoji"]]) == [r["caption"]] for r in records)

@@ -84,9 +84,9 @@ def expected_scores():
 
 def read_set(folder, where=""):
     """uid -> similarity of every sample of a source."""
-    (indexes,) = open_sources(str(folder), where=where)
+    (shards,) = open_sources(str(folder), where=where)
     with Handles() as handles:
-        records = [index.record(i, handles) for index in indexes for i in range(len(index))]
+        records = [shard.record(i, handles) for shard in shards for i in range(len(shard))]
     return {record["uid"]: record["similarity"] for record in records}
 
 
@@ -228,10 +228,10 @@ def test_a_checkpoint_scores_as_its_own_encoders_do(tmp_path):
     command.filter_set([pattern], out, encoders, scores_only=True, batch_size=8)
     found, _ = read_part(part_path(out / "scores", 0))
     clip = api.load(str(tmp_path / "model"))
-    ((index,),) = open_sources(pattern)
+    ((shard,),) = open_sources(pattern)
     with Handles() as handles:
-        images = [decode_image(index.image(i, handles)) for i in range(10)]
-        captions = [index.captions(i, handles)[0] for i in range(10)]
+        images = [decode_image(shard.image(i, handles)) for i in range(10)]
+        captions = [shard.captions(i, handles)[0] for i in range(10)]
     z_image = np.asarray(clip.encode_image(clip.preprocess(images)))
     z_text = np.asarray(clip.encode_text(clip.tokenize(captions)))
     # Trimming and eight devices change the order of float32 sums: measured 2.9e-7.
@@ -260,6 +260,6 @@ def test_a_run_trains_on_what_its_model_kept(tmp_path):
 
 
 def similarities(folder):
-    (indexes,) = open_sources(str(folder))
+    (shards,) = open_sources(str(folder))
     with Handles() as handles:
-        return [ix.record(i, handles)["similarity"] for ix in indexes for i in range(len(ix))]
+        return [s.record(i, handles)["similarity"] for s in shards for i in range(len(s))]

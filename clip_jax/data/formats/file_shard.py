@@ -1,10 +1,10 @@
-"""What shards of one file have in common."""
+"""The base of shards that are one file or folder."""
 
 import os
 
 
 class FileShard:
-    """A file, or a folder, whose samples are named by their numbers.
+    """A file or folder whose samples are named by their numbers.
 
     Attributes:
       path: the file.

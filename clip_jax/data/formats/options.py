@@ -8,7 +8,7 @@ from clip_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How to read one source; where a field is empty, the usual names are looked for."""
+    """The options of one source; where a field is empty, the usual names are looked for."""
 
     image: str = ""
     """Column or feature of the image: its bytes, or its path."""

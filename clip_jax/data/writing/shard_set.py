@@ -35,12 +35,12 @@ PER_SHARD = 10_000
 
 @dataclass(frozen=True)
 class ShardSet:
-    """What to write, and where.
+    """A set of shards to write.
 
     Attributes:
       shards: the shards of the source; rows count their samples, one shard after the other.
       rows: the samples, in the order in which they are written.
-      folder: where the set is written.
+      folder: where they are written.
       per_shard: rows of a shard.
       shrink: what is done to images; None leaves all as they are.
       extra: fields that a row's JSON record gets, by its place in `rows`.
