@@ -23,7 +23,7 @@ from benchmarks.interleaved import arguments, ratio, report, spread
 from clip_jax.data.images import OPENAI
 from clip_jax.models.zoo import model_config
 from clip_jax.pretrained.export import WRITERS
-from clip_jax.pretrained.load import array_shapes
+from clip_jax.pretrained.trees import array_shapes
 from clip_jax.pretrained.work_folder import RunDescription
 from clip_jax.tokenizers import TokenizerSpec
 

@@ -20,7 +20,8 @@ from clip_jax.models.clip import CLIP, CLIPConfig, init_variables, unit_length
 from clip_jax.models.relevance import make_relevance
 from clip_jax.models.zoo import model_config
 from clip_jax.parallel.mesh import make_mesh
-from clip_jax.pretrained.load import resized, tokenizer_family
+from clip_jax.pretrained.load import tokenizer_family
+from clip_jax.pretrained.resize import resize_checkpoint
 from clip_jax.pretrained.tags import family_preprocess
 from clip_jax.tokenizers import TokenizerSpec, make_tokenizer, spec_digest, tokenizer_from_file
 from clip_jax.training.checkpoint import tree_digests
@@ -241,7 +242,7 @@ def load(
     if tokenizer is not None:
         spec = tokenizer_from_file(tokenizer, tokenizer_family(checkpoint.config))
     if checkpoint.arrays:
-        checkpoint = resized(checkpoint, image_size, context_length)
+        checkpoint = resize_checkpoint(checkpoint, image_size, context_length)
         variables = place_arrays(checkpoint.arrays, variable_shapes(checkpoint.config, mesh))
     elif image_size or context_length:
         raise UserError(f"{path} is a run: its sizes are its own; convert it first")

@@ -17,77 +17,80 @@ from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.vit import ViTConfig
 from clip_jax.pretrained.hf_config import config_to_hf
 from clip_jax.pretrained.hf_tokenizer import write_clip_tokenizer
-from clip_jax.pretrained.layouts import to_theirs
+from clip_jax.pretrained.layouts import export_arrays
 from clip_jax.pretrained.open_clip_config import config_to_open_clip
 from clip_jax.pretrained.preprocess import preprocess_to_hf, preprocess_to_open_clip
 from clip_jax.pretrained.work_folder import RunDescription, write_work_folder
 
 Arrays = Mapping[str, np.ndarray]
 
-# Names that their modules hold with leading dimensions of one, and how many dimensions in all.
-RANKS = {
-    "visual.trunk.pos_embed": 3,
-    "visual.trunk.attn_pool.latent": 3,
-    "vision_model.head.probe": 3,
-}
-HF_SIGLIP_RANKS = {**RANKS, "logit_scale": 1, "logit_bias": 1}
+# Names that the libraries' modules hold with leading dimensions of one, and how many in all.
+OPEN_CLIP_RANKS = {"visual.trunk.pos_embed": 3, "visual.trunk.attn_pool.latent": 3}
+HF_SIGLIP_RANKS = {"vision_model.head.probe": 3, "logit_scale": 1, "logit_bias": 1}
 
 
-def write_open_clip(folder: Path, about: RunDescription, arrays: Arrays) -> None:
-    """`open_clip_model.safetensors` and `open_clip_config.json` in a folder that exists.
+def write_open_clip(folder: Path, description: RunDescription, arrays: Arrays) -> None:
+    """Write `open_clip_model.safetensors` and `open_clip_config.json` in a folder that exists.
 
     `open_clip.create_model("local-dir:FOLDER")` loads them.
 
     Args:
-      about: the model, its tokenizer and its preprocessing.
+      folder: where; it exists.
+      description: the model, its tokenizer and its preprocessing.
       arrays: parameters and batch statistics by path, float32.
 
     Raises:
       UserError: open_clip has no such model.
     """
-    config = about.model
+    config = description.model
     model_cfg = config_to_open_clip(config)
-    theirs = with_ranks(to_theirs(arrays, open_clip_naming(config)), RANKS)
+    tensors = with_ranks(export_arrays(arrays, open_clip_naming(config)), OPEN_CLIP_RANKS)
     if isinstance(config.vision, ResNetConfig):
         # Batch norm counts its batches; a count changes nothing.
-        theirs |= {
+        tensors |= {
             key.replace("running_mean", "num_batches_tracked"): np.zeros((), np.int64)
-            for key in theirs
+            for key in tensors
             if key.endswith("running_mean")
         }
-    preprocess_cfg = preprocess_to_open_clip(about.preprocess, config.vision.image_size)
+    preprocess_cfg = preprocess_to_open_clip(description.preprocess, config.vision.image_size)
     values = {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
     write_json(folder / "open_clip_config.json", values)
-    save_file(theirs, folder / "open_clip_model.safetensors", metadata={"format": "pt"})
-    write_tokenizer(folder, about)
+    save_file(tensors, folder / "open_clip_model.safetensors", metadata={"format": "pt"})
+    write_tokenizer(folder, description)
 
 
 def open_clip_naming(config: CLIPConfig) -> str:
-    """The naming that open_clip's own module of this model has."""
+    """Return the naming of open_clip's own module of this model."""
     if isinstance(config.vision, ResNetConfig):
         return "openai_resnet"
     is_siglip = isinstance(config.vision, ViTConfig) and config.vision.pool == "map"
     return "open_clip_siglip" if is_siglip else "openai"
 
 
-def write_hf(folder: Path, about: RunDescription, arrays: Arrays) -> None:
-    """`model.safetensors`, `config.json`, `preprocessor_config.json` and the tokenizer's files.
+def write_hf(folder: Path, description: RunDescription, arrays: Arrays) -> None:
+    """Write `model.safetensors`, `config.json`, `preprocessor_config.json` and the tokenizer.
 
     `transformers.CLIPModel.from_pretrained(FOLDER)` loads them, or `SiglipModel` a SigLIP.
+
+    Args:
+      folder: where; it exists.
+      description: the model, its tokenizer and its preprocessing.
+      arrays: parameters and batch statistics by path, float32.
 
     Raises:
       UserError: transformers has no such model.
     """
-    values = config_to_hf(about.model)
+    values = config_to_hf(description.model)
     is_siglip = values["model_type"] == "siglip"
-    theirs = to_theirs(arrays, "hf_siglip" if is_siglip else "hf_clip")
-    theirs = with_ranks(theirs, HF_SIGLIP_RANKS if is_siglip else {})
-    image_size = about.model.vision.image_size
+    tensors = export_arrays(arrays, "hf_siglip" if is_siglip else "hf_clip")
+    tensors = with_ranks(tensors, HF_SIGLIP_RANKS if is_siglip else {})
+    image_size = description.model.vision.image_size
     write_json(folder / "config.json", values)
-    write_json(folder / "preprocessor_config.json", preprocess_to_hf(about.preprocess, image_size))
+    preprocessor = preprocess_to_hf(description.preprocess, image_size)
+    write_json(folder / "preprocessor_config.json", preprocessor)
     # transformers asks for the framework of the tensors.
-    save_file(theirs, folder / "model.safetensors", metadata={"format": "pt"})
-    write_tokenizer(folder, about)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_tokenizer(folder, description)
 
 
 Writer = Callable[[Path, RunDescription, Arrays], None]
@@ -98,20 +101,20 @@ WRITERS: dict[str, Writer] = {
 }
 
 
-def write_tokenizer(folder: Path, about: RunDescription) -> None:
-    """The tokenizer's files: CLIP's as Hugging Face has them, any other's own file."""
-    spec = about.tokenizer
+def write_tokenizer(folder: Path, description: RunDescription) -> None:
+    """Write the tokenizer's files: CLIP's as Hugging Face has them, or any other's own file."""
+    spec = description.tokenizer
     if spec is None:
         return
     if spec.kind == "clip":
-        write_clip_tokenizer(folder, about.model.text.context_length)
+        write_clip_tokenizer(folder, description.model.text.context_length)
     elif spec.file is not None:
         name = "tokenizer.json" if spec.kind == "huggingface" else "tokenizer.model"
         shutil.copyfile(spec.file, folder / name)
 
 
 def with_ranks(arrays: Arrays, ranks: Mapping[str, int]) -> dict[str, np.ndarray]:
-    """The arrays, some with leading dimensions of one before them."""
+    """Return the arrays, some with leading dimensions of one before them."""
     return {
         key: x.reshape((1,) * max(0, ranks.get(key, 0) - x.ndim) + x.shape)
         for key, x in arrays.items()
@@ -119,13 +122,13 @@ def with_ranks(arrays: Arrays, ranks: Mapping[str, int]) -> dict[str, np.ndarray
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """One JSON file."""
+    """Write one JSON file."""
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write to, which takes its name at the end: whole or not at all.
+    """Yield a folder to write to, which takes its name at the end: whole or not at all.
 
     Raises:
       UserError: the folder holds something already, or cannot be written.

@@ -1,4 +1,4 @@
-"""A model's sizes from the `config.json` of transformers' CLIP, MetaCLIP 2 and SigLIP, and back."""
+"""Read and write a model's sizes as the `config.json` of transformers' CLIP, MetaCLIP 2, SigLIP."""
 
 import math
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ HF_ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
 }
-# What transformers takes for a key that a config leaves out.
+# The values of transformers for keys that a config leaves out.
 _HF_CLIP_TEXT = {
     "vocab_size": 49_408,
     "hidden_size": 512,
@@ -63,10 +63,14 @@ HF_DEFAULTS = {
 
 
 def config_from_hf(config: Mapping[str, Any], where: str) -> CLIPConfig:
-    """The sizes in a Hugging Face `config.json`.
+    """Return the sizes in a Hugging Face `config.json`.
+
+    Args:
+      config: its content.
+      where: the file, for messages.
 
     Raises:
-      UserError: another kind of model, or a value that is missing or none.
+      UserError: another kind of model, or a value that is missing or makes no sense.
     """
     kind = config.get("model_type")
     if kind not in HF_DEFAULTS:
@@ -75,7 +79,7 @@ def config_from_hf(config: Mapping[str, Any], where: str) -> CLIPConfig:
         )
     try:
         text, vision = (
-            # Old files say some values in `text_config_dict` only, and those win there.
+            # Old files have some values in `text_config_dict` only, and those win there.
             {**defaults, **(config.get(name) or {}), **(config.get(f"{name}_dict") or {})}
             for name, defaults in zip(
                 ("text_config", "vision_config"), HF_DEFAULTS[kind], strict=True
@@ -102,7 +106,10 @@ def config_from_hf(config: Mapping[str, Any], where: str) -> CLIPConfig:
 
 
 def _hf_end_token(text: Mapping[str, Any], *, legacy: bool) -> int:
-    """Where transformers reads a text: at the largest id in files that say 2, made before 2023."""
+    """Return the id at which transformers reads a text.
+
+    In files from before 2023, which have 2 here, that is the largest id.
+    """
     eos = int(text["eos_token_id"])
     return int(text["vocab_size"]) - 1 if legacy and eos == 2 else eos
 
@@ -122,7 +129,7 @@ def _hf_sizes(c: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def mlp_ratio(width: int, mlp_width: int) -> float:
-    """The ratio that gives exactly this hidden width when multiplied and cut to an integer."""
+    """Return the ratio that gives this very hidden width when multiplied and cut to an integer."""
     ratio = mlp_width / width
     return ratio if int(width * ratio) == mlp_width else math.nextafter(ratio, math.inf)
 
@@ -148,7 +155,7 @@ def _siglip_from_hf(text: Mapping[str, Any], vision: Mapping[str, Any]) -> CLIPC
 
 
 def config_to_hf(config: CLIPConfig) -> dict[str, Any]:
-    """The `config.json` that makes transformers build this model.
+    """Return the `config.json` that makes transformers build this model.
 
     Raises:
       UserError: transformers has no such model.
@@ -173,7 +180,7 @@ def config_to_hf(config: CLIPConfig) -> dict[str, Any]:
         "patch_size": v.patch_size,
         "model_type": f"{kind}_vision_model",
     }
-    made = {
+    values = {
         "architectures": [name],
         "model_type": kind,
         "initializer_factor": 1.0,
@@ -183,9 +190,9 @@ def config_to_hf(config: CLIPConfig) -> dict[str, Any]:
     }
     if is_siglip:
         text["projection_size"] = config.embed_dim
-        return made
+        return values
     text["projection_dim"] = vision["projection_dim"] = config.embed_dim
-    return made | {
+    return values | {
         "projection_dim": config.embed_dim,
         "logit_scale_init_value": config.init_logit_scale,
     }

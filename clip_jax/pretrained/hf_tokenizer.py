@@ -1,4 +1,4 @@
-"""CLIP's tokenizer as the files that Hugging Face's `CLIPTokenizer` reads."""
+"""Write CLIP's tokenizer as the files that Hugging Face's `CLIPTokenizer` reads."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ from clip_jax.tokenizers.clip_bpe import END, START, read_merges, vocabulary
 
 
 def write_clip_tokenizer(folder: Path, context_length: int) -> None:
-    """`vocab.json`, `merges.txt`, `tokenizer_config.json` and `special_tokens_map.json`.
+    """Write `vocab.json`, `merges.txt`, `tokenizer_config.json` and `special_tokens_map.json`.
 
     Its ids are OpenAI's for plain text; Hugging Face does not mend mojibake or HTML, and pads with
     the end token, which a causal tower does not see.

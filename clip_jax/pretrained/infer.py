@@ -1,4 +1,4 @@
-"""Which model a file of weights holds, from the names and shapes of its arrays alone.
+"""Infer the model in a file of weights from the names and shapes of its arrays alone.
 
 Shapes give every size but two: the number of heads and the activation. OpenAI's own files settle
 both (64 features a head, QuickGELU); for others the zoo is searched for models of these sizes.
@@ -22,7 +22,7 @@ Arrays = Mapping[str, np.ndarray]
 
 
 class Signature(NamedTuple):
-    """The sizes that names and shapes give.
+    """The sizes of a model that names and shapes give.
 
     Attributes:
       kind: of the image tower: "vit", "resnet" or "siglip".
@@ -45,7 +45,7 @@ class Signature(NamedTuple):
 
 
 def find_naming(arrays: Iterable[str], where: str) -> str:
-    """The key of `names.NAMINGS` that these names follow.
+    """Return the key of `names.NAMINGS` that these names follow.
 
     Raises:
       UserError: they follow none, or belong to a family that is not supported.
@@ -79,17 +79,17 @@ def find_naming(arrays: Iterable[str], where: str) -> str:
     return naming
 
 
-def signature(arrays: Arrays, naming: str, where: str) -> Signature:
-    """The sizes of a model under OpenAI's or open_clip's names.
+def read_signature(arrays: Arrays, naming: str, where: str) -> Signature:
+    """Return the sizes of a model under OpenAI's or open_clip's names.
 
     Raises:
-      UserError: an array that tells a size is missing.
+      UserError: an array that gives a size is missing.
     """
     text = "text." if naming.startswith("open_clip") else ""
     try:
         vocab_size, text_width = arrays[f"{text}token_embedding.weight"].shape
         context_length = arrays[f"{text}positional_embedding"].shape[0]
-        text_layers = _count(arrays, rf"{re.escape(text)}transformer\.resblocks\.(\d+)\.")
+        text_layers = _count_blocks(arrays, rf"{re.escape(text)}transformer\.resblocks\.(\d+)\.")
         if f"{text}text_projection.weight" in arrays:
             embed_dim = arrays[f"{text}text_projection.weight"].shape[0]
         elif f"{text}text_projection" in arrays:
@@ -104,26 +104,26 @@ def signature(arrays: Arrays, naming: str, where: str) -> Signature:
 
 def _image_signature(arrays: Arrays, naming: str) -> tuple[str, int, tuple[int, ...], int, int]:
     if naming.endswith("resnet"):
-        layers = tuple(_count(arrays, rf"visual\.layer{i}\.(\d+)\.") for i in range(1, 5))
+        layers = tuple(_count_blocks(arrays, rf"visual\.layer{i}\.(\d+)\.") for i in range(1, 5))
         width = arrays["visual.layer1.0.conv1.weight"].shape[0]
         positions = arrays["visual.attnpool.positional_embedding"].shape[0]
         return "resnet", width, layers, positions, 0
     if naming == "open_clip_siglip":
         width, _, patch, _ = arrays["visual.trunk.patch_embed.proj.weight"].shape
-        depth = _count(arrays, r"visual\.trunk\.blocks\.(\d+)\.")
+        depth = _count_blocks(arrays, r"visual\.trunk\.blocks\.(\d+)\.")
         return "siglip", width, (depth,), arrays["visual.trunk.pos_embed"].shape[1], patch
     width, _, patch, _ = arrays["visual.conv1.weight"].shape
-    depth = _count(arrays, r"visual\.transformer\.resblocks\.(\d+)\.")
+    depth = _count_blocks(arrays, r"visual\.transformer\.resblocks\.(\d+)\.")
     return "vit", width, (depth,), arrays["visual.positional_embedding"].shape[0], patch
 
 
-def _count(names: Iterable[str], pattern: str) -> int:
-    found = {match[1] for name in names if (match := re.match(pattern, name))}
-    return len(found)
+def _count_blocks(names: Iterable[str], pattern: str) -> int:
+    """Return how many different numbers the pattern's group matches at the start of the names."""
+    return len({match[1] for name in names if (match := re.match(pattern, name))})
 
 
-def signature_of(config: CLIPConfig) -> Signature:
-    """The same sizes of a model that we know; `kind` "convnet" is ours alone."""
+def config_signature(config: CLIPConfig) -> Signature:
+    """Return the same sizes of a config; no file holds the `kind` "convnet"."""
     v, t = config.vision, config.text
     image: tuple[str, int, tuple[int, ...], int, int]
     if isinstance(v, ViTConfig):
@@ -136,55 +136,55 @@ def signature_of(config: CLIPConfig) -> Signature:
     return Signature(*image, config.embed_dim, t.width, t.layers, t.vocab_size, t.context_length)
 
 
-def openai_config(found: Signature) -> CLIPConfig:
-    """The model of an OpenAI file: heads of 64 features, QuickGELU (`clip/model.py`)."""
-    grid = round((found.positions - 1) ** 0.5)
+def openai_config(sizes: Signature) -> CLIPConfig:
+    """Return the model of an OpenAI file: heads of 64 features, QuickGELU (`clip/model.py`)."""
+    grid = round((sizes.positions - 1) ** 0.5)
     vision: ViTConfig | ResNetConfig
-    if found.kind == "resnet":
-        one, two, three, four = found.layers
-        vision = ResNetConfig(32 * grid, (one, two, three, four), found.width)
+    if sizes.kind == "resnet":
+        one, two, three, four = sizes.layers
+        vision = ResNetConfig(32 * grid, (one, two, three, four), sizes.width)
     else:
-        (layers,) = found.layers
-        vision = ViTConfig(grid * found.patch, found.patch, found.width, layers, found.width // 64)
+        (layers,) = sizes.layers
+        vision = ViTConfig(grid * sizes.patch, sizes.patch, sizes.width, layers, sizes.width // 64)
     text = TextConfig(
-        width=found.text_width,
-        layers=found.text_layers,
-        heads=found.text_width // 64,
-        context_length=found.context_length,
-        vocab_size=found.vocab_size,
-        eot_id=found.vocab_size - 1,
+        width=sizes.text_width,
+        layers=sizes.text_layers,
+        heads=sizes.text_width // 64,
+        context_length=sizes.context_length,
+        vocab_size=sizes.vocab_size,
+        eot_id=sizes.vocab_size - 1,
     )
-    return CLIPConfig(found.embed_dim, vision, text)
+    return CLIPConfig(sizes.embed_dim, vision, text)
 
 
-def matching_models(found: Signature) -> dict[str, CLIPConfig]:
-    """The zoo's models of these sizes, one name for each different config."""
+def matching_models(sizes: Signature) -> dict[str, CLIPConfig]:
+    """Return the zoo's models of these sizes, one name for each different config."""
     models: dict[str, CLIPConfig] = {}
     for name, config in MODELS.items():
-        if signature_of(config) == found and config not in models.values():
+        if config_signature(config) == sizes and config not in models.values():
             models[name] = config
     return models
 
 
-def nearest_model(found: Signature) -> str:
-    """The name in the zoo with most of the sizes equal."""
+def nearest_model(sizes: Signature) -> str:
+    """Return the name in the zoo with most of the sizes equal."""
 
     def equal(name: str) -> int:
-        return sum(a == b for a, b in zip(signature_of(MODELS[name]), found, strict=True))
+        return sum(a == b for a, b in zip(config_signature(MODELS[name]), sizes, strict=True))
 
     return max(MODELS, key=equal)
 
 
-def zoo_config(found: Signature, where: str) -> CLIPConfig:
-    """The one model of the zoo with these sizes.
+def zoo_config(sizes: Signature, where: str) -> CLIPConfig:
+    """Return the one model of the zoo with these sizes.
 
     Raises:
       UserError: there is none, or several that only their activation or heads tell apart.
     """
-    models = matching_models(found)
+    models = matching_models(sizes)
     if not models:
         raise UserError(
-            f"{where}: no registered model has its sizes; the nearest is {nearest_model(found)}"
+            f"{where}: no registered model has its sizes; the nearest is {nearest_model(sizes)}"
         )
     if len(models) > 1:
         raise UserError(
@@ -195,10 +195,10 @@ def zoo_config(found: Signature, where: str) -> CLIPConfig:
 
 
 def big_vision_config(arrays: Arrays, where: str) -> CLIPConfig:
-    """The SigLIP in a big_vision file, whose shapes give the heads too.
+    """Return the SigLIP in a big_vision file, whose shapes give the heads too.
 
     Raises:
-      UserError: an array that tells a size is missing, or the grid is not square.
+      UserError: an array that gives a size is missing, or the grid is not square.
     """
     image, text = "params/img/Transformer/encoderblock_0", "params/txt/Encoder_0/encoderblock_0"
     query = "MultiHeadDotProductAttention_0/query/kernel"
@@ -213,14 +213,14 @@ def big_vision_config(arrays: Arrays, where: str) -> CLIPConfig:
             grid * patch,
             patch,
             width,
-            _count(arrays, r"params/img/Transformer/encoderblock_(\d+)/"),
+            _count_blocks(arrays, r"params/img/Transformer/encoderblock_(\d+)/"),
             heads,
             mlp_ratio=hidden / width,
             activation="gelu_tanh",
         )
-        made = TextConfig(
+        text_config = TextConfig(
             width=text_width,
-            layers=_count(arrays, r"params/txt/Encoder_0/encoderblock_(\d+)/"),
+            layers=_count_blocks(arrays, r"params/txt/Encoder_0/encoderblock_(\d+)/"),
             heads=arrays[f"{text}/{query}"].shape[1],
             context_length=arrays["params/txt/pos_embedding"].shape[-2],
             vocab_size=vocab_size,
@@ -235,6 +235,5 @@ def big_vision_config(arrays: Arrays, where: str) -> CLIPConfig:
         )
     except (KeyError, ValueError, IndexError) as error:
         raise UserError(f"{where}: {error} is missing or has a shape no SigLIP has") from None
-    embed_dim = width
     bias = -10.0 if "params/b" in arrays else None
-    return CLIPConfig(embed_dim, vision, made, SIGLIP_LOGIT_SCALE, bias)
+    return CLIPConfig(width, vision, text_config, SIGLIP_LOGIT_SCALE, bias)

@@ -1,4 +1,4 @@
-"""From their arrays to ours and back: the layouts of `names`, as exact re-arrangements.
+"""Re-arrange a file's arrays into those of the parameter tree and back, by the tables of `names`.
 
 Nothing is computed here but a cast to float32, so a round trip gives the same bits.
 """
@@ -10,27 +10,27 @@ from typing import NamedTuple
 import numpy as np
 
 from clip_jax.errors import UserError
-from clip_jax.pretrained.names import IGNORED, Place, place
+from clip_jax.pretrained.names import IGNORED, Place, find_place
 
 Shape = tuple[int, ...]
-NAMED = 4  # keys that an error names before it counts the rest
+MAX_NAMED = 4  # keys that an error names before it counts the rest
 
 
 class Layout(NamedTuple):
-    """One layout, for an array that has `shape` on our side.
+    """One way of laying out an array that has `shape` in the parameter tree.
 
     Attributes:
-      their_shape: what they make of our shape.
-      to_ours, to_theirs: (array, our shape) -> array.
+      file_shape: from the tree's shape to the file's.
+      from_file, to_file: (array, the tree's shape) -> array.
     """
 
-    their_shape: Callable[[Shape], Shape]
-    to_ours: Callable[[np.ndarray, Shape], np.ndarray]
-    to_theirs: Callable[[np.ndarray, Shape], np.ndarray]
+    file_shape: Callable[[Shape], Shape]
+    from_file: Callable[[np.ndarray, Shape], np.ndarray]
+    to_file: Callable[[np.ndarray, Shape], np.ndarray]
 
 
-def aligned(shape: Shape, dtype: np.dtype) -> np.ndarray:
-    """An empty array at a multiple of 64 bytes, which JAX takes over on a CPU without copying."""
+def empty_aligned(shape: Shape, dtype: np.dtype) -> np.ndarray:
+    """Return an empty array at a multiple of 64 bytes, which JAX on a CPU need not copy."""
     size = math.prod(shape) * dtype.itemsize
     bytes_U = np.empty(size + 64, np.uint8)
     start = -bytes_U.ctypes.data % 64
@@ -38,17 +38,17 @@ def aligned(shape: Shape, dtype: np.dtype) -> np.ndarray:
 
 
 def transposed(x: np.ndarray) -> np.ndarray:
-    """A matrix's transpose in C order, copied in blocks that stay in the cache.
+    """Return a matrix's transpose in C order, copied in blocks that stay in the cache.
 
     A plain strided copy of a large matrix misses the cache at nearly every element: six times as
     slow at 4,096 x 1,024.
     """
-    made = aligned(x.shape[::-1], x.dtype)
+    out = empty_aligned(x.shape[::-1], x.dtype)
     rows, columns = 16, 1024
     for i in range(0, x.shape[0], rows):
         for j in range(0, x.shape[1], columns):
-            made[j : j + columns, i : i + rows] = x[i : i + rows, j : j + columns].T
-    return made
+            out[j : j + columns, i : i + rows] = x[i : i + rows, j : j + columns].T
+    return out
 
 
 LAYOUTS: dict[str, Layout] = {
@@ -79,114 +79,94 @@ LAYOUTS: dict[str, Layout] = {
 }
 
 
-def their_shape(shape: Shape, where: Place) -> Shape:
-    """The shape of the whole array their file has for ours."""
-    theirs = LAYOUTS[where.layout].their_shape(shape)
-    return (theirs[0] * where.parts, *theirs[1:]) if where.parts > 1 else theirs
+def file_shape(shape: Shape, place: Place) -> Shape:
+    """Return the shape of the whole array in the file, from that of the tree's array."""
+    whole = LAYOUTS[place.layout].file_shape(shape)
+    return (whole[0] * place.parts, *whole[1:]) if place.parts > 1 else whole
 
 
-def without_ones(shape: Shape) -> Shape:
-    """A shape without leading ones: positions as [1, L, D], scalars as [1]."""
+def without_leading_ones(shape: Shape) -> Shape:
+    """Return a shape without leading ones; some files hold [1, L, D] positions, [1] scalars."""
     while shape and shape[0] == 1:
         shape = shape[1:]
     return shape
 
 
-def check_keys(source: Mapping[str, np.ndarray], places: Mapping[str, Place], about: str) -> None:
-    """Raises UserError where the file lacks a key, or has one that has no place in the model."""
-    wanted = {where.key for where in places.values()}
+def check_keys(source: Mapping[str, np.ndarray], places: Mapping[str, Place], where: str) -> None:
+    """Raise UserError if the file lacks a key, or has one that has no place in the model."""
+    wanted = {place.key for place in places.values()}
     missing = sorted(wanted - source.keys())
     unexpected = sorted(k for k in source.keys() - wanted if not IGNORED.match(k))
-    parts = [f"it lacks {_some(missing)}"] if missing else []
-    parts += [f"it has no use for {_some(unexpected)}"] if unexpected else []
+    parts = [f"it lacks {_first_of(missing)}"] if missing else []
+    parts += [f"it has no use for {_first_of(unexpected)}"] if unexpected else []
     if parts:
-        raise UserError(f"{about}: " + "; ".join(parts))
+        raise UserError(f"{where}: " + "; ".join(parts))
 
 
-def _some(keys: Sequence[str]) -> str:
-    more = f" and {len(keys) - NAMED} more" if len(keys) > NAMED else ""
-    return ", ".join(keys[:NAMED]) + more
+def _first_of(keys: Sequence[str]) -> str:
+    more = f" and {len(keys) - MAX_NAMED} more" if len(keys) > MAX_NAMED else ""
+    return ", ".join(keys[:MAX_NAMED]) + more
 
 
 def check_shapes(
     source: Mapping[str, np.ndarray],
     places: Mapping[str, Place],
     shapes: Mapping[str, Shape],
-    about: str,
+    where: str,
 ) -> None:
-    """Raises UserError at the first array of another shape than the model's."""
-    for path, where in places.items():
-        found, wanted = source[where.key].shape, their_shape(shapes[path], where)
-        if without_ones(found) != without_ones(wanted):
+    """Raise UserError at the first array of another shape than the model's."""
+    for path, place in places.items():
+        given, wanted = source[place.key].shape, file_shape(shapes[path], place)
+        if without_leading_ones(given) != without_leading_ones(wanted):
             raise UserError(
-                f"{about}: {where.key} has the shape {list(found)} and the model takes "
+                f"{where}: {place.key} has the shape {list(given)} and the model takes "
                 f"{list(wanted)}"
             )
 
 
-def to_ours(
-    source: Mapping[str, np.ndarray], shapes: Mapping[str, Shape], naming: str, about: str
+def import_arrays(
+    source: Mapping[str, np.ndarray], shapes: Mapping[str, Shape], naming: str, where: str
 ) -> dict[str, Callable[[], np.ndarray]]:
-    """For each of our paths, a function that reads and re-arranges its array, as float32.
+    """Return, for each path of the tree, a function that reads and re-arranges its array, float32.
 
     Functions, so that the arrays of a big file exist one at a time.
 
     Args:
-      source: their arrays by their names; may be read lazily.
-      shapes: our arrays' shapes by their paths.
+      source: the file's arrays by its names; may be read lazily.
+      shapes: the shapes of the tree's arrays by their paths.
       naming: a key of `names.NAMINGS`.
-      about: how the error begins: the file and the model.
+      where: how the error begins: the file and the model.
 
     Raises:
       UserError: keys are missing or unexpected, or a shape differs.
     """
-    return _readers(source, shapes, {path: place(path, naming) for path in shapes}, about)
+    places = {path: find_place(path, naming) for path in shapes}
+    check_keys(source, places, where)
+    check_shapes(source, places, shapes, where)
 
-
-def own_arrays(
-    source: Mapping[str, np.ndarray], shapes: Mapping[str, Shape], about: str
-) -> dict[str, Callable[[], np.ndarray]]:
-    """`to_ours` for a file under our own names.
-
-    Raises:
-      UserError: keys are missing or unexpected, or a shape differs.
-    """
-    return _readers(source, shapes, {path: Place(path, "same") for path in shapes}, about)
-
-
-def _readers(
-    source: Mapping[str, np.ndarray],
-    shapes: Mapping[str, Shape],
-    places: Mapping[str, Place],
-    about: str,
-) -> dict[str, Callable[[], np.ndarray]]:
-    check_keys(source, places, about)
-    check_shapes(source, places, shapes, about)
-
-    def make(path: str, where: Place) -> Callable[[], np.ndarray]:
+    def make_reader(path: str, place: Place) -> Callable[[], np.ndarray]:
         def read() -> np.ndarray:
             shape = shapes[path]
-            whole = np.asarray(source[where.key]).reshape(their_shape(shape, where))
-            piece = np.split(whole, where.parts)[where.part] if where.parts > 1 else whole
-            ours = LAYOUTS[where.layout].to_ours(piece, shape)
-            return np.asarray(ours, np.float32, order="C")
+            whole = np.asarray(source[place.key]).reshape(file_shape(shape, place))
+            piece = np.split(whole, place.parts)[place.part] if place.parts > 1 else whole
+            return np.asarray(LAYOUTS[place.layout].from_file(piece, shape), np.float32, order="C")
 
         return read
 
-    return {path: make(path, where) for path, where in places.items()}
+    return {path: make_reader(path, place) for path, place in places.items()}
 
 
-def to_theirs(arrays: Mapping[str, np.ndarray], naming: str) -> dict[str, np.ndarray]:
-    """Our arrays by path as theirs by name, float32.
+def export_arrays(arrays: Mapping[str, np.ndarray], naming: str) -> dict[str, np.ndarray]:
+    """Return the tree's arrays by path as a file's by name, float32.
 
     Raises:
       UserError: the naming has no place for an array.
     """
     pieces: dict[str, dict[int, np.ndarray]] = {}
     for path, array in arrays.items():
-        where = place(path, naming)
-        theirs = LAYOUTS[where.layout].to_theirs(np.asarray(array, np.float32), array.shape)
-        pieces.setdefault(where.key, {})[where.part] = theirs
+        place = find_place(path, naming)
+        piece = LAYOUTS[place.layout].to_file(np.asarray(array, np.float32), array.shape)
+        pieces.setdefault(place.key, {})[place.part] = piece
     return {
         # Not `ascontiguousarray`, which makes a scalar a vector.
         key: np.asarray(

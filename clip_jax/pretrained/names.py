@@ -1,9 +1,10 @@
-"""What others call a parameter and how they lay it out, as tables that read both ways.
+"""Name the arrays of each format and how it lays them out, in tables that read both ways.
 
-A table's row is (our module, their module, kind). Our module is a regular expression over the path
-in the parameter tree, theirs the replacement for it; the kind says which arrays a module has,
-what either side calls them, and how theirs is laid out. Which rows apply is decided by our own
-tree: every array of it must find its row, and so its place in their file.
+A row is (path, key, kind). The path is a regular expression over the place of a module in the
+parameter tree, the key its replacement: the module's name in the file. The kind says which arrays
+a module has, how their names end on either side, and how the file lays them out. The parameter
+tree decides which rows apply: each of its arrays must match a row, and so have its place in the
+file.
 
 Sources: openai/CLIP `clip/model.py`; open_clip 3.3 `transformer.py`, `modified_resnet.py` and, for
 SigLIP, timm's `vision_transformer.py`; transformers `modeling_clip.py` and `modeling_siglip.py`;
@@ -20,12 +21,13 @@ Rows = Sequence[tuple[str, str, str]]
 
 
 class Place(NamedTuple):
-    """Where one of our arrays lies in their file.
+    """The place of one array of the parameter tree in a file.
 
     Attributes:
-      key: their name.
-      layout: how theirs is laid out, a key of `layouts.LAYOUTS`.
-      part, parts: theirs holds `parts` equal pieces one after the other; ours is number `part`.
+      key: the file's name for the array that it is, or is part of.
+      layout: how the file lays it out, a key of `layouts.LAYOUTS`.
+      part, parts: the file's array holds `parts` equal pieces one after the other; this is number
+        `part`.
     """
 
     key: str
@@ -34,7 +36,7 @@ class Place(NamedTuple):
     parts: int = 1
 
 
-# kind -> our array: (what they add to the module's name, layout)
+# kind -> the tree's name of an array: (what the file adds to the module's name, layout)
 _TORCH_BIAS = {"bias": (".bias", "same")}
 KINDS: dict[str, dict[str, tuple[str, str]]] = {
     "array": {"": ("", "same")},
@@ -68,48 +70,48 @@ FUSED = {"fused": "qkv", "fused_linear": "qkv", "fused_kv": "kv"}
 KINDS["fused_kv"] = KINDS["fused_linear"]
 
 
-def _block(ours: str, theirs: str) -> Rows:
-    """A residual block under OpenAI's names."""
+def _block(path: str, key: str) -> Rows:
+    """Return the rows of a residual block under OpenAI's names."""
     return [
-        (rf"{ours}/(ln_[12])", rf"{theirs}.\2", "norm"),
-        (rf"{ours}/attn/[qkv]_proj", rf"{theirs}.attn.in_proj", "fused"),
-        (rf"{ours}/attn/out_proj", rf"{theirs}.attn.out_proj", "out"),
-        (rf"{ours}/mlp/(c_fc|c_proj)", rf"{theirs}.mlp.\2", "linear"),
-        (rf"{ours}/(ls_[12])/gamma", rf"{theirs}.\2.gamma", "array"),
+        (rf"{path}/(ln_[12])", rf"{key}.\2", "norm"),
+        (rf"{path}/attn/[qkv]_proj", rf"{key}.attn.in_proj", "fused"),
+        (rf"{path}/attn/out_proj", rf"{key}.attn.out_proj", "out"),
+        (rf"{path}/mlp/(c_fc|c_proj)", rf"{key}.mlp.\2", "linear"),
+        (rf"{path}/(ls_[12])/gamma", rf"{key}.\2.gamma", "array"),
     ]
 
 
-def _block_timm(ours: str, theirs: str) -> Rows:
+def _block_timm(path: str, key: str) -> Rows:
     return [
-        (rf"{ours}/ln_([12])", rf"{theirs}.norm\2", "norm"),
-        (rf"{ours}/attn/[qkv]_proj", rf"{theirs}.attn.qkv", "fused_linear"),
-        (rf"{ours}/attn/out_proj", rf"{theirs}.attn.proj", "out"),
-        (rf"{ours}/mlp/c_fc", rf"{theirs}.mlp.fc1", "linear"),
-        (rf"{ours}/mlp/c_proj", rf"{theirs}.mlp.fc2", "linear"),
+        (rf"{path}/ln_([12])", rf"{key}.norm\2", "norm"),
+        (rf"{path}/attn/[qkv]_proj", rf"{key}.attn.qkv", "fused_linear"),
+        (rf"{path}/attn/out_proj", rf"{key}.attn.proj", "out"),
+        (rf"{path}/mlp/c_fc", rf"{key}.mlp.fc1", "linear"),
+        (rf"{path}/mlp/c_proj", rf"{key}.mlp.fc2", "linear"),
     ]
 
 
-def _block_hf(ours: str, theirs: str) -> Rows:
+def _block_hf(path: str, key: str) -> Rows:
     return [
-        (rf"{ours}/ln_([12])", rf"{theirs}.layer_norm\2", "norm"),
-        (rf"{ours}/attn/([qkv]_proj)", rf"{theirs}.self_attn.\2", "heads"),
-        (rf"{ours}/attn/out_proj", rf"{theirs}.self_attn.out_proj", "out"),
-        (rf"{ours}/mlp/c_fc", rf"{theirs}.mlp.fc1", "linear"),
-        (rf"{ours}/mlp/c_proj", rf"{theirs}.mlp.fc2", "linear"),
+        (rf"{path}/ln_([12])", rf"{key}.layer_norm\2", "norm"),
+        (rf"{path}/attn/([qkv]_proj)", rf"{key}.self_attn.\2", "heads"),
+        (rf"{path}/attn/out_proj", rf"{key}.self_attn.out_proj", "out"),
+        (rf"{path}/mlp/c_fc", rf"{key}.mlp.fc1", "linear"),
+        (rf"{path}/mlp/c_proj", rf"{key}.mlp.fc2", "linear"),
     ]
 
 
-def _block_flax(ours: str, theirs: str) -> Rows:
-    attention = f"{theirs}/MultiHeadDotProductAttention_0"
+def _block_flax(path: str, key: str) -> Rows:
+    attention = f"{key}/MultiHeadDotProductAttention_0"
     return [
-        (rf"{ours}/ln_1", f"{theirs}/LayerNorm_0", "flax"),
-        (rf"{ours}/ln_2", f"{theirs}/LayerNorm_1", "flax"),
-        (rf"{ours}/attn/q_proj", f"{attention}/query", "flax"),
-        (rf"{ours}/attn/k_proj", f"{attention}/key", "flax"),
-        (rf"{ours}/attn/v_proj", f"{attention}/value", "flax"),
-        (rf"{ours}/attn/out_proj", f"{attention}/out", "flax"),
-        (rf"{ours}/mlp/c_fc", f"{theirs}/MlpBlock_0/Dense_0", "flax"),
-        (rf"{ours}/mlp/c_proj", f"{theirs}/MlpBlock_0/Dense_1", "flax"),
+        (rf"{path}/ln_1", f"{key}/LayerNorm_0", "flax"),
+        (rf"{path}/ln_2", f"{key}/LayerNorm_1", "flax"),
+        (rf"{path}/attn/q_proj", f"{attention}/query", "flax"),
+        (rf"{path}/attn/k_proj", f"{attention}/key", "flax"),
+        (rf"{path}/attn/v_proj", f"{attention}/value", "flax"),
+        (rf"{path}/attn/out_proj", f"{attention}/out", "flax"),
+        (rf"{path}/mlp/c_fc", f"{key}/MlpBlock_0/Dense_0", "flax"),
+        (rf"{path}/mlp/c_proj", f"{key}/MlpBlock_0/Dense_1", "flax"),
     ]
 
 
@@ -235,30 +237,32 @@ NAMINGS: dict[str, Rows] = {
     "hf_clip": [*_HF_CLIP, *_SCALARS],
     "hf_siglip": [*_HF_SIGLIP, *_SCALARS],
     "big_vision": _BIG_VISION,
+    # A work folder's weights lie under the paths themselves.
+    "work_folder": [(r"(.+)", r"\1", "array")],
 }
 
-# Buffers that hold nothing learnt, by the end of their names.
+# Buffers that hold nothing learned, by the end of their names.
 IGNORED = re.compile(
     r"(^|.*\.)(attn_mask|num_batches_tracked|position_ids"
     r"|input_resolution|context_length|vocab_size)$"
 )
 
 
-def place(path: str, naming: str) -> Place:
-    """Where our array `visual/ln_post/scale` lies in a file of this naming.
+def find_place(path: str, naming: str) -> Place:
+    """Return the place of an array (`visual/ln_post/scale`) in a file of this naming.
 
     Raises:
       UserError: the naming has no place for it: that library has no such part in its models.
     """
-    for ours, theirs, kind in NAMINGS[naming]:
+    for module, key, kind in NAMINGS[naming]:
         for leaf, (ending, layout) in KINDS[kind].items():
-            match = re.fullmatch(f"{ours}/{leaf}" if leaf else ours, path)
+            match = re.fullmatch(f"{module}/{leaf}" if leaf else module, path)
             if match is None:
                 continue
-            key = match.expand(theirs) + ending
+            name = match.expand(key) + ending
             if kind not in FUSED:
-                return Place(key, layout)
+                return Place(name, layout)
             letters = FUSED[kind]
             letter = path.split("/")[-2][0]
-            return Place(key, layout, letters.index(letter), len(letters))
+            return Place(name, layout, letters.index(letter), len(letters))
     raise UserError(f"{path} has no counterpart in the format {naming}: it cannot be stored there")

@@ -1,7 +1,7 @@
-"""A model's sizes from open_clip's `model_cfg`, and back (open_clip 3.3, `model.py`).
+"""Read and write a model's sizes as open_clip's `model_cfg` (open_clip 3.3, `model.py`).
 
-A setting that our modules do not have is refused by name, never passed over: it would change the
-numbers.
+A setting that the modules here do not have is refused by name, never passed over: it would change
+the numbers.
 """
 
 import math
@@ -19,7 +19,7 @@ from clip_jax.pretrained.siglip import SIGLIP_LOGIT_SCALE, siglip_vit
 # Settings that change nothing in a trained model's features.
 _TRAINING_ONLY = {"patch_dropout", "output_tokens", "timm_model_pretrained", "timm_drop"}
 _TRAINING_ONLY |= {"timm_drop_path", "attn_pooler_queries", "attn_pooler_heads"}
-# Those of the tokenizer.
+# Settings of the tokenizer.
 _TOKENIZING = {"hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs", "pad_id"}
 _TOKENIZING |= {"hf_model_pretrained", "hf_proj_type", "hf_pooler_type"}
 _VISION = {"layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size"}
@@ -44,14 +44,14 @@ _SIGLIP_TANH = re.compile(
 
 
 def config_from_open_clip(cfg: Mapping[str, Any], where: str) -> CLIPConfig:
-    """The sizes in a `model_cfg`.
+    """Return the sizes in a `model_cfg`.
 
     Args:
       cfg: the dict, as in `open_clip_config.json` or open_clip's `model_configs/`.
       where: the file, for messages.
 
     Raises:
-      UserError: a setting that no module here has, or a value that is missing or none.
+      UserError: a setting that no module here has, or a value that is missing or makes no sense.
     """
     try:
         vision, text = dict(cfg["vision_cfg"]), dict(cfg["text_cfg"])
@@ -70,11 +70,11 @@ def config_from_open_clip(cfg: Mapping[str, Any], where: str) -> CLIPConfig:
         raise UserError(f"{where}: the model_cfg is damaged ({short(error)})") from None
 
 
-def _refuse_others(cfg: Mapping[str, Any], known: set[str], what: str, where: str) -> None:
+def _refuse_others(cfg: Mapping[str, Any], known: set[str], section: str, where: str) -> None:
     for key, value in cfg.items():
         # What is off or empty is as good as absent.
         if key not in known and value not in (None, False, 0, 0.0, {}, "", "learnable", "default"):
-            raise UserError(f"{where}: {what} has {key} = {value!r}, which is not supported")
+            raise UserError(f"{where}: {section} has {key} = {value!r}, which is not supported")
 
 
 def _activation(quick: bool, act_kwargs: Mapping[str, Any] | None) -> str:
@@ -168,15 +168,15 @@ def _text(t: dict[str, Any], quick: bool, where: str) -> TextConfig:
 
 
 def config_to_open_clip(config: CLIPConfig) -> dict[str, Any]:
-    """The `model_cfg` that makes open_clip build this model.
+    """Return the `model_cfg` that makes open_clip build this model.
 
     Raises:
       UserError: open_clip has no such image tower.
     """
     v, t = config.vision, config.text
-    made: dict[str, Any] = {"embed_dim": config.embed_dim}
+    cfg: dict[str, Any] = {"embed_dim": config.embed_dim}
     if t.activation == "quick_gelu":
-        made["quick_gelu"] = True
+        cfg["quick_gelu"] = True
     if isinstance(v, ResNetConfig):
         vision: dict[str, Any] = {
             "image_size": v.image_size,
@@ -186,7 +186,7 @@ def config_to_open_clip(config: CLIPConfig) -> dict[str, Any]:
         }
     elif isinstance(v, ViTConfig) and v.pool == "map":
         vision = _siglip_to_open_clip(v)
-        made |= {"init_logit_bias": -10, "custom_text": True}
+        cfg |= {"init_logit_bias": -10, "custom_text": True}
     elif isinstance(v, ViTConfig):
         if (v.activation == "quick_gelu") != (t.activation == "quick_gelu"):
             raise UserError("open_clip has one activation for both towers, and this model has two")
@@ -208,12 +208,12 @@ def config_to_open_clip(config: CLIPConfig) -> dict[str, Any]:
             vision["norm_kwargs"] = {"eps": v.norm_eps}
     else:
         raise UserError("open_clip has no such convolutional image tower; train a ViT or a ResNet")
-    return made | {"vision_cfg": vision, "text_cfg": _text_to_open_clip(t)}
+    return cfg | {"vision_cfg": vision, "text_cfg": _text_to_open_clip(t)}
 
 
 def _siglip_to_open_clip(v: ViTConfig) -> dict[str, Any]:
     sizes = (v.width, v.layers, v.heads, v.mlp_ratio)
-    names = [name for name, known in _SIGLIP_SIZES.items() if known == sizes]
+    names = [name for name, entry in _SIGLIP_SIZES.items() if entry == sizes]
     name = f"vit_{names[0] if names else '?'}_patch{v.patch_size}_siglip_{v.image_size}"
     tanh = bool(_SIGLIP_TANH.fullmatch(name))
     if not names or tanh != (v.activation == "gelu_tanh"):
@@ -228,7 +228,7 @@ def _siglip_to_open_clip(v: ViTConfig) -> dict[str, Any]:
 
 
 def _text_to_open_clip(t: TextConfig) -> dict[str, Any]:
-    made: dict[str, Any] = {
+    cfg: dict[str, Any] = {
         "context_length": t.context_length,
         "vocab_size": t.vocab_size,
         "width": t.width,
@@ -236,21 +236,21 @@ def _text_to_open_clip(t: TextConfig) -> dict[str, Any]:
         "layers": t.layers,
     }
     if t.mlp_ratio != 4.0:
-        made["mlp_ratio"] = t.mlp_ratio
+        cfg["mlp_ratio"] = t.mlp_ratio
     if not t.causal:
-        made["no_causal_mask"] = True
+        cfg["no_causal_mask"] = True
     if t.pool == "last":
-        made["pool_type"] = "last"
+        cfg["pool_type"] = "last"
         if t.eot_id == 102:
-            made["tokenizer_kwargs"] = {"strip_sep_token": True}
+            cfg["tokenizer_kwargs"] = {"strip_sep_token": True}
     elif t.eot_id != t.vocab_size - 1:
-        made |= {"pool_type": "eos", "eos_id": t.eot_id}
+        cfg |= {"pool_type": "eos", "eos_id": t.eot_id}
     if t.proj_bias:
-        made["proj_bias"] = True
+        cfg["proj_bias"] = True
     if not t.project:
-        made["proj_type"] = "none"
+        cfg["proj_type"] = "none"
     if t.norm_eps != 1e-5:
-        made["norm_kwargs"] = {"eps": t.norm_eps}
+        cfg["norm_kwargs"] = {"eps": t.norm_eps}
     if t.activation == "gelu_tanh":
-        made["act_kwargs"] = {"approximate": "tanh"}
-    return made
+        cfg["act_kwargs"] = {"approximate": "tanh"}
+    return cfg

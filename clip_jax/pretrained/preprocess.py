@@ -1,7 +1,8 @@
-"""A checkpoint's preprocessing, read from and written to the JSON files that go with weights.
+"""Read and write a checkpoint's preprocessing in the JSON files that go with weights.
 
-Three dialects: our own (the fields of `Preprocess`), open_clip's `preprocess_cfg`, and Hugging
-Face's `preprocessor_config.json`. What a file asks for and `eval_transform` cannot do is refused.
+Three dialects: this project's (the fields of `Preprocess`), open_clip's `preprocess_cfg`, and
+Hugging Face's `preprocessor_config.json`. A file that asks for more than
+`clip_jax.data.images.eval_transform` does is refused.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ INTERPOLATIONS: tuple[str, ...] = get_args(Interpolation)
 # Pillow's filter codes, as Hugging Face stores them.
 RESAMPLE = {"bilinear": 2, "bicubic": 3}
 
-# What a Hugging Face processor does with a key that its file leaves out.
+# The values of a Hugging Face processor for keys that its file leaves out.
 HF_CROP: dict[str, Any] = {
     "do_center_crop": True,
     "size": {"shortest_edge": 224},
@@ -37,25 +38,25 @@ HF_PROCESSORS = {
 
 
 def preprocess_to_json(preprocess: Preprocess) -> dict[str, Any]:
-    """The fields as a plain dict that `json` can write."""
+    """Return the fields as a plain dict that `json` can write."""
     fields = dataclasses.asdict(preprocess)
     return fields | {"mean": list(preprocess.mean), "std": list(preprocess.std)}
 
 
 def preprocess_from_json(fields: Any, *, where: str = "preprocess") -> Preprocess:
-    """The inverse of `preprocess_to_json`; fields left out keep OPENAI's values.
+    """Return the settings in a dict of `preprocess_to_json`; fields left out have OPENAI's values.
 
     Args:
-      fields: what `json` read.
+      fields: the values that `json` read.
       where: the file or section, for the messages.
 
     Raises:
-      UserError: not a dict, an unknown field, or a value that makes no sense.
+      UserError: it is no dict, has an unknown field, or a value that makes no sense.
     """
-    known = {field.name for field in dataclasses.fields(Preprocess)}
-    if not isinstance(fields, Mapping) or not set(fields) <= known:
-        strange = sorted(map(str, set(fields) - known)) if isinstance(fields, Mapping) else fields
-        raise UserError(f"{where}: {strange!r:.200} is not among {', '.join(sorted(known))}")
+    names = {field.name for field in dataclasses.fields(Preprocess)}
+    if not isinstance(fields, Mapping) or not set(fields) <= names:
+        unknown = sorted(map(str, set(fields) - names)) if isinstance(fields, Mapping) else fields
+        raise UserError(f"{where}: {unknown!r:.200} is not among {', '.join(sorted(names))}")
     values = dataclasses.asdict(OPENAI) | dict(fields)
     return Preprocess(
         resize_mode=_one_of(values["resize_mode"], RESIZE_MODES, f"{where}.resize_mode"),
@@ -67,10 +68,10 @@ def preprocess_from_json(fields: Any, *, where: str = "preprocess") -> Preproces
 
 
 def preprocess_from_open_clip(preprocess_cfg: Any) -> Preprocess:
-    """From the `preprocess_cfg` of an `open_clip_config.json`.
+    """Return the settings in the `preprocess_cfg` of an `open_clip_config.json`.
 
     As in open_clip, unknown keys are passed over, missing and null ones take OpenAI's values, and
-    "random" interpolation (a training setting) means bicubic. The size is the model's business.
+    "random" interpolation (a training setting) means bicubic. The size is left to the model.
 
     Raises:
       UserError: a value that open_clip itself would refuse, or a size that is not square.
@@ -88,19 +89,19 @@ def preprocess_from_open_clip(preprocess_cfg: Any) -> Preprocess:
 
 
 def preprocess_to_open_clip(preprocess: Preprocess, image_size: int) -> dict[str, Any]:
-    """The `preprocess_cfg` that open_clip reads."""
+    """Return the `preprocess_cfg` that open_clip reads."""
     fields = preprocess_to_json(preprocess)
     return {"size": image_size, "mode": "RGB", "fill_color": fields.pop("fill")} | fields
 
 
 def preprocess_from_hf(preprocessor_config: Any) -> Preprocess:
-    """From the `preprocessor_config.json` of a CLIP or SigLIP folder.
+    """Return the settings in the `preprocessor_config.json` of a CLIP or SigLIP folder.
 
     Keys that the file leaves out take the processor's own defaults. The conversion to RGB and the
-    crop's offset are ours (see `clip_jax.data.images`), whatever the file says.
+    crop's offset are those of `clip_jax.data.images`, whatever the file says.
 
     Raises:
-      UserError: another processor, or a step that CLIP's towers were never fed with.
+      UserError: it is of another processor, or leaves out a step that CLIP's towers need.
     """
     where = "preprocessor_config.json"
     config = _as_dict(preprocessor_config, where)
@@ -116,10 +117,12 @@ def preprocess_from_hf(preprocessor_config: Any) -> Preprocess:
     factor = config.get("rescale_factor", 1 / 255)
     # The files spell 1/255 with 17 digits, or fewer.
     if not _is_number(factor) or not math.isclose(factor, 1 / 255, rel_tol=1e-6):
-        raise UserError(f"{where}: rescale_factor is {factor!r:.50}, and only 1/255 is known")
-    base = defaults["preprocess"]
-    plain = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}  # do_normalize off
-    given = {"mean": config.get("image_mean", base.mean), "std": config.get("image_std", base.std)}
+        raise UserError(f"{where}: rescale_factor is {factor!r:.50}, and only 1/255 is supported")
+    family = defaults["preprocess"]
+    mean_and_std = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+    if config.get("do_normalize", True):
+        mean_and_std["mean"] = config.get("image_mean", family.mean)
+        mean_and_std["std"] = config.get("image_std", family.std)
     resample = config.get("resample", RESAMPLE["bicubic"])
     names = {code: name for name, code in RESAMPLE.items()}
     interpolation = names[_one_of(resample, tuple(names), f"{where}: resample")]
@@ -127,15 +130,14 @@ def preprocess_from_hf(preprocessor_config: Any) -> Preprocess:
         "resize_mode": _hf_resize_mode(config, defaults),
         "interpolation": interpolation,
     }
-    fields = fields | (given if config.get("do_normalize", True) else plain)
-    return preprocess_from_json(fields, where=where)
+    return preprocess_from_json(fields | mean_and_std, where=where)
 
 
 def preprocess_to_hf(preprocess: Preprocess, image_size: int) -> dict[str, Any]:
-    """The `preprocessor_config.json` of a CLIP (crop) or SigLIP (squash) folder.
+    """Return the `preprocessor_config.json` of a CLIP (crop) or SigLIP (squash) folder.
 
     Raises:
-      UserError: padding ("longest"), which neither processor can do.
+      UserError: the images are padded ("longest"), which neither processor can do.
     """
     if preprocess.resize_mode == "longest":
         raise UserError(
@@ -162,7 +164,7 @@ def preprocess_to_hf(preprocess: Preprocess, image_size: int) -> dict[str, Any]:
 
 
 def _hf_resize_mode(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
-    """ "shortest" or "squash", when resize and crop end on the same square."""
+    """Return "shortest" or "squash", if resize and crop end on the same square."""
     where = "preprocessor_config.json"
     size = config.get("size", defaults["size"])
     crops = config.get("do_center_crop", defaults["do_center_crop"])
@@ -187,14 +189,15 @@ def _as_dict(value: Any, where: str) -> dict[str, Any]:
     return dict(value)
 
 
-def _one_of(value: Any, known: tuple, where: str) -> Any:
-    if isinstance(value, bool) or not isinstance(value, str | int) or value not in known:
-        raise UserError(f"{where} is {value!r:.80}: it must be one of {', '.join(map(str, known))}")
+def _one_of(value: Any, choices: tuple, where: str) -> Any:
+    if isinstance(value, bool) or not isinstance(value, str | int) or value not in choices:
+        text = ", ".join(map(str, choices))
+        raise UserError(f"{where} is {value!r:.80}: it must be one of {text}")
     return value
 
 
 def _side(value: Any, where: str) -> int:
-    """The side of a square, from a number or a pair of equal numbers."""
+    """Return the side of a square, from a number or a pair of equal numbers."""
     sides = value if isinstance(value, list | tuple) else [value]
     whole = all(isinstance(side, int) and not isinstance(side, bool) for side in sides)
     if not whole or len(sides) not in (1, 2) or len(set(sides)) != 1 or sides[0] < 1:
@@ -203,12 +206,12 @@ def _side(value: Any, where: str) -> int:
 
 
 def _is_number(value: Any) -> bool:
-    """False for NaN and infinities too; a million is beyond any mean or deviation."""
+    """Return whether it is a finite number below a million, which no mean or deviation reaches."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e6
 
 
 def _channels(value: Any, where: str, *, positive: bool) -> tuple[float, float, float]:
-    """Three finite numbers; a single one stands for all three, as in open_clip."""
+    """Return three finite numbers; a single one stands for all three, as in open_clip."""
     numbers = value if isinstance(value, list | tuple) else [value] * 3
     good = len(numbers) == 3 and all(_is_number(x) and not (positive and x <= 0) for x in numbers)
     if not good:

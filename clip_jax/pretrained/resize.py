@@ -1,16 +1,84 @@
-"""Position embeddings for another image size or text length, as open_clip resizes them.
+"""Resize a checkpoint to another image size or text length, its positions as open_clip does.
 
 Both are a product with a matrix of filter weights for each axis, built here in float64: PyTorch's
 `F.interpolate` with `align_corners=False`, bicubic with `antialias=True` for images, linear
 without it for texts. I, J and P count the new rows, columns and positions.
 """
 
+import dataclasses
 import math
 
 import numpy as np
 from jaxtyping import Float
 
 from clip_jax.errors import UserError
+from clip_jax.models.convnet import ConvNetConfig
+from clip_jax.models.resnet import ResNetConfig
+from clip_jax.models.vit import ViTConfig
+from clip_jax.pretrained.load import Checkpoint
+
+
+def resize_checkpoint(
+    checkpoint: Checkpoint,
+    image_size: int | None,
+    context_length: int | None,
+    *,
+    grow_text: bool = False,
+) -> Checkpoint:
+    """Return the checkpoint for images or captions of another size, its positions interpolated.
+
+    As open_clip does it: bicubic over the grid of patches, linear over the text. Longer texts are
+    for training on: a tower that is causal and read at the end token keeps the positions it has
+    and gets more behind them.
+
+    Args:
+      checkpoint: as it was published.
+      image_size, context_length: the new ones, in pixels and tokens; None keeps the checkpoint's.
+      grow_text: texts may become longer.
+
+    Raises:
+      UserError: the size is not a multiple of the patch, or the text would grow.
+    """
+    vision, text = checkpoint.config.vision, checkpoint.config.text
+    if image_size is not None and image_size != vision.image_size:
+        checkpoint = _resize_images(checkpoint, image_size)
+    if context_length is not None and context_length != text.context_length:
+        if context_length < 2 or (context_length > text.context_length and not grow_text):
+            raise UserError(
+                f"context_length {context_length} is not between 2 and the checkpoint's "
+                f"{text.context_length}"
+            )
+        checkpoint = _resize_texts(checkpoint, context_length)
+    return checkpoint
+
+
+def _resize_images(checkpoint: Checkpoint, image_size: int) -> Checkpoint:
+    old = checkpoint.config.vision
+    if isinstance(old, ConvNetConfig):
+        raise UserError(f"{checkpoint.name} takes images of {old.image_size} pixels alone")
+    step = old.patch_size if isinstance(old, ViTConfig) else 32
+    if image_size < step or (isinstance(old, ResNetConfig) and image_size % step):
+        raise UserError(f"image_size {image_size} is not a multiple of {step} pixels")
+    new = dataclasses.replace(old, image_size=image_size)
+    prefix_tokens = int(old.class_token) if isinstance(old, ViTConfig) else 1
+    path = f"visual/{'' if isinstance(old, ViTConfig) else 'attnpool/'}positional_embedding"
+    read = checkpoint.arrays[path]
+    grids = (old.grid_size,) * 2, (new.grid_size,) * 2
+    resized = {path: lambda: resize_image_positions(read(), *grids, prefix_tokens)}
+    config = dataclasses.replace(checkpoint.config, vision=new)
+    return dataclasses.replace(checkpoint, config=config, arrays=checkpoint.arrays | resized)
+
+
+def _resize_texts(checkpoint: Checkpoint, context_length: int) -> Checkpoint:
+    old = checkpoint.config.text
+    grows = context_length > old.context_length
+    resize = extend_text_positions if grows and old.supports_trimming else resize_text_positions
+    path = "text/positional_embedding"
+    read = checkpoint.arrays[path]
+    resized = {path: lambda: resize(read(), context_length)}
+    text = dataclasses.replace(old, context_length=context_length)
+    config = dataclasses.replace(checkpoint.config, text=text)
+    return dataclasses.replace(checkpoint, config=config, arrays=checkpoint.arrays | resized)
 
 
 def resize_image_positions(
@@ -24,11 +92,14 @@ def resize_image_positions(
     Args:
       positions_LD: `prefix_tokens` rows, then the grid's, row by row.
       old_grid: its height and width in patches.
-      new_grid: the height and width wanted.
+      new_grid: the new height and width in patches.
       prefix_tokens: rows that are no patches.
 
     Returns:
       The rows of the new grid behind the same prefix, of the same type.
+
+    Raises:
+      UserError: the rows are not those of the old grid.
     """
     rows = prefix_tokens + math.prod(old_grid)
     if len(positions_LD) != rows:
@@ -69,7 +140,7 @@ def extend_text_positions(
 
 
 def _bicubic(old: int, new: int) -> np.ndarray:
-    """Weights [new, old]: Keys' cubic with a = -1/2, widened when there are fewer new points."""
+    """Return weights [new, old]: Keys' cubic, a = -1/2, widened for fewer new points."""
     scale = old / new
     width = max(scale, 1.0)
     centres_P1 = ((np.arange(new) + 0.5) * scale)[:, None]
@@ -81,6 +152,6 @@ def _bicubic(old: int, new: int) -> np.ndarray:
 
 
 def _linear(old: int, new: int) -> np.ndarray:
-    """Weights [new, old] of the two nearest points; beyond the first and last, theirs alone."""
-    at_P = ((np.arange(new) + 0.5) * old / new - 0.5).clip(0, old - 1)
-    return np.maximum(1 - np.abs(at_P[:, None] - np.arange(old)), 0)
+    """Return weights [new, old] of the two nearest points; beyond the ends, of the last alone."""
+    position_P = ((np.arange(new) + 0.5) * old / new - 0.5).clip(0, old - 1)
+    return np.maximum(1 - np.abs(position_P[:, None] - np.arange(old)), 0)

@@ -1,4 +1,4 @@
-"""What SigLIP's models have in common, wherever their sizes are read."""
+"""Define what SigLIP's models have in common, wherever their sizes are read."""
 
 import math
 
@@ -18,7 +18,7 @@ def siglip_vit(
     activation: str,
     norm_eps: float = 1e-6,
 ) -> ViTConfig:
-    """SigLIP's image tower of these sizes."""
+    """Return SigLIP's image tower of these sizes, `image_size` and `patch_size` in pixels."""
     return ViTConfig(
         image_size,
         patch_size,

@@ -1,8 +1,8 @@
-"""open_clip's pretrained (model, tag) pairs that can be loaded here, and how each was trained.
+"""List open_clip's pretrained (model, tag) pairs that can be loaded here, and how each was trained.
 
-A file of weights does not say its activation or how its images were made, and open_clip builds
-28 of its pairs with another activation than they were trained with, with a warning alone. So the
-pair is asked for: `clip_jax.load(file, model="ViT-B-32:metaclip_400m")`. Source: open_clip 3.3
+A file of weights does not give its activation or its preprocessing, and open_clip builds 28 of its
+pairs with another activation than they were trained with, with a warning alone. So the pair is to
+be given: `clip_jax.load(file, model="ViT-B-32:metaclip_400m")`. Source: open_clip 3.3
 `pretrained.py`.
 """
 
@@ -75,11 +75,10 @@ TAGS = {
     "ViT-bigG-14-worldwide": "metaclip2_worldwide",
     "ViT-bigG-14-worldwide-378": "metaclip2_worldwide",
 }
-# "-quickgelu" twins whose list is not the starred tags of the plain name.
 _QUICK = "-quickgelu"
 
-# Pairs whose images are not made as their family's.
-_OTHERS = {
+# Pairs whose preprocessing is not their family's.
+_EXCEPTIONS = {
     ("ViT-L-14", "laion2b_s32b_b82k"): INCEPTION,
     ("ViT-H-14", "dfn5b"): DFN5B,
     ("ViT-H-14-378", "dfn5b"): DFN5B,
@@ -89,21 +88,21 @@ _OTHERS = {
 
 
 class Pretrained(NamedTuple):
-    """A published model: its row of the zoo and how its images are made."""
+    """A published model: its entry of the zoo, and its preprocessing."""
 
     model: str
     preprocess: Preprocess
 
 
 def family_preprocess(model: str) -> Preprocess:
-    """How the images of a model's family are made, where no tag says more."""
+    """Return the preprocessing of a model's family, for where no tag says more."""
     if "SigLIP" in model:
         return SIGLIP
     return CLIPA if "CLIPA" in model else OPENAI
 
 
 def list_pretrained() -> list[tuple[str, str]]:
-    """open_clip's (model, tag) pairs that can be loaded, "-quickgelu" names included."""
+    """Return open_clip's (model, tag) pairs that can be loaded, "-quickgelu" names included."""
     pairs = []
     for model, tags in TAGS.items():
         pairs += [(model, tag.rstrip("*")) for tag in tags.split()]
@@ -112,12 +111,12 @@ def list_pretrained() -> list[tuple[str, str]]:
 
 
 def find_pretrained(model: str, tag: str) -> Pretrained | None:
-    """What a pair was trained with; None when there is no such pair."""
+    """Return the model and preprocessing a pair was trained with; None if there is no such pair."""
     plain = model.removesuffix(_QUICK)
-    for known in TAGS.get(plain, "").split():
-        quick = known.endswith("*")
-        if known.rstrip("*") != tag or (model != plain and not quick):
+    for entry in TAGS.get(plain, "").split():
+        quick = entry.endswith("*")
+        if entry.rstrip("*") != tag or (model != plain and not quick):
             continue
-        preprocess = _OTHERS.get((plain, tag), family_preprocess(plain))
+        preprocess = _EXCEPTIONS.get((plain, tag), family_preprocess(plain))
         return Pretrained(plain + _QUICK if quick else plain, preprocess)
     return None

@@ -150,18 +150,18 @@ def _arrays(
     copied = 0
     arrays = {}
     for name, tensor in tensors.items():
-        view = _window(name, tensor, storages[tensor.storage.key, tensor.storage.dtype])
-        if not view.flags.c_contiguous:
-            copied += view.nbytes
+        array = _view(name, tensor, storages[tensor.storage.key, tensor.storage.dtype])
+        if not array.flags.c_contiguous:
+            copied += array.nbytes
             if copied > file_size:
                 raise BadFile("describes more numbers by its tensors than the file holds")
-            view = np.ascontiguousarray(view)
-            view.flags.writeable = False
-        arrays[name] = view
+            array = np.ascontiguousarray(array)
+            array.flags.writeable = False
+        arrays[name] = array
     return arrays
 
 
-def _window(name: str, tensor: Tensor, storage: np.ndarray) -> np.ndarray:
+def _view(name: str, tensor: Tensor, storage: np.ndarray) -> np.ndarray:
     """Return the tensor's numbers inside its storage, which must hold all of them."""
     shape, strides, offset = tensor.shape, tensor.strides, tensor.offset
     outside = BadFile(

@@ -1,14 +1,14 @@
-"""The pickle inside a PyTorch checkpoint, interpreted without running anything.
+"""Interpret the pickle inside a PyTorch checkpoint without running anything.
 
 A pickle is a program for a stack machine, and Python's own machine calls whatever the program
-names. This one knows the opcodes that PyTorch writes and a closed list of names. Nothing is ever
-imported: a name becomes a `Global`, a tensor a `Tensor` that says where its numbers lie, a
+names. The one here knows the opcodes that PyTorch writes and a closed list of names. Nothing is
+ever imported: a name becomes a `Global`, a tensor a `Tensor` that says where its numbers lie, a
 TorchScript module an `Object` with its attributes. Any other name is refused by name, wherever
 in the file it stands.
 
 Time and memory are bounded by `MAX_STEPS`. The memo is a dict (a list would let eight bytes ask
-for gigabytes), keys of dicts are texts and small integers (a deep tuple would overflow C's stack
-when hashed), and no text or number is longer than the pickle.
+for gigabytes), keys of dicts are strings and small integers (a deep tuple would overflow C's stack
+when hashed), and no string or number is longer than the pickle.
 """
 
 import re
@@ -37,16 +37,17 @@ STORAGES = {
         "Bool": "bool",
     }.items()
 }
-"""PyTorch's storage classes and the NumPy names of their items."""
+"""PyTorch's storage classes, and NumPy's names of their types."""
 
-_NUMPY_MADE = ("scalar", "_reconstruct")
-# What training scripts keep beside their weights. Such objects stay empty: no reader uses them.
+_NUMPY_BUILDERS = ("scalar", "_reconstruct")
+# Names that training scripts keep beside their weights. Such objects stay empty: no reader uses
+# them.
 _INERT = {
     "argparse.Namespace",
     "_codecs.encode",
     "numpy.dtype",
     "numpy.ndarray",
-    *(f"numpy.{core}.multiarray.{made}" for core in ("core", "_core") for made in _NUMPY_MADE),
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in _NUMPY_BUILDERS),
     "pathlib.PosixPath",
     "pathlib._local.PosixPath",
     "torch.Size",
@@ -80,7 +81,7 @@ class Storage:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tensor:
-    """A window on a storage, in items; not yet checked against the storage's size."""
+    """A view of a storage, counted in items; not yet checked against the storage's size."""
 
     storage: Storage
     offset: int
@@ -90,14 +91,14 @@ class Tensor:
 
 @dataclass(slots=True, eq=False)
 class Object:
-    """An object that was named and not made; a TorchScript module has attributes."""
+    """An object whose class is named and never called; a TorchScript module has attributes."""
 
     name: str
     attributes: dict = field(default_factory=dict)
 
 
 def load_pickle(data: bytes) -> Any:
-    """The value that a pickle describes, of plain containers and the classes above.
+    """Return the value that a pickle describes, of plain containers and the classes above.
 
     Raises:
       BadFile: the pickle is damaged, or names something that is not on the list.
@@ -116,7 +117,7 @@ def load_pickle(data: bytes) -> Any:
 
 
 class _Machine:
-    """The stack, the marks on it (positions), the memo, and where the program stands."""
+    """The stack, the marks on it (positions), the memo, and the position in the program."""
 
     def __init__(self, data: bytes):
         self.data, self.at = data, 0
@@ -125,28 +126,31 @@ class _Machine:
         self.memo: dict[int, Any] = {}
 
     def take(self, count: int) -> bytes:
-        """The next bytes of the program."""
+        """Return the next bytes of the program."""
         start, self.at = self.at, self.at + count
         if self.at > len(self.data):
             raise BadFile("the pickle ends in the middle")
         return self.data[start : self.at]
 
     def number(self, form: str) -> Any:
+        """Return the next number of the program, in a format of `struct`."""
         return struct.unpack(form, self.take(struct.calcsize(form)))[0]
 
     def line(self) -> str:
+        """Return the next line of the program, without its end."""
         end = self.data.find(b"\n", self.at)
         if end < 0:
             raise BadFile("the pickle ends inside a name")
         return _text(self.take(end + 1 - self.at)[:-1])
 
     def pop(self) -> Any:
+        """Remove and return the value on top of the stack, down to the last mark."""
         if len(self.stack) <= (self.marks[-1] if self.marks else 0):
             raise BadFile("the pickle takes more from its stack than it put there")
         return self.stack.pop()
 
     def pop_mark(self) -> list[Any]:
-        """Everything above the last mark."""
+        """Remove and return everything above the last mark."""
         if not self.marks:
             raise BadFile("the pickle has no mark where it needs one")
         mark = self.marks.pop()
@@ -155,6 +159,7 @@ class _Machine:
         return items
 
     def top(self, kind: type) -> Any:
+        """Return the value on top of the stack, which must be of this type."""
         value = self.pop()
         self.stack.append(value)
         if type(value) is not kind:
@@ -166,7 +171,7 @@ def _text(data: bytes) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError:
-        raise BadFile("a text in the pickle is not UTF-8") from None
+        raise BadFile("a string in the pickle is not UTF-8") from None
 
 
 def _push(value: Callable[[_Machine], Any]) -> Callable[[_Machine], None]:
@@ -177,7 +182,7 @@ def _push(value: Callable[[_Machine], Any]) -> Callable[[_Machine], None]:
 
 
 def _counted(form: str, convert: Callable[[bytes], Any]) -> Callable[[_Machine], None]:
-    """An opcode followed by a length and that many bytes."""
+    """Return the step of an opcode followed by a length and that many bytes."""
     return _push(lambda m: convert(m.take(m.number(form))))
 
 
@@ -205,7 +210,7 @@ def _global(machine: _Machine) -> Global:
 def _stack_global(machine: _Machine) -> Global:
     name, module = machine.pop(), machine.pop()
     if not isinstance(name, str) or not isinstance(module, str):
-        raise BadFile("the pickle names something by what is no text")
+        raise BadFile("the pickle names something by what is no string")
     return _checked(f"{module}.{name}")
 
 
@@ -240,11 +245,11 @@ def _append(machine: _Machine, items: list[Any]) -> None:
 
 
 def _call_of(machine: _Machine) -> tuple[str, tuple]:
-    """(the name, the arguments) of a call on top of the stack."""
-    args, called = machine.pop(), machine.pop()
-    if not isinstance(called, Global) or not isinstance(args, tuple):
+    """Return the name and the arguments of a call on top of the stack."""
+    args, function = machine.pop(), machine.pop()
+    if not isinstance(function, Global) or not isinstance(args, tuple):
         raise BadFile("the pickle calls what is no name")
-    return called.name, args
+    return function.name, args
 
 
 def _reduce(machine: _Machine) -> Any:
@@ -310,7 +315,7 @@ def _empty_dict(args: tuple) -> dict:
 
 
 def _first(kind: type) -> Callable[[tuple], Any]:
-    """TorchScript's tags say which type a list or dict has; the value stands first."""
+    """Return the function that takes TorchScript's type tag off a value, which stands first."""
 
     def untag(args: tuple) -> Any:
         if not args or not isinstance(args[0], kind):

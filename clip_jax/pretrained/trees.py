@@ -1,30 +1,41 @@
-"""Between a model's variables, a nested dict, and a flat dict by path (`visual/ln_post/scale`)."""
+"""Convert between a model's variables, a nested dict, and a flat dict by path (`visual/proj`)."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
+from clip_jax.models.clip import CLIP, CLIPConfig, init_variables
 from clip_jax.typing import path_name
 
 STATISTICS = ("mean", "var")  # the leaves of the collection batch_stats
 
 
+# Tracing a deep model takes half a second.
+@functools.lru_cache(maxsize=16)
+def array_shapes(config: CLIPConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every parameter and batch statistic by its path; allocate nothing."""
+    shapes = jax.eval_shape(lambda: init_variables(CLIP(config), 0))
+    leaves = jax.tree_util.tree_leaves_with_path(shapes)
+    return {path_name(path[1:]): leaf.shape for path, leaf in leaves}
+
+
 def to_variables(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """Leaves by path as {"params": ..., "batch_stats": ...}."""
+    """Return leaves by path as {"params": ..., "batch_stats": ...}."""
     variables: dict[str, Any] = {"params": {}, "batch_stats": {}}
     for path, leaf in arrays.items():
-        *folders, name = path.split("/")
-        tree = variables["batch_stats" if folders and name in STATISTICS else "params"]
-        for folder in folders:
-            tree = tree.setdefault(folder, {})
+        *modules, name = path.split("/")
+        tree = variables["batch_stats" if modules and name in STATISTICS else "params"]
+        for module in modules:
+            tree = tree.setdefault(module, {})
         tree[name] = leaf
     return variables
 
 
 def from_variables(params: Any, batch_stats: Any) -> dict[str, np.ndarray]:
-    """Every array by its path, on the host."""
+    """Return every array by its path, on the host, float32."""
     leaves = [
         *jax.tree_util.tree_leaves_with_path(params),
         *jax.tree_util.tree_leaves_with_path(batch_stats),

@@ -21,10 +21,10 @@ from clip_jax.models.convnet import ConvNetConfig
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
-from clip_jax.pretrained.layouts import own_arrays
-from clip_jax.pretrained.load import array_shapes
+from clip_jax.pretrained.layouts import import_arrays
 from clip_jax.pretrained.preprocess import preprocess_from_json, preprocess_to_json
 from clip_jax.pretrained.safetensors_file import read_safetensors
+from clip_jax.pretrained.trees import array_shapes
 from clip_jax.tokenizers.spec import TokenizerSpec, spec_from_json, spec_to_json
 
 CONFIG_FILENAME = "config.json"
@@ -164,4 +164,4 @@ def read_weights(path: Path, config: CLIPConfig) -> dict[str, Callable[[], np.nd
     Raises:
       UserError: the file is damaged or holds another model.
     """
-    return own_arrays(read_safetensors(path), array_shapes(config), str(path))
+    return import_arrays(read_safetensors(path), array_shapes(config), "work_folder", str(path))

@@ -5,27 +5,39 @@ SRC is anything that `clip_jax.load` reads: a run, a published file or folder. D
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from clip_jax.errors import run_command
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m clip_jax.convert", description=__doc__)
-    parser.add_argument("src", help="a run's work folder, or a published file or folder")
-    parser.add_argument("dst", help="the folder to write, which must not hold anything")
-    parser.add_argument(
+    add = parser.add_argument
+    add("src", help="a run's work folder, or a published file or folder")
+    add("dst", help="the folder to write, which must not hold anything")
+    add(
         "--to",
         default="own",
         choices=("own", "open_clip", "hf"),
         help="own: a work folder of this project with one safetensors file",
     )
-    parser.add_argument("--model", help='the model of a bare file: "NAME" or "NAME:TAG"')
-    parser.add_argument("--tokenizer", help="its tokenizer.json or SentencePiece .model")
-    parser.add_argument("--image-size", type=int, help="interpolate to images of this size")
-    parser.add_argument("--context-length", type=int, help="shorten to texts of this length")
+    add("--architecture", "--model", help='of a bare file: "NAME" or "NAME:TAG"')
+    add("--tokenizer", help="its tokenizer.json or SentencePiece .model")
+    add("--image-size", type=int, help="interpolate to images of this size, pixels")
+    add("--context-length", type=int, help="shorten to texts of this length, tokens")
     return parser.parse_args(argv)
+
+
+@dataclass(frozen=True)
+class ConvertedModel:
+    """A model that was written: its folder, its name, the format, and how many numbers it has."""
+
+    folder: Path
+    name: str
+    format: str
+    num_values: int
 
 
 def convert(
@@ -33,15 +45,23 @@ def convert(
     dst: str,
     *,
     to: str = "own",
-    model: str | None = None,
+    architecture: str | None = None,
     tokenizer: str | None = None,
     image_size: int | None = None,
     context_length: int | None = None,
-) -> str:
-    """Read a checkpoint and write it in another format; returns what to tell the user.
+) -> ConvertedModel:
+    """Read a checkpoint and write it in another format.
+
+    Args:
+      src: what `clip_jax.load` reads.
+      dst: the folder to write, which must not hold anything.
+      to: "own", "open_clip" or "hf".
+      architecture: the model of a bare file, "NAME" or "NAME:TAG".
+      tokenizer: its file, where the checkpoint came without one.
+      image_size, context_length: sizes to interpolate to, in pixels and tokens.
 
     Raises:
-      UserError: the checkpoint cannot be read, the format has no such model, or DST holds
+      UserError: the checkpoint cannot be read, the format has no such model, or the folder holds
         something.
     """
     from clip_jax import api
@@ -53,32 +73,29 @@ def convert(
     with new_folder(Path(dst)) as part:
         clip = api.load(
             src,
-            model,
+            architecture,
             tokenizer=tokenizer,
             image_size=image_size,
             context_length=context_length,
         )
-        about = RunDescription(clip.name, clip.config, clip.tokenizer_spec, clip.preprocessing)
+        description = RunDescription(
+            clip.name, clip.config, clip.tokenizer_spec, clip.preprocessing
+        )
         arrays = from_variables(clip.params, clip.batch_stats)
-        WRITERS[to](part, about, arrays)
-    count = sum(x.size for x in arrays.values())
-    return f"{dst}: {clip.name}, {count:,} numbers in the format {to}"
+        WRITERS[to](part, description, arrays)
+    return ConvertedModel(Path(dst), clip.name, to, sum(x.size for x in arrays.values()))
+
+
+def converted_text(model: ConvertedModel) -> str:
+    """Return the line that the command prints."""
+    return (
+        f"{model.folder}: {model.name}, {model.num_values:,} numbers in the format {model.format}"
+    )
 
 
 def main() -> int:
-    """Parse and convert; the exit code."""
-    args = parse(None)
-    print(
-        convert(
-            args.src,
-            args.dst,
-            to=args.to,
-            model=args.model,
-            tokenizer=args.tokenizer,
-            image_size=args.image_size,
-            context_length=args.context_length,
-        )
-    )
+    """Parse the flags, convert and print the result; return the exit code."""
+    print(converted_text(convert(**vars(parse(None)))))
     return 0
 
 

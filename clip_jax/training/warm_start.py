@@ -25,14 +25,9 @@ from jax.sharding import PartitionSpec as P
 from clip_jax.errors import UserError
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.parallel.sharding import partition_spec
-from clip_jax.pretrained.load import (
-    Checkpoint,
-    array_shapes,
-    read_checkpoint,
-    resized,
-    tokenizer_family,
-)
-from clip_jax.pretrained.trees import to_variables
+from clip_jax.pretrained.load import Checkpoint, read_checkpoint, tokenizer_family
+from clip_jax.pretrained.resize import resize_checkpoint
+from clip_jax.pretrained.trees import array_shapes, to_variables
 from clip_jax.pretrained.work_folder import (
     WEIGHTS_FILENAME,
     is_work_folder,
@@ -223,7 +218,9 @@ def place_source(
         # Arrays on several processes' devices must be moved in the same order on each of them.
         checkpoint, threads = dataclasses.replace(checkpoint, arrays=restored), 1
     size, length = sizes.vision.image_size, sizes.text.context_length
-    arrays: dict[str, Reader] = {**resized(checkpoint, size, length, grow_text=True).arrays}
+    arrays: dict[str, Reader] = {
+        **resize_checkpoint(checkpoint, size, length, grow_text=True).arrays
+    }
     if sizes.init_logit_bias is not None and "logit_bias" not in arrays:
         starts = {"logit_scale": sizes.init_logit_scale, "logit_bias": sizes.init_logit_bias}
         arrays |= {k: functools.partial(np.float32, start) for k, start in starts.items()}

@@ -101,7 +101,7 @@ def test_every_row_of_the_zoo_is_open_clips_config():
 def test_open_clip_loads_what_we_export(case, tmp_path):
     (tmp_path / "theirs").mkdir()
     model, path, name = published.SAVERS[case.form](case, tmp_path / "theirs")
-    convert(str(path), str(tmp_path / "ours"), to="open_clip", model=name)
+    convert(str(path), str(tmp_path / "ours"), to="open_clip", architecture=name)
     again = open_clip.create_model(f"local-dir:{tmp_path / 'ours'}").eval()
     for key, value in again.state_dict().items():
         if not key.endswith("num_batches_tracked"):

@@ -4,8 +4,10 @@ import dataclasses
 import json
 import random
 import shutil
+import sys
 from pathlib import Path
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -13,19 +15,19 @@ from safetensors.numpy import load_file, save_file
 from tiny import CLIPA, RESNET, SIGLIP, TINY, VIT
 
 import clip_jax
-from clip_jax.api import LoadedCLIP
 from clip_jax.data.images import OPENAI, Preprocess
-from clip_jax.data.images import SIGLIP as SIGLIP_PICTURES
+from clip_jax.data.images import SIGLIP as SIGLIP_PREPROCESS
 from clip_jax.errors import UserError
 from clip_jax.models import zoo
 from clip_jax.parallel.mesh import make_mesh
-from clip_jax.pretrained.layouts import to_ours, to_theirs
-from clip_jax.pretrained.load import array_shapes, read_checkpoint
+from clip_jax.pretrained.layouts import export_arrays, import_arrays
+from clip_jax.pretrained.load import read_checkpoint
 from clip_jax.pretrained.tags import find_pretrained, list_pretrained
-from clip_jax.pretrained.trees import from_variables, to_variables
+from clip_jax.pretrained.trees import array_shapes, from_variables, to_variables
+from clip_jax.pretrained.work_folder import RunDescription, write_work_folder
 from clip_jax.tokenizers import train_sentencepiece
-from clip_jax.tools import convert as convert_module
-from clip_jax.tools.convert import convert
+from clip_jax.tools.convert import ConvertedModel, convert
+from clip_jax.tools.convert import main as convert_main
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "published"
 FILES = {
@@ -36,22 +38,25 @@ FILES = {
 }
 
 
-def arrays_of(config, seed=0):
-    """Random arrays by path, each one different everywhere."""
-    rng = np.random.default_rng(seed)
+def random_arrays(config):
+    """Return random arrays by path, each one different everywhere."""
+    rng = np.random.default_rng(0)
     return {
         path: rng.standard_normal(shape).astype(np.float32)
         for path, shape in array_shapes(config).items()
     }
 
 
-def loaded(config):
-    """A model of random arrays."""
-    return LoadedCLIP("tiny", config, to_variables(arrays_of(config)))
+def write_random(folder, config):
+    """Write a work folder of a model with random arrays; return its variables."""
+    folder.mkdir()
+    arrays = random_arrays(config)
+    write_work_folder(folder, RunDescription("tiny", config, None), arrays)
+    return to_variables(arrays)
 
 
-def plain(config):
-    """SigLIP's libraries have no layer scale."""
+def without_layer_scale(config):
+    """Return a SigLIP as its libraries have it."""
     vision = dataclasses.replace(config.vision, layer_scale=None)
     return dataclasses.replace(config, vision=vision)
 
@@ -77,7 +82,7 @@ def test_what_belongs_to_the_weights_comes_with_them():
     assert openai.preprocessing == OPENAI
     half, quarter = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
     assert open_clip.preprocessing == Preprocess("squash", "bicubic", half, quarter)
-    assert siglip.preprocessing == SIGLIP_PICTURES
+    assert siglip.preprocessing == SIGLIP_PREPROCESS
     assert siglip.params["logit_bias"].shape == siglip.params["logit_scale"].shape == ()
     # Under any name.
     named = clip_jax.load(FILES["openai"], model="ViT-B-32")
@@ -113,16 +118,16 @@ def test_a_given_tokenizer_is_used_as_the_family_was_trained_with_it(tmp_path):
         (RESNET, "openai_resnet"),
         (RESNET, "open_clip_nested_resnet"),
         (VIT, "hf_clip"),
-        (plain(SIGLIP), "open_clip_siglip"),
-        (plain(SIGLIP), "hf_siglip"),
-        (plain(SIGLIP), "big_vision"),
+        (without_layer_scale(SIGLIP), "open_clip_siglip"),
+        (without_layer_scale(SIGLIP), "hf_siglip"),
+        (without_layer_scale(SIGLIP), "big_vision"),
     ],
 )
 def test_there_and_back_is_the_same_bits(config, naming):
-    arrays = arrays_of(config)
-    theirs = to_theirs(arrays, naming)
-    assert sum(x.size for x in theirs.values()) == sum(x.size for x in arrays.values())
-    back = to_ours(theirs, array_shapes(config), naming, "test")
+    arrays = random_arrays(config)
+    exported = export_arrays(arrays, naming)
+    assert sum(x.size for x in exported.values()) == sum(x.size for x in arrays.values())
+    back = import_arrays(exported, array_shapes(config), naming, "test")
     assert back.keys() == arrays.keys()
     for path, array in arrays.items():
         np.testing.assert_array_equal(back[path](), array, err_msg=path)
@@ -131,41 +136,39 @@ def test_there_and_back_is_the_same_bits(config, naming):
 @pytest.mark.parametrize("scanned", [False, True])
 def test_big_vision_file(tmp_path, scanned):
     """Under big_vision's names, layers one by one or stacked as its scan keeps them."""
-    config = plain(SIGLIP)
-    arrays = arrays_of(config)
-    theirs = to_theirs(arrays, "big_vision")
+    config = without_layer_scale(SIGLIP)
+    arrays = random_arrays(config)
+    exported = export_arrays(arrays, "big_vision")
     for name in ("params/t", "params/b"):
-        theirs[name] = theirs[name].reshape(1)
+        exported[name] = exported[name].reshape(1)
     if scanned:
         stacked, depth = {}, config.vision.layers
         assert depth == config.text.layers > 1
-        for name in list(theirs):
+        for name in list(exported):
             if "encoderblock_0/" in name:
-                rows = [theirs.pop(name.replace("block_0/", f"block_{i}/")) for i in range(depth)]
-                stacked[name.replace("encoderblock_0/", "encoderblock/")] = np.stack(rows)
-        theirs |= stacked
-    np.savez(tmp_path / "siglip.npz", **theirs)
+                names = [name.replace("block_0/", f"block_{i}/") for i in range(depth)]
+                layers = [exported.pop(name) for name in names]
+                stacked[name.replace("encoderblock_0/", "encoderblock/")] = np.stack(layers)
+        exported |= stacked
+    np.savez(tmp_path / "siglip.npz", **exported)
     clip = clip_jax.load(tmp_path / "siglip.npz")
     # big_vision cuts images to whole patches: 32 of these 33 pixels.
     assert clip.config.vision.image_size == 32
     assert (clip.config.vision.heads, clip.config.text.heads) == (4, 4)
     assert clip.config.vision.mlp_width == config.vision.mlp_width
-    got = from_variables(clip.params, clip.batch_stats)
-    for path, array in arrays.items():
-        np.testing.assert_array_equal(got[path], array, err_msg=path)
+    chex.assert_trees_all_equal(from_variables(clip.params, clip.batch_stats), arrays)
 
 
 @pytest.mark.parametrize("name", ["vit", "resnet", "clipa", "siglip"])
-def test_own_format_and_back(tmp_path, monkeypatch, name):
-    made = loaded(TINY[name])
-    with monkeypatch.context() as patch:
-        patch.setattr("clip_jax.api.load", lambda *args, **options: made)
-        said = convert("anything", str(tmp_path / "own"), to="own")
-    assert "tiny" in said and "format own" in said
+def test_own_format_and_back(tmp_path, name):
+    variables = write_random(tmp_path / "folder", TINY[name])
+    converted = convert(str(tmp_path / "folder"), str(tmp_path / "own"), to="own")
+    size = sum(x.size for x in jax.tree.leaves(variables))
+    assert converted == ConvertedModel(tmp_path / "own", "tiny", "own", size)
     clip = clip_jax.load(tmp_path / "own")
     assert clip.config == TINY[name]
-    jax.tree.map(np.testing.assert_array_equal, clip.params, made.params)
-    jax.tree.map(np.testing.assert_array_equal, clip.batch_stats, made.batch_stats)
+    loaded = {"params": clip.params, "batch_stats": clip.batch_stats}
+    chex.assert_trees_all_equal(loaded, variables)
 
 
 def test_over_a_mesh_every_array_lies_by_the_rules():
@@ -174,7 +177,7 @@ def test_over_a_mesh_every_array_lies_by_the_rules():
     kernel = clip.params["text"]["transformer"]["resblocks_0"]["mlp"]["c_fc"]["kernel"]
     assert kernel.sharding.spec == jax.P("fsdp", "tensor")
     alone = clip_jax.load(FILES["open_clip"])
-    jax.tree.map(np.testing.assert_array_equal, clip.params, alone.params)
+    chex.assert_trees_all_equal(clip.params, alone.params)
 
 
 def test_another_size_keeps_the_class_token_and_means_over_the_grid():
@@ -196,14 +199,14 @@ def test_another_size_keeps_the_class_token_and_means_over_the_grid():
             clip_jax.load(FILES["open_clip"], **wrong)
 
 
-def copied(name, tmp_path):
+def copy_published(name, tmp_path):
     folder = tmp_path / name
     shutil.copytree(GOLDEN / name, folder)
     return folder
 
 
-def edited(folder, edit):
-    """A folder's weights after `edit(arrays)`."""
+def edit_weights(folder, edit):
+    """Apply `edit(arrays)` to a folder's weights; return the folder."""
     (path,) = folder.glob("*.safetensors")
     arrays = load_file(path)
     edit(arrays)
@@ -216,7 +219,7 @@ def test_keys_and_shapes_that_do_not_fit_are_named(tmp_path):
         arrays["strange.weight"] = arrays.pop("visual.ln_post.weight")
 
     with pytest.raises(UserError) as caught:
-        clip_jax.load(edited(copied("open_clip", tmp_path), lacking))
+        clip_jax.load(edit_weights(copy_published("open_clip", tmp_path), lacking))
     line = str(caught.value)
     assert "lacks visual.ln_post.weight" in line and "no use for strange.weight" in line
 
@@ -224,7 +227,7 @@ def test_keys_and_shapes_that_do_not_fit_are_named(tmp_path):
         arrays["visual_projection.weight"] = arrays["visual_projection.weight"].T.copy()
 
     with pytest.raises(UserError, match=r"visual_projection\.weight has the shape \[32, 16\]"):
-        clip_jax.load(edited(copied("hf_clip", tmp_path), reshaped))
+        clip_jax.load(edit_weights(copy_published("hf_clip", tmp_path), reshaped))
 
 
 def test_an_array_that_is_there_twice_is_refused(tmp_path):
@@ -232,7 +235,7 @@ def test_an_array_that_is_there_twice_is_refused(tmp_path):
         arrays["module.visual.proj"] = arrays["visual.proj"] + 1
 
     with pytest.raises(UserError, match="some arrays twice"):
-        clip_jax.load(edited(copied("open_clip", tmp_path), doubled))
+        clip_jax.load(edit_weights(copy_published("open_clip", tmp_path), doubled))
 
 
 def test_a_bare_file_has_to_be_named(tmp_path):
@@ -281,19 +284,19 @@ def test_weights_that_do_not_say_their_activation_are_refused(tmp_path, monkeypa
     ],
 )
 def test_open_clip_settings_that_we_do_not_have_are_refused_by_name(tmp_path, edit, message):
-    folder = copied("open_clip", tmp_path)
+    folder = copy_published("open_clip", tmp_path)
     path = folder / "open_clip_config.json"
     values = json.loads(path.read_text())
     for key, value in edit.items():
-        known = values["model_cfg"].get(key)
-        values["model_cfg"][key] = known | value if isinstance(known, dict) else value
+        section = values["model_cfg"].get(key)
+        values["model_cfg"][key] = section | value if isinstance(section, dict) else value
     path.write_text(json.dumps(values))
     with pytest.raises(UserError, match=message):
         clip_jax.load(folder)
 
 
 def test_other_kinds_of_folders_are_refused(tmp_path):
-    folder = copied("hf_clip", tmp_path)
+    folder = copy_published("hf_clip", tmp_path)
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match="has a config but no weights"):
         clip_jax.load(folder)
@@ -308,27 +311,27 @@ def test_other_kinds_of_folders_are_refused(tmp_path):
 
 
 def damage(data: bytes, rng: random.Random) -> bytes:
-    """A truncation, a few flipped bits near the start or end, or a piece in another's place."""
+    """Cut, flip a few bits near the start or end, or put a piece in another's place."""
     kind = rng.randrange(3)
     if kind == 0:
         return data[: rng.randrange(len(data))]
-    made = bytearray(data)
+    damaged = bytearray(data)
     if kind == 1:
         for _ in range(rng.randint(1, 4)):
             place = rng.randrange(min(len(data), 3000))
-            made[-place - 1 if rng.random() < 0.5 else place] ^= 1 << rng.randrange(8)
-        return bytes(made)
+            damaged[-place - 1 if rng.random() < 0.5 else place] ^= 1 << rng.randrange(8)
+        return bytes(damaged)
     size, limit = rng.randint(1, 40), min(len(data), 4000) - 40
     source, target = rng.randrange(limit), rng.randrange(limit)
-    made[target : target + size] = data[source : source + size]
-    return bytes(made)
+    damaged[target : target + size] = data[source : source + size]
+    return bytes(damaged)
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_damaged_checkpoints_give_one_line_or_the_whole_model(tmp_path, name):
     """60 of each format: no hang, no other exception, no part of a model."""
     rng = random.Random(name)
-    folder = copied(name, tmp_path)
+    folder = copy_published(name, tmp_path)
     files = sorted(path for path in folder.iterdir() if path.suffix != ".json")
     files += sorted(folder.glob("*.json"))
     whole = {path: path.read_bytes() for path in files}
@@ -337,10 +340,10 @@ def test_damaged_checkpoints_give_one_line_or_the_whole_model(tmp_path, name):
         path = rng.choice(files)
         path.write_bytes(damage(whole[path], rng))
         try:
-            found = read_checkpoint(folder / "model.pt" if name == "openai" else folder)
-            made = {k: f().shape for k, f in found.arrays.items()}
+            checkpoint = read_checkpoint(folder / "model.pt" if name == "openai" else folder)
+            shapes = {path: read().shape for path, read in checkpoint.arrays.items()}
             # Damage to numbers alone, or to a size that the config's own arrays then have.
-            assert made == array_shapes(found.config)
+            assert shapes == array_shapes(checkpoint.config)
         except UserError as error:
             refused += 1
             assert "\n" not in str(error) and len(str(error)) < 1000
@@ -348,7 +351,7 @@ def test_damaged_checkpoints_give_one_line_or_the_whole_model(tmp_path, name):
     assert refused > 20
 
 
-def test_converting_writes_whole_folders_or_none(tmp_path, capsys, monkeypatch):
+def test_converting_writes_whole_folders_or_none(tmp_path):
     target = tmp_path / "there"
     target.mkdir()
     (target / "precious").touch()
@@ -356,21 +359,20 @@ def test_converting_writes_whole_folders_or_none(tmp_path, capsys, monkeypatch):
         convert(str(FILES["open_clip"]), str(target))
     assert [p.name for p in target.iterdir()] == ["precious"]
 
-    monkeypatch.setattr("clip_jax.api.load", lambda *args, **options: loaded(RESNET))
+    write_random(tmp_path / "resnet", RESNET)
     with pytest.raises(UserError, match="transformers has no such image tower"):
-        convert("anything", str(tmp_path / "hf"), to="hf")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["there"]
+        convert(str(tmp_path / "resnet"), str(tmp_path / "hf"), to="hf")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["resnet", "there"]
 
 
 @pytest.mark.parametrize("to", ["own", "open_clip", "hf"])
 def test_convert_command(tmp_path, monkeypatch, capsys, to):
     arguments = [str(FILES["hf_clip"]), str(tmp_path / "out"), "--to", to]
-    args = convert_module.parse(arguments)
-    monkeypatch.setattr(convert_module, "parse", lambda argv: args)
-    assert convert_module.main() == 0
+    monkeypatch.setattr(sys, "argv", ["convert", *arguments])
+    assert convert_main() == 0
     assert f"in the format {to}" in capsys.readouterr().out
     again, clip = clip_jax.load(tmp_path / "out"), clip_jax.load(FILES["hf_clip"])
-    jax.tree.map(np.testing.assert_array_equal, again.params, clip.params)
+    chex.assert_trees_all_equal(again.params, clip.params)
     assert again.config == clip.config and again.preprocessing == clip.preprocessing
 
 

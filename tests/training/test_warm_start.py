@@ -21,8 +21,11 @@ from clip_jax.models import zoo
 from clip_jax.models.clip import CLIP
 from clip_jax.parallel.mesh import make_mesh
 from clip_jax.pretrained import tags
-from clip_jax.pretrained.load import resized
-from clip_jax.pretrained.resize import resize_image_positions, resize_text_positions
+from clip_jax.pretrained.resize import (
+    resize_checkpoint,
+    resize_image_positions,
+    resize_text_positions,
+)
 from clip_jax.pretrained.trees import from_variables
 from clip_jax.pretrained.work_folder import read_description, write_description
 from clip_jax.tokenizers.train import train as train_tokenizer
@@ -166,7 +169,7 @@ def test_a_tower_that_sees_its_padding_is_interpolated():
     origin = read_source(str(FILES["hf_siglip"]), "any")
     arrays = dict(origin.checkpoint.arrays)
     arrays["text/positional_embedding"] = lambda: positions
-    grown = resized(
+    grown = resize_checkpoint(
         dataclasses.replace(origin.checkpoint, arrays=arrays), None, 16, grow_text=True
     ).arrays["text/positional_embedding"]()
     np.testing.assert_array_equal(grown, resize_text_positions(positions, 16))
