@@ -22,7 +22,7 @@ from PIL import Image
 from clip_jax.data.formats.webdataset import open_shard, write_side_file
 from clip_jax.data.order import permutation
 from clip_jax.data.writing.tar_writer import Sample, write_shard
-from clip_jax.errors import UserError, run_command
+from clip_jax.errors import UserError, check_counts, run_command
 from clip_jax.files import claim_folder
 
 CLASSNAMES, BUILD_INFO = "classnames.txt", "emoji.json"
@@ -167,8 +167,7 @@ def build(out: str | Path, *, held_out: str, shards: int) -> EmojiSet:
     paths = find_images()
     if held_out not in paths:
         raise UserError(f"--held-out {held_out}: the vendors are {', '.join(paths)}")
-    if shards < 1:
-        raise UserError(f"--shards {shards}: at least 1")
+    check_counts({"--shards": shards})
     codes = sorted({code_points(path) for some in paths.values() for path in some})
     names = dict(zip(codes, english_names(codes), strict=True))
     vendors = {vendor: len(some) for vendor, some in paths.items()}
