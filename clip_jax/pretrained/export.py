@@ -16,11 +16,11 @@ from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.vit import ViTConfig
 from clip_jax.pretrained.hf_config import config_to_hf
-from clip_jax.pretrained.hf_tokenizer import write_clip_tokenizer
 from clip_jax.pretrained.layouts import export_arrays
 from clip_jax.pretrained.open_clip_config import config_to_open_clip
 from clip_jax.pretrained.preprocess import preprocess_to_hf, preprocess_to_open_clip
 from clip_jax.pretrained.work_folder import RunDescription, write_work_folder
+from clip_jax.tokenizers.folder import write_clip_tokenizer
 
 Arrays = Mapping[str, np.ndarray]
 

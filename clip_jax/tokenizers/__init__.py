@@ -1,4 +1,4 @@
-"""Text to token ids: CLIP's byte-pair encoding, SentencePiece models, Hugging Face's files."""
+"""Turn text into token ids: CLIP's byte-pair encoding, SentencePiece, Hugging Face's files."""
 
 from clip_jax.tokenizers.clip_bpe import make_clip_tokenizer
 from clip_jax.tokenizers.folder import tokenizer_from_file, tokenizer_from_folder

@@ -1,4 +1,4 @@
-"""What happens to a text before a tokenizer's own normalization; the weights decide which one.
+"""Clean a text before a tokenizer's own normalization; the weights decide in which way.
 
 The four names and their results are open_clip's (`open_clip/tokenizer.py`, 3.3), which follows
 OpenAI in mending mojibake and HTML first, and big_vision in `canonicalize`. Hugging Face's
@@ -18,12 +18,12 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def is_plain(text: str) -> bool:
-    """Printable ASCII without "&", in which nothing is to be mended."""
+    """Return whether it is printable ASCII without "&", in which nothing is to be mended."""
     return text.isascii() and text.isprintable() and "&" not in text
 
 
-def mend(text: str) -> str:
-    """Mojibake and HTML entities undone, the ends stripped."""
+def basic_clean(text: str) -> str:
+    """Undo mojibake and HTML entities, and strip the ends."""
     # ftfy is nine tenths of a tokenizer's time where it has nothing to do.
     if not is_plain(text):
         # Web pages escape twice: "&amp;amp;".
@@ -32,18 +32,18 @@ def mend(text: str) -> str:
 
 
 def whitespace(text: str) -> str:
-    """Mended, white space collapsed."""
-    return " ".join(mend(text).split())
+    """Mend the text and collapse its white space."""
+    return " ".join(basic_clean(text).split())
 
 
 def lower(text: str) -> str:
-    """Mended, white space collapsed, lower case."""
+    """Mend the text, collapse its white space and lower its case."""
     return whitespace(text).lower()
 
 
 def canonicalize(text: str) -> str:
-    """Mended, "_" to a space, ASCII punctuation out, lower case, white space collapsed."""
-    text = mend(text).replace("_", " ").translate(_NO_PUNCTUATION)
+    """Mend the text, make "_" a space, drop ASCII punctuation, lower case, collapse white space."""
+    text = basic_clean(text).replace("_", " ").translate(_NO_PUNCTUATION)
     return " ".join(text.lower().split())
 
 
@@ -55,20 +55,24 @@ CLEANERS: dict[str, Callable[[str], str]] = {
 }
 
 
-def cleaner(name: str) -> Callable[[str], str]:
-    """The function of that name. Raises UserError for any other name."""
+def get_cleaner(name: str) -> Callable[[str], str]:
+    """Return the function of that name.
+
+    Raises:
+      UserError: there is none.
+    """
     if name not in CLEANERS:
         raise UserError(f"clean={name!r} is unknown: use one of {', '.join(CLEANERS)}")
     return CLEANERS[name]
 
 
-def encodable(text: str) -> str:
-    """The text with "?" for lone surrogates, which have no UTF-8 form and make libraries raise."""
+def replace_surrogates(text: str) -> str:
+    """Put "?" for lone surrogates, which have no UTF-8 form and make libraries raise."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _unescape(text: str) -> str:
-    """`html.unescape`, which raises on a numeric entity of more digits than `int` reads."""
+    """Call `html.unescape`, which raises on a numeric entity of more digits than `int` reads."""
     try:
         return html.unescape(text)
     except ValueError:

@@ -1,9 +1,9 @@
-"""The tokenizer of CLIP: lower-cased byte-pair encoding, 49,408 ids.
+"""Tokenize as CLIP does: lower-cased byte-pair encoding, 49,408 ids.
 
 Gives the ids of OpenAI's `clip.tokenize` (openai/CLIP `clip/simple_tokenizer.py`) for every Unicode
 text. Text is cleaned and split into words in Python, because the Rust library's regular expressions
 follow another Unicode version than the `regex` package (17,145 code points split differently);
-each new word is merged in Rust and then remembered.
+each new word is merged in Rust and then cached.
 """
 
 import gzip
@@ -15,8 +15,8 @@ import numpy as np
 import regex
 from tokenizers.models import BPE
 
-from clip_jax.tokenizers.clean import is_plain, mend
-from clip_jax.tokenizers.rows import fill_rows
+from clip_jax.tokenizers.clean import basic_clean, is_plain
+from clip_jax.tokenizers.rows import fill_rows, ids_before_end
 
 MERGES_PATH = Path(__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
 # The file holds more merges than the vocabulary has room for: the first 48,894 belong to CLIP.
@@ -36,13 +36,13 @@ ASCII_WORD = re.compile(
 )
 WHITESPACE = regex.compile(r"\s+")
 
-# Bounds on the memory of words already merged; English captions stay far below.
-MAX_REMEMBERED_WORDS = 1 << 18
-MAX_REMEMBERED_LENGTH = 64
+# Bounds on the cache of words already merged; English captions stay far below.
+MAX_CACHED_WORDS = 1 << 18
+MAX_CACHED_LENGTH = 64
 
 
 def byte_units() -> list[str]:
-    """The printable character that stands for each of the 256 bytes in the merges file.
+    """Return the printable character that stands for each of the 256 bytes in the merges file.
 
     Printable Latin-1 bytes stand for themselves, the others for the characters from U+0100 on.
     """
@@ -51,23 +51,23 @@ def byte_units() -> list[str]:
     return [chr(b) if b in printable else chr(256 + others.index(b)) for b in range(256)]
 
 
-def read_merges(path: Path = MERGES_PATH) -> list[tuple[str, str]]:
-    """The pairs of pieces that CLIP merges, the most frequent first."""
-    lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
+def read_merges() -> list[tuple[str, str]]:
+    """Return the pairs of pieces that CLIP merges, the most frequent first."""
+    lines = gzip.decompress(MERGES_PATH.read_bytes()).decode("utf-8").split("\n")
     pairs = (line.split() for line in lines[1 : NUM_MERGES + 1])
     return [(first, second) for first, second in pairs]
 
 
 def clean(text: str) -> str:
-    """Mojibake and HTML entities undone, white space collapsed, lower case."""
+    """Undo mojibake and HTML entities, collapse white space and lower the case."""
     if is_plain(text):
         return " ".join(text.split()).lower()
     # Not `str.split`, whose white space is not the word pattern's.
-    return WHITESPACE.sub(" ", mend(text)).strip().lower()
+    return WHITESPACE.sub(" ", basic_clean(text)).strip().lower()
 
 
 def vocabulary(merges: Sequence[tuple[str, str]]) -> list[str]:
-    """The pieces in the order of their ids, special tokens left out.
+    """Return the pieces in the order of their ids, special tokens left out.
 
     Ids 0-255 follow the order of the characters, not of the bytes they stand for.
     """
@@ -77,13 +77,13 @@ def vocabulary(merges: Sequence[tuple[str, str]]) -> list[str]:
 
 
 class ClipTokenizer:
-    """The `Tokenizer` of CLIP; rows are start token, words, end token, zeros.
+    """The `Tokenizer` of CLIP; its rows are start token, words, end token, zeros.
 
     Thread-safe; pickles as a call to `make_clip_tokenizer`, so that loader processes can have one.
     """
 
-    def __init__(self, merges_path: Path = MERGES_PATH):
-        merges = read_merges(merges_path)
+    def __init__(self, max_cached_words: int = MAX_CACHED_WORDS):
+        merges = read_merges()
         self._units = byte_units()
         pieces = vocabulary(merges)
         self._bpe = BPE(
@@ -103,10 +103,11 @@ class ClipTokenizer:
         ]
         # A caption may spell a special token out; OpenAI's tokenizer then gives its id.
         self._special = {START: [self.sot_id], END: [self.eot_id]}
-        self._remembered: dict[str, list[int]] = {}
+        self._cache: dict[str, list[int]] = {}
+        self._max_cached_words = max_cached_words
 
     def __call__(self, texts: Sequence[str], context_length: int = 77) -> np.ndarray:
-        """Token ids, int32 [batch, context_length]; a text too long keeps its end token."""
+        """Return token ids, int32 [batch, context_length]; a text too long keeps its end token."""
         texts = [texts] if isinstance(texts, str) else texts
         rows = [[self.sot_id, *self.encode(text)] for text in texts]
         return fill_rows(rows, context_length, eot_id=self.eot_id, pad_id=self.pad_id)
@@ -115,18 +116,17 @@ class ClipTokenizer:
         return make_clip_tokenizer, ()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the words alone: no start token, no end token, no length limit."""
+        """Return the ids of the words alone: no start token, no end token, no length limit."""
         ids: list[int] = []
         text = clean(text)
         for word in (ASCII_WORD if text.isascii() else WORD).findall(text):
-            ids += self._remembered.get(word) or self._encode_word(word)
+            ids += self._cache.get(word) or self._encode_word(word)
         return ids
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of one row of ids, up to its end token: lower case, a space after each word."""
-        ids = [int(i) for i in ids]
-        ids = ids[: ids.index(self.eot_id)] if self.eot_id in ids else ids
-        pieces = [self._piece_bytes[i] for i in ids if i != self.sot_id]
+        """Return the text of a row of ids up to its end token, a space after each word."""
+        words = [i for i in ids_before_end(ids, self.eot_id) if i != self.sot_id]
+        pieces = [self._piece_bytes[i] for i in words]
         return b"".join(pieces).decode("utf-8", errors="replace").strip()
 
     def _encode_word(self, word: str) -> list[int]:
@@ -134,13 +134,13 @@ class ClipTokenizer:
             return self._special[word]
         units = "".join(self._units[byte] for byte in word.encode("utf-8"))
         ids = [token.id for token in self._bpe.tokenize(units)]
-        if len(word) <= MAX_REMEMBERED_LENGTH:
-            if len(self._remembered) >= MAX_REMEMBERED_WORDS:
-                self._remembered = {}
-            self._remembered[word] = ids
+        if len(word) <= MAX_CACHED_LENGTH:
+            if len(self._cache) >= self._max_cached_words:
+                self._cache = {}
+            self._cache[word] = ids
         return ids
 
 
 def make_clip_tokenizer() -> ClipTokenizer:
-    """The tokenizer of every OpenAI and open_clip CLIP model (vocabulary 49,408)."""
+    """Return the tokenizer of every OpenAI and open_clip CLIP model (vocabulary 49,408)."""
     return ClipTokenizer()

@@ -1,4 +1,4 @@
-"""The tokenizer of a folder as Hugging Face and open_clip publish them, from the files in it."""
+"""Find the tokenizer in a folder that Hugging Face or open_clip published, and write CLIP's."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -9,9 +9,10 @@ from typing import Any
 from clip_jax.errors import UserError
 from clip_jax.tokenizers.clip_bpe import END, START, read_merges, vocabulary
 from clip_jax.tokenizers.huggingface import (
-    MAX_FILE_BYTES,
-    guarded,
+    call_rust,
     make_hf_tokenizer,
+    parse_json,
+    read_text,
     read_tokenizer_json,
 )
 from clip_jax.tokenizers.sentencepiece import make_sentencepiece_tokenizer, piece_ids
@@ -25,7 +26,7 @@ INSUFFICIENT = ("vocab.txt", "sentencepiece.bpe.model", "vocab.json", "merges.tx
 
 @dataclass(frozen=True)
 class Family:
-    """What the models of a family were trained with, where their folders do not say.
+    """The settings that the models of a family were trained with; folders may leave them out.
 
     Attributes:
       clean: see `clean.CLEANERS`.
@@ -39,7 +40,7 @@ class Family:
 
 
 # From open_clip's model_configs and its `SigLipTokenizer`; MetaCLIP 2's L/14 (mT5) alone
-# canonicalises, which its config says.
+# canonicalizes, which its config has.
 FAMILIES = {
     "clip": Family(),
     "siglip": Family("canonicalize", "</s>"),
@@ -58,7 +59,7 @@ def tokenizer_from_folder(
     clean: str | None = None,
     strip_sep: bool | None = None,
 ) -> TokenizerSpec | None:
-    """The tokenizer whose files lie in a folder; None when there are none.
+    """Return the tokenizer whose files lie in a folder; None if there are none.
 
     Looks for CLIP's own BPE first (by content: `vocab.json` and `merges.txt`, or `tokenizer.json`),
     then `tokenizer.json`, `spiece.model`, `tokenizer.model`. Of `tokenizer_config.json` it reads
@@ -67,9 +68,10 @@ def tokenizer_from_folder(
     Args:
       folder: where the files lie.
       family: a name of `FAMILIES`; None goes by `tokenizer_class`, else open_clip's defaults.
-      clean, strip_sep: open_clip's `tokenizer_kwargs`, which outdo the family's.
+      clean, strip_sep: open_clip's `tokenizer_kwargs`, which go before the family's.
 
-    Raises UserError for a damaged file, and for a tokenizer that no text tower here can read.
+    Raises:
+      UserError: a file is damaged, or no text tower here can read such a tokenizer.
     """
     folder = Path(folder)
     config = _read_json(folder / "tokenizer_config.json", optional=True)
@@ -82,42 +84,44 @@ def tokenizer_from_folder(
     for side in ("padding_side", "truncation_side"):
         if config.get(side, "right") != "right":
             raise UserError(f"{folder}/tokenizer_config.json: {side} must be right")
-    facts = FAMILIES[family]
-    clean = facts.clean if clean is None else clean
+    defaults = FAMILIES[family]
+    clean = defaults.clean if clean is None else clean
     if (folder / "tokenizer.json").is_file():
-        strip_sep = facts.strip_sep if strip_sep is None else strip_sep
-        return _huggingface_spec(folder / "tokenizer.json", config, facts, clean, strip_sep)
+        strip_sep = defaults.strip_sep if strip_sep is None else strip_sep
+        return _huggingface_spec(folder / "tokenizer.json", config, defaults, clean, strip_sep)
     for name in SENTENCEPIECE_FILES:
         if (folder / name).is_file():
-            return _sentencepiece_spec(folder / name, config, facts, clean)
-    found = [name for name in INSUFFICIENT if (folder / name).is_file()]
-    if found:
+            return _sentencepiece_spec(folder / name, config, defaults, clean)
+    insufficient = [name for name in INSUFFICIENT if (folder / name).is_file()]
+    if insufficient:
+        names = " and ".join(insufficient)
         raise UserError(
-            f"{folder} has {' and '.join(found)}, which do not suffice for its tokenizer: save its "
+            f"{folder} has {names}, which do not suffice for its tokenizer: save its "
             "tokenizer.json there (`AutoTokenizer.from_pretrained(...).save_pretrained(...)`)"
         )
     return None
 
 
 def tokenizer_from_file(path: str | Path, family: str) -> TokenizerSpec:
-    """A `tokenizer.json` or SentencePiece `.model`, used as a family of models was trained with it.
+    """Return the tokenizer of a `tokenizer.json` or SentencePiece `.model`, as a family uses it.
 
     Args:
       path: the file, or "clip" for CLIP's own BPE.
       family: a name of `FAMILIES`.
 
-    Raises UserError for another ending, and for a file that is missing or damaged.
+    Raises:
+      UserError: the file has another ending, is missing or damaged.
     """
-    spec, facts = tokenizer_spec(str(path)), FAMILIES[family]
+    spec, defaults = tokenizer_spec(str(path)), FAMILIES[family]
     if spec.kind == "clip":
         return spec
     if spec.kind == "sentencepiece":
-        return _sentencepiece_spec(Path(path), {}, facts, facts.clean)
-    return _huggingface_spec(Path(path), {}, facts, facts.clean, facts.strip_sep)
+        return _sentencepiece_spec(Path(path), {}, defaults, defaults.clean)
+    return _huggingface_spec(Path(path), {}, defaults, defaults.clean, defaults.strip_sep)
 
 
 def is_openai_bpe(folder: Path) -> bool:
-    """Whether the vocabulary and the merges in the folder are CLIP's own, entry for entry.
+    """Return whether the vocabulary and the merges in the folder are CLIP's own, entry for entry.
 
     Hugging Face's CLIP folders have them, with rules that leave mojibake and HTML as they are;
     the weights were trained with OpenAI's cleaning.
@@ -126,7 +130,7 @@ def is_openai_bpe(folder: Path) -> bool:
     json_path = folder / "tokenizer.json"
     if vocab_path.is_file() and merges_path.is_file():
         vocab: Any = _read_json(vocab_path)
-        lines = _read_text(merges_path).split("\n")
+        lines = read_text(merges_path).split("\n")
         merges: Any = lines[1:] if lines and lines[0].startswith("#version") else lines
     elif json_path.is_file():
         content = _read_json(json_path)
@@ -138,19 +142,45 @@ def is_openai_bpe(folder: Path) -> bool:
         return False
     if not isinstance(vocab, Mapping) or len(vocab) != 49_408:
         return False
-    ours = read_merges()
+    clip_merges = read_merges()
     pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m or ()) for m in merges if m]
-    pieces = [*vocabulary(ours), START, END]
-    return pairs == ours and vocab == {piece: i for i, piece in enumerate(pieces)}
+    pieces = [*vocabulary(clip_merges), START, END]
+    return pairs == clip_merges and vocab == {piece: i for i, piece in enumerate(pieces)}
+
+
+def write_clip_tokenizer(folder: Path, context_length: int) -> None:
+    """Write `vocab.json`, `merges.txt`, `tokenizer_config.json` and `special_tokens_map.json`.
+
+    Its ids are OpenAI's for plain text; Hugging Face does not undo mojibake or HTML, and pads with
+    the end token, which a causal tower does not see.
+    """
+    merges = read_merges()
+    pieces = [*vocabulary(merges), START, END]
+    tokens = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
+    files = {
+        "vocab.json": {piece: i for i, piece in enumerate(pieces)},
+        "special_tokens_map.json": tokens,
+        "tokenizer_config.json": tokens
+        | {
+            "tokenizer_class": "CLIPTokenizer",
+            "model_max_length": context_length,
+            "do_lower_case": True,
+            "errors": "replace",
+        },
+    }
+    for name, values in files.items():
+        (folder / name).write_text(json.dumps(values, ensure_ascii=False) + "\n", encoding="utf-8")
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _huggingface_spec(
-    path: Path, config: Mapping[str, Any], facts: Family, clean: str, strip_sep: bool
+    path: Path, config: Mapping[str, Any], defaults: Family, clean: str, strip_sep: bool
 ) -> TokenizerSpec:
     tokenizer = read_tokenizer_json(path)
 
     def token_id(name: str) -> int | None:
-        return guarded(lambda: tokenizer.token_to_id(name), f"{path} is damaged")
+        return call_rust(lambda: tokenizer.token_to_id(name), f"{path} is damaged")
 
     sot_id = eot_id = None
     if "add_bos_token" in config or "add_eos_token" in config:
@@ -169,7 +199,7 @@ def _huggingface_spec(
         clean=clean,
         sot_id=sot_id,
         eot_id=eot_id,
-        pad_id=_pad_id(config, facts, token_id, path),
+        pad_id=_pad_id(config, defaults, token_id, path),
         strip_sep=strip_sep,
     )
     make_hf_tokenizer(
@@ -179,32 +209,32 @@ def _huggingface_spec(
 
 
 def _sentencepiece_spec(
-    path: Path, config: Mapping[str, Any], facts: Family, clean: str
+    path: Path, config: Mapping[str, Any], defaults: Family, clean: str
 ) -> TokenizerSpec:
     make_sentencepiece_tokenizer(path, clean=clean)
-    pad_id = _pad_id(config, facts, piece_ids(path), path)
+    pad_id = _pad_id(config, defaults, piece_ids(path), path)
     return TokenizerSpec("sentencepiece", str(path), clean=clean, pad_id=pad_id)
 
 
 def _pad_id(
-    config: Mapping[str, Any], facts: Family, token_id: Callable[[str], int | None], path: Path
+    config: Mapping[str, Any], defaults: Family, token_id: Callable[[str], int | None], path: Path
 ) -> int | None:
-    """The id of the folder's padding, else of the family's; None leaves it to the tokenizer."""
-    stated = _token(config, "pad_token")
-    if stated is not None:
-        return _id_of(stated, token_id, path)
-    return None if facts.pad is None else token_id(facts.pad)
+    """Return the id of the folder's padding, else the family's; None leaves it to the tokenizer."""
+    token = _token(config, "pad_token")
+    if token is not None:
+        return _id_of(token, token_id, path)
+    return None if defaults.pad is None else token_id(defaults.pad)
 
 
 def _id_of(token: str, token_id: Callable[[str], int | None], path: Path) -> int:
-    found = token_id(token)
-    if found is None:
+    index = token_id(token)
+    if index is None:
         raise UserError(f"{path} has no {token!r:.80}, which tokenizer_config.json names")
-    return found
+    return index
 
 
 def _token(config: Mapping[str, Any], key: str) -> str | None:
-    """A token of the config, which is a string or an object with the string as its content."""
+    """Return a token of the config: a string, or an object with the string as its content."""
     value = config.get(key)
     if isinstance(value, Mapping):
         value = value.get("content")
@@ -213,25 +243,11 @@ def _token(config: Mapping[str, Any], key: str) -> str | None:
     raise UserError(f"tokenizer_config.json: {key} is {value!r:.80} and no token")
 
 
-def _read_text(path: Path) -> str:
-    try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise UserError(f"{path} has more than {MAX_FILE_BYTES >> 20} MiB: no tokenizer has")
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeError as error:
-        raise UserError(f"{path} is damaged: it is no UTF-8 text") from error
-
-
 def _read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
-    """A JSON object; empty for an optional file that is absent."""
+    """Return a JSON object; an empty one for an optional file that is absent."""
     if optional and not path.is_file():
         return {}
-    try:
-        value = json.loads(_read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: {str(error)[:200]}") from error
+    value = parse_json(read_text(path), path)
     if not isinstance(value, dict):
         raise UserError(f"{path} is damaged: it must hold a JSON object")
     return value

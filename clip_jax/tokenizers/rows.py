@@ -1,4 +1,4 @@
-"""Ragged ids to the rectangular rows a text tower reads."""
+"""Fill ragged token ids into the rectangular rows that a text tower reads, and read them back."""
 
 from collections.abc import Sequence
 
@@ -10,9 +10,13 @@ from clip_jax.errors import UserError
 def fill_rows(
     rows: Sequence[list[int]], context_length: int, *, eot_id: int, pad_id: int
 ) -> np.ndarray:
-    """Each row cut to `context_length - 1` ids, ended by `eot_id`, filled up with `pad_id`.
+    """Cut each row to `context_length - 1` ids, end it with `eot_id`, fill it up with `pad_id`.
 
-    Returns int32 [B, context_length]. Raises UserError when no id would fit before the end token.
+    Returns:
+      Token ids, int32 [B, context_length].
+
+    Raises:
+      UserError: no id would fit before the end token.
     """
     if context_length < 2:
         raise UserError(
@@ -24,3 +28,9 @@ def fill_rows(
         row_L[:length] = ids[:length]
         row_L[length] = eot_id
     return tokens_BL
+
+
+def ids_before_end(row: Sequence[int] | np.ndarray, eot_id: int) -> list[int]:
+    """Return the ids of a row up to its first end token; all of them where it has none."""
+    ids = [int(i) for i in row]
+    return ids[: ids.index(eot_id)] if eot_id in ids else ids

@@ -1,4 +1,4 @@
-"""SentencePiece tokenizers: train one on captions, read any `.model` (SigLIP's c4, mT5, ...)."""
+"""Train a SentencePiece tokenizer on captions, and read any `.model` (SigLIP's c4, mT5, ...)."""
 
 import io
 from collections.abc import Callable, Iterable, Sequence
@@ -9,41 +9,40 @@ import sentencepiece as spm
 
 from clip_jax.errors import UserError
 from clip_jax.files import atomic_write
-from clip_jax.tokenizers.clean import cleaner, encodable
-from clip_jax.tokenizers.rows import fill_rows
+from clip_jax.tokenizers.clean import get_cleaner, replace_surrogates
+from clip_jax.tokenizers.rows import fill_rows, ids_before_end
 
 
 class SentencePieceTokenizer:
-    """The `Tokenizer` of a SentencePiece model; rows are pieces, end token, pads. No start token.
+    """The `Tokenizer` of a SentencePiece model; its rows are pieces, end token, pads.
 
     Thread-safe, and pickles with the model inside, so that loader processes can have one.
     """
 
     def __init__(self, processor: spm.SentencePieceProcessor, *, pad_id: int, clean: str):
         self._processor = processor
-        self._clean = cleaner(clean)
+        self._clean = get_cleaner(clean)
         self.vocab_size: int = processor.get_piece_size()
         self.eot_id: int = processor.eos_id()
         self.pad_id = pad_id
 
     def __call__(self, texts: Sequence[str], context_length: int = 77) -> np.ndarray:
-        """Token ids, int32 [batch, context_length]; a text too long keeps its end token."""
+        """Return token ids, int32 [batch, context_length]; a text too long keeps its end token."""
         texts = [texts] if isinstance(texts, str) else texts
-        cleaned = [encodable(self._clean(text)) for text in texts]
+        cleaned = [replace_surrogates(self._clean(text)) for text in texts]
         rows = self._processor.encode(cleaned, out_type=int)
         return fill_rows(rows, context_length, eot_id=self.eot_id, pad_id=self.pad_id)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of one row of ids, up to its end token, as the model normalized it."""
-        ids = [int(i) for i in ids]
-        ids = ids[: ids.index(self.eot_id)] if self.eot_id in ids else ids
-        return self._processor.decode([i for i in ids if i != self.pad_id])
+        """Return the text of a row of ids, up to its end token, as the model normalized it."""
+        pieces = [i for i in ids_before_end(ids, self.eot_id) if i != self.pad_id]
+        return self._processor.decode(pieces)
 
 
 def make_sentencepiece_tokenizer(
     model_path: str | Path, *, pad_id: int | None = None, clean: str = "none"
 ) -> SentencePieceTokenizer:
-    """The tokenizer of a `.model` file; every id is the file's own.
+    """Return the tokenizer of a `.model` file; every id is the file's own.
 
     Args:
       model_path: a SentencePiece model of any type (unigram, BPE, char, word).
@@ -54,9 +53,10 @@ def make_sentencepiece_tokenizer(
       clean: a name of `clean.CLEANERS`, done before the model's normalization; SigLIP's is
         "canonicalize".
 
-    Raises UserError when the file is missing, is not a model, or has no end token.
+    Raises:
+      UserError: the file is missing, is not a model, or has no end token.
     """
-    cleaner(clean)
+    get_cleaner(clean)
     processor = _read_model(model_path)
     eos_id, model_pad_id = processor.eos_id(), processor.pad_id()
     vocab_size = processor.get_piece_size()
@@ -73,15 +73,16 @@ def make_sentencepiece_tokenizer(
 
 
 def piece_ids(model_path: str | Path) -> Callable[[str], int | None]:
-    """The function from a piece to its id (None for what the model does not have).
+    """Return the function from a piece to its id (None for what the model does not have).
 
-    Raises UserError when the file is missing or is not a model.
+    Raises:
+      UserError: the file is missing or is not a model.
     """
     processor = _read_model(model_path)
 
     def id_of(piece: str) -> int | None:
-        found = processor.piece_to_id(encodable(piece))
-        return found if processor.id_to_piece(found) == piece else None
+        index = processor.piece_to_id(replace_surrogates(piece))
+        return index if processor.id_to_piece(index) == piece else None
 
     return id_of
 
@@ -97,6 +98,8 @@ def _read_model(model_path: str | Path) -> spm.SentencePieceProcessor:
             raise ValueError("empty file")  # the library takes it for a model of no pieces
         processor = spm.SentencePieceProcessor(model_proto=model)
         processor.eos_id(), processor.pad_id(), processor.get_piece_size()
+    except (TypeError, AttributeError, NameError):
+        raise
     except Exception as error:  # the library raises RuntimeError, ValueError and others
         raise UserError(
             f"{path} ({len(model)} bytes) is not a SentencePiece model: "
@@ -114,20 +117,21 @@ def train_sentencepiece(
     character_coverage: float = 0.9995,
     num_threads: int = 4,
 ) -> Path:
-    """Trains a model ("unigram" or "bpe") on captions and writes it to `path`.
+    """Train a model ("unigram" or "bpe") on captions and write it to `path`.
 
     Ids: pad 0, end 1, unknown 2, then 256 byte pieces; no start token. Text is lower-cased and
-    NFKC-normalized (`nmt_nfkc_cf`). Characters beyond `character_coverage` are spelt in bytes, so
+    NFKC-normalized (`nmt_nfkc_cf`). Characters beyond `character_coverage` are spelled in bytes, so
     that nothing is unknown. Captions of more than 4,192 bytes are left out.
 
     The same captions in the same order give the same file: nothing is sampled or shuffled.
     `num_threads` is a fixed number because the order of floating-point sums hangs on it.
 
-    Raises UserError when `vocab_size` does not suit the captions (the message has the limit).
+    Raises:
+      UserError: `vocab_size` does not suit the captions (the message has the limit).
     """
     path = Path(path)
     model = io.BytesIO()
-    texts = map(encodable, captions)
+    texts = map(replace_surrogates, captions)
     try:
         spm.SentencePieceTrainer.train(
             sentence_iterator=texts,

@@ -1,4 +1,4 @@
-"""One description of a tokenizer that can be stored beside weights and built again."""
+"""Describe a tokenizer so that it can be stored beside weights and built again."""
 
 import dataclasses
 import hashlib
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from clip_jax.errors import UserError
-from clip_jax.tokenizers.clean import cleaner
+from clip_jax.tokenizers.clean import get_cleaner
 from clip_jax.tokenizers.clip_bpe import make_clip_tokenizer
 from clip_jax.tokenizers.huggingface import make_hf_tokenizer
 from clip_jax.tokenizers.sentencepiece import make_sentencepiece_tokenizer
@@ -21,14 +21,14 @@ SUFFIXES: dict[str, Kind] = {".model": "sentencepiece", ".json": "huggingface"}
 
 @dataclass(frozen=True)
 class TokenizerSpec:
-    """Which tokenizer, and how.
+    """A tokenizer's kind, file and settings.
 
     Attributes:
       kind: "clip" (OpenAI's BPE, which needs nothing else), "sentencepiece" or "huggingface".
       file: the `.model` or `tokenizer.json`.
-      clean: a name of `clean.CLEANERS`, done before the tokenizer's own normalization.
+      clean: a name of `clean.CLEANERS`, applied before the tokenizer's own normalization.
       sot_id, eot_id: set around the pieces instead of the file's template ("huggingface").
-      pad_id: fills rows; None as the file says.
+      pad_id: fills rows; None takes the file's.
       strip_sep: the end token becomes 0 ("huggingface"; CLIPA).
     """
 
@@ -50,9 +50,10 @@ FIELDS: dict[str, tuple[str, ...]] = {
 
 
 def tokenizer_spec(name_or_path: str) -> TokenizerSpec:
-    """The description of a config's tokenizer: "clip", an "x.model" or a "tokenizer.json".
+    """Return the description of a config's tokenizer: "clip", an "x.model" or a "tokenizer.json".
 
-    Raises UserError for any other name.
+    Raises:
+      UserError: it is any other name.
     """
     kind = SUFFIXES.get(Path(name_or_path).suffix)
     if name_or_path == "clip":
@@ -65,17 +66,21 @@ def tokenizer_spec(name_or_path: str) -> TokenizerSpec:
     )
 
 
-def make_tokenizer(which: str | TokenizerSpec, *, folder: str | Path | None = None) -> Tokenizer:
-    """The tokenizer of a config or of a checkpoint.
+def make_tokenizer(
+    name_or_spec: str | TokenizerSpec, *, folder: str | Path | None = None
+) -> Tokenizer:
+    """Return the tokenizer of a config or of a checkpoint.
 
     Args:
-      which: "clip", the path of a SentencePiece `.model` or of a `tokenizer.json`, or a spec.
+      name_or_spec: "clip", the path of a SentencePiece `.model` or of a `tokenizer.json`, or a
+        description.
       folder: where a file lies whose path is not absolute; the working folder if None.
 
-    Raises UserError for any other name, and for a file that is missing or damaged.
+    Raises:
+      UserError: it is any other name, or the file is missing or damaged.
     """
-    spec = tokenizer_spec(which) if isinstance(which, str) else which
-    check(spec, "the tokenizer")
+    spec = tokenizer_spec(name_or_spec) if isinstance(name_or_spec, str) else name_or_spec
+    check_spec(spec, "the tokenizer")
     if spec.kind == "clip":
         return make_clip_tokenizer()
     path = Path(folder or "") / str(spec.file)
@@ -92,14 +97,14 @@ def make_tokenizer(which: str | TokenizerSpec, *, folder: str | Path | None = No
 
 
 def spec_to_json(spec: TokenizerSpec) -> dict[str, Any]:
-    """A plain dict that `json` can write: the kind, and what differs from the defaults."""
+    """Return a plain dict that `json` can write: the kind, and what differs from the defaults."""
     fields = dataclasses.asdict(spec)
-    plain = dataclasses.asdict(TokenizerSpec())
-    return {k: v for k, v in fields.items() if k == "kind" or v != plain[k]}
+    defaults = dataclasses.asdict(TokenizerSpec())
+    return {k: v for k, v in fields.items() if k == "kind" or v != defaults[k]}
 
 
 def spec_digest(spec: TokenizerSpec) -> str:
-    """Names what a tokenizer does: the same wherever its file lies, another for another file."""
+    """Return a digest of what a tokenizer does: of its settings and its file's content."""
     state = hashlib.blake2b(digest_size=16)
     state.update(repr(dataclasses.replace(spec, file=None)).encode())
     if spec.file is not None:
@@ -108,22 +113,27 @@ def spec_digest(spec: TokenizerSpec) -> str:
 
 
 def spec_from_json(fields: Any, *, where: str = "tokenizer") -> TokenizerSpec:
-    """The inverse of `spec_to_json`; a bare string is taken as a config's tokenizer.
+    """Return the description in a dict of `spec_to_json`; a string is a config's tokenizer.
 
-    Raises UserError: an unknown field, or a value that makes no sense.
+    Args:
+      fields: the values that `json` read.
+      where: the file or section, for messages.
+
+    Raises:
+      UserError: it has an unknown field, or a value that makes no sense.
     """
     if isinstance(fields, str):
         return tokenizer_spec(fields)
-    known = {field.name for field in dataclasses.fields(TokenizerSpec)}
-    if not isinstance(fields, Mapping) or not set(fields) <= known:
-        raise UserError(f"{where} is {fields!r:.80}: its fields are {', '.join(sorted(known))}")
+    names = {field.name for field in dataclasses.fields(TokenizerSpec)}
+    if not isinstance(fields, Mapping) or not set(fields) <= names:
+        raise UserError(f"{where} is {fields!r:.80}: its fields are {', '.join(sorted(names))}")
     spec = TokenizerSpec(**fields)
-    check(spec, where)
+    check_spec(spec, where)
     return spec
 
 
-def check(spec: TokenizerSpec, where: str) -> None:
-    """Raises UserError when a field has no meaning, or none for this kind."""
+def check_spec(spec: TokenizerSpec, where: str) -> None:
+    """Raise UserError if a field has no meaning, or none for this kind."""
     if spec.kind not in KINDS:
         raise UserError(f"{where}.kind is {spec.kind!r:.80}: use one of {', '.join(KINDS)}")
     for name in ("sot_id", "eot_id", "pad_id"):
@@ -132,9 +142,9 @@ def check(spec: TokenizerSpec, where: str) -> None:
             raise UserError(f"{where}.{name} is {value!r:.80}: it must be an id or null")
     if type(spec.strip_sep) is not bool or not isinstance(spec.clean, str):
         raise UserError(f"{where} has a strip_sep that is no boolean or a clean that is no name")
-    cleaner(spec.clean)
-    strange = set(spec_to_json(spec)) - {"kind", *FIELDS[spec.kind]}
-    if strange:
-        raise UserError(f"{where} of kind {spec.kind!r} takes no {', '.join(sorted(strange))}")
+    get_cleaner(spec.clean)
+    unknown = set(spec_to_json(spec)) - {"kind", *FIELDS[spec.kind]}
+    if unknown:
+        raise UserError(f"{where} of kind {spec.kind!r} takes no {', '.join(sorted(unknown))}")
     if spec.kind != "clip" and not (isinstance(spec.file, str) and spec.file):
         raise UserError(f"{where} of kind {spec.kind!r} needs a file and has {spec.file!r:.80}")

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
-from test_tokenizer_parity import CAPTIONS as ALL_CAPTIONS
-from test_tokenizer_parity import random_any
+from tokenizer_cases import CAPTIONS as ALL_CAPTIONS
+from tokenizer_cases import random_any
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from clip_jax.tokenizers import (
@@ -21,6 +21,7 @@ from clip_jax.tokenizers import (
     tokenizer_from_folder,
 )
 from clip_jax.tokenizers.clean import canonicalize
+from clip_jax.tokenizers.folder import write_clip_tokenizer
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("open_clip")
@@ -209,9 +210,7 @@ def test_siglip_as_open_clip_reads_its_folder(siglip_model, tmp_path):
 
 
 def test_clip_folders_are_recognised_by_content(tmp_path):
-    from test_tokenizer_folders import write_clip_folder
-
-    write_clip_folder(tmp_path)
+    write_clip_tokenizer(tmp_path, 77)
     names = {"unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
     tokenizer = transformers.CLIPTokenizer.from_pretrained(tmp_path, **names)
     saved = tmp_path / "saved"

@@ -22,6 +22,7 @@ from clip_jax.tokenizers import (
     train_sentencepiece,
 )
 from clip_jax.tokenizers.clip_bpe import END, START, read_merges, vocabulary
+from clip_jax.tokenizers.folder import write_clip_tokenizer
 
 WORDS = [
     "a",
@@ -41,15 +42,6 @@ WORDS = [
 CAPTIONS = [f"{a} {b} {c}" for a in WORDS for b in WORDS for c in WORDS[::3]]
 
 
-def write_clip_folder(folder, merges=None):
-    """The files of a Hugging Face CLIP folder that hold its vocabulary."""
-    pairs = read_merges()
-    vocab = {piece: i for i, piece in enumerate([*vocabulary(pairs), START, END])}
-    (folder / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
-    lines = ["#version: 0.2", *(" ".join(pair) for pair in (merges or pairs))]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
 @pytest.fixture(scope="module")
 def bert_text():
     """A small BERT: [PAD] 0, [UNK] 1, [CLS] 2, [SEP] 3."""
@@ -63,7 +55,7 @@ def bert_text():
 
 
 def with_template(text, template):
-    """The same tokenizer with other tokens around a text, or none."""
+    """Return the same tokenizer with other tokens around a text, or none."""
     tokenizer = tokenizers.Tokenizer.from_str(text)
     ids = [("[CLS]", 2), ("[SEP]", 3)]
     tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=ids)
@@ -137,14 +129,16 @@ def test_sentencepiece_folders(tmp_path, name):
 
 def test_clip_is_known_by_its_merges(tmp_path):
     assert tokenizer_from_folder(tmp_path) is None
-    write_clip_folder(tmp_path)
+    write_clip_tokenizer(tmp_path, 77)
     assert tokenizer_from_folder(tmp_path) == TokenizerSpec()
-    merges = read_merges()
-    write_clip_folder(tmp_path, [merges[1], merges[0], *merges[2:]])
+    lines = (tmp_path / "merges.txt").read_text(encoding="utf-8").splitlines()
+    swapped = [lines[0], lines[2], lines[1], *lines[3:]]
+    (tmp_path / "merges.txt").write_text("\n".join(swapped) + "\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"vocab\.json and merges\.txt, which do not suffice"):
         tokenizer_from_folder(tmp_path)
     (tmp_path / "merges.txt").unlink()
     (tmp_path / "vocab.json").unlink()
+    merges = read_merges()
     pairs = [list(pair) for pair in merges]
     vocab = {piece: i for i, piece in enumerate([*vocabulary(merges), START, END])}
     model = {"type": "BPE", "vocab": vocab, "merges": pairs}
@@ -248,8 +242,8 @@ def test_a_damaged_file_is_a_tokenizer_or_one_line(bert_text, tmp_path_factory, 
     """Cut, with bytes changed, or with a part of another type: never another exception."""
     folder = tmp_path_factory.mktemp("damaged")
     path = folder / "tokenizer.json"
-    how = data.draw(st.sampled_from(["cut", "bytes", "part"]))
-    if how == "part":
+    kind = data.draw(st.sampled_from(["cut", "bytes", "part"]))
+    if kind == "part":
         content = json.loads(bert_text)
         key = data.draw(st.sampled_from(sorted(content)))
         inner = content[key] if isinstance(content[key], dict) else content
@@ -258,7 +252,7 @@ def test_a_damaged_file_is_a_tokenizer_or_one_line(bert_text, tmp_path_factory, 
         path.write_text(json.dumps(content))
     else:
         raw = bytearray(bert_text.encode())
-        if how == "cut":
+        if kind == "cut":
             raw = raw[: data.draw(st.integers(0, len(raw) - 1))]
         else:
             for _ in range(data.draw(st.integers(1, 5))):
