@@ -69,7 +69,9 @@ def ours(folder: str, workers: int, passes: int = 1):
     from clip_jax.tokenizers import make_tokenizer
 
     log = SkipLog()
-    data = TrainingData(open_sources(folder, log=log, resident=128, workdir=f"{folder}/run"), log)
+    data = TrainingData(
+        open_sources(folder, log=log, cached_shards=128, workdir=f"{folder}/run"), log
+    )
     pairs = sum(map(len, data.shards))
     config = DataSection(threads=workers, repeat=passes > 1)
     shape = SampleShape(image_size=224, context_length=77)

@@ -26,7 +26,7 @@ from PIL import Image
 
 from clip_jax.data.dataset import TrainingData, open_sources
 from clip_jax.data.loader import make_train_loader
-from clip_jax.data.manifest import Entry, Share, write_index
+from clip_jax.data.manifest import ProcessShare, ShardEntry, write_manifest
 from clip_jax.data.order import BatchOrder, BatchPart, Order
 from clip_jax.data.sample_reader import SampleShape
 from clip_jax.data.skip_log import SkipLog
@@ -81,7 +81,9 @@ def first_batch(folder: str, run: str, step: int) -> None:
     tokenizer = make_tokenizer(tokenizer_spec("clip"))
     clock = Clock()
     log = SkipLog()
-    data = TrainingData(open_sources(f"{folder}/*.tar", log=log, resident=128, workdir=run), log)
+    data = TrainingData(
+        open_sources(f"{folder}/*.tar", log=log, cached_shards=128, workdir=run), log
+    )
     fingerprint(data.shards)
     config = DataSection(threads=2)
     shape = SampleShape(image_size=32, context_length=77)
@@ -97,8 +99,10 @@ def web() -> None:
     """One host of 1,024 from its index to its rows at a far step."""
     with tempfile.TemporaryDirectory() as folder:
         clock = Clock()
-        entries = {f"{s:06d}.tar": Entry(WEB_PAIRS, 524_288_000 + s) for s in range(WEB_SHARDS)}
-        write_index(folder, entries)
+        entries = {
+            f"{s:06d}.tar": ShardEntry(WEB_PAIRS, 524_288_000 + s) for s in range(WEB_SHARDS)
+        }
+        write_manifest(folder, entries)
         size = os.path.getsize(f"{folder}/index.json")
         clock.told("the index is written", MiB=round(size / 2**20, 1))
         line = [sys.executable, "-m", "benchmarks.resume", "--host", folder]
@@ -110,8 +114,8 @@ def host(folder: str) -> None:
     clock = Clock()
     clock.told("imported")
     pattern = f"{folder}/{{000000..{WEB_SHARDS - 1:06d}}}.tar"
-    share = Share(17, HOSTS)  # whose others find what the index says
-    (shards,) = open_sources(pattern, log=SkipLog(), resident=128, share=share)
+    share = ProcessShare(17, HOSTS)  # whose others find what the index says
+    (shards,) = open_sources(pattern, log=SkipLog(), cached_shards=128, share=share)
     pairs = sum(map(len, shards))
     clock.told("the index is read and every shard known", pairs=f"{pairs:,}")
     fingerprint(shards)

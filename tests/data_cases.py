@@ -52,7 +52,7 @@ def train_loader(
     """A training loader of tiny samples; `section` has fields of `config.data`."""
     config = DataSection(**{"streams": 4, "window": 2, "threads": 2} | section)
     return make_train_loader(
-        TrainingData([list(shards) for shards in sources], log or SkipLog()),
+        TrainingData([list(shards) for shards in sources], SkipLog() if log is None else log),
         config,
         tokenizer or ToyTokenizer(),
         shape=shape,

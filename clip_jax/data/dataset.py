@@ -1,4 +1,9 @@
-"""From what the config says of the training data to indexed shards, source by source."""
+"""The shards of a training set: opened source by source as the config says, or read when needed.
+
+`open_sources` counts the shards first (`clip_jax.data.manifest`). Those that a format allows it for
+are then `LazyShard`s, of which only the counts are in memory until one of their samples is asked
+for; a `ShardCache` bounds how many are there at once.
+"""
 
 import math
 import os
@@ -10,19 +15,27 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from clip_jax.data.filters import filtered, parse_filter, without_repeats
+from clip_jax.data.filters import Condition, drop_repeated_keys, filter_shard, parse_filter
 from clip_jax.data.formats.errors import ShardError
 from clip_jax.data.formats.options import split_options
 from clip_jax.data.formats.remote import PASSED_OVER
-from clip_jax.data.manifest import ALONE, Counted, Entry, Known, Lost, Share, count_shards, entry_of
+from clip_jax.data.manifest import (
+    ONE_PROCESS,
+    ManifestReader,
+    ProcessShare,
+    ShardEntry,
+    UnreadableShard,
+    count_shards,
+    entry_of,
+)
 from clip_jax.data.shards import PROGRAMMING_ERRORS, BadSampleError, Handles, Shard
 from clip_jax.data.skip_log import SkipLog, on_shard_error
 from clip_jax.data.sources import expand, is_lazy, open_shard, open_shards
 from clip_jax.errors import UserError
 
 
-class Resident:
-    """The shards that are read: at most `limit`, from which the longest unused goes first.
+class ShardCache:
+    """The shards that are in memory: at most `limit`, from which the longest unused goes first.
 
     The limit must hold all shards that are read from in turns, a window of every stream, or
     else each sample would read its shard's headers again.
@@ -31,50 +44,57 @@ class Resident:
     def __init__(self, limit: int, read: Callable[[str], Shard]):
         self._limit, self._read = limit, read
         self._lock = threading.Lock()
-        self._shards: OrderedDict[str, Future[Shard | Lost]] = OrderedDict()
+        self._futures: OrderedDict[str, Future[Shard | UnreadableShard]] = OrderedDict()
 
-    def get(self, shard: str) -> Shard | Lost:
-        """The shard, read by the first thread that asks while the others wait for it."""
+    def __len__(self) -> int:
+        return len(self._futures)
+
+    def get(self, shard: str) -> Shard | UnreadableShard:
+        """Return the shard, read by the first thread that asks while the others wait for it.
+
+        One that could not be read is tried again after `remote.PASSED_OVER` seconds.
+        """
         with self._lock:
-            future = self._shards.get(shard)
-            mine = future is None
+            future = self._futures.get(shard)
+            is_first = future is None
             if future is None:
-                future = self._shards[shard] = Future()
-            self._shards.move_to_end(shard)
-            while len(self._shards) > self._limit:
-                self._shards.popitem(last=False)
-        if mine:
+                future = self._futures[shard] = Future()
+            self._futures.move_to_end(shard)
+            while len(self._futures) > self._limit:
+                self._futures.popitem(last=False)
+        if is_first:
             try:
-                future.set_result(self._outcome(shard))
+                future.set_result(self._read_or_blame(shard))
             except BaseException as e:
                 future.set_exception(e)  # or else the others would wait for ever
                 raise
-        found = future.result()
-        if isinstance(found, Lost) and time.monotonic() - found.since > PASSED_OVER:
+        result = future.result()
+        if isinstance(result, UnreadableShard) and time.monotonic() - result.since > PASSED_OVER:
             with self._lock:
-                if self._shards.get(shard) is future:
-                    del self._shards[shard]
+                if self._futures.get(shard) is future:
+                    del self._futures[shard]
             return self.get(shard)
-        return found
+        return result
 
-    def _outcome(self, shard: str) -> Shard | Lost:
+    def _read_or_blame(self, shard: str) -> Shard | UnreadableShard:
         try:
             return self._read(shard)
         except ShardError as e:
-            return Lost(e.cause, str(e), time.monotonic())
+            return UnreadableShard(e.cause, str(e), time.monotonic())
         except PROGRAMMING_ERRORS:
             raise
         except Exception as e:
-            return Lost("shard_damaged", f"{shard}: {type(e).__name__}: {e}", time.monotonic())
+            detail = f"{shard}: {type(e).__name__}: {e}"
+            return UnreadableShard("shard_damaged", detail, time.monotonic())
 
 
 class LazyShard:
-    """A `samples.ShardIndex` of which only the entry in an index is in memory."""
+    """A `shards.Shard` of which only the counts are in memory until a sample is asked for."""
 
-    __slots__ = ("_resident", "entry", "shard")
+    __slots__ = ("_cache", "entry", "shard")
 
-    def __init__(self, shard: str, entry: Entry, resident: Resident):
-        self.shard, self.entry, self._resident = shard, entry, resident
+    def __init__(self, shard: str, entry: ShardEntry, cache: ShardCache):
+        self.shard, self.entry, self._cache = shard, entry, cache
 
     @property
     def name(self) -> str:
@@ -88,7 +108,7 @@ class LazyShard:
         return self.entry.pairs
 
     def key(self, i: int) -> str:
-        """The key; `#i` where the shard is lost."""
+        """Return the key; `#i` where the shard cannot be read."""
         try:
             return self._read().key(i)
         except BadSampleError:
@@ -107,33 +127,22 @@ class LazyShard:
         return self._read().record(i, handles)
 
     def incomplete(self) -> dict[str, list[str]]:
-        """The first key of each cause: more is not kept in an index."""
+        """Return the first key of each cause: a manifest holds no more."""
         return {cause: [first] for cause, (_, first) in self.entry.lacks.items()}
 
     def _read(self) -> Shard:
-        """Raises Unusable where the shard is lost, or is not the one that was promised."""
-        found = self._resident.get(self.shard)
-        if isinstance(found, Lost):
-            raise BadSampleError(found.cause, found.detail)
+        """Raise BadSampleError if the shard cannot be read, or is not as it was counted."""
+        shard = self._cache.get(self.shard)
+        if isinstance(shard, UnreadableShard):
+            raise BadSampleError(shard.cause, shard.detail)
         pairs, size, _ = self.entry
-        if len(found) != pairs or (size and found.size != size):
+        if len(shard) != pairs or (size and shard.size != size):
             raise BadSampleError(
                 "shard_changed",
-                f"shard {self.shard} holds {len(found)} pairs in {found.size} bytes and its index"
+                f"shard {self.shard} holds {len(shard)} pairs in {shard.size} bytes and its index"
                 f" says {pairs} in {size or 'some'}: write the index anew, and begin a new run",
             )
-        return found
-
-
-def lacking(shards: Sequence[Shard]) -> dict[str, tuple[int, str]]:
-    """What samples are known to lack: cause -> (how many, the first as "shard/key")."""
-    found: dict[str, tuple[int, str]] = {}
-    for shard in shards:
-        entry = shard.entry if isinstance(shard, LazyShard) else entry_of(shard)
-        for cause, (count, first) in entry.lacks.items():
-            before, name = found.get(cause, (0, f"{shard.name}/{first}"))
-            found[cause] = before + count, name
-    return found
+        return shard
 
 
 @dataclass(frozen=True)
@@ -149,8 +158,19 @@ class TrainingData:
         return [shard for source in self.sources for shard in source]
 
 
-def steps_of_one_pass(pairs: int, batch_size: int, num_streams: int) -> int:
-    """Batches until the longest stream has given every sample once."""
+def incomplete_samples(shards: Sequence[Shard]) -> dict[str, tuple[int, str]]:
+    """Return what samples are known to lack: cause -> (how many, the first as "shard/key")."""
+    causes: dict[str, tuple[int, str]] = {}
+    for shard in shards:
+        entry = shard.entry if isinstance(shard, LazyShard) else entry_of(shard)
+        for cause, (count, first) in entry.lacks.items():
+            before, name = causes.get(cause, (0, f"{shard.name}/{first}"))
+            causes[cause] = before + count, name
+    return causes
+
+
+def steps_per_epoch(pairs: int, batch_size: int, num_streams: int) -> int:
+    """Return after how many batches the longest stream has given every sample once."""
     longest = math.ceil(pairs / num_streams)
     return math.ceil(longest / (batch_size // num_streams))
 
@@ -161,90 +181,108 @@ def open_sources(
     where: str = "",
     unique_keys: bool = False,
     log: SkipLog | None = None,
-    threads: int = 8,
-    resident: int = 0,
+    cached_shards: int = 0,
     workdir: str = "",
-    share: Share = ALONE,
+    share: ProcessShare = ONE_PROCESS,
 ) -> list[list[Shard]]:
-    """The shards of every source.
+    """Open the shards of every source.
 
     Args:
       train: one source or several, as `sources.expand` takes them.
-      where: conditions on a sample's fields, as `views.parse_filter` takes them; samples that do
+      where: conditions on a sample's fields, as `filters.parse_filter` takes them; samples that do
         not meet them are not in the data at all.
       unique_keys: keep the first sample of every key, over all sources.
       log: takes the shards that are missing or damaged; without it the first one is an error.
-      resident: how many shards may be in memory at once; the others are read when they are needed.
-        0 reads all of them now, as `where` and `unique_keys` do.
-      workdir, share: see `counting.count_shards`.
+      cached_shards: how many shards may be in memory at once; the others are read when they are
+        needed. 0 reads all of them now, as `where` and `unique_keys` do.
+      workdir, share: see `manifest.count_shards`.
 
     Raises:
       UserError: a source names nothing, or too many of its shards cannot be read.
     """
+    patterns = [train] if isinstance(train, str) else train
     conditions = parse_filter(where)
-    lazy = resident > 0 and log is not None and not conditions and not unique_keys
-    indexes = Known(workdir) if lazy else None
-    shared = Resident(resident, open_shard)
-    sources: list[list[Shard]] = []
-    named = 0
-    for pattern in [train] if isinstance(train, str) else train:
-        missing: list[str] = []
-        shards = expand(
-            pattern,
-            missing=missing if log is not None else None,
-            promised=lambda path: indexes is not None and indexes.get(path) is not None,
-        )
-        named += len(shards) + len(missing)
-        for name in missing:
-            assert log is not None
-            log.shard("shard_missing", name, "no such file")
-        if indexes is not None and log is not None and all(map(is_lazy, shards)):
-            counted = count_shards(
-                shards, shared.get, indexes, workdir=workdir, share=share, threads=threads
-            )
-            found = _promised(shards, counted, shared, log)
-        else:
-            on_error = None if log is None else on_shard_error(log)
-            found = open_shards(shards, threads, on_error=on_error)
-        if conditions:
-            kept = [filtered(shard, conditions) for shard in found]
-            if log is not None:
-                log.left_out["filtered"] += sum(map(len, found)) - sum(map(len, kept))
-            found = kept
-        sources.append(found)
+    if cached_shards and log is not None and not conditions and not unique_keys:
+        manifests, cache = ManifestReader(workdir), ShardCache(cached_shards, open_shard)
+        sources = [
+            _open_lazily(pattern, manifests, cache, log, workdir=workdir, share=share)
+            for pattern in patterns
+        ]
+    else:
+        sources = [_open_now(pattern, log) for pattern in patterns]
     if log is not None:
-        log.check_shards(named)
+        log.check_shards(sum(map(len, sources)))
+    if conditions:
+        sources = [_filtered(source, conditions, log) for source in sources]
     if unique_keys:
-        line = [shard for source in sources for shard in source]
-        flat = iter(without_repeats(line, log.repeated) if log else without_repeats(line))
-        sources = [[next(flat) for _ in source] for source in sources]
+        shards = [shard for source in sources for shard in source]
+        rest = iter(drop_repeated_keys(shards, log.repeated_key if log else None))
+        sources = [[next(rest) for _ in source] for source in sources]
     return sources
 
 
-def open_line(
+def open_all_shards(
     source: Sequence[str], *, log: SkipLog, where: str = "", unique_keys: bool = False
 ) -> list[Shard]:
-    """The shards of all sources, one after the other, for a command that has a `--filter`.
+    """Open the shards of all sources, one after the other, for a command that has a `--filter`.
 
     Raises:
       UserError: as `open_sources`, or no sample is left.
     """
-    opened = open_sources(source, where=where, unique_keys=unique_keys, log=log)
-    shards = [shard for one in opened for shard in one]
+    sources = open_sources(source, where=where, unique_keys=unique_keys, log=log)
+    shards = [shard for one in sources for shard in one]
     if not sum(map(len, shards)):
         raise UserError(f"{' and '.join(source)}: no sample" + (" meets --filter" if where else ""))
     return shards
 
 
-def _promised(
-    shards: Sequence[str], counted: Counted, resident: Resident, log: SkipLog
+def _open_now(pattern: str, log: SkipLog | None) -> list[Shard]:
+    """Read every shard of a source; those that cannot be read go to the log."""
+    if log is None:
+        return open_shards(expand(pattern))
+    return open_shards(_expand(pattern, log), on_error=on_shard_error(log))
+
+
+def _open_lazily(
+    pattern: str,
+    manifests: ManifestReader,
+    cache: ShardCache,
+    log: SkipLog,
+    *,
+    workdir: str,
+    share: ProcessShare,
 ) -> list[Shard]:
-    """Each counted shard, to be read when it is needed; the lost ones go to the log."""
-    found: list[Shard] = []
-    for shard, entry in zip(shards, counted.entries, strict=True):
+    """Count every shard of a source, to be read when it is needed where its format allows it."""
+    names = _expand(pattern, log, listed=lambda path: manifests.get(path) is not None)
+    if not all(map(is_lazy, names)):
+        return open_shards(names, on_error=on_shard_error(log))
+    counts = count_shards(names, cache.get, manifests, workdir=workdir, share=share)
+    shards: list[Shard] = []
+    for name, entry in zip(names, counts.entries, strict=True):
         if entry is None:
-            cause, detail = counted.lost[shard]
-            log.shard(cause, shard, detail)
+            cause, detail = counts.unreadable[name]
+            log.shard(cause, name, detail)
         else:
-            found.append(LazyShard(shard, entry, resident))
-    return found
+            shards.append(LazyShard(name, entry, cache))
+    return shards
+
+
+def _expand(
+    pattern: str, log: SkipLog, listed: Callable[[str], bool] = lambda path: False
+) -> list[str]:
+    """Return the shards that a source names; those that are missing go to the log."""
+    missing: list[str] = []
+    names = expand(pattern, missing=missing, listed=listed)
+    for name in missing:
+        log.shard("shard_missing", name, "no such file")
+    return names
+
+
+def _filtered(
+    shards: Sequence[Shard], conditions: Sequence[Condition], log: SkipLog | None
+) -> list[Shard]:
+    """Return the shards with the samples that meet the conditions; the log counts the others."""
+    rest = [filter_shard(shard, conditions) for shard in shards]
+    if log is not None:
+        log.excluded["filtered"] += sum(map(len, shards)) - sum(map(len, rest))
+    return rest

@@ -1,4 +1,4 @@
-"""A shard seen through a filter, without its repeated keys, or with its captions in sentences."""
+"""Shards with some of their samples left out, or with their captions in sentences."""
 
 import hashlib
 import operator
@@ -30,7 +30,7 @@ class Condition(NamedTuple):
     value: float | str
 
     def holds(self, record: dict[str, Any]) -> bool:
-        """False too where the field is absent or of another type."""
+        """Return whether a record meets it: not where the field is absent or of another type."""
         value = record.get(self.field)
         if isinstance(self.value, str):
             return isinstance(value, str) and _OPERATORS[self.operator](value, self.value)
@@ -45,7 +45,7 @@ class Condition(NamedTuple):
 
 
 def parse_filter(text: str) -> list[Condition]:
-    """`width>=200,similarity>0.3` as conditions that must all hold; empty gives none.
+    """Parse `width>=200,similarity>0.3` into conditions that must all hold; empty gives none.
 
     Raises:
       UserError: a part is no comparison.
@@ -73,8 +73,8 @@ class FilteredShard:
     """Some of a shard's samples, each caption in every template.
 
     Args:
-      shard: what is seen.
-      keep: places in the shard, in order; None keeps all.
+      shard: the whole shard.
+      rows: its samples that are there, in order; None for all.
       templates: sentences with `{}`.
     """
 
@@ -82,11 +82,11 @@ class FilteredShard:
         self,
         shard: Shard,
         *,
-        keep: Int64[np.ndarray, " kept"] | None = None,
+        rows: Int64[np.ndarray, " rows"] | None = None,
         templates: tuple[str, ...] = ("{}",),
     ):
         self.shard, self.size = shard, shard.size
-        self._keep = keep
+        self._rows = rows
         self._templates = templates
 
     @property
@@ -94,39 +94,39 @@ class FilteredShard:
         return self.shard.name
 
     def __len__(self) -> int:
-        return len(self.shard) if self._keep is None else len(self._keep)
+        return len(self.shard) if self._rows is None else len(self._rows)
 
-    def _place(self, i: int) -> int:
-        return i if self._keep is None else int(self._keep[i])
+    def _row(self, i: int) -> int:
+        return i if self._rows is None else int(self._rows[i])
 
     def key(self, i: int) -> str:
-        """The key in the shard."""
-        return self.shard.key(self._place(i))
+        """Return the sample's key in the whole shard."""
+        return self.shard.key(self._row(i))
 
     def image(self, i: int, handles: Handles) -> bytes:
-        return self.shard.image(self._place(i), handles)
+        return self.shard.image(self._row(i), handles)
 
     def captions(self, i: int, handles: Handles) -> list[str]:
-        return with_templates(self.shard.captions(self._place(i), handles), self._templates)
+        return with_templates(self.shard.captions(self._row(i), handles), self._templates)
 
     def label(self, i: int, handles: Handles) -> int:
-        return self.shard.label(self._place(i), handles)
+        return self.shard.label(self._row(i), handles)
 
     def record(self, i: int, handles: Handles) -> dict[str, Any]:
-        return self.shard.record(self._place(i), handles)
+        return self.shard.record(self._row(i), handles)
 
     def incomplete(self) -> dict[str, list[str]]:
-        """What the shard lacks, as far as it is kept."""
-        found = self.shard.incomplete()
-        if self._keep is None or not any(found.values()):
-            return found
-        kept = {self.key(i) for i in range(len(self))}
-        return {cause: [key for key in keys if key in kept] for cause, keys in found.items()}
+        """Return the keys of the incomplete samples that are there, by cause."""
+        causes = self.shard.incomplete()
+        if self._rows is None or not any(causes.values()):
+            return causes
+        present = {self.key(i) for i in range(len(self))}
+        return {cause: [key for key in keys if key in present] for cause, keys in causes.items()}
 
 
-def filtered(shard: Shard, conditions: Sequence[Condition]) -> Shard:
-    """The samples whose record meets every condition; one that cannot be read does not."""
-    keep = []
+def filter_shard(shard: Shard, conditions: Sequence[Condition]) -> Shard:
+    """Return the samples whose record meets every condition; one that cannot be read does not."""
+    rows = []
     with Handles() as handles:
         for i in range(len(shard)):
             try:
@@ -134,12 +134,12 @@ def filtered(shard: Shard, conditions: Sequence[Condition]) -> Shard:
             except (BadSampleError, OSError):
                 continue
             if all(condition.holds(record) for condition in conditions):
-                keep.append(i)
-    return FilteredShard(shard, keep=np.array(keep, np.int64))
+                rows.append(i)
+    return FilteredShard(shard, rows=np.array(rows, np.int64))
 
 
-def first_of_key(shards: Sequence[Shard]) -> Bool[np.ndarray, " samples"]:
-    """For each sample of the shards in line, whether its key did not come before."""
+def first_of_each_key(shards: Sequence[Shard]) -> Bool[np.ndarray, " samples"]:
+    """Return for each sample of all shards whether its key did not come before."""
     hashes = [
         np.array(
             [
@@ -150,29 +150,28 @@ def first_of_key(shards: Sequence[Shard]) -> Bool[np.ndarray, " samples"]:
         )
         for shard in shards
     ]
-    line = np.concatenate([*hashes, np.empty(0, np.uint64)])
-    first = np.zeros(len(line), bool)
-    first[np.unique(line, return_index=True)[1]] = True
+    all_hashes = np.concatenate([*hashes, np.empty(0, np.uint64)])
+    first = np.zeros(len(all_hashes), bool)
+    first[np.unique(all_hashes, return_index=True)[1]] = True
     return first
 
 
-def without_repeats(
-    shards: Sequence[Shard], on_repeat: Callable[[str], None] = lambda name: None
+def drop_repeated_keys(
+    shards: Sequence[Shard], on_repeat: Callable[[str], None] | None = None
 ) -> list[Shard]:
-    """The shards without the samples whose key came before, in any of them.
+    """Return the shards without the samples whose key came before, in any of them.
 
     Args:
       on_repeat: called with "shard/key" of every sample that is left out.
     """
-    first = first_of_key(shards)
+    first = first_of_each_key(shards)
     starts = np.cumsum([0, *map(len, shards)])
-    out: list[Shard] = []
+    rest: list[Shard] = []
     for shard, start in zip(shards, starts[:-1], strict=True):
         is_first = first[start : start + len(shard)]
-        keep = np.flatnonzero(is_first)
-        for i in np.flatnonzero(~is_first):
-            on_repeat(f"{shard.name}/{shard.key(int(i))}")
-        out.append(
-            shard if len(keep) == len(shard) else FilteredShard(shard, keep=keep.astype(np.int64))
-        )
-    return out
+        if on_repeat is not None:
+            for i in np.flatnonzero(~is_first):
+                on_repeat(f"{shard.name}/{shard.key(int(i))}")
+        rows = np.flatnonzero(is_first).astype(np.int64)
+        rest.append(shard if is_first.all() else FilteredShard(shard, rows=rows))
+    return rest

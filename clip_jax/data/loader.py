@@ -17,7 +17,7 @@ from typing import TypedDict
 
 import grain
 import numpy as np
-from jaxtyping import Bool, Int32, UInt8, UInt32
+from jaxtyping import Bool, Int, Int32, UInt8, UInt32
 
 from clip_jax.data.augment import make_decode, make_transform
 from clip_jax.data.dataset import TrainingData
@@ -31,7 +31,7 @@ from clip_jax.sections import DataSection
 from clip_jax.typing import Tokenizer
 
 BUCKETS = (16, 24, 32, 48, 64, 77)
-
+"""Lengths that batches of captions are trimmed to: few, so that few programs are compiled."""
 CHUNK_ROWS = 32
 """Rows that a thread reads at a time."""
 PREFETCH_BATCHES = 2
@@ -83,7 +83,7 @@ class Loader(Iterator[Batch]):
         self._evaluation = evaluation
 
     def __next__(self) -> Batch:
-        """The next batch."""
+        """Return the next batch, and account for its rows."""
         parts = next(self._iterator)
         for part in parts:
             self.rows += sum(key != "" for key in part.key)
@@ -103,12 +103,12 @@ class Loader(Iterator[Batch]):
         return batch
 
     @property
-    def left_out(self) -> dict[str, int]:
-        """Samples and whole shards that are not in the data, by cause: the same everywhere."""
-        return dict(self._log.left_out + self._log.shards)
+    def excluded(self) -> dict[str, int]:
+        """The samples and whole shards that are not in the data, by cause: the same everywhere."""
+        return dict(self._log.excluded + self._log.shard_counts)
 
     def close(self) -> None:
-        """Ends the threads; an image that is being decoded is finished first."""
+        """End the threads; an image that is being decoded is finished first."""
         self._iterator.close()
 
     def __enter__(self) -> "Loader":
@@ -262,28 +262,27 @@ def _make_loader(
     buffer = max(threads, PREFETCH_BATCHES * chunks) if threads else 0
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=buffer)
     batches = dataset.to_iter_dataset(options).batch(chunks, drop_remainder=True, batch_fn=list)
-    return Loader(iter(batches), last_step, reader.evaluation, log or SkipLog())
+    return Loader(iter(batches), last_step, reader.evaluation, SkipLog() if log is None else log)
 
 
-def bucket_length(
-    text: Int32[np.ndarray, "b L"], eot_id: int, *, buckets: Sequence[int] = BUCKETS
-) -> int:
-    """The smallest bucket that holds every caption with its end token; at most L.
+def caption_lengths(text: Int32[np.ndarray, "b L"], eot_id: int) -> Int[np.ndarray, " b"]:
+    """Return the tokens of each row up to its end token; L where it has none."""
+    ends = text == eot_id
+    return np.where(ends.any(axis=1), ends.argmax(axis=1) + 1, text.shape[1])
+
+
+def bucket_length(text: Int32[np.ndarray, "b L"], eot_id: int) -> int:
+    """Return the smallest bucket that holds every caption with its end token; at most L.
 
     With several hosts, all must take the largest of their answers.
     """
-    ends = text == eot_id
-    length = text.shape[1]
-    # A row without an end token fills its whole context.
-    longest = int(np.where(ends.any(axis=1), ends.argmax(axis=1) + 1, length).max(initial=1))
-    return min([bucket for bucket in buckets if bucket >= longest] + [length])
+    longest = int(caption_lengths(text, eot_id).max(initial=1))
+    return min([bucket for bucket in BUCKETS if bucket >= longest] + [text.shape[1]])
 
 
-def trim_to_bucket(
-    text: Int32[np.ndarray, "b L"], eot_id: int, *, buckets: Sequence[int] = BUCKETS
-) -> Int32[np.ndarray, "b L2"]:
-    """Cuts the padding behind the longest caption, down to a bucket.
+def trim_to_bucket(text: Int32[np.ndarray, "b L"], eot_id: int) -> Int32[np.ndarray, "b L2"]:
+    """Cut the padding behind the longest caption, down to a bucket.
 
-    Exact for causal towers read at the end token; few buckets mean few compilations.
+    That is exact for causal towers read at the end token.
     """
-    return text[:, : bucket_length(text, eot_id, buckets=buckets)]
+    return text[:, : bucket_length(text, eot_id)]

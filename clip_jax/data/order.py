@@ -1,7 +1,7 @@
 """The order of the samples: a pure function of the seed and a position.
 
-All samples of all shards lie in one line, shard after shard. Stream s of S owns the range
-[s*n//S, (s+1)*n//S) of it, so streams are equal to within one sample whatever the shards' sizes,
+A sample's id is its number among all samples, counted shard after shard. Stream s of S owns the
+ids [s*n//S, (s+1)*n//S), so streams are equal to within one sample whatever the shards' sizes,
 and there may be fewer shards than streams. A stream's range is cut at shard boundaries into
 pieces; every epoch puts the pieces into a new order and then shuffles the samples inside
 consecutive windows of `window` pieces, so that a host reads a few shards at a time.
@@ -9,6 +9,9 @@ consecutive windows of `window` pieces, so that a host reads a few shards at a t
 A global batch takes batch_size/S samples of every stream, and its rows are stream-major. Host h
 of n owns the streams [h*S/n, (h+1)*S/n) and with them a contiguous run of the rows. Nothing here
 depends on the number of hosts or on what was read before, so any step can be computed first.
+
+Of several sources with weights, each has its share of every `MIXTURE_BLOCK` positions of a stream,
+and an order with epochs of its own.
 """
 
 from collections.abc import Sequence
@@ -22,29 +25,46 @@ from jaxtyping import Int64
 from clip_jax.errors import UserError
 
 # Each use of the seed has its own key, so no two draws share a stream of random numbers.
-_PIECES, _WINDOW = 1, 2
+PIECES_KEY, WINDOW_KEY, AUGMENT_KEY, MIXTURE_KEY = 1, 2, 3, 4
+
+MIXTURE_BLOCK = 1024
+"""Positions of a block of a mixture, and with them the precision of a weight."""
 
 
 def permutation(seed: int, *where: int, n: int) -> Int64[np.ndarray, " n"]:
-    """A permutation of range(n), the same on every platform and every numpy.
+    """Draw a permutation of range(n), the same on every platform and with every numpy.
 
     Philox's raw words are fixed by its definition, and the rank of distinct words is a uniformly
     random permutation; `Generator.permutation` may change its algorithm between releases.
 
     Args:
       seed: key of the generator.
-      where: the use, then up to three places, all integers in [0, 2**64).
+      where: the key of the use, then up to three numbers, all integers in [0, 2**64).
       n: length.
     """
     return np.argsort(philox(seed, *where).random_raw(n), kind="stable")
 
 
 def philox(seed: int, *where: int) -> np.random.Philox:
-    """Philox placed by (seed, where); the counter's low word is left to count the draws."""
-    use, *place = where
+    """Return Philox at (seed, where); the counter's low word is left to count the draws."""
+    use, *numbers = where
     counter = np.zeros(4, np.uint64)
-    counter[1 : 1 + len(place)] = place
+    counter[1 : 1 + len(numbers)] = numbers
     return np.random.Philox(key=np.array([seed, use], np.uint64), counter=counter)
+
+
+@runtime_checkable
+class Streams(Protocol):
+    """An order of samples in streams: `Order`, or `Mixture`."""
+
+    num_streams: int
+    num_samples: int
+
+    def samples_at(
+        self, stream: int, position: int, count: int
+    ) -> tuple[Int64[np.ndarray, " count"], Int64[np.ndarray, " count"]]:
+        """Return (sample ids, epochs) at `count` positions of one stream from `position` on."""
+        ...
 
 
 class Order:
@@ -84,24 +104,19 @@ class Order:
         self._samples_of_window = lru_cache(maxsize=2 * num_streams)(self._draw_window)
 
     def stream_range(self, stream: int) -> tuple[int, int]:
-        """The samples [first, last) that a stream owns."""
+        """Return the ids [first, last) that a stream owns."""
         n, streams = self.num_samples, self.num_streams
         return stream * n // streams, (stream + 1) * n // streams
 
     def stream_length(self, stream: int) -> int:
-        """The samples of one epoch of a stream."""
+        """Return how many samples an epoch of a stream has."""
         first, last = self.stream_range(stream)
         return last - first
-
-    def sample_at(self, stream: int, position: int) -> tuple[int, int]:
-        """(sample id, epoch) at one position of one stream; a sample id is a place in the line."""
-        ids, epochs = self.samples_at(stream, position, 1)
-        return int(ids[0]), int(epochs[0])
 
     def samples_at(
         self, stream: int, position: int, count: int
     ) -> tuple[Int64[np.ndarray, " count"], Int64[np.ndarray, " count"]]:
-        """(sample ids, epochs) at `count` positions of one stream from `position` on."""
+        """Return (sample ids, epochs) at `count` positions of one stream from `position` on."""
         first, last = self.stream_range(stream)
         ids = np.empty(count, np.int64)
         epochs = np.empty(count, np.int64)
@@ -119,7 +134,7 @@ class Order:
         return ids, epochs
 
     def _pieces(self, stream: int) -> Int64[np.ndarray, "pieces 2"]:
-        """The stream's range cut at shard boundaries: [first, last) of each piece."""
+        """Cut the stream's range at shard boundaries; return [first, last) of each piece."""
         first, last = self.stream_range(stream)
         starts = self._shard_starts
         inner = starts[np.searchsorted(starts, first, "right") : np.searchsorted(starts, last)]
@@ -127,38 +142,101 @@ class Order:
         return np.stack([cuts[:-1], cuts[1:]], axis=1)
 
     def _draw_pieces(self, stream: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The epoch's pieces in their order [pieces, 2], and where each window starts."""
+        """Return the epoch's pieces in their order [pieces, 2], and where each window starts."""
         pieces = self._pieces(stream)
-        order = permutation(self.seed, _PIECES, stream, epoch, n=len(pieces))
+        order = permutation(self.seed, PIECES_KEY, stream, epoch, n=len(pieces))
         pieces = pieces[order]
         ends = np.cumsum(pieces[:, 1] - pieces[:, 0])
         return pieces, np.concatenate([[0], ends])[: len(pieces) : self.window]
 
     def _draw_window(self, stream: int, epoch: int, w: int) -> np.ndarray:
-        """The sample ids of one window, shuffled."""
+        """Return the sample ids of one window, shuffled."""
         pieces, _ = self._pieces_of_epoch(stream, epoch)
         pieces = pieces[w * self.window : (w + 1) * self.window]
         ids = np.concatenate([np.arange(first, last) for first, last in pieces])
-        return ids[permutation(self.seed, _WINDOW, stream, epoch, w, n=len(ids))]
+        return ids[permutation(self.seed, WINDOW_KEY, stream, epoch, w, n=len(ids))]
 
 
-@runtime_checkable
-class Streams(Protocol):
-    """An order of samples in streams: `Order`, or `mixture.Mixture`."""
+def places_per_block(weights: Sequence[float]) -> list[int]:
+    """Return how many positions of a block each source has, by largest remainders.
 
-    num_streams: int
-    num_samples: int
+    Raises:
+      UserError: a weight is not above 0, or too small to have a position.
+    """
+    if any(not 0 < weight < float("inf") for weight in weights):
+        raise UserError(f"config.data.weights is {tuple(weights)}; every weight must be above 0")
+    exact = np.asarray(weights, np.float64) / sum(weights) * MIXTURE_BLOCK
+    counts = np.floor(exact).astype(int)
+    rest = MIXTURE_BLOCK - counts.sum()
+    counts[np.argsort(counts - exact, kind="stable")[:rest]] += 1
+    if not counts.all():
+        raise UserError(
+            f"config.data.weights is {tuple(weights)}; the smallest share that can be kept is"
+            f" 1/{MIXTURE_BLOCK} of all"
+        )
+    return counts.tolist()
+
+
+class Mixture:
+    """An order like `Order` over several sources.
+
+    Args:
+      orders: one for each source, all with the same number of streams.
+      weights: the sources' shares, in any unit.
+      seed: fixes which positions of a block belong to which source.
+
+    Raises:
+      UserError: the weights are not one for each source, or as for `places_per_block`.
+    """
+
+    def __init__(self, orders: Sequence[Order], weights: Sequence[float], *, seed: int):
+        if len(orders) != len(weights):
+            raise UserError(
+                f"config.data.weights has {len(weights)} weights for {len(orders)} sources of"
+                " config.data.train: give one for each"
+            )
+        self.num_streams = orders[0].num_streams
+        self.num_samples = sum(order.num_samples for order in orders)
+        self._orders = orders
+        self._starts = np.cumsum([0, *(order.num_samples for order in orders)])
+        self._counts = places_per_block(weights)
+        self._seed = seed
+        self._block = lru_cache(maxsize=2 * self.num_streams)(self._draw_block)
 
     def samples_at(
         self, stream: int, position: int, count: int
     ) -> tuple[Int64[np.ndarray, " count"], Int64[np.ndarray, " count"]]:
-        """(sample ids, epochs) at `count` positions of one stream from `position` on."""
-        ...
+        """Return (ids among the samples of all sources, epochs of their source) from `position`."""
+        ids = np.empty(count, np.int64)
+        epochs = np.empty(count, np.int64)
+        done = 0
+        while done < count:
+            block, offset = divmod(position + done, MIXTURE_BLOCK)
+            source, before = self._block(stream, block)
+            run = slice(offset, min(MIXTURE_BLOCK, offset + count - done))
+            for k, order in enumerate(self._orders):
+                inside = np.flatnonzero(source[run] == k)
+                if len(inside):
+                    first = block * self._counts[k] + int(before[offset + inside[0]])
+                    source_ids, source_epochs = order.samples_at(stream, first, len(inside))
+                    ids[done + inside] = source_ids + self._starts[k]
+                    epochs[done + inside] = source_epochs
+            done += run.stop - run.start
+        return ids, epochs
+
+    def _draw_block(self, stream: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return each position's source, and how many of that source's come before it."""
+        source = np.repeat(np.arange(len(self._counts)), self._counts)
+        source = source[permutation(self._seed, MIXTURE_KEY, stream, block, n=MIXTURE_BLOCK)]
+        before = np.empty(MIXTURE_BLOCK, np.int64)
+        for k, count in enumerate(self._counts):
+            before[source == k] = np.arange(count)
+        return source, before
 
 
 @dataclass(frozen=True)
 class BatchPart:
-    """The part of every global batch that one host loads: number `index` of `count` equal ones."""
+    """The part of every global batch that a host loads: number `index` of `count` equal ones."""
 
     index: int = 0
     count: int = 1
@@ -206,22 +284,22 @@ class BatchOrder:
                 f" set it to {-(-streams // part.count) * part.count}"
             )
         self._order = order
-        self._each = batch_size // streams
+        self._rows_per_stream = batch_size // streams
         self._first_stream = part.index * streams // part.count
         self._lengths = lengths
         self.rows = batch_size // part.count
-        self.num_steps = None if lengths is None else -(-max(lengths) // self._each)
+        self.num_steps = None if lengths is None else -(-max(lengths) // self._rows_per_stream)
 
     def rows_at(
         self, step: int, first: int, last: int
     ) -> tuple[Int64[np.ndarray, " rows"], Int64[np.ndarray, " rows"]]:
-        """(sample ids, epochs) of this host's rows [first, last) of the batch at `step`."""
-        each = self._each
+        """Return (sample ids, epochs) of this host's rows [first, last) of the batch at `step`."""
+        per_stream = self._rows_per_stream
         parts = []
         while first < last:
-            stream, offset = divmod(first, each)
-            count = min(each - offset, last - first)
-            position = step * each + offset
+            stream, offset = divmod(first, per_stream)
+            count = min(per_stream - offset, last - first)
+            position = step * per_stream + offset
             parts.append(self._run(self._first_stream + stream, position, count))
             first += count
         return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
@@ -231,86 +309,3 @@ class BatchOrder:
         if self._lengths is not None:
             ids = np.where(position + np.arange(count) < self._lengths[stream], ids, -1)
         return ids, epochs
-
-
-BLOCK = 1024
-"""Positions of a block, and with them the precision of a weight."""
-
-_MIX = 4  # this use's key of the seed; 1 to 3 are taken by the order and the augmentation
-
-
-def places(weights: Sequence[float]) -> list[int]:
-    """How many places of a block each source has, by largest remainders.
-
-    Raises:
-      UserError: a weight is not above 0, or too small to have a place.
-    """
-    if any(not 0 < weight < float("inf") for weight in weights):
-        raise UserError(f"config.data.weights is {tuple(weights)}; every weight must be above 0")
-    exact = np.asarray(weights, np.float64) / sum(weights) * BLOCK
-    counts = np.floor(exact).astype(int)
-    rest = BLOCK - counts.sum()
-    counts[np.argsort(counts - exact, kind="stable")[:rest]] += 1
-    if not counts.all():
-        raise UserError(
-            f"config.data.weights is {tuple(weights)}; the smallest share that can be kept is"
-            f" 1/{BLOCK} of all"
-        )
-    return counts.tolist()
-
-
-class Mixture:
-    """An order like `order.Order` over several sources.
-
-    Args:
-      orders: one for each source, all with the same number of streams.
-      weights: the sources' shares, in any unit.
-      seed: fixes which places of a block are whose.
-
-    Raises:
-      UserError: as `places`.
-    """
-
-    def __init__(self, orders: Sequence[Order], weights: Sequence[float], *, seed: int):
-        if len(orders) != len(weights):
-            raise UserError(
-                f"config.data.weights has {len(weights)} weights for {len(orders)} sources of"
-                " config.data.train: give one for each"
-            )
-        self.num_streams = orders[0].num_streams
-        self.num_samples = sum(order.num_samples for order in orders)
-        self._orders = orders
-        self._starts = np.cumsum([0, *(order.num_samples for order in orders)])
-        self._counts = places(weights)
-        self._seed = seed
-        self._block = lru_cache(maxsize=2 * self.num_streams)(self._draw_block)
-
-    def samples_at(
-        self, stream: int, position: int, count: int
-    ) -> tuple[Int64[np.ndarray, " count"], Int64[np.ndarray, " count"]]:
-        """(sample ids in the line of all sources, epochs of their source) from `position` on."""
-        ids = np.empty(count, np.int64)
-        epochs = np.empty(count, np.int64)
-        done = 0
-        while done < count:
-            block, offset = divmod(position + done, BLOCK)
-            whose, before = self._block(stream, block)
-            run = slice(offset, min(BLOCK, offset + count - done))
-            for k, order in enumerate(self._orders):
-                mine = np.flatnonzero(whose[run] == k)
-                if len(mine):
-                    first = block * self._counts[k] + int(before[offset + mine[0]])
-                    got = order.samples_at(stream, first, len(mine))
-                    ids[done + mine] = got[0] + self._starts[k]
-                    epochs[done + mine] = got[1]
-            done += run.stop - run.start
-        return ids, epochs
-
-    def _draw_block(self, stream: int, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Whose each place is, and how many of that source's places come before it."""
-        whose = np.repeat(np.arange(len(self._counts)), self._counts)
-        whose = whose[permutation(self._seed, _MIX, stream, block, n=BLOCK)]
-        before = np.empty(BLOCK, np.int64)
-        for k, count in enumerate(self._counts):
-            before[whose == k] = np.arange(count)
-        return whose, before

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int32, Int64, UInt8, UInt32
 from PIL import Image
 
 from clip_jax.data.images import MAX_PIXELS, Preprocess, decode_image, eval_transform
-from clip_jax.data.order import philox
+from clip_jax.data.order import AUGMENT_KEY, philox
 from clip_jax.data.shards import (
     PROGRAMMING_ERRORS,
     BadSampleError,
@@ -23,8 +23,6 @@ from clip_jax.typing import Tokenizer
 
 ImageTransform = Callable[[Image.Image, np.random.Generator], UInt8[np.ndarray, "H W 3"]]
 Decode = Callable[[bytes], Image.Image]
-
-_AUGMENT = 3  # this use's key of the seed; 1 and 2 are the order's
 
 
 @dataclass(frozen=True)
@@ -117,7 +115,7 @@ class SampleReader:
         """Fill one row and return its caption; a fault of the data becomes `valid=False`."""
         shard, i = self._shards.at(sample)
         rows.key[row] = f"{shard.name}/{shard.key(i)}"
-        rng = np.random.Generator(philox(self._seed, _AUGMENT, sample, epoch))
+        rng = np.random.Generator(philox(self._seed, AUGMENT_KEY, sample, epoch))
         try:
             label = shard.label(i, handles) if self.evaluation else -1
             optional = label >= 0 or not self._need_captions

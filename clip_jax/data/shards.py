@@ -1,4 +1,4 @@
-"""What the loader asks of a shard, whatever its format, and the files that reading it opens."""
+"""What the loader needs of a shard, whatever its format, and the files that reading it opens."""
 
 import json
 import os
@@ -11,8 +11,10 @@ from clip_jax.data.formats.remote import open_local
 
 MAX_IMAGE_BYTES = 256 << 20
 MAX_TEXT_BYTES = 1 << 20
-# No context holds this many characters, and cleaning a megabyte of text takes a second.
 MAX_CAPTION_CHARS = 8192
+"""No context holds this many characters, and cleaning a megabyte of text takes a second."""
+OPEN_THREADS = 8
+"""Threads that open shards or count their samples."""
 
 T = TypeVar("T")
 
@@ -39,14 +41,18 @@ def sample_cause(error: Exception) -> str:
 
 
 class Handles:
-    """What one run of rows keeps open: every file once, and the record that was read last."""
+    """The files that one run of rows keeps open, each once, and the record that was read last."""
 
     def __init__(self) -> None:
         self._open: dict[str, int] = {}
         self._record: tuple[Hashable, Any] = (None, None)
 
     def read(self, path: str, size: int, offset: int, count: int) -> bytes:
-        """`count` bytes from `offset` of a file, local or remote, that was indexed with `size`."""
+        """Read `count` bytes from `offset` of a file, local or remote, that was opened with `size`.
+
+        Raises:
+          BadSampleError: `shard_changed`, the size is another; `read_failed`, bytes are missing.
+        """
         fd = self.open(path, lambda: open_local(path))
         if os.fstat(fd).st_size != size:
             os.close(self._open.pop(path))
@@ -57,13 +63,13 @@ class Handles:
         return data
 
     def open(self, name: str, opener: Callable[[], int]) -> int:
-        """The descriptor that `opener` gave for this name, closed when the run of rows ends."""
+        """Return the descriptor that `opener` gave for this name, closed when the run ends."""
         if name not in self._open:
             self._open[name] = opener()
         return self._open[name]
 
     def once(self, key: Hashable, read: Callable[[], T]) -> T:
-        """`read()`, or what it gave the last time when the key is still the same."""
+        """Return `read()`, or what it gave the last time if the key is still the same."""
         if self._record[0] != key:
             self._record = key, read()
         return self._record[1]
@@ -86,46 +92,50 @@ class Shard(Protocol):
 
     @property
     def name(self) -> str:
-        """For messages and keys: the file name without its folder."""
+        """The file name without its folder, for messages and keys."""
         ...
 
     @property
     def size(self) -> int:
-        """Bytes of the file; with name and count it goes into the data's fingerprint."""
+        """The bytes of the file; with name and count they go into the data's fingerprint."""
         ...
 
     def __len__(self) -> int: ...
 
     def key(self, i: int) -> str:
-        """The key of sample `i`, in this shard."""
+        """Return the key of sample `i`, in this shard."""
         ...
 
     def image(self, i: int, handles: Handles) -> bytes:
-        """The encoded image."""
+        """Return the encoded image."""
         ...
 
     def captions(self, i: int, handles: Handles) -> list[str]:
-        """Every caption that is not blank; `no_caption` or `empty_caption` when there is none."""
+        """Return every caption that is not blank.
+
+        Raises:
+          BadSampleError: `no_caption` or `empty_caption` if there is none.
+        """
         ...
 
     def label(self, i: int, handles: Handles) -> int:
-        """The class number, -1 when there is none."""
+        """Return the class number, -1 if there is none."""
         ...
 
     def record(self, i: int, handles: Handles) -> dict[str, Any]:
-        """The fields that filters look at; empty when there are none."""
+        """Return the fields that filters look at; empty if there are none."""
         ...
 
     def incomplete(self) -> dict[str, list[str]]:
-        """Keys of the samples that the index alone shows to lack something, by cause."""
+        """Return the keys of samples that lack something, by cause, as far as no sample is read."""
         ...
 
 
 def caption_lines(text: str | bytes) -> list[str]:
-    """One caption a line, blank ones left out.
+    """Split a text into captions, one a line, blank ones left out.
 
     Raises:
-      Unusable: `caption_not_utf8`, `caption_too_long` or `empty_caption`.
+      BadSampleError: `caption_not_utf8`, `caption_too_long` or `empty_caption`.
     """
     if len(text) > MAX_TEXT_BYTES:
         raise BadSampleError("caption_too_long", f"{len(text)} bytes")
@@ -143,10 +153,10 @@ def caption_lines(text: str | bytes) -> list[str]:
 
 
 def caption_values(value: Any) -> list[str]:
-    """The captions of a field that holds one text or a list of them.
+    """Return the captions of a field that holds one text or a list of them.
 
     Raises:
-      Unusable: there is no text, or as for `caption_lines`.
+      BadSampleError: `no_caption` if there is no text, or as for `caption_lines`.
     """
     values = value if isinstance(value, list | tuple) else [value]
     texts = [v for v in values if isinstance(v, str | bytes)]
@@ -161,10 +171,10 @@ def caption_values(value: Any) -> list[str]:
 
 
 def json_record(text: str | bytes) -> dict[str, Any]:
-    """A JSON object.
+    """Parse a JSON object.
 
     Raises:
-      Unusable: `caption_not_utf8`, `caption_too_long` or `caption_not_json`.
+      BadSampleError: `caption_not_utf8`, `caption_too_long` or `caption_not_json`.
     """
     if len(text) > MAX_TEXT_BYTES:
         raise BadSampleError("caption_too_long", f"{len(text)} bytes")
@@ -179,11 +189,11 @@ def json_record(text: str | bytes) -> dict[str, Any]:
     return record
 
 
-def whole_label(value: Any) -> int:
-    """A class number as an integer or its digits; -1 for None.
+def parse_label(value: Any) -> int:
+    """Parse a class number, an integer or its digits; -1 for None.
 
     Raises:
-      Unusable: `bad_label`.
+      BadSampleError: `bad_label`.
     """
     if value is None:
         return -1
@@ -199,16 +209,15 @@ def whole_label(value: Any) -> int:
 
 
 def with_templates(names: list[str], templates: tuple[str, ...]) -> list[str]:
-    """Every name in every template; `{}` is the name."""
+    """Return every name in every template; `{}` is the name."""
     return [template.replace("{}", name) for name in names for template in templates]
 
 
 class ConcatShards:
-    """The samples of several shards, counted through.
+    """The samples of several shards, one shard after the other, numbered from 0.
 
     Attributes:
-      shards: one after the other.
-      starts: the place of each shard's first sample, and how many samples there are.
+      starts: the number of each shard's first sample, and at last of all samples.
     """
 
     def __init__(self, shards: Sequence[Shard]):
@@ -219,6 +228,6 @@ class ConcatShards:
         return int(self.starts[-1])
 
     def at(self, row: int) -> tuple[Shard, int]:
-        """The shard that holds sample `row` of the line, and the sample's place in it."""
-        number = int(np.searchsorted(self.starts, row, side="right")) - 1
-        return self.shards[number], row - int(self.starts[number])
+        """Return the shard that holds sample `row` of all, and the sample's place in the shard."""
+        k = int(np.searchsorted(self.starts, row, side="right")) - 1
+        return self.shards[k], row - int(self.starts[k])

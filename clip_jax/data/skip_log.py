@@ -8,7 +8,7 @@ from pathlib import Path
 from clip_jax.data.formats.errors import SHARD_CAUSES, ShardError
 from clip_jax.errors import UserError
 
-SKIPPED = "skipped.jsonl"
+SKIPPED_FILENAME = "skipped.jsonl"
 MAX_LINES = 100_000
 """Samples that are listed; further ones are only counted."""
 MIN_ROWS = 1000
@@ -26,23 +26,22 @@ class SkipLog:
 
     Attributes:
       counts: cause -> rows handed out as placeholders.
-      shards: cause -> shards that were left out at the start.
-      lost: (cause, name, detail) of each of those.
-      left_out: cause -> samples that are not in the data at all, because the config says so.
+      excluded: cause -> samples that are not in the data at all, because the config says so.
+      excluded_shards: (cause, name, detail) of each shard that was left out at the start.
+      shard_counts: cause -> how many those are.
     """
 
     def __init__(self, path: Path | None = None, max_fraction: float = 1.0, *, process: int = 0):
         self.counts: Counter[str] = Counter()
-        self.shards: Counter[str] = Counter()
-        self.lost: list[tuple[str, str, str]] = []
-        self.left_out: Counter[str] = Counter()
+        self.excluded: Counter[str] = Counter()
+        self.excluded_shards: list[tuple[str, str, str]] = []
+        self.shard_counts: Counter[str] = Counter()
         self._max_fraction = max_fraction
         self._process = process
         self._path = path
         if path is not None and process:
             self._path = path.with_name(f"{path.stem}-{process}{path.suffix}")
         self._listed: set[str] = set()
-        self._first = ""
 
     def sample(self, cause: str, key: str, detail: str) -> None:
         """Take in one row that could not be used."""
@@ -52,38 +51,39 @@ class SkipLog:
 
     def shard(self, cause: str, name: str, detail: str) -> None:
         """Take in a shard that is left out, which all processes do."""
-        self.shards[cause] += 1
-        self.lost.append((cause, name, detail))
-        self._first = self._first or detail
+        self.shard_counts[cause] += 1
+        self.excluded_shards.append((cause, name, detail))
         if not self._process:
             self._list(cause, name, detail)
 
-    def repeated(self, name: str) -> None:
+    def repeated_key(self, name: str) -> None:
         """Take in a sample whose key came before, which all processes leave out."""
-        self.left_out["duplicate_key"] += 1
+        self.excluded["duplicate_key"] += 1
         if not self._process:
             self._list("duplicate_key", name, "a sample with this key came before")
 
     def is_too_much(self, skipped: int, rows: int) -> bool:
-        """Whether a run may not go on that skipped so many of `rows`."""
+        """Return whether a run may not go on that skipped so many of `rows`."""
         return skipped > self._max_fraction * max(rows, MIN_ROWS)
 
     def too_much(self, counts: Counter[str], rows: int, last: str) -> UserError:
-        """The error of such a run, with the table of causes and the last sample's."""
+        """Return the error of such a run, with the table of causes and the last sample's."""
         return self._too_many(counts, rows, "samples", f"the last {last}")
 
-    def check_shards(self, shards: int) -> None:
-        """Raises UserError with the table of causes when too many of `shards` were left out."""
-        skipped = self.shards.total()
-        if skipped > self._max_fraction * shards:
-            raise self._too_many(self.shards, shards, "shards", f"first {self._first}")
+    def check_shards(self, opened: int) -> None:
+        """Raise UserError with the table of causes if too many were left out beside the opened."""
+        shards = opened + self.shard_counts.total()
+        if self.shard_counts.total() > self._max_fraction * shards:
+            first = next((detail for _, _, detail in self.excluded_shards if detail), "")
+            raise self._too_many(self.shard_counts, shards, "shards", f"first {first}")
 
     def _list(self, cause: str, name: str, detail: str) -> None:
+        """Write one line, unless there is one of this name."""
         # Shards of one name can lie in several folders, which the detail tells apart.
-        once = name + detail if cause in SHARD_CAUSES else name
-        if self._path is None or once in self._listed or len(self._listed) >= MAX_LINES:
+        identity = name + detail if cause in SHARD_CAUSES else name
+        if self._path is None or identity in self._listed or len(self._listed) >= MAX_LINES:
             return
-        self._listed.add(once)
+        self._listed.add(identity)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         record = {"cause": cause, "name": name, "detail": detail[:500]}
         # The list goes on after a resume; a sample may then stand in it twice.

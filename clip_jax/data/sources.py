@@ -1,9 +1,9 @@
-"""Sources of pairs, whatever their format: from what a user writes to indexed shards.
+"""Sources of pairs, whatever their format: from what a user writes to open shards.
 
 A source is one string: a path, a brace range, a glob, a folder, a URL or `tfds:NAME`, several
 joined by `::`, each with options behind a `#` (`pairs.csv#image=file&caption=title`). `expand`
-turns it into the names of single shards, `open_shards` into their indexes. The table `KINDS`
-says which module reads what.
+turns it into the names of single shards, which `open_shards` opens. The table `FORMATS` says which
+module reads what.
 """
 
 import glob
@@ -20,52 +20,59 @@ from clip_jax.data.formats import folders, records, tables, tfds, webdataset
 from clip_jax.data.formats.errors import ShardError
 from clip_jax.data.formats.options import Options, split_options
 from clip_jax.data.formats.remote import is_url, list_urls
-from clip_jax.data.shards import Shard
+from clip_jax.data.shards import OPEN_THREADS, Shard
 from clip_jax.errors import UserError
 
 
 @dataclass(frozen=True)
-class Kind:
-    """A format: the names it goes by, and what indexes one shard of it."""
+class Format:
+    """A format of shards.
+
+    Attributes:
+      name: for a table.
+      pattern: of a shard's whole name, in lower case.
+      open: opens one shard.
+      lazy: its sets are made of many files, each of which can be read when it is needed.
+    """
 
     name: str
-    pattern: str  # of the whole name, in lower case
-    index: Callable[[str, Options], Shard]
-    lazy: bool = False  # made of many files, each of which can be read when it is needed
+    pattern: str
+    open: Callable[[str, Options], Shard]
+    lazy: bool = False
 
 
-KINDS = (
-    Kind("tfds", r"tfds:.*", tfds.open_tfds),
-    Kind(
+FORMATS = (
+    Format("tfds", r"tfds:.*", tfds.open_tfds),
+    Format(
         "tar",
         r".*\.tar",
         lambda path, o: webdataset.open_shard(path, o.caption or "caption"),
         True,
     ),
-    Kind("csv", r".*\.(csv|tsv)", tables.open_csv),
-    Kind("jsonl", r".*\.(jsonl|ndjson)", tables.open_jsonl),
-    Kind("parquet", r".*\.parquet", tables.open_parquet, True),
-    Kind("tfrecord", r".*\.tfrecords?(-\d+-of-\d+)?", records.open_tfrecord, True),
-    Kind("array_record", r".*\.array_?record(-\d+-of-\d+)?", records.open_array_record, True),
+    Format("csv", r".*\.(csv|tsv)", tables.open_csv),
+    Format("jsonl", r".*\.(jsonl|ndjson)", tables.open_jsonl),
+    Format("parquet", r".*\.parquet", tables.open_parquet, True),
+    Format("tfrecord", r".*\.tfrecords?(-\d+-of-\d+)?", records.open_tfrecord, True),
+    Format("array_record", r".*\.array_?record(-\d+-of-\d+)?", records.open_array_record, True),
 )
-FOLDER = Kind("folder", r"", folders.open_folder)
-# What a folder is taken for: the first kind of file it holds.
+FOLDER_FORMAT = Format("folder", r"", folders.open_folder)
+# What a folder is taken for: the first of these formats of which it holds a file.
 _FOLDER_ORDER = ("tar", "parquet", "tfrecord", "array_record")
-_MANY = 64
+_MANY_NAMES = 64
 _METADATA = ("metadata.jsonl", "metadata.csv")
 
 
-def kind_of(path: str) -> Kind:
-    """The kind of one shard.
+def format_of(path: str) -> Format:
+    """Return the format of one shard.
 
     Raises:
-      UserError: no kind has a name like that.
+      UserError: no format has a name like that.
     """
-    for kind in KINDS:
-        if re.fullmatch(kind.pattern, path.lower(), re.DOTALL):
-            return kind
+    for candidate in FORMATS:
+        if re.fullmatch(candidate.pattern, path.lower(), re.DOTALL):
+            return candidate
     if os.path.isdir(path):
-        return FOLDER
+        return FOLDER_FORMAT
     if re.search(r"\.(tar|tgz|tbz2?|txz)(\.\w+)?$", path.lower()):
         raise UserError(
             f"{path} is not a .tar file. Shards are read by offset, which a compressed archive"
@@ -76,31 +83,31 @@ def kind_of(path: str) -> Kind:
 
 
 def is_lazy(shard: str) -> bool:
-    """Whether a shard, as `expand` names it, can be counted now and read later."""
-    return kind_of(split_options(shard)[0]).lazy
+    """Return whether a shard, as `expand` names it, can be counted now and read later."""
+    return format_of(split_options(shard)[0]).lazy
 
 
 def expand(
     pattern: str,
     *,
     missing: list[str] | None = None,
-    promised: Callable[[str], bool] = lambda path: False,
+    listed: Callable[[str], bool] = lambda path: False,
 ) -> list[str]:
-    """The shards that a source names, in order, each with the source's options.
+    """Return the shards that a source names, in order, each with the source's options.
 
     Args:
       pattern: parts joined by `::`, each a path or URL, a brace range (`{00000..00041}.tar`), a
         brace list (`{train,extra}.tar`), a glob, a folder, or `tfds:NAME`.
       missing: takes the files of a brace range that are not there; without it they are an error.
-      promised: files that count as there, whether they are or not.
+      listed: whether a manifest names a file, which then counts as there.
 
     Raises:
-      UserError: a part names no file, a file that is missing or of no known kind; or one file is
-        named twice.
+      UserError: a part names no file, a file that is missing or of no known format; or one file
+        is named twice.
     """
     shards: list[str] = []
     for part in pattern.split("::"):
-        shards.extend(_expand_part(part.strip(), pattern, missing, promised))
+        shards.extend(_expand_part(part.strip(), pattern, missing, listed))
     seen: set[str] = set()
     for shard in shards:
         if shard in seen:
@@ -110,8 +117,9 @@ def expand(
 
 
 def _expand_part(
-    part: str, pattern: str, missing: list[str] | None, promised: Callable[[str], bool]
+    part: str, pattern: str, missing: list[str] | None, listed: Callable[[str], bool]
 ) -> list[str]:
+    """Return the shards that one part of a source names; `pattern` is for messages."""
     path = split_options(part)[0]
     tail = part[len(path) :]
     if not path:
@@ -131,11 +139,11 @@ def _expand_part(
     paths: list[str] = []
     absent: list[str] = []
     names = expand_braces(path)
-    exists = _in_listing() if len(names) > _MANY else os.path.exists
+    exists = _make_listing_check() if len(names) > _MANY_NAMES else os.path.exists
     for name in names:
-        found = [name] if promised(name) or exists(name) else sorted(glob.glob(name))
-        paths.extend(found)
-        if not found:
+        matches = [name] if listed(name) or exists(name) else sorted(glob.glob(name))
+        paths.extend(matches)
+        if not matches:
             absent.append(name)
     if missing is not None and paths:
         missing.extend(absent)
@@ -147,66 +155,70 @@ def _expand_part(
             + f"{os.getcwd()})"
         )
     for name in paths:
-        kind_of(name)
+        format_of(name)
     return [name + tail for name in paths]
 
 
-def _in_listing() -> Callable[[str], bool]:
-    """Whether a file is there, by one listing of its folder: a metadata server that all hosts ask
-    for each of 100,000 files takes minutes."""
-    listed: dict[str, set[str]] = {}
+def _make_listing_check() -> Callable[[str], bool]:
+    """Return a function that looks for a file in one listing of its folder.
+
+    A metadata server that all hosts ask for each of 100,000 files takes minutes.
+    """
+    contents: dict[str, set[str]] = {}
 
     def exists(name: str) -> bool:
         folder, base = os.path.split(name)
-        if folder not in listed:
+        if folder not in contents:
             is_there = os.path.isdir(folder or ".")
-            listed[folder] = set(os.listdir(folder or ".")) if is_there else set()
-        return base in listed[folder]
+            contents[folder] = set(os.listdir(folder or ".")) if is_there else set()
+        return base in contents[folder]
 
     return exists
 
 
 def _expand_url(url: str) -> list[str]:
+    """Return the shards of a brace range, a glob or a folder of a file system of fsspec."""
     names = expand_braces(url)
     if len(names) == 1 and (url.endswith("/") or any(c in url for c in "*?[")):
-        listed = list_urls(url)
-        names = _of_one_kind(listed) if url.endswith("/") else listed
+        urls = list_urls(url)
+        names = _of_one_format(urls) if url.endswith("/") else urls
         if not names:
             raise UserError(f"{url} holds no .tar, .parquet or record file: check the address")
     for name in names:
-        kind_of(name)
+        format_of(name)
     return names
 
 
 def _expand_folder(folder: str) -> list[str]:
-    """The shards in a folder, or else the folder itself as images."""
+    """Return the shards in a folder, or else the folder itself as images."""
     files = sorted(entry.path for entry in os.scandir(folder) if entry.is_file())
     if tfds.is_tfds_folder(folder):
         return [f"tfds:{folder}"]
-    found = _of_one_kind(files)
-    if all(os.path.isdir(file.removesuffix(".parquet")) for file in found):
-        found = []  # img2dataset's "files" layout: its lists of addresses, beside the images
+    shards = _of_one_format(files)
+    if all(os.path.isdir(file.removesuffix(".parquet")) for file in shards):
+        shards = []  # img2dataset's "files" layout: its lists of addresses, beside the images
     for name in _METADATA:
-        if not found and os.path.isfile(os.path.join(folder, name)):
-            found = [os.path.join(folder, name)]
-    if not found and not folders.holds_images(folder):
+        if not shards and os.path.isfile(os.path.join(folder, name)):
+            shards = [os.path.join(folder, name)]
+    if not shards and not folders.holds_images(folder):
         raise UserError(
             f"folder {folder} holds no .tar file and no image: name the folder of the shards"
         )
-    return found or [folder]
+    return shards or [folder]
 
 
-def _of_one_kind(files: Sequence[str]) -> list[str]:
+def _of_one_format(files: Sequence[str]) -> list[str]:
+    """Return the files of the first format that a folder is taken for."""
+    patterns = {candidate.name: candidate.pattern for candidate in FORMATS}
     for name in _FOLDER_ORDER:
-        kind = next(kind for kind in KINDS if kind.name == name)
-        found = [f for f in files if re.fullmatch(kind.pattern, f.lower(), re.DOTALL)]
-        if found:
-            return found
+        shards = [f for f in files if re.fullmatch(patterns[name], f.lower(), re.DOTALL)]
+        if shards:
+            return shards
     return []
 
 
 def expand_braces(text: str) -> list[str]:
-    """`a{08..10}b` -> `a08b a09b a10b`, `{x,y}` -> `x y`; several braces multiply, left first."""
+    """Expand `a{08..10}b` to `a08b a09b a10b`, `{x,y}` to `x y`; several multiply, left first."""
     match = re.search(r"\{([^{}]*)\}", text)
     if match is None:
         return [text]
@@ -239,60 +251,47 @@ def open_shard(shard: str) -> Shard:
     """
     path, options = split_options(shard)
     try:
-        index = kind_of(path).index(path, options)
+        opened = format_of(path).open(path, options)
     except ShardError:
         raise
     except UserError as e:  # a column that it lacks, a package that is not installed
         raise ShardError("shard_damaged", str(e)) from e
-    return FilteredShard(index, templates=options.templates) if options.template else index
+    return FilteredShard(opened, templates=options.templates) if options.template else opened
 
 
 def open_shards(
-    shards: Sequence[str],
-    threads: int = 8,
-    *,
-    on_error: Callable[[str, ShardError], None] | None = None,
+    names: Sequence[str], *, on_error: Callable[[str, ShardError], None] | None = None
 ) -> list[Shard]:
-    """`open_shard` for every shard, in order; the threads hide the latency of a remote disk.
+    """Open every shard, in order; threads hide the latency of a remote disk.
 
     Args:
-      on_error: called with a shard that cannot be indexed, which is then left out; without it the
+      names: as `expand` gives them.
+      on_error: called with a shard that cannot be opened, which is then left out; without it the
         first one ends everything.
+
+    Raises:
+      ShardError: as `open_shard`, without `on_error`.
     """
-    found: list[Shard] = []
-    with ThreadPoolExecutor(threads, thread_name_prefix="index") as pool:
-        futures = [pool.submit(open_shard, shard) for shard in shards]
+    shards: list[Shard] = []
+    with ThreadPoolExecutor(OPEN_THREADS, thread_name_prefix="open") as pool:
+        futures = [pool.submit(open_shard, name) for name in names]
         try:
-            for shard, future in zip(shards, futures, strict=True):
+            for name, future in zip(names, futures, strict=True):
                 try:
-                    found.append(future.result())
+                    shards.append(future.result())
                 except ShardError as e:
                     if on_error is None:
                         raise
-                    on_error(shard, e)
+                    on_error(name, e)
         finally:
             # After an error or Ctrl-C, do not read the other shards first.
             pool.shutdown(wait=True, cancel_futures=True)
-    return found
+    return shards
 
 
-def fingerprint(indexes: Sequence[Shard]) -> str:
-    """A hash of shard names, sizes and sample counts: two runs on the same data agree on it."""
+def fingerprint(shards: Sequence[Shard]) -> str:
+    """Hash shard names, sizes and sample counts: two runs on the same data agree on it."""
     state = hashlib.blake2b(digest_size=16)
-    for index in indexes:
-        state.update(json.dumps([index.name, index.size, len(index)]).encode())
+    for shard in shards:
+        state.update(json.dumps([shard.name, shard.size, len(shard)]).encode())
     return state.hexdigest()
-
-
-def incomplete(indexes: Sequence[Shard]) -> dict[str, list[str]]:
-    """Samples without an image or a caption: cause -> "shard/key" of each.
-
-    They keep their place in the order and come out of the loader with `valid=False`; this list is
-    for telling the user before the first step.
-    """
-    found: dict[str, list[str]] = {}
-    for index in indexes:
-        for cause, keys in index.incomplete().items():
-            if keys:
-                found.setdefault(cause, []).extend(f"{index.name}/{key}" for key in keys)
-    return found

@@ -46,7 +46,7 @@ class Stage:
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class LoaderSettings:
     """What a run would ask of its loader."""
 
     shape: SampleShape
@@ -67,7 +67,7 @@ def timed(name: str, work: Callable[[int], int], seconds: float) -> Stage:
 
 
 def measure_parts(
-    shards: Sequence[Shard], tokenizer: Tokenizer, settings: Settings, *, seconds: float
+    shards: Sequence[Shard], tokenizer: Tokenizer, settings: LoaderSettings, *, seconds: float
 ) -> list[Stage]:
     """Reading, decoding with the crop, tokenizing, assembling: each alone, in one thread.
 
@@ -133,7 +133,7 @@ class _Reader:
 def measure_loader(
     shards: Sequence[Shard],
     tokenizer: Tokenizer,
-    settings: Settings,
+    settings: LoaderSettings,
     *,
     threads: int,
     seconds: float,

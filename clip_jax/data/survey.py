@@ -1,6 +1,6 @@
 """What is in a set: every sample looked at once, and the account of what was seen.
 
-A `Tally` holds counts only, so it is small whatever the set, and tallies of parts add up.
+A `SurveyCounts` holds counts only, so it is small whatever the set, and tallies of parts add up.
 """
 
 import itertools
@@ -29,7 +29,7 @@ TokenLengths = Callable[[list[str]], Sequence[int]]
 
 
 @dataclass
-class Tally:
+class SurveyCounts:
     """Counts of the samples that were looked at.
 
     Attributes:
@@ -58,7 +58,7 @@ class Tally:
     lows: dict[str, float] = field(default_factory=dict)
     highs: dict[str, float] = field(default_factory=dict)
 
-    def add(self, other: "Tally") -> None:
+    def add(self, other: "SurveyCounts") -> None:
         """Take in the tally of another part."""
         for name in (f.name for f in fields(self) if f.name not in ("named", "lows", "highs")):
             mine = getattr(self, name)
@@ -73,7 +73,7 @@ class Tally:
             self.highs[name] = max(self.highs.get(name, low), other.highs[name])
 
 
-def spread(total: int, limit: int | None) -> Int64[np.ndarray, " looked"]:
+def evenly_spaced(total: int, limit: int | None) -> Int64[np.ndarray, " looked"]:
     """All of `total` places, or `limit` of them at equal distances."""
     if limit is None or limit >= total:
         return np.arange(total)
@@ -87,7 +87,7 @@ def survey(
     *,
     threads: int = 4,
     max_pixels: int = MAX_PIXELS,
-) -> Iterator[Tally]:
+) -> Iterator[SurveyCounts]:
     """The tallies of these samples, part by part, in order; every image is decoded whole.
 
     Args:
@@ -96,8 +96,8 @@ def survey(
     """
     line = ConcatShards(indexes)
 
-    def look(first: int) -> Tally:
-        tally, texts = Tally(), []
+    def look(first: int) -> SurveyCounts:
+        tally, texts = SurveyCounts(), []
         with Handles() as handles:
             for row in rows[first : first + _CHUNK].tolist():
                 texts += _look(tally, *line.at(row), handles, max_pixels)
@@ -116,7 +116,9 @@ def survey(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _look(tally: Tally, index: Shard, i: int, handles: Handles, max_pixels: int) -> list[str]:
+def _look(
+    tally: SurveyCounts, index: Shard, i: int, handles: Handles, max_pixels: int
+) -> list[str]:
     """Count one sample; its captions."""
     tally.looked += 1
     try:
@@ -137,7 +139,7 @@ def _look(tally: Tally, index: Shard, i: int, handles: Handles, max_pixels: int)
     return sample.captions
 
 
-def _count_fields(tally: Tally, record: dict[str, Any]) -> None:
+def _count_fields(tally: SurveyCounts, record: dict[str, Any]) -> None:
     for name, value in record.items():
         if isinstance(value, int | float) and not isinstance(value, bool) and value == value:
             tally.numbers[name] += 1

@@ -20,7 +20,7 @@ from clip_jax.data.formats.options import split_options
 from clip_jax.data.loader import Loader
 from clip_jax.data.shards import Shard
 from clip_jax.data.skip_log import SkipLog
-from clip_jax.data.sources import FOLDER, expand, kind_of, open_shards
+from clip_jax.data.sources import FOLDER_FORMAT, expand, format_of, open_shards
 from clip_jax.embeddings.folder import METADATA, About, is_whole, part_file
 from clip_jax.evaluation.encoders import Encoders
 from clip_jax.evaluation.features import FeatureSet, encode_parts
@@ -52,7 +52,7 @@ def open_images(data: str) -> list[Shard]:
       UserError: it names nothing, or a shard cannot be read.
     """
     shards = expand(data)
-    is_folder = [kind_of(split_options(shard)[0]) is FOLDER for shard in shards]
+    is_folder = [format_of(split_options(shard)[0]) is FOLDER_FORMAT for shard in shards]
     others = iter(open_shards([s for s, f in zip(shards, is_folder, strict=True) if not f]))
     return [
         open_folder(*split_options(shard), need_captions=False) if folder else next(others)

@@ -18,7 +18,7 @@ from typing import Any
 from clip_jax.data.dataset import open_sources
 from clip_jax.data.sample_reader import SampleShape
 from clip_jax.data.skip_log import SkipLog
-from clip_jax.data.stages import PARTS, Settings, Stage, measure_loader, measure_parts
+from clip_jax.data.stages import PARTS, LoaderSettings, Stage, measure_loader, measure_parts
 from clip_jax.errors import UserError, check_counts, run_command
 from clip_jax.models.flops import train_flops_per_pair
 from clip_jax.planning.hardware import find_device
@@ -128,7 +128,7 @@ def bench(
     hardware |= {"utilization": utilization, "image_size": image_size}
     need_of(model, encode, 16, **hardware)  # an unknown name ends before anything is measured
     shape = SampleShape(config.vision.image_size, config.text.context_length)
-    settings = Settings(shape, batch_size, _DATA)
+    settings = LoaderSettings(shape, batch_size, _DATA)
     shards = [shard for one in open_sources(source, log=SkipLog()) for shard in one]
     loaders, lengths = [], Counter[int]()
     with progress_bar(len(threads) + PARTS, "bench", "stage") as progress:

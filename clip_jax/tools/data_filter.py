@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float32, Int64
 
-from clip_jax.data.dataset import open_line
+from clip_jax.data.dataset import open_all_shards
 from clip_jax.data.shards import Shard
 from clip_jax.data.skip_log import SkipLog
 from clip_jax.data.sources import fingerprint
@@ -148,11 +148,11 @@ def filter_set(
       UserError: the source holds nothing, `out` something else, or nothing is selected.
     """
     log, folder = SkipLog(), Path(out)
-    shards = open_line(source, where=where, log=log)
+    shards = open_all_shards(source, where=where, log=log)
     scores_B, skipped = score_set(
         encoders, shards, folder / SCORES, batch_size=batch_size, threads=threads
     )
-    result = FilterResult(folder / SCORES, scores_B, skipped, tuple(log.lost))
+    result = FilterResult(folder / SCORES, scores_B, skipped, tuple(log.excluded_shards))
     if scores_only:
         return result
     rows = select(scores_B, threshold=threshold, top=top)

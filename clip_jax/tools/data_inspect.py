@@ -15,13 +15,21 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
-from clip_jax.data.dataset import open_line
-from clip_jax.data.filters import first_of_key
+from clip_jax.data.dataset import open_all_shards
+from clip_jax.data.filters import first_of_each_key
 from clip_jax.data.images import decode_image
-from clip_jax.data.loader import BUCKETS
+from clip_jax.data.loader import BUCKETS, caption_lengths
 from clip_jax.data.shards import BadSampleError, ConcatShards, Handles, Shard
 from clip_jax.data.skip_log import SkipLog
-from clip_jax.data.survey import SIDES, Tally, TokenLengths, histogram, quantile, spread, survey
+from clip_jax.data.survey import (
+    SIDES,
+    SurveyCounts,
+    TokenLengths,
+    evenly_spaced,
+    histogram,
+    quantile,
+    survey,
+)
 from clip_jax.data.writing.tar_writer import read_sample
 from clip_jax.errors import EXIT_INTERRUPTED, check_counts, run_command
 from clip_jax.evaluation.plots import IMAGE_SIDE, caption_grid
@@ -153,9 +161,9 @@ def inspect(
     """
     check_counts({"--limit": limit, "--threads": threads, "--batch-size": batch_size})
     lengths, log = lengths_by(make_tokenizer(tokenizer)), SkipLog()
-    shards = open_line(source, where=where, log=log)
-    rows = spread(sum(map(len, shards)), limit)
-    tally = Tally()
+    shards = open_all_shards(source, where=where, log=log)
+    rows = evenly_spaced(sum(map(len, shards)), limit)
+    tally = SurveyCounts()
     with progress_bar(len(rows), "inspect", "sample") as progress:
         try:
             for part in survey(shards, rows, lengths, threads=threads):
@@ -166,7 +174,7 @@ def inspect(
     inspection = Inspection(
         source=tuple(source),
         complete=tally.looked == len(rows),
-        lost_shards=tuple(log.lost),
+        lost_shards=tuple(log.excluded_shards),
         **_key_figures(shards),
         **_caption_figures(tally, context_length, batch_size),
         **_image_figures(tally),
@@ -180,14 +188,13 @@ def lengths_by(tokenizer: Tokenizer) -> TokenLengths:
     """Return a function from captions to tokens, the end token among them, up to a limit."""
 
     def lengths(texts: list[str]) -> list[int]:
-        ends = tokenizer(texts, _MAX_TOKENS) == tokenizer.eot_id
-        return np.where(ends.any(axis=1), ends.argmax(axis=1) + 1, _MAX_TOKENS).tolist()
+        return caption_lengths(tokenizer(texts, _MAX_TOKENS), tokenizer.eot_id).tolist()
 
     return lengths
 
 
 def _key_figures(shards: Sequence[Shard]) -> dict[str, Any]:
-    is_first = first_of_key(shards)
+    is_first = first_of_each_key(shards)
     samples = ConcatShards(shards)
     repeated = [samples.at(row) for row in np.flatnonzero(~is_first)[:5].tolist()]
     return {
@@ -198,7 +205,7 @@ def _key_figures(shards: Sequence[Shard]) -> dict[str, Any]:
     }
 
 
-def _caption_figures(tally: Tally, context_length: int, batch_size: int) -> dict[str, Any]:
+def _caption_figures(tally: SurveyCounts, context_length: int, batch_size: int) -> dict[str, Any]:
     bounds = [b for b in BUCKETS if b < context_length] + [context_length]
     captions = histogram(tally.tokens, bounds)
     captions[-2] += captions[-1]  # too long ones are cut to the last bucket
@@ -219,7 +226,7 @@ def _caption_figures(tally: Tally, context_length: int, batch_size: int) -> dict
     }
 
 
-def _image_figures(tally: Tally) -> dict[str, Any]:
+def _image_figures(tally: SurveyCounts) -> dict[str, Any]:
     short_sides: Counter[int] = Counter()
     for size, count in tally.sizes.items():
         short_sides[min(size)] += count
@@ -275,7 +282,7 @@ def some_samples(
 ) -> tuple[list[np.ndarray], list[str]]:
     """Return images and captions of `GRID` of these samples, at equal distances if all are good."""
     images, captions = [], []
-    candidates = rows[spread(len(rows), 4 * GRID)]
+    candidates = rows[evenly_spaced(len(rows), 4 * GRID)]
     samples = ConcatShards(shards)
     with Handles() as handles:
         for row in np.concatenate([candidates[k::4] for k in range(4)]).tolist():

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from clip_jax.data.dataset import open_line
+from clip_jax.data.dataset import open_all_shards
 from clip_jax.data.skip_log import SkipLog
 from clip_jax.data.writing.shard_set import (
     PER_SHARD,
@@ -72,7 +72,7 @@ def shard(
     if not 1 <= quality <= 100:
         raise UserError(f"--quality is {quality}; it takes 1 to 100")
     log, folder = SkipLog(), Path(out)
-    shards = open_line(source, where=where, unique_keys=unique_keys, log=log)
+    shards = open_all_shards(source, where=where, unique_keys=unique_keys, log=log)
     rows = np.arange(sum(map(len, shards)))
     shrink = Shrink(resize, quality) if resize else None
     shard_set = ShardSet(shards, rows, folder, per_shard, shrink)
@@ -80,7 +80,7 @@ def shard(
     claim_shard_folder(shard_set, {**sizes, "--filter": where, "--unique-keys": unique_keys})
     with progress_bar(len(rows), folder.name) as progress:
         written = write_set(shard_set, threads=threads, on_rows=progress.update)
-    return ShardResult(written, tuple(log.lost))
+    return ShardResult(written, tuple(log.excluded_shards))
 
 
 def result_text(result: ShardResult) -> str:

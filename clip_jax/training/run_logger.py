@@ -79,7 +79,7 @@ class RunLogger:
                 values["mfu"] = rate * self._pair_flops(self.length) / self._peak
             skipped = distributed.total(self._part, loader.skipped)
             values |= {f"skipped/{cause}": n for cause, n in skipped.items()}
-            values |= {f"left_out/{cause}": n for cause, n in loader.left_out.items()}
+            values |= {f"left_out/{cause}": n for cause, n in loader.excluded.items()}
             if self._writer is not None:
                 self._writer.write(step, values)
             left = self._throughput.seconds_left

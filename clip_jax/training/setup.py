@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from clip_jax.data.dataset import TrainingData, open_sources, steps_of_one_pass
+from clip_jax.data.dataset import TrainingData, open_sources, steps_per_epoch
 from clip_jax.data.images import OPENAI, Preprocess
 from clip_jax.data.loader import Loader, make_train_loader
-from clip_jax.data.manifest import Share
+from clip_jax.data.manifest import ProcessShare
 from clip_jax.data.order import BatchPart
 from clip_jax.data.sample_reader import SampleShape
-from clip_jax.data.skip_log import SKIPPED, SkipLog
+from clip_jax.data.skip_log import SKIPPED_FILENAME, SkipLog
 from clip_jax.errors import UserError
 from clip_jax.evaluation.in_training import Evaluator, make_evaluator
 from clip_jax.evaluation.spec import EvalSpec
@@ -268,15 +268,19 @@ def open_data(config: Config, workdir: str) -> TrainingData:
       UserError: a source cannot be read, or too many of its shards.
     """
     d = config.data
-    log = SkipLog(Path(workdir) / SKIPPED, d.max_skip_fraction, process=distributed.process_index())
+    log = SkipLog(
+        Path(workdir) / SKIPPED_FILENAME, d.max_skip_fraction, process=distributed.process_index()
+    )
     sources = open_sources(
         d.train,
         where=d.filter,
         unique_keys=d.unique_keys,
         log=log,
-        resident=windows_in_memory(config, distributed.process_count()),
+        cached_shards=windows_in_memory(config, distributed.process_count()),
         workdir=workdir,
-        share=Share(distributed.process_index(), distributed.process_count(), distributed.gather),
+        share=ProcessShare(
+            distributed.process_index(), distributed.process_count(), distributed.gather
+        ),
     )
     return TrainingData(sources, log)
 
@@ -294,7 +298,7 @@ def steps_of_run(config: Config, pairs: int) -> int:
     """The optimizer steps that the config asks for on data of so many pairs."""
     t = config.train
     if not config.data.repeat:
-        return steps_of_one_pass(pairs, t.batch_size, config.data.streams)
+        return steps_per_epoch(pairs, t.batch_size, config.data.streams)
     return t.steps or int(t.epochs * pairs / t.batch_size)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from clip_jax.data.dataset import TrainingData, lacking
+from clip_jax.data.dataset import TrainingData, incomplete_samples
 from clip_jax.data.loader import Batch, bucket_length
 from clip_jax.data.sources import fingerprint
 from clip_jax.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED, UserError
@@ -172,16 +172,16 @@ def _summary(config: Config, w: RunComponents, data: TrainingData, pairs: int, s
     ]
     lines += [
         f"shards left out: {n} {cause.replace('_', ' ')}, listed in skipped.jsonl"
-        for cause, n in data.log.shards.items()
+        for cause, n in data.log.shard_counts.items()
     ]
     lines += [
         f"samples left out: {n:,} {cause.replace('_', ' ')}"
-        for cause, n in data.log.left_out.items()
+        for cause, n in data.log.excluded.items()
         if n
     ]
     lines += [
         f"{count} samples have {cause.replace('_', ' ')} and are left out, first {first}"
-        for cause, (count, first) in lacking(data.shards).items()
+        for cause, (count, first) in incomplete_samples(data.shards).items()
     ]
     return "\n".join(lines)
 

@@ -18,9 +18,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from clip_jax.data.augment import jpeg_scale, make_decode, make_transform, smallest_crop
-from clip_jax.data.dataset import open_sources, steps_of_one_pass
+from clip_jax.data.dataset import open_sources, steps_per_epoch
 from clip_jax.data.images import crop_box, decode_image
-from clip_jax.data.order import BLOCK, BatchOrder, BatchPart, Mixture, Order, places
+from clip_jax.data.order import (
+    MIXTURE_BLOCK,
+    BatchOrder,
+    BatchPart,
+    Mixture,
+    Order,
+    places_per_block,
+)
 from clip_jax.data.skip_log import MIN_ROWS, SkipLog
 from clip_jax.data.sources import open_shards
 from clip_jax.errors import UserError
@@ -37,7 +44,7 @@ def test_one_pass_gives_every_sample_once_on_any_number_of_hosts(sizes, batch_si
         return
     order = Order(sizes, seed=3, num_streams=8, window=2)
     lengths = [order.stream_length(s) for s in range(8)]
-    steps = steps_of_one_pass(sum(sizes), batch_size, 8)
+    steps = steps_per_epoch(sum(sizes), batch_size, 8)
     whole = None
     for hosts in (1, 2, 4, 8):
         parts = [
@@ -67,21 +74,23 @@ def mixture(seed=7):
 
 
 def test_a_mixture_keeps_the_shares_and_each_sources_own_epochs():
-    ids, epochs = mixture().samples_at(1, 0, 4 * BLOCK)
+    ids, epochs = mixture().samples_at(1, 0, 4 * MIXTURE_BLOCK)
     small = ids < 40
-    for block in small.reshape(4, BLOCK):
-        assert block.sum() == 3 * BLOCK // 4
+    for block in small.reshape(4, MIXTURE_BLOCK):
+        assert block.sum() == 3 * MIXTURE_BLOCK // 4
     # Stream 1 owns 10 of the small source's samples: an epoch of it is 10 places.
     first = ids[small][:10]
     assert sorted(first) == list(range(10, 20)) and (epochs[small][:10] == 0).all()
-    assert epochs[small].max() == 3 * BLOCK // 10 - (3 * BLOCK % 10 == 0)
+    assert epochs[small].max() == 3 * MIXTURE_BLOCK // 10 - (3 * MIXTURE_BLOCK % 10 == 0)
     large = ids[~small]
-    assert len(large) == BLOCK and len(set(large[:1000])) == 1000  # 1,000 of its own a stream
+    assert (
+        len(large) == MIXTURE_BLOCK and len(set(large[:1000])) == 1000
+    )  # 1,000 of its own a stream
     assert ((large >= 40 + 1000) & (large < 40 + 2000)).all()
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 5 * BLOCK), st.integers(1, 2 * BLOCK))
+@given(st.integers(0, 5 * MIXTURE_BLOCK), st.integers(1, 2 * MIXTURE_BLOCK))
 def test_any_position_of_a_mixture_can_be_the_first(position, count):
     whole = mixture().samples_at(2, 0, position + count)
     part = mixture().samples_at(2, position, count)
@@ -90,10 +99,10 @@ def test_any_position_of_a_mixture_can_be_the_first(position, count):
 
 
 def test_places_of_weights():
-    assert places((1.0, 1.0, 1.0)) == [342, 341, 341]
+    assert places_per_block((1.0, 1.0, 1.0)) == [342, 341, 341]
     for weights in ((0.0, 1.0), (-1.0, 2.0), (float("inf"), 1.0), (1e-9, 1.0)):
         with pytest.raises(UserError, match=r"config\.data\.weights"):
-            places(weights)
+            places_per_block(weights)
 
 
 def test_a_mixture_through_the_loader(tmp_path):
@@ -183,7 +192,7 @@ def test_missing_and_damaged_shards_are_left_out_and_named(tmp_path):
     log = SkipLog(tmp_path / "skipped.jsonl", max_fraction=0.4)
     (source,) = open_sources(pattern, log=log)
     assert len(source) == 6
-    assert log.shards == {"shard_missing": 2, "shard_damaged": 2}
+    assert log.shard_counts == {"shard_missing": 2, "shard_damaged": 2}
     names = [
         json.loads(line)["name"] for line in (tmp_path / "skipped.jsonl").read_text().splitlines()
     ]

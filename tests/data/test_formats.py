@@ -21,7 +21,7 @@ from clip_jax.data import filters
 from clip_jax.data.formats import records, remote
 from clip_jax.data.formats.errors import ShardError
 from clip_jax.data.shards import BadSampleError, Handles
-from clip_jax.data.sources import expand, kind_of, open_shard, open_shards
+from clip_jax.data.sources import expand, format_of, open_shard, open_shards
 from clip_jax.errors import UserError
 
 COUNT = 6
@@ -434,11 +434,11 @@ def test_the_cache_on_disk_is_bounded_and_what_is_open_stays_readable(tmp_path):
 
 def test_filters_and_repeated_keys(tmp_path):
     (shard,) = open_shards([str(write_tar(tmp_path))])
-    kept = filters.filtered(shard, filters.parse_filter("width>=200, width!=300"))
+    kept = filters.filter_shard(shard, filters.parse_filter("width>=200, width!=300"))
     assert [kept.key(i) for i in range(len(kept))] == ["000000002", "000000004", "000000005"]
-    assert len(filters.filtered(shard, filters.parse_filter("caption==other"))) == COUNT
-    assert len(filters.filtered(shard, filters.parse_filter("absent>0"))) == 0
-    first, second = filters.without_repeats([kept, shard])
+    assert len(filters.filter_shard(shard, filters.parse_filter("caption==other"))) == COUNT
+    assert len(filters.filter_shard(shard, filters.parse_filter("absent>0"))) == 0
+    first, second = filters.drop_repeated_keys([kept, shard])
     assert len(first) == 3
     assert [second.key(i) for i in range(3)] == ["000000000", "000000001", "000000003"]
     for text in ("width", "width>x", ">3"):
@@ -449,4 +449,4 @@ def test_filters_and_repeated_keys(tmp_path):
 def test_names_that_are_no_data(tmp_path):
     for name in ("x.txt", "a.tar.gz", "a.tgz"):
         with pytest.raises(UserError):
-            kind_of(name)
+            format_of(name)

@@ -15,7 +15,7 @@ from run_tiny import start_two, write_experiment
 
 from clip_jax.data.dataset import open_sources
 from clip_jax.data.formats import remote
-from clip_jax.data.manifest import Entry, write_index
+from clip_jax.data.manifest import ShardEntry, write_manifest
 from clip_jax.data.skip_log import SkipLog
 
 
@@ -68,9 +68,9 @@ def test_a_server_that_fails_at_first_loses_nothing(server):
     pattern, failures, asked = server
     failures["s-00001.tar"] = remote.TRIES - 1
     log = SkipLog()
-    (shards,) = open_sources(pattern, log=log, resident=8)
+    (shards,) = open_sources(pattern, log=log, cached_shards=8)
     keys, good = one_epoch(shards, log)
-    assert len(set(keys)) == 16 and good.all() and not log.shards
+    assert len(set(keys)) == 16 and good.all() and not log.shard_counts
     # With the last, good try; each shard is fetched once for all its samples.
     assert asked["s-00001.tar"] == remote.TRIES and asked["s-00002.tar"] == 1
 
@@ -79,9 +79,9 @@ def test_a_server_that_always_fails_loses_the_shard_and_names_it(server, tmp_pat
     pattern, failures, asked = server
     failures["s-00001.tar"] = 10**6
     log = SkipLog(tmp_path / "skipped.jsonl")
-    (shards,) = open_sources(pattern, log=log, resident=8)
+    (shards,) = open_sources(pattern, log=log, cached_shards=8)
     assert [len(shard) for shard in shards] == [4] * 3
-    assert log.shards == {"shard_unreadable": 1} and asked["s-00001.tar"] == remote.TRIES
+    assert log.shard_counts == {"shard_unreadable": 1} and asked["s-00001.tar"] == remote.TRIES
     (line,) = (tmp_path / "skipped.jsonl").read_text().splitlines()
     assert json.loads(line)["name"].endswith("/s-00001.tar") and "503" in line
 
@@ -90,10 +90,10 @@ def test_a_promised_shard_that_a_server_does_not_give_is_passed_over(server, tmp
     """With an index nothing is fetched at the start; the fault comes in the middle of a run."""
     pattern, failures, asked = server
     paths = sorted(tmp_path.glob("*.tar"))
-    write_index(tmp_path, {path.name: Entry(4, path.stat().st_size) for path in paths})
+    write_manifest(tmp_path, {path.name: ShardEntry(4, path.stat().st_size) for path in paths})
     failures["s-00002.tar"] = 10**6
     log = SkipLog(tmp_path / "skipped.jsonl")
-    (shards,) = open_sources(pattern, log=log, resident=8)
+    (shards,) = open_sources(pattern, log=log, cached_shards=8)
     assert not asked.keys() - {"index.json"}
     keys, good = one_epoch(shards, log)
     assert len(keys) == 16 and log.counts == {"shard_unreadable": 4}
@@ -108,14 +108,14 @@ def test_repeated_keys_and_filtered_samples_are_counted(tmp_path):
     data_cases.write_shards(tmp_path, [4, 3], prefix="a")
     data_cases.write_shards(tmp_path, [5], prefix="b")  # keys 0 to 4 again
     log = SkipLog(tmp_path / "skipped.jsonl")
-    (shards,) = open_sources(str(tmp_path), log=log, unique_keys=True, resident=4)
+    (shards,) = open_sources(str(tmp_path), log=log, unique_keys=True, cached_shards=4)
     assert [len(shard) for shard in shards] == [4, 3, 0]
-    assert log.left_out == {"duplicate_key": 5}
+    assert log.excluded == {"duplicate_key": 5}
     lines = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert [line["name"] for line in lines] == [f"b-00000.tar/{k:06d}" for k in range(5)]
     log = SkipLog()
-    (shards,) = open_sources(str(tmp_path), log=log, where="caption==caption 2", resident=4)
-    assert sum(map(len, shards)) == 2 and log.left_out == {"filtered": 10}
+    (shards,) = open_sources(str(tmp_path), log=log, where="caption==caption 2", cached_shards=4)
+    assert sum(map(len, shards)) == 2 and log.excluded == {"filtered": 10}
     assert log.counts.total() == 0
 
 
@@ -138,14 +138,14 @@ def test_a_thousand_damaged_shards_lose_their_rows_and_leave_nothing_open(tmp_pa
     for path in paths:
         path.write_bytes(whole)
     pattern, run = f"{tmp_path}/{{00000..01099}}.tar", str(tmp_path / "run")
-    open_sources(pattern, log=SkipLog(), resident=8, workdir=run)
+    open_sources(pattern, log=SkipLog(), cached_shards=8, workdir=run)
     for path, kind in zip(paths, kinds, strict=True):
         if kind != "good":
             path.write_bytes(SHARD_DAMAGES[kind][0](whole))
     for path in paths[:7]:
         path.unlink()
     log = SkipLog(tmp_path / "skipped.jsonl")
-    (shards,) = open_sources(pattern, log=log, resident=64, workdir=run)
+    (shards,) = open_sources(pattern, log=log, cached_shards=64, workdir=run)
     files = len(list(Path("/proc/self/fd").iterdir()))
     keys, good = one_epoch(shards, log, batch_size=64)
     assert len(keys) == 2200 and good.sum() == 200
@@ -153,7 +153,7 @@ def test_a_thousand_damaged_shards_lose_their_rows_and_leave_nothing_open(tmp_pa
     assert log.counts == {cause: 2 * n for cause, n in want.items()} | {"shard_missing": 2 * 7}
     assert len((tmp_path / "skipped.jsonl").read_text().splitlines()) == 1000
     assert len(list(Path("/proc/self/fd").iterdir())) == files
-    assert len(shards[0]._resident._shards) <= 64
+    assert len(shards[0]._cache) <= 64
 
 
 @pytest.mark.slow

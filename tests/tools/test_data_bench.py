@@ -5,7 +5,7 @@ from data_cases import ToyTokenizer, write_shards
 
 from clip_jax.data.sample_reader import SampleShape
 from clip_jax.data.sources import open_shards
-from clip_jax.data.stages import PARTS, Settings, Stage, measure_loader, measure_parts, timed
+from clip_jax.data.stages import PARTS, LoaderSettings, Stage, measure_loader, measure_parts, timed
 from clip_jax.errors import UserError
 from clip_jax.sections import DataSection
 from clip_jax.tools import data_bench as command
@@ -18,7 +18,7 @@ from clip_jax.tools.data_bench import (
     verdict_of,
 )
 
-SETTINGS = Settings(SampleShape(16, 32), 8, DataSection())
+SETTINGS = LoaderSettings(SampleShape(16, 32), 8, DataSection())
 NEED = {"device": "h100", "devices": 2, "dtype": "bfloat16", "utilization": 0.5, "image_size": 0}
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from clip_jax.data import survey as survey_module
 from clip_jax.data.loader import bucket_length
-from clip_jax.data.survey import Tally, histogram, quantile, spread
+from clip_jax.data.survey import SurveyCounts, evenly_spaced, histogram, quantile
 from clip_jax.errors import UserError
 from clip_jax.tools import data_inspect as command
 from clip_jax.tools.data_inspect import result_json, result_text
@@ -104,8 +104,8 @@ def test_a_limit_looks_at_samples_from_everywhere(tmp_path, toy):
     source, _ = write(tmp_path)
     result = command.inspect([source], limit=30)
     assert result.samples == 90 and result.looked_at == 30
-    assert spread(90, 30).tolist() == list(range(0, 90, 3))
-    assert spread(5, 9).tolist() == list(range(5))
+    assert evenly_spaced(90, 30).tolist() == list(range(0, 90, 3))
+    assert evenly_spaced(5, 9).tolist() == list(range(5))
 
 
 def test_after_an_interruption_the_figures_are_of_the_part_that_was_seen(
@@ -170,10 +170,10 @@ COUNTS = st.lists(st.integers(0, 50), min_size=1, max_size=40)
 
 @given(COUNTS, COUNTS, st.floats(0.01, 1.0))
 def test_tallies_of_parts_add_up(first, second, share):
-    parts = [Tally(looked=len(v)) for v in (first, second)]
+    parts = [SurveyCounts(looked=len(v)) for v in (first, second)]
     for tally, values in zip(parts, (first, second), strict=True):
         tally.tokens.update(values)
-    whole = Tally()
+    whole = SurveyCounts()
     for part in parts:
         whole.add(part)
     values = sorted(first + second)

@@ -19,7 +19,7 @@ from clip_jax.data.shards import (
     BadSampleError,
     Handles,
     caption_values,
-    whole_label,
+    parse_label,
 )
 from clip_jax.errors import short
 
@@ -86,7 +86,7 @@ class _ExampleShard(FileShard):
 
     def label(self, i: int, handles: Handles) -> int:
         values = self._values(i, handles, self._options.label, LABEL_FEATURES)
-        return whole_label(values[0] if values else None)
+        return parse_label(values[0] if values else None)
 
     def record(self, i: int, handles: Handles) -> dict[str, Any]:
         """Return the features of one value, numbers and texts; images are left out."""

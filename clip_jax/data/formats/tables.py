@@ -25,7 +25,7 @@ from clip_jax.data.shards import (
     Handles,
     caption_values,
     json_record,
-    whole_label,
+    parse_label,
 )
 from clip_jax.errors import UserError, short
 
@@ -140,7 +140,7 @@ class TableShard(FileShard):
 
     def label(self, i: int, handles: Handles) -> int:
         column = self._columns.label
-        return whole_label(self._value(column, i)) if column else -1
+        return parse_label(self._value(column, i)) if column else -1
 
     def record(self, i: int, handles: Handles) -> dict[str, Any]:
         row = {name: self._value(name, i) for name in self._table.column_names}
@@ -226,7 +226,7 @@ class JsonLinesShard(FileShard):
         return caption_values(self._field(i, handles, self._options.caption, CAPTION_COLUMNS))
 
     def label(self, i: int, handles: Handles) -> int:
-        return whole_label(self._field(i, handles, self._options.label, LABEL_COLUMNS))
+        return parse_label(self._field(i, handles, self._options.label, LABEL_COLUMNS))
 
 
 def open_jsonl(path: str, options: Options) -> JsonLinesShard:

@@ -29,7 +29,7 @@ from clip_jax.data.shards import (
     caption_lines,
     caption_values,
     json_record,
-    whole_label,
+    parse_label,
 )
 from clip_jax.files import atomic_write
 
@@ -105,7 +105,7 @@ class TarShard:
         place = self.member(i, "cls")
         if place is None:
             return -1
-        return whole_label(handles.read(self.path, self.size, place[0], min(place[1], 32)))
+        return parse_label(handles.read(self.path, self.size, place[0], min(place[1], 32)))
 
     def record(self, i: int, handles: Handles) -> dict[str, Any]:
         return json_record(self._text(i, "json", handles)) if self.member(i, "json") else {}

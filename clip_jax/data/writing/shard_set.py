@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from clip_jax.data.formats.webdataset import SIDE_SUFFIX, open_shard, write_side_file
-from clip_jax.data.manifest import Entry, entry_of, write_index
+from clip_jax.data.manifest import ShardEntry, entry_of, write_manifest
 from clip_jax.data.shards import BadSampleError, ConcatShards, Handles, Shard, sample_cause
 from clip_jax.data.sources import fingerprint
 from clip_jax.data.writing.tar_writer import Sample, Shrink, image_suffix, read_sample, write_shard
@@ -147,8 +147,8 @@ def _read_side_file(path: Path) -> dict[str, Any] | None:
 def _summary(shard_set: ShardSet, records: Sequence[Mapping[str, Any]]) -> WrittenShards:
     """Write the folder's index, from which a run knows its order without reading a shard."""
     paths = [shard_set.path(k) for k in range(len(shard_set))]
-    entries = [Entry(r["samples"], r["bytes"], r.get("lacks", {})) for r in records]
-    write_index(shard_set.folder, {path.name: e for path, e in zip(paths, entries, strict=True)})
+    entries = [ShardEntry(r["samples"], r["bytes"], r.get("lacks", {})) for r in records]
+    write_manifest(shard_set.folder, {path.name: e for path, e in zip(paths, entries, strict=True)})
     return WrittenShards(
         pattern=f"{shard_set.folder}/{{{paths[0].stem}..{paths[-1].stem}}}.tar",
         shards=len(paths),
