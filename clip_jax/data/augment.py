@@ -25,10 +25,10 @@ T = TypeVar("T")
 def smallest_crop(
     width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> tuple[float, float]:
-    """The least width and the least height that `images.crop_box` can give, before rounding.
+    """Return the least width and the least height of `images.crop_box`'s crops, before rounding.
 
     A crop of area s and aspect r is sqrt(s r) wide, and as it is no higher than the image, at
-    least s / height wide; the centerd crop that stands in when none fits has bounds of its own.
+    least s / height wide; the centered crop that stands in when none fits has bounds of its own.
     """
     area = scale[0] * width * height
     least_width = max(math.sqrt(area * ratio[0]), area / height)
@@ -44,7 +44,7 @@ def jpeg_scale(
     scale: tuple[float, float],
     ratio: tuple[float, float],
 ) -> int:
-    """k of k/8: how large an image must be decoded; 8 where it must be whole."""
+    """Return k of k/8: how large an image must be decoded; 8 where it must be whole."""
     crop = min(smallest_crop(width, height, scale, ratio))
     return min(8, max(1, math.ceil(8 * image_size / crop)))
 

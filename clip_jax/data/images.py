@@ -1,4 +1,4 @@
-"""Bytes to images, and images to the uint8 squares that CLIP sees.
+"""From bytes to images, and from images to the uint8 squares that CLIP sees.
 
 The transforms are torchvision's on PIL images, as OpenAI's CLIP and open_clip use them: resize
 (antialiased) *before* the conversion to RGB, no turning by EXIF. For palette images and
@@ -77,6 +77,23 @@ class ImageError(BadSampleError):
     """
 
 
+def image_suffix(data: bytes) -> str:
+    """Return `jpg`, `png` or `webp`, by the first bytes.
+
+    Raises:
+      ImageError: `empty` or `not_an_image`.
+    """
+    if not data:
+        raise ImageError("empty")
+    if data.startswith(b"\xff\xd8\xff"):
+        return "jpg"
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "png"
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "webp"
+    raise ImageError("not_an_image", data[:8].hex())
+
+
 def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode JPEG, PNG or WebP bytes into a loaded image in the mode of the file.
 
@@ -85,8 +102,6 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     Raises:
       ImageError: whatever is wrong with the bytes; never another exception.
     """
-    if not data:
-        raise ImageError("empty")
     image = _open(data, max_pixels)
     width, height = image.size
     if width * height > max_pixels:
@@ -118,27 +133,26 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     `Image.open` would add its own size check, which warns through the process-wide warning
     filters; those must not be touched from threads.
     """
+    suffix = image_suffix(data)
     file = io.BytesIO(data)
-    if data.startswith(b"\xff\xd8\xff"):
+    if suffix == "jpg":
         return _pillow(JpegImageFile, file)
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+    if suffix == "png":
         # Pillow reads the pixels without asking for the end of the file.
         if data.rfind(b"IEND") < 0:
             raise ImageError("truncated", "no IEND chunk")
         return _pillow(PngImageFile, file)
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        if len(data) < 8 + int.from_bytes(data[4:8], "little"):
-            raise ImageError("truncated", f"{len(data)} bytes")
-        # Opening allocates the canvas, so its size must be known before.
-        width, height = _webp_size(data)
-        if width * height > max_pixels:
-            raise ImageError("too_large", f"{width} x {height}")
-        return _pillow(WebPImageFile, file)
-    raise ImageError("not_an_image", data[:8].hex())
+    if len(data) < 8 + int.from_bytes(data[4:8], "little"):
+        raise ImageError("truncated", f"{len(data)} bytes")
+    # Opening allocates the canvas, so its size must be known before.
+    width, height = _webp_size(data)
+    if width * height > max_pixels:
+        raise ImageError("too_large", f"{width} x {height}")
+    return _pillow(WebPImageFile, file)
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:
-    """Width and height from the first chunk (RFC 9649, sections 2.5 to 2.7)."""
+    """Return width and height from the first chunk (RFC 9649, sections 2.5 to 2.7)."""
     if len(data) < 30:
         raise ImageError("truncated", f"{len(data)} bytes")
     chunk = data[12:16]
@@ -161,7 +175,7 @@ def eval_transform(
     *,
     max_pixels: int = MAX_PIXELS,
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """The square of `image_size` that the model sees; `preprocess.mean` and `std` come later.
+    """Return the square of `image_size` that the model sees; `preprocess.mean`, `std` come later.
 
     Equal to open_clip 3.3's `image_transform(..., is_train=False)` up to its scaling of values, in
     every value; with `OPENAI` to torchvision's `Resize`, `CenterCrop`, `convert("RGB")`. Where
@@ -189,7 +203,7 @@ def eval_transform(
 
 
 def fitted_size(width: int, height: int, n: int, mode: ResizeMode) -> tuple[int, int]:
-    """Width and height after the resize to a square of side `n`, before crop or padding."""
+    """Return width and height after the resize to a square of side `n`, before crop or padding."""
     if mode == "squash":
         return n, n
     if mode == "longest":
@@ -202,7 +216,7 @@ def fitted_size(width: int, height: int, n: int, mode: ResizeMode) -> tuple[int,
 
 
 def _pad(image: Image.Image, n: int, fill: int) -> Image.Image:
-    """The image in the middle of at least `n` x `n`, the odd pixel right and below."""
+    """Put the image in the middle of at least `n` x `n`, the odd pixel right and below."""
     right, below = (max(0, n - side) for side in image.size)
     border = (right // 2, below // 2, (right + 1) // 2, (below + 1) // 2)
     bands = len(image.getbands())
@@ -217,7 +231,7 @@ def random_resized_crop(
     scale: tuple[float, float],
     ratio: tuple[float, float],
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """A random part of the image, resized to a square: torchvision's `RandomResizedCrop`.
+    """Resize a random part of the image to a square: torchvision's `RandomResizedCrop`.
 
     Args:
       image: any mode.
@@ -242,10 +256,10 @@ def crop_box(
     scale: tuple[float, float],
     ratio: tuple[float, float],
 ) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) of a random crop, by torchvision's sampling rule.
+    """Draw (left, top, right, bottom) of a random crop, by torchvision's sampling rule.
 
     Ten tries: area uniform in `scale`, log aspect uniform in log `ratio`, place uniform; if none
-    fits into the image, the largest centerd crop whose aspect lies within `ratio`.
+    fits into the image, the largest centered crop whose aspect lies within `ratio`.
     """
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(10):

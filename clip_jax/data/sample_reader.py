@@ -182,9 +182,11 @@ class _ImageCache:
         self._lock = threading.Lock()
 
     def get(self, sample: int) -> Image.Image | None:
+        """Return the image of a sample, if it is there."""
         return self._images.get(sample)
 
     def put(self, sample: int, image: Image.Image) -> None:
+        """Keep the image of a sample, if there is room."""
         # Pillow stores every image of several bands with four bytes a pixel.
         size = image.width * image.height * (4 if len(image.getbands()) > 1 else 1)
         with self._lock:
@@ -204,5 +206,5 @@ def _captions(shard: Shard, i: int, handles: Handles, *, optional: bool) -> list
 
 
 def caption_id(caption: str) -> int:
-    """32 bits of BLAKE2b: the same on every host, so equal captions meet across hosts."""
+    """Return 32 bits of BLAKE2b, the same on every host: equal captions meet across hosts."""
     return int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=4).digest(), "little")

@@ -163,24 +163,24 @@ def inspect(
     lengths, log = lengths_by(make_tokenizer(tokenizer)), SkipLog()
     shards = open_all_shards(source, where=where, log=log)
     rows = evenly_spaced(sum(map(len, shards)), limit)
-    tally = SurveyCounts()
+    counts = SurveyCounts()
     with progress_bar(len(rows), "inspect", "sample") as progress:
         try:
             for part in survey(shards, rows, lengths, threads=threads):
-                tally.add(part)
-                progress.update(part.looked)
+                counts.add(part)
+                progress.update(part.samples)
         except KeyboardInterrupt:
             pass  # the figures are of what was seen
     inspection = Inspection(
         source=tuple(source),
-        complete=tally.looked == len(rows),
+        complete=counts.samples == len(rows),
         lost_shards=tuple(log.excluded_shards),
         **_key_figures(shards),
-        **_caption_figures(tally, context_length, batch_size),
-        **_image_figures(tally),
+        **_caption_figures(counts, context_length, batch_size),
+        **_image_figures(counts),
     )
     if out is not None:
-        _write(Path(out), inspection, shards, rows[: tally.looked])
+        _write(Path(out), inspection, shards, rows[: counts.samples])
     return inspection
 
 
@@ -205,18 +205,18 @@ def _key_figures(shards: Sequence[Shard]) -> dict[str, Any]:
     }
 
 
-def _caption_figures(tally: SurveyCounts, context_length: int, batch_size: int) -> dict[str, Any]:
+def _caption_figures(counts: SurveyCounts, context_length: int, batch_size: int) -> dict[str, Any]:
     bounds = [b for b in BUCKETS if b < context_length] + [context_length]
-    captions = histogram(tally.tokens, bounds)
+    captions = histogram(counts.tokens, bounds)
     captions[-2] += captions[-1]  # too long ones are cut to the last bucket
-    within = np.cumsum(captions[:-1]) / max(1, tally.tokens.total())
+    within = np.cumsum(captions[:-1]) / max(1, counts.tokens.total())
     # A batch is as long as its longest caption.
     batches = np.diff(within**batch_size, prepend=0.0)
     return {
-        "captions": tally.tokens.total(),
-        "captions_per_image": tally.tokens.total() / max(1, tally.sizes.total()),
-        "tokens": _quantiles(tally.tokens),
-        "cut_captions": sum(n for length, n in tally.tokens.items() if length > context_length),
+        "captions": counts.tokens.total(),
+        "captions_per_image": counts.tokens.total() / max(1, counts.sizes.total()),
+        "tokens": _quantiles(counts.tokens),
+        "cut_captions": sum(n for length, n in counts.tokens.items() if length > context_length),
         "context_length": context_length,
         "batch_size": batch_size,
         "buckets": tuple(
@@ -226,32 +226,32 @@ def _caption_figures(tally: SurveyCounts, context_length: int, batch_size: int) 
     }
 
 
-def _image_figures(tally: SurveyCounts) -> dict[str, Any]:
+def _image_figures(counts: SurveyCounts) -> dict[str, Any]:
     short_sides: Counter[int] = Counter()
-    for size, count in tally.sizes.items():
+    for size, count in counts.sizes.items():
         short_sides[min(size)] += count
-    images = tally.sizes.total()
+    images = counts.sizes.total()
     return {
-        "looked_at": tally.looked,
-        "bad": dict(tally.bad.most_common()),
-        "bad_samples": tuple(tally.named),
+        "looked_at": counts.samples,
+        "bad": dict(counts.bad.most_common()),
+        "bad_samples": tuple(counts.bad_samples),
         "images": images,
-        "bytes_per_image": tally.image_bytes / max(1, images),
-        "kinds": dict(tally.kinds.most_common()),
+        "bytes_per_image": counts.image_bytes / max(1, images),
+        "kinds": dict(counts.formats.most_common()),
         "short_side": _quantiles(short_sides),
         "short_sides": dict(
             zip(map(str, (*SIDES, "more")), histogram(short_sides, SIDES), strict=True)
         ),
-        "sizes": tuple((*size, count) for size, count in tally.sizes.most_common(5)),
-        "labeled": tally.labels.total(),
-        "classes": len(tally.labels),
+        "sizes": tuple((*size, count) for size, count in counts.sizes.most_common(5)),
+        "labeled": counts.labels.total(),
+        "classes": len(counts.labels),
         "fields": {
             name: FieldCount(
-                tally.numbers[name] + tally.words[name],
-                tally.lows.get(name),
-                tally.highs.get(name),
+                counts.number_fields[name] + counts.other_fields[name],
+                counts.minima.get(name),
+                counts.maxima.get(name),
             )
-            for name in sorted(tally.numbers | tally.words)
+            for name in sorted(counts.number_fields | counts.other_fields)
         },
     }
 

@@ -112,7 +112,7 @@ def test_after_an_interruption_the_figures_are_of_the_part_that_was_seen(
     tmp_path, toy, monkeypatch
 ):
     source, _ = write(tmp_path)
-    monkeypatch.setattr(survey_module, "_CHUNK", 10)
+    monkeypatch.setattr(survey_module, "_ROWS_PER_PART", 10)
 
     class Bar:
         calls = 0
@@ -170,14 +170,14 @@ COUNTS = st.lists(st.integers(0, 50), min_size=1, max_size=40)
 
 @given(COUNTS, COUNTS, st.floats(0.01, 1.0))
 def test_tallies_of_parts_add_up(first, second, share):
-    parts = [SurveyCounts(looked=len(v)) for v in (first, second)]
-    for tally, values in zip(parts, (first, second), strict=True):
-        tally.tokens.update(values)
+    parts = [SurveyCounts(samples=len(v)) for v in (first, second)]
+    for counts, values in zip(parts, (first, second), strict=True):
+        counts.tokens.update(values)
     whole = SurveyCounts()
     for part in parts:
         whole.add(part)
     values = sorted(first + second)
-    assert whole.looked == len(values) == whole.tokens.total()
+    assert whole.samples == len(values) == whole.tokens.total()
     value = quantile(whole.tokens, share)
     assert sum(v <= value for v in values) >= share * len(values)
     assert sum(v < value for v in values) < share * len(values)

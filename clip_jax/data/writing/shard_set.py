@@ -20,10 +20,11 @@ import numpy as np
 from jaxtyping import Int64
 
 from clip_jax.data.formats.webdataset import SIDE_SUFFIX, open_shard, write_side_file
+from clip_jax.data.images import image_suffix
 from clip_jax.data.manifest import ShardEntry, entry_of, write_manifest
 from clip_jax.data.shards import BadSampleError, ConcatShards, Handles, Shard, sample_cause
 from clip_jax.data.sources import fingerprint
-from clip_jax.data.writing.tar_writer import Sample, Shrink, image_suffix, read_sample, write_shard
+from clip_jax.data.writing.tar_writer import Sample, Shrink, read_sample, write_shard
 from clip_jax.files import atomic_write, claim_folder
 
 BUILD_INFO = "shards.json"

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from clip_jax.data.formats.webdataset import IMAGE_SUFFIXES
-from clip_jax.data.images import ImageError, decode_image
+from clip_jax.data.images import decode_image, image_suffix
 from clip_jax.data.shards import BadSampleError, Handles, Shard
 from clip_jax.files import atomic_write
 
 JPEG_QUALITY = 95
 """Pillow's quality of an image that is encoded again."""
 
-_MAGIC = {"jpg": b"\xff\xd8\xff", "png": b"\x89PNG\r\n\x1a\n", "webp": b"RIFF"}
 _FORMAT = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 
 
@@ -56,20 +55,6 @@ class Shrink:
         # PNG has no quality, and Pillow ignores it there.
         image.save(out, _FORMAT[image_suffix(data)], quality=self.quality)
         return out.getvalue()
-
-
-def image_suffix(data: bytes) -> str:
-    """Return `jpg`, `png` or `webp`, by the first bytes.
-
-    Raises:
-      ImageError: `empty` or `not_an_image`.
-    """
-    if not data:
-        raise ImageError("empty")
-    for suffix, magic in _MAGIC.items():
-        if data.startswith(magic) and (suffix != "webp" or data[8:12] == b"WEBP"):
-            return suffix
-    raise ImageError("not_an_image", data[:8].hex())
 
 
 def read_sample(shard: Shard, i: int, handles: Handles) -> Sample:
