@@ -1,4 +1,4 @@
-"""What the checkpoint files in tests/golden/ hold, and files of the other formats like them.
+"""The arrays in the checkpoint files of tests/golden/, and files of the other formats like them.
 
 `tests/parity/make_reader_files.py` writes the golden files with torch from these arrays.
 """
@@ -14,7 +14,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 def numbers(shape, dtype="float32", start=-3):
-    """Small multiples of a quarter, which every float type holds exactly."""
+    """Return small multiples of a quarter, which every float type holds exactly."""
     values = np.arange(np.prod(shape, dtype=int)) + start
     step = 0.25 if np.dtype(dtype).kind in "fV" else 1
     return (values * step).astype(dtype).reshape(shape)
@@ -69,7 +69,7 @@ TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64",
 
 
 def safetensors_bytes(arrays, header=None, data=None):
-    """A safetensors file; `header` replaces the JSON text."""
+    """Return the bytes of a safetensors file; `header` replaces the JSON text."""
     entries, blob = {"__metadata__": {"format": "pt"}}, b""
     for name, array in arrays.items():
         stop = len(blob) + array.nbytes
@@ -85,7 +85,7 @@ def safetensors_bytes(arrays, header=None, data=None):
 
 
 def write_torch(path, pickle, storages=(), **extra):
-    """An archive like those of torch.save around any pickle; `storages` are (key, bytes)."""
+    """Write an archive like those of torch.save around any pickle; `storages` are (key, bytes)."""
     members = {"data.pkl": pickle, "byteorder": b"little", **extra}
     with zipfile.ZipFile(path, "w") as archive:
         for name, data in members.items():
@@ -95,19 +95,19 @@ def write_torch(path, pickle, storages=(), **extra):
     return path
 
 
-def parts(path):
-    """(pickle, storages) of an archive of torch.save."""
+def read_parts(path):
+    """Return the pickle and the storages of an archive of torch.save."""
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
         pickle = next(archive.read(name) for name in names if name.endswith("/data.pkl"))
         return pickle, [(n.split("/")[-1], archive.read(n)) for n in names if "/data/" in n]
 
 
-def same(found, expected):
-    """Equal names, shapes, types and bits."""
-    return found.keys() == expected.keys() and all(
-        found[name].dtype == array.dtype
-        and found[name].shape == array.shape
-        and found[name].tobytes() == array.tobytes()
+def same(arrays, expected):
+    """Return whether names, shapes, types and bits are equal."""
+    return arrays.keys() == expected.keys() and all(
+        arrays[name].dtype == array.dtype
+        and arrays[name].shape == array.shape
+        and arrays[name].tobytes() == array.tobytes()
         for name, array in expected.items()
     )

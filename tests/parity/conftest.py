@@ -1,4 +1,4 @@
-"""Lets torchvision import where its compiled operators cannot load.
+"""Let torchvision import where its compiled operators cannot load.
 
 A torchvision built against another torch fails while registering `torchvision::nms`; the
 transforms need none of its operators, so declaring the two names is enough.

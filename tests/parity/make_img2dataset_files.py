@@ -1,4 +1,4 @@
-"""Writes tests/golden/img2dataset/ with img2dataset itself, from a server on this machine.
+"""Write tests/golden/img2dataset/ with img2dataset itself, from a server on this machine.
 
 Twelve addresses of images and captions, of which three cannot be had, in each of three formats.
 
@@ -28,7 +28,7 @@ CAPTIONS = [
 ]  # fmt: skip
 
 
-def write_pictures(folder: Path) -> None:
+def write_images(folder: Path) -> None:
     for k in range(len(CAPTIONS)):
         size = (40 + 8 * k, 64 - 3 * k)
         image = Image.new("RGB", size, (20 * k, 255 - 20 * k, 90))
@@ -42,10 +42,10 @@ def write_pictures(folder: Path) -> None:
 def main() -> None:
     shutil.rmtree(GOLDEN, ignore_errors=True)
     with tempfile.TemporaryDirectory() as scratch:
-        pictures = Path(scratch) / "pictures"
-        pictures.mkdir()
-        write_pictures(pictures)
-        handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(pictures))
+        images = Path(scratch) / "images"
+        images.mkdir()
+        write_images(images)
+        handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(images))
         server = http.server.ThreadingHTTPServer(("localhost", 0), handler)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         urls = [f"http://localhost:{server.server_port}/{k}.jpg" for k in range(len(CAPTIONS))]

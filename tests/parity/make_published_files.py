@@ -1,4 +1,4 @@
-"""Writes tests/golden/published: tiny models by the genuine libraries, and their own features.
+"""Write tests/golden/published: tiny models by the genuine libraries, and their own features.
 
     python tests/parity/make_published_files.py
 

@@ -1,4 +1,4 @@
-"""Writes the checkpoint files of tests/golden/ with the genuine library.
+"""Write the checkpoint files of tests/golden/ with the genuine library.
 
 python tests/parity/make_reader_files.py
 """
@@ -51,7 +51,7 @@ def scripted():
 
 
 def state():
-    """STATE with the strides, offsets and sharing that its names speak of."""
+    """Return STATE with the strides, offsets and sharing that its names speak of."""
     tensors = {name: tensor(array) for name, array in STATE.items()}
     tensors["turned"] = tensor(numbers((5, 3))).T
     tensors["middle"] = tensor(numbers((3, 4, 5)))[1]

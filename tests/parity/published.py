@@ -1,4 +1,4 @@
-"""Genuine checkpoints of random weights, and how far our features are from their library's.
+"""Compare features of genuine checkpoints, with random weights, to their own library's.
 
 Models are built by open_clip or transformers from a seed, moved off their special starts, saved
 in a published format by the library itself, loaded with `clip_jax.load`, and both towers compared
@@ -50,8 +50,8 @@ class Case:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """What came out: largest difference of the unit features, smallest cosine."""
+class Comparison:
+    """The result of one case: largest difference of the unit features, smallest cosine."""
 
     case: Case
     image: float
@@ -61,7 +61,7 @@ class Row:
 
 
 def move(model: torch.nn.Module) -> torch.nn.Module:
-    """The model with every weight, gain and statistic off its start."""
+    """Move every weight, gain and statistic of a model off its start; return the model."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -77,7 +77,7 @@ def move(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def open_clip_cfg(case: Case) -> dict[str, Any]:
-    """open_clip's own config, at the case's depth and vocabulary."""
+    """Return open_clip's own config, at the case's depth and vocabulary."""
     cfg = copy.deepcopy(get_model_config(case.name))
     if case.layers is not None:
         cfg["text_cfg"]["layers"] = case.layers
@@ -91,7 +91,7 @@ def open_clip_cfg(case: Case) -> dict[str, Any]:
 
 
 def open_clip_model(cfg: dict[str, Any]) -> torch.nn.Module:
-    """The model of a config, without open_clip's look-ups on the network."""
+    """Return the model of a config, without open_clip's look-ups on the network."""
     torch.manual_seed(0)
     kind = open_clip.CustomTextCLIP if cfg.get("custom_text") else open_clip.CLIP
     return move(kind(**{k: v for k, v in cfg.items() if k != "custom_text"}))
@@ -108,7 +108,7 @@ def save_open_clip_folder(case: Case, folder: Path) -> tuple[torch.nn.Module, Pa
 
 
 def save_open_clip_training(case: Case, folder: Path) -> tuple[torch.nn.Module, Path, str | None]:
-    """As open_clip's training saves it from several devices."""
+    """Save as open_clip's training does from several devices."""
     model = open_clip_model(open_clip_cfg(case))
     state = {f"module.{k}": v for k, v in model.state_dict().items()}
     optimizer = torch.optim.AdamW(list(model.parameters())[:2])
@@ -134,7 +134,7 @@ class Archive(torch.nn.Module):
 
 
 def save_openai(case: Case, folder: Path) -> tuple[torch.nn.Module, Path, str | None]:
-    """As OpenAI published them: TorchScript, weights of products in float16, three sizes."""
+    """Save as OpenAI published them: TorchScript, weights of products in float16, three sizes."""
     cfg = open_clip_cfg(case)
     model = open_clip_model(cfg)
     convert_weights_to_lp(model)
@@ -149,7 +149,7 @@ def save_openai(case: Case, folder: Path) -> tuple[torch.nn.Module, Path, str | 
 
 
 def save_hf(case: Case, folder: Path) -> tuple[torch.nn.Module, Path, str | None]:
-    """A folder of transformers, in shards."""
+    """Save as a folder of transformers, in shards."""
     names = {"clip": "CLIP", "siglip": "Siglip", "metaclip_2": "MetaClip2"}
     text: dict[str, Any] = {} if case.vocab_size is None else {"vocab_size": case.vocab_size}
     if case.vocab_size is not None:
@@ -174,7 +174,7 @@ SAVERS: dict[str, Saver] = {
 
 
 def reference(model: torch.nn.Module, images: torch.Tensor, tokens: torch.Tensor) -> Features:
-    """The library's own unit features."""
+    """Return the library's own unit features of images and texts."""
     with torch.no_grad():
         if hasattr(model, "encode_image"):
             z = [model.encode_image(images), model.encode_text(tokens)]
@@ -186,7 +186,7 @@ def reference(model: torch.nn.Module, images: torch.Tensor, tokens: torch.Tensor
 
 
 def inputs(clip: Any, count: int = 3) -> tuple[np.ndarray, np.ndarray]:
-    """Normalized images [b, H, W, 3], and tokens with end tokens at different places."""
+    """Return normalized images [B, H, W, 3], and tokens [B, L] that end at different places."""
     rng = np.random.default_rng(0)
     size, text = clip.config.vision.image_size, clip.config.text
     images = rng.standard_normal((count, size, size, 3)).astype(np.float32)
@@ -200,24 +200,24 @@ def inputs(clip: Any, count: int = 3) -> tuple[np.ndarray, np.ndarray]:
 
 
 def difference(model: torch.nn.Module, clip: Any) -> tuple[float, float, float]:
-    """(largest image difference, largest text difference, smallest cosine) of unit features."""
+    """Return the largest image and text difference and smallest cosine of unit features."""
     images, tokens = inputs(clip)
-    ours = np.asarray(clip.encode_image(images)), np.asarray(clip.encode_text(tokens))
-    theirs = reference(
+    features = np.asarray(clip.encode_image(images)), np.asarray(clip.encode_text(tokens))
+    expected = reference(
         model, torch.from_numpy(images.transpose(0, 3, 1, 2)), torch.from_numpy(tokens).long()
     )
-    image, text = (float(np.abs(a - b).max()) for a, b in zip(ours, theirs, strict=True))
-    pairs = zip(ours, theirs, strict=True)
+    image, text = (float(np.abs(a - b).max()) for a, b in zip(features, expected, strict=True))
+    pairs = zip(features, expected, strict=True)
     cosine = min(float((np.float64(a) * b).sum(-1).min()) for a, b in pairs)
     return image, text, cosine
 
 
-def compare(case: Case, folder: Path) -> Row:
+def compare(case: Case, folder: Path) -> Comparison:
     """Save, load and compare one model."""
     start = time.perf_counter()
     model, path, name = SAVERS[case.form](case, folder)
     clip = clip_jax.load(path, model=name)
-    return Row(case, *difference(model, clip), time.perf_counter() - start)
+    return Comparison(case, *difference(model, clip), time.perf_counter() - start)
 
 
 # One full-size member of every family, each in a format it is published in.

@@ -135,19 +135,18 @@ def test_folders_as_open_clip_reads_them(build, clean, tmp_path):
     from open_clip.tokenizer import HFTokenizer
 
     build(tmp_path)
-    theirs = HFTokenizer(str(tmp_path), context_length=77, clean=clean or "canonicalize")
+    reference = HFTokenizer(str(tmp_path), context_length=77, clean=clean or "canonicalize")
     spec = tokenizer_from_folder(tmp_path, clean=clean)
     assert spec is not None and spec.kind == "huggingface"
-    ours = make_tokenizer(spec)
+    tokenizer = make_tokenizer(spec)
     for length in (77, 8):
-        want = theirs(TEXTS, length).numpy()
-        wrong = [
-            t for t, a, b in zip(TEXTS, ours(TEXTS, length), want, strict=True) if (a != b).any()
-        ]
+        expected = reference(TEXTS, length).numpy()
+        pairs = zip(TEXTS, tokenizer(TEXTS, length), expected, strict=True)
+        wrong = [text for text, a, b in pairs if (a != b).any()]
         assert not wrong, f"{len(wrong)} differ: {wrong[:3]}"
-    assert (ours.pad_id, ours.eot_id) == (
-        theirs.tokenizer.pad_token_id,
-        theirs.tokenizer.eos_token_id or theirs.tokenizer.sep_token_id,
+    assert (tokenizer.pad_id, tokenizer.eot_id) == (
+        reference.tokenizer.pad_token_id,
+        reference.tokenizer.eos_token_id or reference.tokenizer.sep_token_id,
     )
 
 
@@ -156,10 +155,10 @@ def test_clipa_without_its_separator(build, tmp_path):
     from open_clip.tokenizer import HFTokenizer
 
     build(tmp_path)
-    theirs = HFTokenizer(str(tmp_path), context_length=32, strip_sep_token=True)
-    ours = make_tokenizer(tokenizer_from_folder(tmp_path, "clipa"))
-    np.testing.assert_array_equal(ours(TEXTS, 32), theirs(TEXTS).numpy())
-    assert ours.eot_id == 0 and (ours(TEXTS, 32)[:, -1] == 0).all()
+    reference = HFTokenizer(str(tmp_path), context_length=32, strip_sep_token=True)
+    tokenizer = make_tokenizer(tokenizer_from_folder(tmp_path, "clipa"))
+    np.testing.assert_array_equal(tokenizer(TEXTS, 32), reference(TEXTS).numpy())
+    assert tokenizer.eot_id == 0 and (tokenizer(TEXTS, 32)[:, -1] == 0).all()
 
 
 @pytest.fixture(scope="module")
@@ -176,16 +175,16 @@ def siglip_model(tmp_path_factory):
 
 def test_siglip_as_transformers_reads_its_model(siglip_model, tmp_path):
     """Its `SiglipTokenizer` mends no mojibake and drops "_", and takes "</s>" for the end."""
-    theirs = transformers.SiglipTokenizer(str(siglip_model))
-    theirs.save_pretrained(tmp_path)
+    reference = transformers.SiglipTokenizer(str(siglip_model))
+    reference.save_pretrained(tmp_path)
     spec = tokenizer_from_folder(tmp_path)
     assert spec is not None
     assert (spec.kind, spec.clean, spec.pad_id) == ("sentencepiece", "canonicalize", 1)
-    ours = make_tokenizer(spec)
+    tokenizer = make_tokenizer(spec)
     texts = [text for text in CAPTIONS if "_" not in text and "&" not in text and text.isascii()]
     texts += ["", "dog " * 300, "A dog's, (red) house!", "x\ty\nz"]
-    want = theirs(texts, padding="max_length", max_length=64, truncation=True)["input_ids"]
-    np.testing.assert_array_equal(ours(texts, 64), want)
+    expected = reference(texts, padding="max_length", max_length=64, truncation=True)["input_ids"]
+    np.testing.assert_array_equal(tokenizer(texts, 64), expected)
     assert len(texts) > 1000
 
 
@@ -200,16 +199,17 @@ def test_siglip_as_open_clip_reads_its_folder(siglip_model, tmp_path):
     spec = tokenizer_from_folder(tmp_path, "siglip")
     assert spec is not None
     assert spec.kind == "huggingface"
-    ours, theirs = make_tokenizer(spec), HFTokenizer(str(tmp_path), 64, clean="canonicalize")
-    np.testing.assert_array_equal(ours(TEXTS, 64), theirs(TEXTS).numpy())
-    assert (ours.pad_id, ours.eot_id) == (1, 1)
+    tokenizer = make_tokenizer(spec)
+    reference = HFTokenizer(str(tmp_path), 64, clean="canonicalize")
+    np.testing.assert_array_equal(tokenizer(TEXTS, 64), reference(TEXTS).numpy())
+    assert (tokenizer.pad_id, tokenizer.eot_id) == (1, 1)
     # Google's library on the model itself gives the same pieces for captions. (For a few marks,
     # U+0345 behind a keycap for one, the two libraries' normalizers differ.)
     model = make_sentencepiece_tokenizer(siglip_model, pad_id=1, clean="canonicalize")
-    np.testing.assert_array_equal(model(CAPTIONS, 64), ours(CAPTIONS, 64))
+    np.testing.assert_array_equal(model(CAPTIONS, 64), tokenizer(CAPTIONS, 64))
 
 
-def test_clip_folders_are_recognised_by_content(tmp_path):
+def test_clip_folders_are_recognized_by_content(tmp_path):
     write_clip_tokenizer(tmp_path, 77)
     names = {"unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
     tokenizer = transformers.CLIPTokenizer.from_pretrained(tmp_path, **names)
@@ -218,10 +218,10 @@ def test_clip_folders_are_recognised_by_content(tmp_path):
     assert json.loads((saved / "tokenizer.json").read_text())["model"]["type"] == "BPE"
     spec = tokenizer_from_folder(saved)
     assert spec is not None and spec.kind == "clip"
-    # Without mojibake and HTML its ids are ours up to the padding behind the first end token.
+    # Without mojibake and HTML its ids are the same up to the padding behind the first end token.
     texts = [t for t in CAPTIONS if t.isascii() and "&" not in t]
-    want = tokenizer(texts, padding="max_length", max_length=77, truncation=True)["input_ids"]
-    got = make_tokenizer(spec)(texts)
+    expected = tokenizer(texts, padding="max_length", max_length=77, truncation=True)["input_ids"]
+    tokens = make_tokenizer(spec)(texts)
     np.testing.assert_array_equal(
-        np.where(got == 0, 49407, got), np.where(np.array(want) == 0, 49407, want)
+        np.where(tokens == 0, 49407, tokens), np.where(np.array(expected) == 0, 49407, expected)
     )

@@ -24,7 +24,7 @@ BICUBIC = transforms.InterpolationMode.BICUBIC
 
 
 def reference(image, n):
-    """OpenAI's preprocessing up to the scaling of values."""
+    """Return OpenAI's preprocessing up to the scaling of values."""
     steps = [transforms.Resize(n, interpolation=BICUBIC), transforms.CenterCrop(n)]
     return np.asarray(transforms.Compose(steps)(image).convert("RGB"))
 
@@ -35,7 +35,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "preprocess.json"
 
 
 def open_clip_reference(image, n, resize_mode, interpolation, fill=0):
-    """open_clip's own evaluation transform up to its scaling of values."""
+    """Return open_clip's own evaluation transform up to its scaling of values."""
     from open_clip.transform import MaybeToTensor, image_transform
 
     steps = image_transform(
@@ -47,7 +47,7 @@ def open_clip_reference(image, n, resize_mode, interpolation, fill=0):
     return np.asarray(image)
 
 
-def ours(image, n, resize_mode, interpolation, fill=0):
+def eval_transform(image, n, resize_mode, interpolation, fill=0):
     preprocess = images.Preprocess(resize_mode, interpolation, fill=fill)
     return images.eval_transform(image, n, preprocess)
 
@@ -65,7 +65,7 @@ def files():
         rgb = picture("RGB", width, height)
         yield "jpeg", encode(rgb, "JPEG")
         yield "jpeg-exif", encode(rgb, "JPEG", exif=exif)
-        yield "jpeg-grey", encode(picture("L", width, height), "JPEG")
+        yield "jpeg-gray", encode(picture("L", width, height), "JPEG")
         yield "jpeg-cmyk", encode(picture("CMYK", width, height), "JPEG")
         yield "webp", encode(rgb, "WEBP")
         yield "webp-rgba", encode(picture("RGBA", width, height), "WEBP", lossless=True)
@@ -79,8 +79,8 @@ def files():
 @pytest.mark.parametrize("name, data", list(files()))
 def test_from_bytes_to_pixels(name, data, n):
     with Image.open(io.BytesIO(data)) as image:
-        want = reference(image, n)
-    np.testing.assert_array_equal(images.eval_transform(images.decode_image(data), n), want)
+        expected = reference(image, n)
+    np.testing.assert_array_equal(images.eval_transform(images.decode_image(data), n), expected)
 
 
 @pytest.mark.parametrize("interpolation", FILTERS)
@@ -90,9 +90,9 @@ def test_every_file_in_every_mode_as_open_clip(resize_mode, interpolation):
         with Image.open(io.BytesIO(data)) as image:
             if resize_mode == "longest" and round(min(image.size) * n / max(image.size)) == 0:
                 continue  # open_clip raises
-            want = open_clip_reference(image, n, resize_mode, interpolation, fill)
-        got = ours(images.decode_image(data), n, resize_mode, interpolation, fill)
-        np.testing.assert_array_equal(got, want, f"{name} {image.size} to {n}, fill {fill}")
+            expected = open_clip_reference(image, n, resize_mode, interpolation, fill)
+        actual = eval_transform(images.decode_image(data), n, resize_mode, interpolation, fill)
+        np.testing.assert_array_equal(actual, expected, f"{name} {image.size} to {n}, fill {fill}")
 
 
 @pytest.mark.parametrize("resize_mode", MODES)
@@ -102,8 +102,10 @@ def test_everyday_sizes_as_open_clip(resize_mode):
     for size, n in itertools.product(sizes, (224, 378)):
         image = Image.open(io.BytesIO(encode(picture("RGB", *size), "JPEG")))
         for interpolation in FILTERS:
-            want = open_clip_reference(image, n, resize_mode, interpolation)
-            np.testing.assert_array_equal(ours(image, n, resize_mode, interpolation), want)
+            expected = open_clip_reference(image, n, resize_mode, interpolation)
+            np.testing.assert_array_equal(
+                eval_transform(image, n, resize_mode, interpolation), expected
+            )
 
 
 @settings(max_examples=150, deadline=None)
@@ -120,12 +122,12 @@ def test_any_size_as_open_clip(width, height, n, mode, resize_mode, interpolatio
     image = picture(mode, width, height)
     settings = (resize_mode, interpolation, fill)
     try:
-        want = open_clip_reference(image, n, *settings)
+        expected = open_clip_reference(image, n, *settings)
     except ValueError:  # a side rounds to nothing: Pillow refuses, and we keep one pixel
         assert resize_mode == "longest" and max(image.size) / min(image.size) >= 2 * n
-        assert ours(image, n, *settings).shape == (n, n, 3)
+        assert eval_transform(image, n, *settings).shape == (n, n, 3)
     else:
-        np.testing.assert_array_equal(ours(image, n, *settings), want)
+        np.testing.assert_array_equal(eval_transform(image, n, *settings), expected)
 
 
 def test_sizes_are_open_clips_for_every_rounding():
@@ -163,11 +165,11 @@ def test_golden_file_is_what_open_clip_says():
 
 
 @pytest.mark.filterwarnings("ignore:Palette images with Transparency")  # Pillow's, in torchvision
-def test_palette_with_a_transparency_for_each_colour():
+def test_palette_with_a_transparency_for_each_color():
     data = encode(picture("P", 40, 23), "PNG", transparency=bytes(range(256)))
     with Image.open(io.BytesIO(data)) as image:
-        want = reference(image, 16)
-    np.testing.assert_array_equal(images.eval_transform(images.decode_image(data), 16), want)
+        expected = reference(image, 16)
+    np.testing.assert_array_equal(images.eval_transform(images.decode_image(data), 16), expected)
 
 
 @settings(max_examples=60, deadline=None)
@@ -183,7 +185,7 @@ def test_any_size(width, height, n, mode):
 
 
 class _Draws(np.random.Generator):
-    """Writes down its uniform numbers, so that both samplers can be given the same ones."""
+    """Log the uniform numbers, so that both samplers can be given the same ones."""
 
     def __init__(self, seed):
         super().__init__(np.random.PCG64(seed))
@@ -204,9 +206,9 @@ class _Draws(np.random.Generator):
 def test_random_resized_crop_with_the_same_draws(width, height, scale, seed):
     """torchvision's sampler, fed our uniform numbers, must choose the same box and pixels."""
     ratio = (3 / 4, 4 / 3)
-    image, ours = picture("RGB", width, height), _Draws(seed)
-    got = images.random_resized_crop(image, 16, ours, scale, ratio)
-    numbers = iter(ours.log)
+    image, draws = picture("RGB", width, height), _Draws(seed)
+    actual = images.random_resized_crop(image, 16, draws, scale, ratio)
+    numbers = iter(draws.log)
 
     class Uniform:
         def uniform_(self, low, high):
@@ -221,8 +223,8 @@ def test_random_resized_crop_with_the_same_draws(width, height, scale, seed):
         patch.setattr(torch, "randint", randint)
         patch.setattr(torch, "log", lambda x: np.log(ratio))
         box = transforms.RandomResizedCrop.get_params(image, scale, ratio)
-    want = transforms.functional.resized_crop(image, *box, [16, 16], BICUBIC)
-    np.testing.assert_array_equal(got, np.asarray(want))
+    expected = transforms.functional.resized_crop(image, *box, [16, 16], BICUBIC)
+    np.testing.assert_array_equal(actual, np.asarray(expected))
 
 
 def test_the_families_are_open_clips_table():
@@ -241,12 +243,12 @@ def test_the_families_are_open_clips_table():
         images.MOBILECLIP2: 2,
         images.INCEPTION: 1,
     }
-    found = dict.fromkeys(families, 0)
+    counts = dict.fromkeys(families, 0)
     for pair in open_clip.list_pretrained():
         cfg = open_clip.get_pretrained_cfg(*pair)
         keys = ("mean", "std", "interpolation", "resize_mode")
-        found[preprocess_from_open_clip({key: cfg.get(key) for key in keys})] += 1
-    assert found == families
+        counts[preprocess_from_open_clip({key: cfg.get(key) for key in keys})] += 1
+    assert counts == families
 
 
 @pytest.mark.parametrize("name", ["OPENAI", "SIGLIP", "CLIPA", "INCEPTION", "PE"])
@@ -268,16 +270,16 @@ def test_hugging_face_reads_and_writes_the_same_settings(name, tmp_path):
     assert preprocess_from_hf(json.loads(path.read_text())) == preprocess
     for size in (37, 53), (64, 48), (91, 30), (224, 224):
         image = picture("RGB", *size)
-        want = processor(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
-        got = images.eval_transform(image, 24, preprocess).astype(np.float32) / 255
-        got = (got - np.float32(preprocess.mean)) / np.float32(preprocess.std)
+        expected = processor(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+        actual = images.eval_transform(image, 24, preprocess).astype(np.float32) / 255
+        actual = (actual - np.float32(preprocess.mean)) / np.float32(preprocess.std)
         # Both scale values below 5 in float32; half a level of 255 would be 7e-3.
-        np.testing.assert_allclose(got, want, atol=2e-6)
+        np.testing.assert_allclose(actual, expected, atol=2e-6)
 
 
 @pytest.mark.parametrize("factors", [(0.6, 1, 1), (1.5, 1, 1), (1, 0.4, 1), (1, 1.7, 1), (1, 1, 0)])
 def test_color_adjustments_are_torchvisions(factors):
-    """One factor at a time and then all three in our order."""
+    """One factor at a time and then all three in the order of `adjust_colors`."""
     from torchvision.transforms import functional
 
     from clip_jax.training.device_augment import adjust_colors
@@ -285,10 +287,10 @@ def test_color_adjustments_are_torchvisions(factors):
     rng = np.random.default_rng(0)
     x_BHWC = rng.uniform(size=(3, 9, 7, 3)).astype(np.float32)
     for each in (factors, (0.8, 1.3, 1.6)):
-        want = torch.from_numpy(x_BHWC).permute(0, 3, 1, 2)
-        want = functional.adjust_brightness(want, each[0])
-        want = functional.adjust_contrast(want, each[1])
-        want = functional.adjust_saturation(want, each[2])
-        got = adjust_colors(jnp.asarray(x_BHWC), jnp.tile(jnp.array(each, jnp.float32), (3, 1)))
+        expected = torch.from_numpy(x_BHWC).permute(0, 3, 1, 2)
+        expected = functional.adjust_brightness(expected, each[0])
+        expected = functional.adjust_contrast(expected, each[1])
+        expected = functional.adjust_saturation(expected, each[2])
+        actual = adjust_colors(jnp.asarray(x_BHWC), jnp.tile(jnp.array(each, jnp.float32), (3, 1)))
         # A few float32 roundings of values below 2.
-        np.testing.assert_allclose(got, want.permute(0, 2, 3, 1).numpy(), atol=1e-6)
+        np.testing.assert_allclose(actual, expected.permute(0, 2, 3, 1).numpy(), atol=1e-6)

@@ -68,18 +68,18 @@ def test_an_openai_file_keeps_quickgelu_under_any_name(tmp_path):
 def test_every_pretrained_pair_is_as_open_clip_lists_it():
     from open_clip.pretrained import _PRETRAINED
 
-    theirs = {(model, tag): cfg for model, tags in _PRETRAINED.items() for tag, cfg in tags.items()}
-    ours = list_pretrained()
-    assert len(theirs) == 196 and len(ours) == len(set(ours)) == 134
-    for pair in ours:
-        found, cfg = find_pretrained(*pair), theirs[pair]
-        assert found.model.endswith("-quickgelu") == bool(cfg.get("quick_gelu")), pair
-        p = found.preprocess
+    listed = {(model, tag): cfg for model, tags in _PRETRAINED.items() for tag, cfg in tags.items()}
+    supported = list_pretrained()
+    assert len(listed) == 196 and len(supported) == len(set(supported)) == 134
+    for pair in supported:
+        pretrained, cfg = find_pretrained(*pair), listed[pair]
+        assert pretrained.model.endswith("-quickgelu") == bool(cfg.get("quick_gelu")), pair
+        p = pretrained.preprocess
         assert (p.resize_mode, p.interpolation) == (cfg["resize_mode"], cfg["interpolation"]), pair
         np.testing.assert_allclose((p.mean, p.std), (cfg["mean"], cfg["std"]), atol=1e-7)
 
 
-def test_every_row_of_the_zoo_is_open_clips_config():
+def test_every_entry_of_the_zoo_is_open_clips_config():
     from open_clip.factory import _MODEL_CONFIGS
 
     from clip_jax.models.zoo import MODELS
@@ -99,56 +99,56 @@ def test_every_row_of_the_zoo_is_open_clips_config():
     ids=lambda c: c.name,
 )
 def test_open_clip_loads_what_we_export(case, tmp_path):
-    (tmp_path / "theirs").mkdir()
-    model, path, name = published.SAVERS[case.form](case, tmp_path / "theirs")
-    convert(str(path), str(tmp_path / "ours"), to="open_clip", architecture=name)
-    again = open_clip.create_model(f"local-dir:{tmp_path / 'ours'}").eval()
+    (tmp_path / "published").mkdir()
+    model, path, name = published.SAVERS[case.form](case, tmp_path / "published")
+    convert(str(path), str(tmp_path / "exported"), to="open_clip", architecture=name)
+    again = open_clip.create_model(f"local-dir:{tmp_path / 'exported'}").eval()
     for key, value in again.state_dict().items():
         if not key.endswith("num_batches_tracked"):
             torch.testing.assert_close(value, model.state_dict()[key].float(), rtol=0, atol=0)
-    clip = clip_jax.load(tmp_path / "ours")
+    clip = clip_jax.load(tmp_path / "exported")
     assert max(difference(again, clip)[:2]) < LIMIT
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 def test_transformers_loads_what_we_export(kind, tmp_path):
     case = Case(kind, "Hugging Face folder", 2, 600)
-    (tmp_path / "theirs").mkdir()
-    model, path, _ = published.save_hf(case, tmp_path / "theirs")
-    convert(str(path), str(tmp_path / "ours"), to="hf")
-    again = type(model).from_pretrained(tmp_path / "ours").eval()
-    want = model.state_dict()
-    assert again.state_dict().keys() == want.keys()
+    (tmp_path / "published").mkdir()
+    model, path, _ = published.save_hf(case, tmp_path / "published")
+    convert(str(path), str(tmp_path / "exported"), to="hf")
+    again = type(model).from_pretrained(tmp_path / "exported").eval()
+    expected = model.state_dict()
+    assert again.state_dict().keys() == expected.keys()
     for key, value in again.state_dict().items():
-        torch.testing.assert_close(value, want[key], rtol=0, atol=0)
-    clip = clip_jax.load(tmp_path / "ours")
+        torch.testing.assert_close(value, expected[key], rtol=0, atol=0)
+    clip = clip_jax.load(tmp_path / "exported")
     assert clip.preprocessing == (SIGLIP if kind == "siglip" else OPENAI)
     assert max(difference(again, clip)[:2]) < LIMIT
 
 
 def test_transformers_processor_reads_our_files(tmp_path):
-    """The images within a value of ours, the ids the same, on an image that needs no crop."""
+    """The same ids, and the same pixels on an image that needs no crop."""
     from PIL import Image
 
-    (tmp_path / "theirs").mkdir()
+    (tmp_path / "published").mkdir()
     case = Case("ViT-B-32-quickgelu", "open_clip folder", 2)
-    _, path, _ = published.save_open_clip_folder(case, tmp_path / "theirs")
-    convert(str(path), str(tmp_path / "ours"), to="hf")
-    processor = transformers.CLIPProcessor.from_pretrained(tmp_path / "ours")
-    clip = clip_jax.load(tmp_path / "ours")
+    _, path, _ = published.save_open_clip_folder(case, tmp_path / "published")
+    convert(str(path), str(tmp_path / "exported"), to="hf")
+    processor = transformers.CLIPProcessor.from_pretrained(tmp_path / "exported")
+    clip = clip_jax.load(tmp_path / "exported")
     texts = ["a photo of a dog", "Two words, one comma; and 3 numbers!"]
     ids = processor.tokenizer(texts, padding="max_length", truncation=True)["input_ids"]
-    ours = clip.tokenize(texts)
-    ends = (ours == clip.config.text.eot_id).argmax(axis=1)
-    for row, theirs, end in zip(ours, ids, ends, strict=True):
-        assert row[: end + 1].tolist() == theirs[: end + 1]
+    tokens_BL = clip.tokenize(texts)
+    ends = (tokens_BL == clip.config.text.eot_id).argmax(axis=1)
+    for row_L, expected_ids, end in zip(tokens_BL, ids, ends, strict=True):
+        assert row_L[: end + 1].tolist() == expected_ids[: end + 1]
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (224, 224, 3), dtype=np.uint8))
     pixels = processor.image_processor(image, return_tensors="np")["pixel_values"][0]
     mean, std = np.array(OPENAI.mean), np.array(OPENAI.std)
-    want = (clip.preprocess(image)[0] / 255 - mean) / std
+    expected = (clip.preprocess(image)[0] / 255 - mean) / std
     # The same arithmetic in float32.
-    np.testing.assert_allclose(pixels.transpose(1, 2, 0), want, atol=1e-5)
+    np.testing.assert_allclose(pixels.transpose(1, 2, 0), expected, atol=1e-5)
 
 
 # open_clip resizes no ResNet.

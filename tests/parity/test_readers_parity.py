@@ -48,8 +48,8 @@ def as_numpy(tensor):
     return tensor.numpy()
 
 
-def same(found, tensors):
-    return reader_cases.same(found, {name: as_numpy(value) for name, value in tensors.items()})
+def same(arrays, tensors):
+    return reader_cases.same(arrays, {name: as_numpy(value) for name, value in tensors.items()})
 
 
 DTYPES_OF_TORCH = [
@@ -59,7 +59,7 @@ DTYPES_OF_TORCH = [
 
 
 def tensors():
-    """Every type, as torch happens to hold it: whole, turned, cut, with a step, expanded."""
+    """Return every type, as torch may hold it: whole, turned, cut, with a step, empty."""
     torch.manual_seed(1)
     views = {
         "whole": lambda x: x,
@@ -92,7 +92,7 @@ def test_torch_save(tmp_path, protocol, checksums):
 
 @pytest.mark.parametrize("tower", TOWERS)
 def test_open_clips_training_checkpoint(tmp_path, tower):
-    """What open_clip's training loop writes, distributed and compiled, optimizer and scaler too."""
+    """A file of open_clip's training loop, distributed and compiled, optimizer and scaler too."""
     model = clip(tower)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     size = TOWERS[tower]["image_size"]
@@ -134,15 +134,15 @@ def test_what_trainers_keep_beside_their_weights(tmp_path):
 
 
 @pytest.mark.parametrize("half", [False, True])
-@pytest.mark.parametrize("tower, how", [(t, how) for t in TOWERS for how in ("trace", "script")])
+@pytest.mark.parametrize("tower, method", [(t, m) for t in TOWERS for m in ("trace", "script")])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
-def test_torchscript_of_a_clip(tmp_path, tower, how, half):
+def test_torchscript_of_a_clip(tmp_path, tower, method, half):
     """As OpenAI publishes: weights of products in float16, norms and positions in float32."""
     model = clip(tower)
     if half:
         convert_weights_to_lp(model)
     path, size = tmp_path / "x.pt", TOWERS[tower]["image_size"]
-    if how == "script":
+    if method == "script":
         module = torch.jit.script(model)
     elif half:  # a trace runs with float32 images, which a float16 tower refuses
         module = torch.jit.trace(Holder(model), torch.zeros(1))
@@ -152,11 +152,11 @@ def test_torchscript_of_a_clip(tmp_path, tower, how, half):
         inputs = {"forward": (image, text), "encode_image": (image,), "encode_text": (text,)}
         module = torch.jit.trace_module(model, inputs, check_trace=False)
     module.save(path)
-    found = read_torch(path)
+    arrays = read_torch(path)
     expected = torch.jit.load(path).state_dict()
-    masks = {name for name in found.keys() - expected.keys() if name.endswith("attn_mask")}
-    assert same({name: found[name] for name in found.keys() - masks}, expected)
-    assert model.state_dict().keys() <= {name.removeprefix("model.") for name in found}
+    masks = {name for name in arrays.keys() - expected.keys() if name.endswith("attn_mask")}
+    assert same({name: arrays[name] for name in arrays.keys() - masks}, expected)
+    assert model.state_dict().keys() <= {name.removeprefix("model.") for name in arrays}
 
 
 class Holder(torch.nn.Module):
@@ -200,8 +200,8 @@ def test_safetensors_of_every_type(tmp_path):
     assert same(read_safetensors(path), state)
     for name, dtype in [("U16", torch.uint16), ("U32", torch.uint32), ("U64", torch.uint64)]:
         safetensors_torch.save_file({"w": torch.arange(6).to(dtype)}, path)
-        found = read_safetensors(path)["w"]
-        assert found.dtype == DTYPES[name] and found.tolist() == [*range(6)]
+        array = read_safetensors(path)["w"]
+        assert array.dtype == DTYPES[name] and array.tolist() == [*range(6)]
 
 
 def test_a_sharded_folder(tmp_path):
@@ -233,12 +233,12 @@ def test_an_npz_as_jax_writes_it(tmp_path):
     out = io.BytesIO()
     np.savez(out, **{"params/t": jnp.ones((3,), jnp.bfloat16)})
     (tmp_path / "x.npz").write_bytes(out.getvalue())
-    found = read_npz(tmp_path / "x.npz")["params/t"]
-    assert found.dtype == ml_dtypes.bfloat16 and found.tolist() == [1, 1, 1]
+    array = read_npz(tmp_path / "x.npz")["params/t"]
+    assert array.dtype == ml_dtypes.bfloat16 and array.tolist() == [1, 1, 1]
 
 
-class Wanted:
-    """What open_clip's resizing asks a model."""
+class ResizeTarget:
+    """The attributes of a model that open_clip's resizing reads."""
 
     def __init__(self, grid, length):
         self.visual = self
@@ -246,7 +246,7 @@ class Wanted:
         self.positional_embedding = torch.zeros(length, 32)
 
 
-def check_resized(found, resize, key, positions, wanted):
+def check_resized(resized, resize, key, positions, target):
     """Equal to open_clip's in float64; from its float32, no further than it is from that itself.
 
     torch keeps the place between two points in float32, and is off by up to 2e-5 for that.
@@ -254,26 +254,26 @@ def check_resized(found, resize, key, positions, wanted):
     results = {}
     for dtype in (torch.float32, torch.float64):
         state = {key: positions.to(dtype)}
-        resize(state, wanted)
+        resize(state, target)
         results[dtype] = state[key].numpy()
     rounding = 2.5e-7  # half a unit in the last place of float32, of numbers below 4
     exact, single = results[torch.float64], results[torch.float32]
-    assert found.shape == exact.shape
-    assert np.abs(found - exact).max() <= rounding
-    assert np.all(np.abs(found - single) <= np.abs(single - exact) + rounding)
+    assert resized.shape == exact.shape
+    assert np.abs(resized - exact).max() <= rounding
+    assert np.all(np.abs(resized - single) <= np.abs(single - exact) + rounding)
 
 
 @pytest.mark.parametrize("old, new", [(7, (14, 14)), (14, (7, 7)), (16, (24, 24)), (7, (5, 12))])
 def test_image_positions_as_open_clip_resizes_them(old, new):
     positions = torch.randn(1 + old * old, 32, generator=torch.Generator().manual_seed(old))
-    found = resize_image_positions(positions.numpy(), (old, old), new)
+    resized = resize_image_positions(positions.numpy(), (old, old), new)
     key, resize = "visual.positional_embedding", open_clip.model.resize_pos_embed
-    check_resized(found, resize, key, positions, Wanted(new, 8))
+    check_resized(resized, resize, key, positions, ResizeTarget(new, 8))
 
 
 @pytest.mark.parametrize("old, new", [(77, 32), (77, 64), (77, 248), (16, 17), (2, 9), (9, 1)])
 def test_text_positions_as_open_clip_resizes_them(old, new):
     positions = torch.randn(old, 32, generator=torch.Generator().manual_seed(old))
-    found = resize_text_positions(positions.numpy(), new)
+    resized = resize_text_positions(positions.numpy(), new)
     key, resize = "positional_embedding", open_clip.model.resize_text_pos_embed
-    check_resized(found, resize, key, positions, Wanted((1, 1), new))
+    check_resized(resized, resize, key, positions, ResizeTarget((1, 1), new))

@@ -24,7 +24,7 @@ SPECIAL = regex.compile(r"<\|?(start|end)_?of_?text\|?>", regex.IGNORECASE)
 
 
 def make_reference(literals: str):
-    """open_clip's tokenizer, with its own specials and white space or OpenAI's."""
+    """Return open_clip's tokenizer, with its own specials and white space or OpenAI's."""
     from open_clip.tokenizer import SimpleTokenizer, basic_clean
 
     reference = SimpleTokenizer()
@@ -42,9 +42,10 @@ def make_reference(literals: str):
 
 
 def assert_equal(texts: list[str], reference) -> None:
-    ours = make_clip_tokenizer()(texts)
-    theirs = reference(texts, 77).numpy()
-    wrong = [repr(t) for t, a, b in zip(texts, ours, theirs, strict=True) if not (a == b).all()]
+    tokens = make_clip_tokenizer()(texts)
+    expected = reference(texts, 77).numpy()
+    pairs = zip(texts, tokens, expected, strict=True)
+    wrong = [repr(t) for t, a, b in pairs if not (a == b).all()]
     assert not wrong, f"{len(wrong)} of {len(texts)} differ: {wrong[:3]}"
 
 
@@ -92,6 +93,6 @@ def test_golden_file_is_what_the_reference_says():
 def test_cleaning(name):
     from open_clip.tokenizer import get_clean_fn
 
-    rng, theirs = random.Random(2), get_clean_fn(name)
+    rng, reference = random.Random(2), get_clean_fn(name)
     for text in ["A photo_of a  Dog's!", "", " (x) ", *(random_any(rng) for _ in range(1500))]:
-        assert CLEANERS[name](text) == theirs(text), repr(text)
+        assert CLEANERS[name](text) == reference(text), repr(text)

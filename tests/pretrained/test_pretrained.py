@@ -191,12 +191,12 @@ def test_another_size_keeps_the_class_token_and_means_over_the_grid():
     assert large.encode_image(np.zeros((1, 32, 32, 3), np.uint8)).shape == (1, 16)
     short = clip_jax.load(FILES["open_clip"], context_length=6)
     assert short.params["text"]["positional_embedding"].shape == (6, 32)
-    for wrong, message in (
+    for sizes, message in (
         ({"image_size": 4}, "not a multiple of 8"),
         ({"context_length": 11}, "not between 2 and the checkpoint's 10"),
     ):
         with pytest.raises(UserError, match=message):
-            clip_jax.load(FILES["open_clip"], **wrong)
+            clip_jax.load(FILES["open_clip"], **sizes)
 
 
 def copy_published(name, tmp_path):

@@ -49,7 +49,7 @@ def refused(reader, path):
     return line
 
 
-def written(tmp_path, data, name="x.pt"):
+def write_file(tmp_path, data, name="x.pt"):
     path = tmp_path / name
     path.write_bytes(data)
     return path
@@ -61,10 +61,10 @@ def written(tmp_path, data, name="x.pt"):
 @pytest.mark.parametrize("name", FILES)
 def test_reads_to_the_bit(tmp_path, name):
     reader, file_name, data, expected = FILES[name]
-    found = reader(written(tmp_path, data, file_name))
-    assert same(found, expected)
-    assert list(found) == list(expected) or name == "torchscript"
-    assert not any(array.flags.writeable and array.size for array in found.values())
+    arrays = reader(write_file(tmp_path, data, file_name))
+    assert same(arrays, expected)
+    assert list(arrays) == list(expected) or name == "torchscript"
+    assert not any(array.flags.writeable and array.size for array in arrays.values())
 
 
 @pytest.mark.parametrize("name", ["torch", "safetensors", "npz"])
@@ -78,10 +78,10 @@ def test_large_arrays_are_views_of_the_file(tmp_path, name):
     else:
         path.write_bytes(safetensors_bytes(big) if name == "safetensors" else npz_bytes(big))
     tracemalloc.start()
-    found = reader(path)
+    arrays = reader(path)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert same(found, big)
+    assert same(arrays, big)
     # A copy would take 4 MiB; zip's end is sought in a tail of 64 KiB.
     assert peak < 1 << 20
 
@@ -97,20 +97,20 @@ def test_the_old_format_says_how_to_save_it_again():
 
 
 def test_a_shared_storage_is_one_memory(tmp_path):
-    found = read_torch(GOLDEN / "state_dict.pt")
-    assert np.shares_memory(found["tied"], found["visual.conv1.weight"])
+    arrays = read_torch(GOLDEN / "state_dict.pt")
+    assert np.shares_memory(arrays["tied"], arrays["visual.conv1.weight"])
 
 
 def sharded(tmp_path, **changes):
     first = {name: PLAIN[name] for name in list(PLAIN)[:3]}
     rest = {name: PLAIN[name] for name in list(PLAIN)[3:]}
-    written(tmp_path, safetensors_bytes(first), "model-1.safetensors")
-    written(tmp_path, safetensors_bytes(rest), "model-2.safetensors")
+    write_file(tmp_path, safetensors_bytes(first), "model-1.safetensors")
+    write_file(tmp_path, safetensors_bytes(rest), "model-2.safetensors")
     shards = dict.fromkeys(first, "model-1.safetensors") | dict.fromkeys(
         rest, "model-2.safetensors"
     )
     index = str({"weight_map": shards | changes}).replace("'", '"').encode()
-    return written(tmp_path, index, "model.safetensors.index.json")
+    return write_file(tmp_path, index, "model.safetensors.index.json")
 
 
 def test_a_sharded_index_is_read_as_one(tmp_path):
@@ -143,8 +143,8 @@ def test_a_missing_shard_is_named(tmp_path):
 @pytest.mark.parametrize("reader", [read_torch, read_safetensors, read_npz])
 def test_what_is_no_file_is_refused(tmp_path, reader):
     os.mkfifo(tmp_path / "pipe")  # opening it would wait for a writer
-    written(tmp_path, b"", "empty")
-    written(tmp_path, b"<html>not found</html>" * 10, "page")
+    write_file(tmp_path, b"", "empty")
+    write_file(tmp_path, b"<html>not found</html>" * 10, "page")
     for name in ("pipe", "empty", "page"):
         refused(reader, tmp_path / name)
     with pytest.raises(UserError, match="No such file"):
@@ -209,7 +209,7 @@ def test_a_hostile_pickle_is_refused_in_bounded_steps(tmp_path, program, message
 
 
 def tensor_pickle(offset, shape, strides, count=6, key=b"0", kind=b"Float"):
-    """A state dict {"w": tensor} with any numbers in it."""
+    """Return the pickle of a state dict {"w": tensor} with any numbers in it."""
 
     def number(value):
         return b"\x8a\x09" + value.to_bytes(9, "little", signed=True)
@@ -302,7 +302,7 @@ def test_a_module_that_contains_itself_is_refused(tmp_path, share):
 
 
 def zip_cases():
-    """Archives that break one rule each, made from a sound one, and the message for each."""
+    """Yield archives that break one rule each, made from a sound one, and the message for each."""
     sound = FILES["torch"][2]
     first, last = sound.index(b"PK\1\2"), sound.rindex(b"PK\1\2")
     end64, end = sound.rindex(b"PK\6\6"), sound.rindex(b"PK\5\6")
@@ -335,12 +335,12 @@ def zip_cases():
 
 
 def huge_end(size):
-    """The end record of a directory of so many bytes."""
+    """Return the end record of a directory of so many bytes."""
     return struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, 0, 0, size, 0, 0)
 
 
 def overlapping():
-    """An archive whose second member lies inside the first one's bytes."""
+    """Return an archive whose second member lies inside the first one's bytes."""
     inner, outer = io.BytesIO(), io.BytesIO()
     with zipfile.ZipFile(inner, "w") as archive:
         archive.writestr("b", b"1234")
@@ -359,7 +359,7 @@ def overlapping():
 
 @pytest.mark.parametrize("data, message", [pytest.param(*c, id=n) for n, *c in zip_cases()])
 def test_an_archive_that_breaks_a_rule_is_refused(tmp_path, data, message):
-    path = written(tmp_path, data)
+    path = write_file(tmp_path, data)
     if message is not None:
         assert message in refused(read_torch, path)
         return
@@ -373,7 +373,7 @@ def test_the_wide_fields_of_a_large_archive_are_read(tmp_path, monkeypatch):
     """Beyond 4 GiB sizes and places stand in an extra field; here everything counts as beyond."""
     monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 8)
     monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 1)
-    description, storages = reader_cases.parts(GOLDEN / "state_dict.pt")
+    description, storages = reader_cases.read_parts(GOLDEN / "state_dict.pt")
     path = write_torch(tmp_path / "x.pt", description, storages)
     assert path.read_bytes().count(b"\xff\xff\xff\xff") > 2 * len(storages)
     assert same(read_torch(path), STATE)
@@ -397,8 +397,8 @@ def test_an_npz_member_of_another_size_is_refused(tmp_path, shape):
     good = npz_bytes({"a": SIX})
     with zipfile.ZipFile(io.BytesIO(good)) as archive:
         member = archive.read("a.npy")
-    wrong = f"{shape}, }}".ljust(7).encode()
-    changed = member.replace(b"(6,), }".ljust(len(wrong)), wrong)
+    changed_shape = f"{shape}, }}".ljust(7).encode()
+    changed = member.replace(b"(6,), }".ljust(len(changed_shape)), changed_shape)
     assert len(changed) == len(member) and changed != member
     with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
         archive.writestr("a.npy", changed)
@@ -425,13 +425,13 @@ def test_archives_that_zipfile_would_take_are_refused(tmp_path):
 
 def test_an_array_that_unfolds_beyond_its_file_is_refused(tmp_path):
     bomb = npz_bytes({"a": np.zeros(4 << 20)}, np.savez_compressed)
-    path = written(tmp_path, bomb, "x.npz")
+    path = write_file(tmp_path, bomb, "x.npz")
     tracemalloc.start()
     assert "declares" in refused(read_npz, path)
     assert tracemalloc.get_traced_memory()[1] < 1 << 20
     # The same, lying about the size in the directory.
     at = bomb.index(b"PK\1\2") + 24
-    path = written(tmp_path, bomb[:at] + struct.pack("<I", 1000) + bomb[at + 4 :], "x.npz")
+    path = write_file(tmp_path, bomb[:at] + struct.pack("<I", 1000) + bomb[at + 4 :], "x.npz")
     assert "does not inflate" in refused(read_npz, path)
     assert tracemalloc.get_traced_memory()[1] < 1 << 20
     tracemalloc.stop()
@@ -441,12 +441,12 @@ def test_an_array_that_unfolds_beyond_its_file_is_refused(tmp_path):
     "array", [np.array([{}], object), np.zeros(2, ">f4"), np.zeros(2, "U3"), np.zeros(2, "i4,f4")]
 )
 def test_an_npz_of_other_than_plain_numbers_is_refused(tmp_path, array):
-    refused(read_npz, written(tmp_path, npz_bytes({"a": array}), "x.npz"))
+    refused(read_npz, write_file(tmp_path, npz_bytes({"a": array}), "x.npz"))
 
 
 def test_fortran_order_is_kept(tmp_path):
     array = np.asfortranarray(reader_cases.numbers((3, 4)))
-    assert same(read_npz(written(tmp_path, npz_bytes({"a": array}), "x.npz")), {"a": array})
+    assert same(read_npz(write_file(tmp_path, npz_bytes({"a": array}), "x.npz")), {"a": array})
 
 
 ENTRY = '{"dtype":"F32","shape":[2,3],"data_offsets":[0,24]}'
@@ -485,40 +485,40 @@ ENTRY = '{"dtype":"F32","shape":[2,3],"data_offsets":[0,24]}'
 )
 def test_a_bad_safetensors_header_gets_one_line(tmp_path, header, message):
     data = safetensors_bytes({}, header.replace("%s", ENTRY).encode(), SIX.tobytes())
-    assert message in refused(read_safetensors, written(tmp_path, data, "x.safetensors"))
+    assert message in refused(read_safetensors, write_file(tmp_path, data, "x.safetensors"))
 
 
 @pytest.mark.parametrize("length", [25, 1 << 40, (1 << 64) - 1])
 def test_a_safetensors_header_longer_than_its_file_is_refused(tmp_path, length):
     data = length.to_bytes(8, "little") + b"{}" + bytes(20)
-    assert "declares a header" in refused(read_safetensors, written(tmp_path, data, "x"))
+    assert "declares a header" in refused(read_safetensors, write_file(tmp_path, data, "x"))
 
 
 # Damaged files.
 
 DAMAGES = {
     "cut": lambda rng, data: data[: rng.integers(len(data))],
-    "bit": lambda rng, data: flipped(data, rng.integers(len(data)), 1 << rng.integers(8)),
-    "byte": lambda rng, data: flipped(data, rng.integers(len(data)), rng.integers(1, 256)),
-    "end": lambda rng, data: flipped(data, -rng.integers(1, 120), 1 << rng.integers(8)),
-    "hole": lambda rng, data: without(data, *np.sort(rng.integers(len(data), size=2))),
-    "zeros": lambda rng, data: zeroed(data, *np.sort(rng.integers(len(data), size=2))),
+    "bit": lambda rng, data: flip_bits(data, rng.integers(len(data)), 1 << rng.integers(8)),
+    "byte": lambda rng, data: flip_bits(data, rng.integers(len(data)), rng.integers(1, 256)),
+    "end": lambda rng, data: flip_bits(data, -rng.integers(1, 120), 1 << rng.integers(8)),
+    "hole": lambda rng, data: cut_out(data, *np.sort(rng.integers(len(data), size=2))),
+    "zeros": lambda rng, data: set_to_zero(data, *np.sort(rng.integers(len(data), size=2))),
     "more": lambda rng, data: data + rng.bytes(rng.integers(1, 40)),
     "twice": lambda rng, data: data + data,
 }
 
 
-def flipped(data, at, mask):
+def flip_bits(data, at, mask):
     changed = bytearray(data)
     changed[at] ^= int(mask)
     return bytes(changed)
 
 
-def without(data, start, stop):
+def cut_out(data, start, stop):
     return data[:start] + data[max(stop, start + 1) :]
 
 
-def zeroed(data, start, stop):
+def set_to_zero(data, start, stop):
     return data[:start] + bytes(stop - start) + data[stop:]
 
 
@@ -544,14 +544,14 @@ def check_damages(tmp_path, name, damage, rounds):
     rng = np.random.default_rng([rounds, [*FILES].index(name), [*DAMAGES].index(damage)])
     refusals = 0
     for _ in range(rounds):
-        path = written(tmp_path, DAMAGES[damage](rng, data), file_name)
+        path = write_file(tmp_path, DAMAGES[damage](rng, data), file_name)
         try:
-            found = reader(path)
+            arrays = reader(path)
         except UserError as error:
             assert "\n" not in str(error) and str(path) in str(error)
             refusals += 1
         else:
-            assert same(found, expected)
+            assert same(arrays, expected)
         path.unlink()
     assert refusals >= 5 or damage in ("bit", "byte", "end", "zeros")
 
@@ -566,34 +566,34 @@ def test_a_damaged_safetensors_header_gives_the_right_arrays_or_one_line(tmp_pat
     rng = np.random.default_rng([*DAMAGES].index(damage))
     for _ in range(40):
         changed = DAMAGES[damage](rng, data[:header]) + data[header:]
-        path = written(tmp_path, changed, "x.safetensors")
+        path = write_file(tmp_path, changed, "x.safetensors")
         try:
-            found = read_safetensors(path)
+            arrays = read_safetensors(path)
         except UserError as error:
             assert "\n" not in str(error) and str(path) in str(error)
         else:
-            assert same(dict(zip(plain, found.values(), strict=True)), plain)
+            assert same(dict(zip(plain, arrays.values(), strict=True)), plain)
         path.unlink()
 
 
 @pytest.mark.parametrize("name", ["state_dict", "wrapper", "torchscript"])
 def test_a_damaged_pickle_with_a_right_checksum_breaks_nothing(tmp_path, name):
     """Whoever writes the checksum may describe any tensors, but only those the file holds."""
-    description, storages = reader_cases.parts(GOLDEN / f"{name}.pt")
+    description, storages = reader_cases.read_parts(GOLDEN / f"{name}.pt")
     rng = np.random.default_rng(len(name))
     refusals = 0
     for i in range(200):
         damage = list(DAMAGES.values())[i % len(DAMAGES)]
         path = write_torch(tmp_path / "x.pt", damage(rng, description), storages)
         try:
-            found = read_torch(path)
+            arrays = read_torch(path)
         except UserError as error:
             assert "\n" not in str(error)
             refusals += 1
         else:
             size = path.stat().st_size
-            assert all(array.nbytes <= size for array in found.values())
-            sum(int(array.view(np.uint8).sum()) for array in found.values() if array.ndim)
+            assert all(array.nbytes <= size for array in arrays.values())
+            sum(int(array.view(np.uint8).sum()) for array in arrays.values() if array.ndim)
     assert refusals > 50
 
 
