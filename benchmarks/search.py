@@ -5,7 +5,7 @@
 The rows are random, of unit length, in float16 files as `python -m clip_jax.embed` writes them:
 "clustered" around 5,000 centers with a spectrum that falls off, as features of images do, its
 queries off the rows as texts are off images; and "uniform" on the sphere, where no index has
-anything to go by. Recall is the share of the exact 10 nearest that faiss's way finds.
+anything to go by. Recall is the share of the exact 10 nearest that faiss's method finds.
 """
 
 import tempfile
@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.interleaved import arguments, report, spread, take_turns
-from clip_jax.embeddings.brute_force import search_exact
-from clip_jax.embeddings.faiss_index import index_file, open_index, search_index
+from clip_jax.embeddings.brute_force import brute_force_search
+from clip_jax.embeddings.faiss_index import faiss_search, index_path, open_index
 from clip_jax.embeddings.folder import Embeddings, open_embeddings
 
 PART = 65_536
@@ -66,37 +66,37 @@ def measure(kind: str, options, folder: Path) -> list[dict]:
     start = time.perf_counter()
     index = open_index(embeddings)
     opened = time.perf_counter() - start
-    wanted = [search_exact(embeddings.parts, q[None], 10)[1][0] for q in queries_QD]
-    found = [search_index(index, embeddings, q[None], 10)[1][0] for q in queries_QD]
+    wanted = [brute_force_search(embeddings.parts, q[None], 10)[1][0] for q in queries_QD]
+    found = [faiss_search(index, embeddings, q[None], 10)[1][0] for q in queries_QD]
     recall = float(np.mean([np.isin(w, f).mean() for w, f in zip(wanted, found, strict=True)]))
-    calls = {"exact": search_exact, "faiss": search_index}
+    calls = {"exact": brute_force_search, "faiss": faiss_search}
     turn = iter(range(10**9))
 
-    def call(way):
+    def call(method):
         query_1D = queries_QD[next(turn) % len(queries_QD)][None]
-        if way == "exact":
-            return search_exact(embeddings.parts, query_1D, 10)
-        return search_index(index, embeddings, query_1D, 10)
+        if method == "exact":
+            return brute_force_search(embeddings.parts, query_1D, 10)
+        return faiss_search(index, embeddings, query_1D, 10)
 
     times = take_turns(
-        {way: lambda way=way: call(way) for way in calls},
+        {method: lambda method=method: call(method) for method in calls},
         warmup=options.warmup,
         repeats=options.repeats,
     )
-    size = index_file(embeddings).stat().st_size / 2**20
+    size = index_path(embeddings).stat().st_size / 2**20
     return [
         {
             "rows": kind,
-            "way": way,
-            "ms a query": str(spread(times[way]).scaled(1e3)),
-            "slowest": f"{1e3 * max(times[way]):.4g}",
-            "recall@10": 1.0 if way == "exact" else recall,
-            "index MiB": 0.0 if way == "exact" else size,
-            "build s": 0.0 if way == "exact" else built,
-            "open s": 0.0 if way == "exact" else opened,
+            "method": method,
+            "ms a query": str(spread(times[method]).scaled(1e3)),
+            "slowest": f"{1e3 * max(times[method]):.4g}",
+            "recall@10": 1.0 if method == "exact" else recall,
+            "index MiB": 0.0 if method == "exact" else size,
+            "build s": 0.0 if method == "exact" else built,
+            "open s": 0.0 if method == "exact" else opened,
             "memory MiB": own_memory() / 2**20,
         }
-        for way in calls
+        for method in calls
     ]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from data_cases import ToyTokenizer
 from tiny import VIT
 
-from clip_jax.embeddings.folder import About
+from clip_jax.embeddings.folder import EmbeddingInfo
 from clip_jax.embeddings.write import open_images
 from clip_jax.evaluation.encoders import Encoders
 from clip_jax.models.clip import CLIP, init_variables
@@ -61,8 +61,10 @@ def toy_encoders(dim: int = 8, after: int | None = None) -> Encoders:
     )
 
 
-def toy_about(data: str, **changes) -> About:
-    """What a folder of `toy_encoders` says of itself: parts of 16, batches of 8."""
+def toy_info(data: str, **changes) -> EmbeddingInfo:
+    """Return the info of a folder of `toy_encoders`: parts of 16, batches of 8."""
     samples = sum(map(len, open_images(data)))
-    about = About("toy", "", "", "toy", "a", 8, data, "f", samples, part_rows=16, batch_size=8)
-    return dataclasses.replace(about, **changes)
+    info = EmbeddingInfo(
+        "toy", "", "", "toy", "a", 8, data, "f", samples, part_rows=16, batch_size=8
+    )
+    return dataclasses.replace(info, **changes)

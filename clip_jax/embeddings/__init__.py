@@ -1,0 +1,1 @@
+"""Embeddings of images and captions in files, and search over them."""

@@ -1,4 +1,4 @@
-"""What a user asks, words or an image, as features of the model that made the embeddings."""
+"""Queries of a user, words or an image, as features of the model that made the embeddings."""
 
 from collections.abc import Sequence
 
@@ -11,30 +11,30 @@ from clip_jax.errors import UserError
 from clip_jax.evaluation.encoders import Encoders, encode_padded, unit_rows
 from clip_jax.evaluation.zero_shot import class_embeddings
 
-# Rows of one call: texts are filled up to it, so that few programs are compiled.
-TEXT_ROWS = 8
-# Of an image that somebody gives: a few times what a camera makes.
+TEXT_BATCH_SIZE = 8
+"""Texts of one call, filled up to it, so that few programs are compiled."""
 MAX_PIXELS = 50_000_000
+"""Largest image that a user may give: a few times what a camera makes."""
 
 
 def check_model(embeddings: Embeddings, encoders: Encoders, model: str) -> None:
-    """Raises UserError when these are not the encoders that made the rows."""
-    about = embeddings.about
-    if about is not None and about.identity != encoders.identity:
+    """Raise UserError if these are not the encoders that made the embeddings."""
+    info = embeddings.info
+    if info is not None and info.identity != encoders.identity:
         raise UserError(
-            f"{embeddings.folder} was made by {about.name} ({about.model}) with weights or settings"
+            f"{embeddings.folder} was made by {info.name} ({info.model}) with weights or settings"
             f" other than those of {model} now: give --model the one that made it, or embed again"
         )
 
 
-def encode_words(encoders: Encoders, words: Sequence[str]) -> Float32[np.ndarray, "Q D"]:
-    """Unit features of texts, taken as they are."""
-    tokens_QL = encoders.tokenizer(list(words), encoders.context_length)
-    return encode_padded(encoders.encode_text, tokens_QL, TEXT_ROWS)
+def encode_text_query(encoders: Encoders, texts: Sequence[str]) -> Float32[np.ndarray, "Q D"]:
+    """Return the unit features of texts, without a prompt around them."""
+    tokens_QL = encoders.tokenizer(list(texts), encoders.context_length)
+    return encode_padded(encoders.encode_text, tokens_QL, TEXT_BATCH_SIZE)
 
 
-def encode_picture(encoders: Encoders, data: bytes) -> Float32[np.ndarray, "1 D"]:
-    """The unit feature of an encoded image.
+def encode_image_query(encoders: Encoders, data: bytes) -> Float32[np.ndarray, "1 D"]:
+    """Return the unit feature of an encoded image.
 
     Raises:
       UserError: it is no image, is damaged, or has too many pixels.
@@ -49,10 +49,10 @@ def encode_picture(encoders: Encoders, data: bytes) -> Float32[np.ndarray, "1 D"
     return unit_rows(encoders.encode_image(pixels_HWC[None]))
 
 
-def class_shares(
+def class_probabilities(
     encoders: Encoders, z_image_1D: np.ndarray, labels: Sequence[str], template: str
 ) -> Float32[np.ndarray, " M"]:
-    """How likely each label is for an image, at the model's own temperature.
+    """Return the probability of each label for an image, at the model's own temperature.
 
     Raises:
       UserError: the template lacks its {}, or there are no labels.
@@ -62,9 +62,9 @@ def class_shares(
         encoders.tokenizer,
         labels,
         [template],
-        batch_size=TEXT_ROWS,
+        batch_size=TEXT_BATCH_SIZE,
         context_length=encoders.context_length,
     )
     logits_M = encoders.scale * (class_MD @ z_image_1D[0])
-    share_M = np.exp(logits_M - logits_M.max())
-    return (share_M / share_M.sum()).astype(np.float32)
+    p_M = np.exp(logits_M - logits_M.max())
+    return (p_M / p_M.sum()).astype(np.float32)

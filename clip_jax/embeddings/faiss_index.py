@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
 
-from clip_jax.embeddings.brute_force import best, scores_of
+from clip_jax.embeddings.brute_force import inner_products, top_k
 from clip_jax.embeddings.folder import Embeddings
 from clip_jax.errors import UserError, short
 from clip_jax.files import atomic_write
@@ -21,12 +21,12 @@ from clip_jax.files import atomic_write
 CANDIDATES = 512
 TRAIN_ROWS = 4_096  # 256 for each of 16 centers, more than which faiss does not take
 ADD_ROWS = 65_536
-# With fewer rows, exact search takes some milliseconds itself.
-LEAST_ROWS = 50_000
+MIN_ROWS = 50_000
+"""With fewer rows, exact search takes some milliseconds itself."""
 
 
-def faiss_or_none() -> Any:
-    """The library, where it is installed."""
+def import_faiss() -> Any:
+    """Return the library, or None where it is not installed."""
     try:
         import faiss
     except ImportError:
@@ -36,34 +36,34 @@ def faiss_or_none() -> Any:
     return faiss
 
 
-def index_file(embeddings: Embeddings) -> Path:
-    """Where the index of these rows is kept."""
+def index_path(embeddings: Embeddings) -> Path:
+    """Return the file that the index of these rows is stored in."""
     return embeddings.folder / f"{embeddings.kind}.index"
 
 
 def open_index(embeddings: Embeddings) -> Any:
-    """The index beside the embeddings, made where there is none or they changed since.
+    """Open the index beside the embeddings, built where there is none or they have changed.
 
     Raises:
-      UserError: faiss is not installed.
+      UserError: faiss is not installed, or the index cannot be written.
     """
-    faiss = faiss_or_none()
+    faiss = import_faiss()
     if faiss is None:
         raise UserError("faiss is not installed: pip install 'clip_jax[search]', or --using exact")
-    path = index_file(embeddings)
-    stamp_path = path.with_name(path.name + ".json")
-    stamp = _stamp(embeddings)
+    path = index_path(embeddings)
+    fingerprint_path = path.with_name(path.name + ".json")
+    fingerprint = _fingerprint(embeddings)
     try:
-        if json.loads(stamp_path.read_text()) == stamp:
+        if json.loads(fingerprint_path.read_text()) == fingerprint:
             return faiss.read_index(str(path))
     except (OSError, ValueError, RuntimeError):
-        pass  # none, or not whole: made again
-    index = build(embeddings)
+        pass  # none, or a damaged one: built again
+    index = build_index(embeddings)
     try:
         with atomic_write(path) as partial:
             faiss.write_index(index, str(partial))
-        with atomic_write(stamp_path) as partial:
-            partial.write_text(json.dumps(stamp) + "\n")
+        with atomic_write(fingerprint_path) as partial:
+            partial.write_text(json.dumps(fingerprint) + "\n")
     except UserError as e:
         raise UserError(f"{e}; or use --using exact") from None
     except RuntimeError as e:  # faiss
@@ -71,15 +71,15 @@ def open_index(embeddings: Embeddings) -> Any:
     return index
 
 
-def _stamp(embeddings: Embeddings) -> list[list[Any]]:
-    """What changes when the rows do: each file's name, size and time."""
-    found = [(path.name, path.stat()) for path in embeddings.paths]
-    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in found]
+def _fingerprint(embeddings: Embeddings) -> list[list[Any]]:
+    """Return what changes when the rows do: each file's name, size and time of change."""
+    stats = [(path.name, path.stat()) for path in embeddings.paths]
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
 
-def build(embeddings: Embeddings) -> Any:
-    """An index of all rows, in the memory of its codes and of one block of rows."""
-    faiss = faiss_or_none()
+def build_index(embeddings: Embeddings) -> Any:
+    """Build an index of all rows, in the memory of its codes and of one block of rows."""
+    faiss = import_faiss()
     dim, count = embeddings.dim, len(embeddings)
     codes = dim // 2 if dim % 2 == 0 else dim
     index = faiss.index_factory(dim, f"PQ{codes}x4fs", faiss.METRIC_INNER_PRODUCT)
@@ -90,14 +90,14 @@ def build(embeddings: Embeddings) -> Any:
     return index
 
 
-def search_index(
+def faiss_search(
     index: Any, embeddings: Embeddings, query_QD: Float32[np.ndarray, "Q D"], k: int
 ) -> tuple[Float64[np.ndarray, "Q k"], Int64[np.ndarray, "Q k"]]:
-    """As `exact.search_exact`, but for rows whose codes are not among the nearest."""
-    wanted = min(max(CANDIDATES, 4 * k), len(embeddings))
-    _, rows_QC = index.search(np.ascontiguousarray(query_QD), wanted)
-    found = []
+    """Search as `brute_force_search` does, but for rows whose codes are not among the nearest."""
+    candidates = min(max(CANDIDATES, 4 * k), len(embeddings))
+    _, rows_QC = index.search(np.ascontiguousarray(query_QD), candidates)
+    nearest = []
     for query_D, rows_C in zip(query_QD, rows_QC, strict=True):
         rows_C = np.sort(rows_C[rows_C >= 0])
-        found.append(best(scores_of(embeddings.rows(rows_C), query_D), rows_C, k))
-    return np.stack([scores for scores, _ in found]), np.stack([rows for _, rows in found])
+        nearest.append(top_k(inner_products(embeddings.rows(rows_C), query_D), rows_C, k))
+    return np.stack([scores for scores, _ in nearest]), np.stack([rows for _, rows in nearest])

@@ -1,4 +1,4 @@
-"""A folder of embeddings in clip-retrieval's layout, and what it says of itself.
+"""A folder of embeddings in clip-retrieval's layout, and the file that says what made it.
 
 `img_emb/img_emb_0.npy`, `text_emb/text_emb_0.npy` and `metadata/metadata_0.parquet` are one part:
 float16 rows of unit length and, row by row, the images they are of. Numbers have as many digits
@@ -18,27 +18,32 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from clip_jax.errors import UserError, short
-from clip_jax.files import atomic_write
+from clip_jax.files import claim_folder
 
-FILE = "embedding.json"
-FOLDERS = {"image": "img_emb", "text": "text_emb"}
-METADATA = "metadata"
-_ENDINGS = {"img_emb": "npy", "text_emb": "npy", METADATA: "parquet", "skipped": "jsonl"}
+INFO_FILENAME = "embedding.json"
+EMBEDDING_DIRNAMES = {"image": "img_emb", "text": "text_emb"}
+METADATA_DIRNAME = "metadata"
+SKIPPED_DIRNAME = "skipped"
+_EXTENSIONS = {
+    **dict.fromkeys(EMBEDDING_DIRNAMES.values(), "npy"),
+    METADATA_DIRNAME: "parquet",
+    SKIPPED_DIRNAME: "jsonl",
+}
 
 
 @dataclasses.dataclass(frozen=True)
-class About:
-    """What a folder was made of.
+class EmbeddingInfo:
+    """What a folder's embeddings are made of; the contents of its `embedding.json`.
 
     Attributes:
       model, architecture, tokenizer: what `clip_jax.load` was given; empty is nothing.
-      name: the model's.
-      identity: of its weights, sizes, preprocessing and tokenizer.
-      embed_dim: features of a row.
-      data: the source.
-      fingerprint: of the data's shards.
-      samples: in the source, those that could not be used among them.
-      part_rows: samples of a part, the last one's apart.
+      name: the model's name.
+      identity: a hash of its weights, sizes, preprocessing and tokenizer.
+      embed_dim: the features of a row.
+      data: the source of the images.
+      fingerprint: a hash of the source's shards.
+      samples: the samples of the source, those that could not be used among them.
+      part_rows: the samples of a part, of the last one at most so many.
       batch_size: images encoded at a time, which moves the last bits of a feature.
       texts: whether captions are embedded too.
     """
@@ -58,95 +63,90 @@ class About:
 
     @property
     def parts(self) -> int:
-        """How many parts there are when all are made."""
+        """The number of parts of a finished folder."""
         return -(-self.samples // self.part_rows)
 
 
-def part_file(folder: Path, kind: str, number: int, parts: int) -> Path:
-    """One file of part `number`; `kind` is the folder it lies in."""
+def part_path(folder: Path, dirname: str, number: int, parts: int) -> Path:
+    """Return one file of part `number` of `parts`; `dirname` is the folder it lies in."""
     digits = int(math.log10(parts)) + 1  # clip-retrieval's rule
-    return folder / kind / f"{kind}_{number:0{digits}d}.{_ENDINGS[kind]}"
+    return folder / dirname / f"{dirname}_{number:0{digits}d}.{_EXTENSIONS[dirname]}"
 
 
-def read_about(folder: Path) -> About | None:
-    """What a folder says of itself; None where it says nothing, as clip-retrieval's do.
+def read_info(folder: Path) -> EmbeddingInfo | None:
+    """Read a folder's `embedding.json`; None where it has none, as clip-retrieval's folders.
 
     Raises:
-      UserError: its file is damaged.
+      UserError: the file is damaged.
     """
-    path = folder / FILE
+    path = folder / INFO_FILENAME
     try:
-        return About(**json.loads(path.read_text(encoding="utf-8")))
+        return EmbeddingInfo(**json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, OSError) as e:
         raise UserError(f"{path} is damaged ({short(e)}); embed into another folder") from None
 
 
-def claim(folder: Path, about: About) -> None:
-    """Write what a folder will hold, or find that it holds just that.
+def begin_folder(folder: Path, info: EmbeddingInfo) -> None:
+    """Write a new folder's `embedding.json`, or check that one begun before holds the same.
 
     Raises:
-      UserError: it holds embeddings of something else; the first difference is named.
+      UserError: the folder holds embeddings of something else; the first difference is named.
     """
-    found = read_about(folder)
-    if found is None:
-        if any((folder / name).exists() for name in (*FOLDERS.values(), METADATA)):
-            raise UserError(f"{folder} holds embeddings without {FILE}; give another --out")
-        with atomic_write(folder / FILE) as partial:
-            text = json.dumps(dataclasses.asdict(about), indent=2)
-            partial.write_text(text + "\n", encoding="utf-8")
-        return
-    here, wanted = dataclasses.asdict(found), dataclasses.asdict(about)
-    # The same weights may have moved.
-    names = [n for n in here if here[n] != wanted[n] and n != "model"]
-    if names:
-        raise UserError(
-            f"{folder} was begun with {names[0]} {here[names[0]]!r} and this is "
-            f"{wanted[names[0]]!r}; give another --out, or what it was begun with"
-        )
+    claim_folder(
+        folder,
+        dataclasses.asdict(info),
+        name=INFO_FILENAME,
+        may_differ=["model"],  # the same weights may have moved
+        defaults={"texts": True},
+        foreign=[*EMBEDDING_DIRNAMES.values(), METADATA_DIRNAME],
+    )
 
 
-def is_whole(folder: Path, about: About, number: int) -> bool:
-    """Whether part `number` is there, all its files with as many rows."""
-    kinds = ["img_emb", "text_emb"] if about.texts else ["img_emb"]
+def is_complete(folder: Path, info: EmbeddingInfo, number: int) -> bool:
+    """Return whether part `number` is there, all its files with as many rows."""
+    dirnames = EMBEDDING_DIRNAMES.values() if info.texts else [EMBEDDING_DIRNAMES["image"]]
     try:
-        rows = pq.read_metadata(part_file(folder, METADATA, number, about.parts)).num_rows
+        rows = pq.read_metadata(part_path(folder, METADATA_DIRNAME, number, info.parts)).num_rows
         shapes = [
-            np.load(part_file(folder, kind, number, about.parts), mmap_mode="r").shape
-            for kind in kinds
+            np.load(part_path(folder, dirname, number, info.parts), mmap_mode="r").shape
+            for dirname in dirnames
         ]
     except (OSError, ValueError):
         return False
-    return all(shape == (rows, about.embed_dim) for shape in shapes)
+    return all(shape == (rows, info.embed_dim) for shape in shapes)
 
 
 class Embeddings:
-    """A folder's rows, read where they lie: nothing is loaded until it is asked for.
+    """Rows of a folder's images or captions, memory-mapped: read only when they are used.
 
     Attributes:
-      parts: float16 rows, a memory-mapped array a part.
-      about: None for a folder of clip-retrieval's own.
+      folder: where they lie.
+      kind: "image" or "text".
+      info: what made them; None for a folder of clip-retrieval's own.
+      paths: the files of the rows.
+      parts: the float16 rows of each file.
     """
 
-    def __init__(self, folder: Path, kind: str, about: About | None, paths: Sequence[Path]):
-        self.folder, self.kind, self.about = folder, kind, about
+    def __init__(self, folder: Path, kind: str, info: EmbeddingInfo | None, paths: Sequence[Path]):
+        self.folder, self.kind, self.info = folder, kind, info
         self.paths = list(paths)
         self.parts = [np.load(path, mmap_mode="r") for path in paths]
         self._starts = np.cumsum([0, *(len(part) for part in self.parts)])
-        self._metadata = sorted((folder / METADATA).glob("*.parquet"))
-        self._group = functools.lru_cache(maxsize=64)(self._read_group)
+        self._metadata_paths = sorted((folder / METADATA_DIRNAME).glob("*.parquet"))
+        self._row_group = functools.lru_cache(maxsize=64)(self._read_row_group)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     @property
     def dim(self) -> int:
-        """Features of a row."""
+        """The features of a row."""
         return self.parts[0].shape[1]
 
     def rows(self, ids: np.ndarray) -> np.ndarray:
-        """The rows of these numbers, in their order, as float32."""
+        """Return the rows of these numbers, in their order, as float32."""
         part_of = np.searchsorted(self._starts, ids, side="right") - 1
         out = np.empty((len(ids), self.dim), np.float32)
         for part in np.unique(part_of):
@@ -155,51 +155,52 @@ class Embeddings:
         return out
 
     def metadata(self, row: int) -> dict[str, Any]:
-        """What is known of one row: `image_path`, `caption` and what else its table has."""
+        """Return the metadata of one row: `image_path`, `caption` and what else its table has."""
         part = int(np.searchsorted(self._starts, row, side="right")) - 1
-        place = row - int(self._starts[part])
+        offset = row - int(self._starts[part])
         group = 0
-        for rows in self._groups(part):
-            if place < rows:
+        for rows in self._group_sizes(part):
+            if offset < rows:
                 break
-            place, group = place - rows, group + 1
-        return self._group(part, group).slice(place, 1).to_pylist()[0]
+            offset, group = offset - rows, group + 1
+        return self._row_group(part, group).slice(offset, 1).to_pylist()[0]
 
-    def _groups(self, part: int) -> list[int]:
-        about = pq.read_metadata(self._metadata[part])
-        return [about.row_group(g).num_rows for g in range(about.num_row_groups)]
+    def _group_sizes(self, part: int) -> list[int]:
+        footer = pq.read_metadata(self._metadata_paths[part])
+        return [footer.row_group(g).num_rows for g in range(footer.num_row_groups)]
 
-    def _read_group(self, part: int, group: int) -> Any:
-        return pq.ParquetFile(self._metadata[part]).read_row_group(group)
+    def _read_row_group(self, part: int, group: int) -> Any:
+        return pq.ParquetFile(self._metadata_paths[part]).read_row_group(group)
 
 
 def open_embeddings(folder: str | Path, kind: str = "image") -> Embeddings:
-    """The rows of images ("image") or of captions ("text") in a folder.
+    """Open the rows of images ("image") or of captions ("text") in a folder.
 
     Raises:
       UserError: there are none, a part is missing or damaged, or files do not fit each other.
     """
     folder = Path(folder)
-    about = read_about(folder)
-    paths = sorted((folder / FOLDERS[kind]).glob("*.npy"))
+    info = read_info(folder)
+    rows_folder = folder / EMBEDDING_DIRNAMES[kind]
+    paths = sorted(rows_folder.glob("*.npy"))
     if not paths:
         raise UserError(
-            f"{folder} holds no {FOLDERS[kind]}/*.npy; make it with python -m clip_jax.embed"
+            f"{folder} holds no {rows_folder.name}/*.npy; make it with python -m clip_jax.embed"
         )
-    if about is not None:
-        whole = sum(is_whole(folder, about, n) for n in range(about.parts))
-        if whole < about.parts:
+    if info is not None:
+        complete = sum(is_complete(folder, info, n) for n in range(info.parts))
+        if complete < info.parts:
             raise UserError(
-                f"{folder} is not finished: {whole} of {about.parts} parts are whole; run the "
+                f"{folder} is not finished: {complete} of {info.parts} parts are complete; run the "
                 "same python -m clip_jax.embed again, which makes the others"
             )
     try:
-        found = Embeddings(folder, kind, about, paths)
+        embeddings = Embeddings(folder, kind, info, paths)
     except (OSError, ValueError) as e:
-        raise UserError(f"{folder / FOLDERS[kind]} cannot be read: {short(e)}") from None
-    shapes = {part.shape[1:] for part in found.parts}
-    if len(shapes) > 1 or found.parts[0].ndim != 2:
-        raise UserError(f"{folder / FOLDERS[kind]}: parts have rows of shapes {sorted(shapes)}")
-    if not len(found):
+        raise UserError(f"{rows_folder} cannot be read: {short(e)}") from None
+    shapes = {part.shape[1:] for part in embeddings.parts}
+    if len(shapes) > 1 or embeddings.parts[0].ndim != 2:
+        raise UserError(f"{rows_folder}: parts have rows of shapes {sorted(shapes)}")
+    if not len(embeddings):
         raise UserError(f"{folder} holds no image: none of its source could be read")
-    return found
+    return embeddings

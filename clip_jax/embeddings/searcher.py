@@ -1,4 +1,4 @@
-"""Embeddings and a way to search them: by faiss where it is there and worth it, or exactly."""
+"""Search over embeddings: by faiss where it is installed and worth it, or exactly."""
 
 import dataclasses
 from typing import Any
@@ -6,48 +6,54 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
-from clip_jax.embeddings.brute_force import search_exact
-from clip_jax.embeddings.faiss_index import LEAST_ROWS, faiss_or_none, open_index, search_index
+from clip_jax.embeddings.brute_force import brute_force_search
+from clip_jax.embeddings.faiss_index import MIN_ROWS, faiss_search, import_faiss, open_index
 from clip_jax.embeddings.folder import Embeddings
 from clip_jax.errors import UserError
 
-WAYS = ("auto", "faiss", "exact")
+METHODS = ("auto", "faiss", "exact")
 
 
 @dataclasses.dataclass(frozen=True)
 class Hit:
-    """A row that was found.
+    """One result of a search.
 
     Attributes:
-      row: its number in the embeddings.
-      score: the cosine with the query.
-      about: its row of the metadata.
+      row: its position among the embeddings.
+      score: its cosine with the query.
+      metadata: its row of the metadata.
     """
 
     row: int
     score: float
-    about: dict[str, Any]
+    metadata: dict[str, Any]
 
 
-class Finder:
-    """Searches one kind of rows.
+class Searcher:
+    """A search over one folder's images or captions.
+
+    Args:
+      method: one of `METHODS`; "auto" takes faiss from `MIN_ROWS` rows on, where it is installed.
 
     Attributes:
-      way: "faiss" or "exact".
+      method: "faiss" or "exact".
+
+    Raises:
+      UserError: there is no such method, or faiss is asked for and cannot be used.
     """
 
-    def __init__(self, embeddings: Embeddings, using: str = "auto"):
-        if using not in WAYS:
-            raise UserError(f"--using is {using!r}; it must be one of {', '.join(WAYS)}")
+    def __init__(self, embeddings: Embeddings, method: str = "auto"):
+        if method not in METHODS:
+            raise UserError(f"--using is {method!r}; it must be one of {', '.join(METHODS)}")
         self.embeddings = embeddings
-        if using == "auto":
-            worth_it = len(embeddings) >= LEAST_ROWS and faiss_or_none() is not None
-            using = "faiss" if worth_it else "exact"
-        self.way = using
-        self._index = open_index(embeddings) if using == "faiss" else None
+        if method == "auto":
+            worth_it = len(embeddings) >= MIN_ROWS and import_faiss() is not None
+            method = "faiss" if worth_it else "exact"
+        self.method = method
+        self._index = open_index(embeddings) if method == "faiss" else None
 
     def search(self, query_QD: Float32[np.ndarray, "Q D"], k: int) -> list[list[Hit]]:
-        """The nearest rows of each query, best first.
+        """Return the `k` nearest rows of each query, best first.
 
         Raises:
           UserError: queries have another number of features than the rows.
@@ -58,9 +64,9 @@ class Finder:
                 f"model makes {query_QD.shape[1]}: give --model the one that made it"
             )
         if self._index is not None:
-            scores_Qk, rows_Qk = search_index(self._index, self.embeddings, query_QD, k)
+            scores_Qk, rows_Qk = faiss_search(self._index, self.embeddings, query_QD, k)
         else:
-            scores_Qk, rows_Qk = search_exact(self.embeddings.parts, query_QD, k)
+            scores_Qk, rows_Qk = brute_force_search(self.embeddings.parts, query_QD, k)
         return [
             [
                 Hit(int(row), float(score), self.embeddings.metadata(int(row)))

@@ -1,7 +1,7 @@
-"""Images and captions to a folder of embeddings, part by part.
+"""Writer of a folder of embeddings, part by part.
 
-A part's files appear whole and its metadata last, so what was killed is made again from the last
-part on, to the same bytes: a part is the same batches whoever makes it, and when.
+A part's files appear whole and its metadata last, so a killed run goes on at its last part and
+ends with the same bytes: a part is the same batches whichever process makes it, and when.
 """
 
 import dataclasses
@@ -21,20 +21,26 @@ from clip_jax.data.loader import Loader
 from clip_jax.data.shards import Shard
 from clip_jax.data.skip_log import SkipLog
 from clip_jax.data.sources import FOLDER_FORMAT, expand, format_of, open_shards
-from clip_jax.embeddings.folder import METADATA, About, is_whole, part_file
+from clip_jax.embeddings.folder import (
+    EMBEDDING_DIRNAMES,
+    METADATA_DIRNAME,
+    SKIPPED_DIRNAME,
+    EmbeddingInfo,
+    is_complete,
+    part_path,
+)
 from clip_jax.evaluation.encoders import Encoders
 from clip_jax.evaluation.features import FeatureSet, encode_parts
 from clip_jax.files import atomic_write
 from clip_jax.progress_bar import progress_bar
 
-SKIPPED = "skipped"
-LIST = "skipped.jsonl"
-# Of the metadata: a result's row is read with its neighbors.
-GROUP_ROWS = 4096
+SKIPPED_FILENAME = "skipped.jsonl"
+ROW_GROUP_SIZE = 4096
+"""Rows of the metadata that are read together: a result's row is read with its neighbors."""
 
 
 class PartLog(SkipLog):
-    """Counts skipped samples, and keeps those of the part that is being made."""
+    """A skip log that keeps the lines of the part that is being made."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,53 +52,58 @@ class PartLog(SkipLog):
 
 
 def open_images(data: str) -> list[Shard]:
-    """The shards of a source, whose images need no caption.
+    """Open the shards of a source, whose images need no caption.
 
     Raises:
       UserError: it names nothing, or a shard cannot be read.
     """
-    shards = expand(data)
-    is_folder = [format_of(split_options(shard)[0]) is FOLDER_FORMAT for shard in shards]
-    others = iter(open_shards([s for s, f in zip(shards, is_folder, strict=True) if not f]))
+    sources = expand(data)
+    is_folder = [format_of(split_options(source)[0]) is FOLDER_FORMAT for source in sources]
+    others = iter(open_shards([s for s, f in zip(sources, is_folder, strict=True) if not f]))
     return [
-        open_folder(*split_options(shard), need_captions=False) if folder else next(others)
-        for shard, folder in zip(shards, is_folder, strict=True)
+        open_folder(*split_options(source), need_captions=False) if folder else next(others)
+        for source, folder in zip(sources, is_folder, strict=True)
     ]
 
 
-def own_parts(parts: int, index: int, count: int) -> range:
-    """The parts that process `index` of `count` makes: neighbors, and equally many."""
-    return range(index * parts // count, (index + 1) * parts // count)
+def parts_of_process(parts: int, process_index: int, process_count: int) -> range:
+    """Return the parts that a process makes: consecutive ones, shared out evenly."""
+    return range(
+        process_index * parts // process_count, (process_index + 1) * parts // process_count
+    )
 
 
 def embed(
     encoders: Encoders,
-    indexes: Sequence[Shard],
-    about: About,
+    shards: Sequence[Shard],
+    info: EmbeddingInfo,
     folder: Path,
     *,
-    index: int = 0,
-    count: int = 1,
+    process_index: int = 0,
+    process_count: int = 1,
     progress: bool = True,
 ) -> list[int]:
-    """Make the parts of process `index` of `count` that are not there yet; returns their numbers.
+    """Make the parts of this process that are not there yet; return their numbers.
 
-    `folder.claim` comes before. Processes do not wait for each other.
+    `folder.begin_folder` comes before. Processes do not wait for each other.
+
+    Raises:
+      UserError: a file cannot be written, or features are not finite.
     """
-    mine = own_parts(about.parts, index, count)
-    missing = [n for n in mine if not is_whole(folder, about, n)]
-    sizes = {n: min(about.part_rows, about.samples - n * about.part_rows) for n in mine}
-    title = f"process {index} of {count}" if count > 1 else "embed"
-    done = sum(sizes[n] for n in mine if n not in missing)
+    parts = parts_of_process(info.parts, process_index, process_count)
+    missing = [n for n in parts if not is_complete(folder, info, n)]
+    sizes = {n: min(info.part_rows, info.samples - n * info.part_rows) for n in parts}
+    title = f"process {process_index} of {process_count}" if process_count > 1 else "embed"
+    done = sum(sizes[n] for n in parts if n not in missing)
     total = sum(sizes.values())
-    with progress_bar(total, title, " images", initial=done, shown=progress) as counted:
-        for run in neighbours(missing):
-            _embed_run(encoders, indexes, about, folder, run, counted.update)
+    with progress_bar(total, title, " images", initial=done, shown=progress) as bar:
+        for run in consecutive_runs(missing):
+            _embed_run(encoders, shards, info, folder, run, bar.update)
     return missing
 
 
-def neighbours(numbers: Sequence[int]) -> list[range]:
-    """Ascending numbers as runs without a gap."""
+def consecutive_runs(numbers: Sequence[int]) -> list[range]:
+    """Split ascending numbers into runs without a gap."""
     runs: list[range] = []
     for n in numbers:
         if runs and n == runs[-1].stop:
@@ -104,73 +115,81 @@ def neighbours(numbers: Sequence[int]) -> list[range]:
 
 def _embed_run(
     encoders: Encoders,
-    indexes: Sequence[Shard],
-    about: About,
+    shards: Sequence[Shard],
+    info: EmbeddingInfo,
     folder: Path,
-    run: range,
-    advance: Callable[[int], object],
+    parts: range,
+    on_images: Callable[[int], object],
 ) -> None:
-    batches_per_part = about.part_rows // about.batch_size
+    """Make consecutive parts with one loader; `on_images` takes how many were encoded."""
+    batches_per_part = info.part_rows // info.batch_size
     log = PartLog()
     loader = encoders.loader(
-        indexes,
-        batch_size=about.batch_size,
-        steps=slice(run.start * batches_per_part, run.stop * batches_per_part),
+        shards,
+        batch_size=info.batch_size,
+        steps=slice(parts.start * batches_per_part, parts.stop * batches_per_part),
         need_captions=False,
         log=log,
     )
 
-    def keep(number: int, part: FeatureSet) -> None:
-        write_part(folder, about, number, part, log.lines)
+    def store(number: int, part: FeatureSet) -> None:
+        write_part(folder, info, number, part, log.lines)
         log.lines.clear()
 
     def no_features(tokens_BL: np.ndarray) -> np.ndarray:
-        return np.ones((len(tokens_BL), about.embed_dim), np.float32)
+        return np.ones((len(tokens_BL), info.embed_dim), np.float32)
 
-    if not about.texts:
+    if not info.texts:
         encoders = dataclasses.replace(encoders, encode_text=no_features)
     with loader:
         encode_parts(
             encoders,
-            _one_caption_each(loader, advance),
-            keep,
-            text_batch_size=about.batch_size,
+            _one_caption_each(loader, on_images),
+            store,
+            text_batch_size=info.batch_size,
             batches_per_part=batches_per_part,
-            first_part=run.start,
+            first_part=parts.start,
         )
 
 
 def _one_caption_each(
-    batches: Loader, advance: Callable[[int], object]
+    batches: Loader, on_images: Callable[[int], object]
 ) -> Iterator[Mapping[str, Any]]:
-    """Batches whose images have one caption each, an empty one where there is none."""
+    """Yield batches with one caption for each image, an empty one where there is none."""
     for batch in batches:
         yield {**batch, "captions": [(given or [""])[:1] for given in batch["captions"]]}
-        advance(sum(key != "" for key in batch["key"]))
+        on_images(sum(key != "" for key in batch["key"]))
 
 
 def write_part(
-    folder: Path, about: About, number: int, part: FeatureSet, skipped: Sequence[Mapping[str, str]]
+    folder: Path,
+    info: EmbeddingInfo,
+    number: int,
+    part: FeatureSet,
+    skipped: Sequence[Mapping[str, str]],
 ) -> None:
-    """A part's files, its metadata last: with that it counts as made."""
+    """Write a part's files, its metadata last: with that it counts as made."""
 
-    def path(kind: str) -> Path:
-        return part_file(folder, kind, number, about.parts)
+    def path(dirname: str) -> Path:
+        return part_path(folder, dirname, number, info.parts)
 
-    arrays = {"img_emb": part.z_image_BD} | ({"text_emb": part.z_text_BD} if about.texts else {})
+    arrays = {"image": part.z_image_BD} | ({"text": part.z_text_BD} if info.texts else {})
     for kind, z_BD in arrays.items():
-        with atomic_write(path(kind)) as partial, partial.open("wb") as file:
+        with (
+            atomic_write(path(EMBEDDING_DIRNAMES[kind])) as partial,
+            partial.open("wb") as file,
+        ):
             np.save(file, z_BD.astype(np.float16))
-    with atomic_write(path(SKIPPED)) as partial:
+    with atomic_write(path(SKIPPED_DIRNAME)) as partial:
         partial.write_text("".join(json.dumps(line) + "\n" for line in skipped), encoding="utf-8")
-    with atomic_write(path(METADATA)) as partial:
-        pq.write_table(metadata_table(part), partial, row_group_size=GROUP_ROWS)
+    with atomic_write(path(METADATA_DIRNAME)) as partial:
+        pq.write_table(metadata_table(part), partial, row_group_size=ROW_GROUP_SIZE)
 
 
 def metadata_table(part: FeatureSet) -> pa.Table:
-    """A part's table: clip-retrieval's columns, and where in its source an image is.
+    """Return a part's table: clip-retrieval's columns, and where in its source an image is.
 
-    `image_path` is "shard/key" and `row` the sample's place among all of the source's.
+    `image_path` is "shard/key" and `row` the sample's position among all of the source's.
     """
     return pa.table(
         {
@@ -183,18 +202,22 @@ def metadata_table(part: FeatureSet) -> pa.Table:
     )
 
 
-def finish(folder: Path, about: About) -> tuple[int, Counter[str]] | None:
-    """Joins the lists of skipped samples when every part is there: rows, and skipped by cause.
+def finish_folder(folder: Path, info: EmbeddingInfo) -> Counter[str] | None:
+    """Join the lists of skipped samples once every part is there; return their number by cause.
 
-    None where parts are missing. Whichever process ends last finds all of them; two that do write
+    None if parts are missing. Whichever process ends last finds all of them; two that do write
     the same.
     """
-    if not all(is_whole(folder, about, n) for n in range(about.parts)):
+    if not all(is_complete(folder, info, n) for n in range(info.parts)):
         return None
-    counts: Counter[str] = Counter()
-    with atomic_write(folder / LIST) as partial, partial.open("w", encoding="utf-8") as out:
-        for number in range(about.parts):
-            lines = part_file(folder, SKIPPED, number, about.parts).read_text(encoding="utf-8")
-            counts.update(json.loads(line)["cause"] for line in lines.splitlines())
+    skipped: Counter[str] = Counter()
+    with (
+        atomic_write(folder / SKIPPED_FILENAME) as partial,
+        partial.open("w", encoding="utf-8") as out,
+    ):
+        for number in range(info.parts):
+            path = part_path(folder, SKIPPED_DIRNAME, number, info.parts)
+            lines = path.read_text(encoding="utf-8")
+            skipped.update(json.loads(line)["cause"] for line in lines.splitlines())
             out.write(lines)
-    return about.samples - counts.total(), counts
+    return skipped

@@ -1,0 +1,1 @@
+"""The page that shows search results in a browser, and its server."""

@@ -3,26 +3,39 @@
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import numpy as np
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
-from clip_jax.embeddings.encode_query import class_shares, encode_picture, encode_words
-from clip_jax.embeddings.searcher import Finder, Hit
+from clip_jax.embeddings.encode_query import (
+    class_probabilities,
+    encode_image_query,
+    encode_text_query,
+)
+from clip_jax.embeddings.searcher import Hit, Searcher
 from clip_jax.errors import UserError
 from clip_jax.evaluation.encoders import Encoders
-from clip_jax.search_page.thumbnails import Pictures
+from clip_jax.search_page.thumbnails import Thumbnails
 
-if TYPE_CHECKING:
-    from starlette.applications import Starlette
-    from starlette.requests import Request
-    from starlette.responses import Response
+T = TypeVar("T")
 
 MAX_UPLOAD = 20 << 20
+"""Bytes of an uploaded image."""
+DEFAULT_TOP = 20
 MAX_TOP = 200
-MAX_WORDS = 1_000
+MAX_TEXT = 1_000
+"""Characters of a query, a label or a template."""
 MAX_LABELS = 200
 TEMPLATE = "a photo of a {}."
+FOLDER = Path(__file__).parent
 FILES = {
     "/": ("page.html", "text/html"),
     "/page.js": ("page.js", "text/javascript"),
@@ -38,163 +51,197 @@ HEADERS = {
 }
 
 
-def make_app(
-    finder: Finder,
-    encoders: Encoders,
-    pictures: Pictures,
-    *,
-    template: str = TEMPLATE,
-    hosts: Sequence[str] = ("127.0.0.1", "localhost"),
-) -> "Starlette":
-    """The application.
+class Endpoints:
+    """The answers of the server.
 
     Args:
+      searcher: the embeddings and the search over them.
+      encoders: the model that made them.
+      thumbnails: the images of their rows.
       template: of the labels, until the user types another.
-      hosts: names under which it answers; other pages must not reach it by a name of theirs.
+      max_upload: bytes of an uploaded image.
     """
-    from starlette.applications import Starlette
-    from starlette.concurrency import run_in_threadpool
-    from starlette.exceptions import HTTPException
-    from starlette.middleware import Middleware
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
-    from starlette.responses import JSONResponse, Response
-    from starlette.routing import Route
 
-    one_at_a_time = threading.Lock()
-    folder = Path(__file__).parent
+    def __init__(
+        self,
+        searcher: Searcher,
+        encoders: Encoders,
+        thumbnails: Thumbnails,
+        *,
+        template: str,
+        max_upload: int,
+    ):
+        self._searcher = searcher
+        self._encoders = encoders
+        self._thumbnails = thumbnails
+        self._template = template
+        self._max_upload = max_upload
+        self._lock = threading.Lock()
 
-    async def compute(work: Callable[..., Any], *args: Any) -> Any:
-        """`work` in a thread, so that the server goes on; the model has one question at a time."""
+    async def about(self, request: Request) -> Response:
+        """Answer what is searched, and how."""
+        return JSONResponse(
+            {
+                "count": len(self._searcher.embeddings),
+                "model": self._encoders.name,
+                "method": self._searcher.method,
+                "template": self._template,
+                "no_images": self._thumbnails.unavailable,
+            }
+        )
 
-        def locked() -> Any:
-            with one_at_a_time:
-                return work(*args)
+    async def search(self, request: Request) -> Response:
+        """Answer the nearest rows to words, to a row, or to an uploaded image."""
+        top = whole_number(request, "top", DEFAULT_TOP, 1, MAX_TOP)
+        if request.method == "POST" or "row" in request.query_params:
+            query_1D = await self._image_feature(request)
+        else:
+            words = bounded_text(request.query_params.get("words", ""), "words")
+            query_1D = await self._compute(encode_text_query, self._encoders, [words])
+        (hits,) = await self._compute(self._searcher.search, query_1D, top)
+        return JSONResponse({"hits": [hit_json(hit) for hit in hits]})
+
+    async def classify(self, request: Request) -> Response:
+        """Answer the probabilities of labels for a row or an uploaded image."""
+        query = request.query_params
+        labels = [bounded_text(label, "label") for label in query.getlist("label")]
+        if not 0 < len(labels) <= MAX_LABELS:
+            raise UserError(f"there are {len(labels)} labels; give 1 to {MAX_LABELS}")
+        template = bounded_text(query.get("template", self._template), "template")
+        z_1D = await self._image_feature(request)
+        p_M = await self._compute(class_probabilities, self._encoders, z_1D, labels, template)
+        return JSONResponse({"probabilities": [float(p) for p in p_M]})
+
+    async def thumbnail(self, request: Request) -> Response:
+        """Answer the small image of a row."""
+        row = request.path_params["row"]
+        encoded = None
+        if row < len(self._searcher.embeddings):
+            encoded = await run_in_threadpool(self._thumbnails.thumbnail, row)
+        if encoded is None:
+            raise HTTPException(404, "no such image")
+        data, media_type = encoded
+        return Response(data, media_type=media_type)
+
+    async def _image_feature(self, request: Request) -> np.ndarray:
+        """Return the feature [1, D] of a row that the address names, or else of the upload."""
+        if "row" in request.query_params:
+            row = whole_number(request, "row", 0, 0, len(self._searcher.embeddings) - 1)
+            return self._searcher.embeddings.rows(np.array([row]))
+        data = await read_upload(request, self._max_upload)
+        return await self._compute(encode_image_query, self._encoders, data)
+
+    async def _compute(self, function: Callable[..., T], *args: Any) -> T:
+        """Call in a thread, so that the server goes on; the model has one query at a time."""
+
+        def locked() -> T:
+            with self._lock:
+                return function(*args)
 
         return await run_in_threadpool(locked)
 
-    def file_route(path: str) -> Route:
-        name, kind = FILES[path]
 
-        async def read(request: "Request") -> "Response":
-            return Response((folder / name).read_bytes(), media_type=kind)
+def make_app(
+    searcher: Searcher,
+    encoders: Encoders,
+    thumbnails: Thumbnails,
+    *,
+    template: str = TEMPLATE,
+    hosts: Sequence[str] = ("127.0.0.1", "localhost"),
+    max_upload: int = MAX_UPLOAD,
+) -> Starlette:
+    """Return the application.
 
-        return Route(path, read)
-
-    async def about(request: "Request") -> "Response":
-        told = {
-            "count": len(finder.embeddings),
-            "model": encoders.name,
-            "way": finder.way,
-            "template": template,
-            "no_pictures": pictures.why_none,
-        }
-        return JSONResponse(told)
-
-    async def search(request: "Request") -> "Response":
-        top = whole_number(request, "top", 20, 1, MAX_TOP)
-        if request.method == "POST":
-            upload = await read_upload(request)
-            query_1D = await compute(encode_picture, encoders, upload)
-        elif "row" in request.query_params:
-            row = whole_number(request, "row", 0, 0, len(finder.embeddings) - 1)
-            query_1D = finder.embeddings.rows(np.array([row]))
-        else:
-            words = text_of(request.query_params.get("words", ""), "words")
-            query_1D = await compute(encode_words, encoders, [words])
-        (hits,) = await compute(finder.search, query_1D, top)
-        return JSONResponse({"hits": [hit_json(hit) for hit in hits]})
-
-    async def classify(request: "Request") -> "Response":
-        labels = [text_of(label, "label") for label in request.query_params.getlist("label")]
-        if not 0 < len(labels) <= MAX_LABELS:
-            raise UserError(f"there are {len(labels)} labels; give 1 to {MAX_LABELS}")
-        asked = text_of(request.query_params.get("template", template), "template")
-        if "row" in request.query_params:
-            row = whole_number(request, "row", 0, 0, len(finder.embeddings) - 1)
-            z_1D = finder.embeddings.rows(np.array([row]))
-        else:
-            z_1D = await compute(encode_picture, encoders, await read_upload(request))
-        share_M = await compute(class_shares, encoders, z_1D, labels, asked)
-        return JSONResponse({"shares": [float(share) for share in share_M]})
-
-    async def picture(request: "Request") -> "Response":
-        row = request.path_params["row"]
-        small = None
-        if row < len(finder.embeddings):
-            small = await run_in_threadpool(pictures.small, row)
-        if small is None:
-            raise HTTPException(404, "no such image")
-        return Response(small[0], media_type=small[1])
-
-    async def wrong(request: "Request", error: Exception) -> "Response":
-        code = error.status_code if isinstance(error, HTTPException) else 400
-        told = error.detail if isinstance(error, HTTPException) else str(error)
-        return JSONResponse({"error": told}, code)
-
-    app = Starlette(
+    Args:
+      searcher, encoders, thumbnails, template, max_upload: see `Endpoints`.
+      hosts: names under which it answers; other pages must not reach it by a name of theirs.
+    """
+    endpoints = Endpoints(searcher, encoders, thumbnails, template=template, max_upload=max_upload)
+    return Starlette(
         routes=[
-            *map(file_route, FILES),
-            Route("/about", about),
-            Route("/search", search, methods=["GET", "POST"]),
-            Route("/classify", classify, methods=["POST"]),
-            Route("/picture/{row:int}", picture),
+            *(file_route(path, *file) for path, file in FILES.items()),
+            Route("/about", endpoints.about),
+            Route("/search", endpoints.search, methods=["GET", "POST"]),
+            Route("/classify", endpoints.classify, methods=["POST"]),
+            Route("/thumbnails/{row:int}", endpoints.thumbnail),
         ],
         middleware=[
             Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts)),
             Middleware(WithHeaders),
         ],
-        exception_handlers={UserError: wrong, HTTPException: wrong},
+        exception_handlers={UserError: error_response, HTTPException: error_response},
     )
-    return app
+
+
+def file_route(path: str, filename: str, media_type: str) -> Route:
+    """Return the route of a file of the page."""
+
+    async def read(request: Request) -> Response:
+        return Response((FOLDER / filename).read_bytes(), media_type=media_type)
+
+    return Route(path, read)
+
+
+async def error_response(request: Request, error: Exception) -> Response:
+    """Return an error as JSON, which the page shows as it is."""
+    if isinstance(error, HTTPException):
+        return JSONResponse({"error": error.detail}, error.status_code)
+    return JSONResponse({"error": str(error)}, 400)
 
 
 class WithHeaders:
-    """Every response with `HEADERS`."""
+    """Middleware that adds `HEADERS` to every response."""
 
     def __init__(self, app: Any):
         self.app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        async def with_headers(message: Any) -> None:
+        async def send_with_headers(message: Any) -> None:
             if message["type"] == "http.response.start":
                 extra = [(k.lower().encode(), v.encode()) for k, v in HEADERS.items()]
                 message = {**message, "headers": [*message["headers"], *extra]}
             await send(message)
 
-        await self.app(scope, receive, with_headers)
+        await self.app(scope, receive, send_with_headers)
 
 
-async def read_upload(request: "Request") -> bytes:
-    """The body, refused as soon as it is more than an image may be."""
-    from starlette.exceptions import HTTPException
-
+async def read_upload(request: Request, max_bytes: int) -> bytes:
+    """Return the body, refused with status 413 as soon as it is larger than an image may be."""
     chunks, size = [], 0
     async for chunk in request.stream():
         size += len(chunk)
-        if size > MAX_UPLOAD:
-            raise HTTPException(413, f"the image is larger than {MAX_UPLOAD >> 20} MiB")
+        if size > max_bytes:
+            raise HTTPException(413, f"the image is larger than {max_bytes >> 20} MiB")
         chunks.append(chunk)
     return b"".join(chunks)
 
 
-def whole_number(request: "Request", name: str, otherwise: int, low: int, high: int) -> int:
-    """A number of the address."""
-    text = request.query_params.get(name, str(otherwise))
+def whole_number(request: Request, name: str, default: int, low: int, high: int) -> int:
+    """Return a number of the address.
+
+    Raises:
+      UserError: it is no whole number from `low` to `high`.
+    """
+    text = request.query_params.get(name, str(default))
     if not (text.isascii() and text.isdigit() and len(text) < 16 and low <= int(text) <= high):
         raise UserError(f"{name} is {text[:20]!r}; it must be a number from {low} to {high}")
     return int(text)
 
 
-def text_of(text: str, name: str) -> str:
-    """Words of the address, not too many."""
+def bounded_text(text: str, name: str) -> str:
+    """Return a text of the address.
+
+    Raises:
+      UserError: it is empty or too long.
+    """
     if not text.strip():
         raise UserError(f"{name} is empty; type something")
-    if len(text) > MAX_WORDS:
-        raise UserError(f"{name} has {len(text)} characters; at most {MAX_WORDS}")
+    if len(text) > MAX_TEXT:
+        raise UserError(f"{name} has {len(text)} characters; at most {MAX_TEXT}")
     return text
 
 
 def hit_json(hit: Hit) -> dict[str, Any]:
-    """A result as the page takes it."""
-    caption, path = hit.about.get("caption") or "", hit.about.get("image_path") or ""
+    """Return a result as the page takes it."""
+    caption, path = hit.metadata.get("caption") or "", hit.metadata.get("image_path") or ""
     return {"row": hit.row, "score": round(hit.score, 4), "caption": caption, "path": str(path)}

@@ -1,128 +1,130 @@
 "use strict";
 // Results come as JSON and are put into the page as text, never as HTML.
-const at = (id) => document.getElementById(id);
-const made = (tag, className, text) => {
+const byId = (id) => document.getElementById(id);
+const create = (tag, className, text) => {
   const element = document.createElement(tag);
   if (className) element.className = className;
   if (text !== undefined) element.textContent = text;
   return element;
 };
-let chosen = null; // the picture to name: {row} or {file}
-let withPictures = true;
-let asked = 0; // of two questions the later one's answer stays
+let chosen = null; // the image to name: {row} or {file}
+let hasImages = true;
+let latestSearch = 0; // of two searches the later one's answer stays
 
-async function ask(address, options) {
+async function request(address, options) {
   const response = await fetch(address, options);
   const answer = await response.json().catch(() => ({ error: `the server said ${response.status}` }));
   if (!response.ok) throw new Error(answer.error);
   return answer;
 }
 
-function tell(id, text, isWrong = false) {
-  at(id).textContent = text;
-  at(id).classList.toggle("wrong", isWrong);
+function setStatus(id, text, isWrong = false) {
+  byId(id).textContent = text;
+  byId(id).classList.toggle("wrong", isWrong);
 }
 
-async function find(address, options, what) {
-  const turn = ++asked;
-  tell("status", "Searching…");
+async function search(address, options, what) {
+  const number = ++latestSearch;
+  setStatus("status", "Searching…");
   try {
     const start = performance.now();
-    const { hits } = await ask(address, options);
-    if (turn !== asked) return;
+    const { hits } = await request(address, options);
+    if (number !== latestSearch) return;
     const took = Math.round(performance.now() - start);
-    at("hits").replaceChildren(...hits.map(hitItem));
-    tell("status", `${hits.length} nearest to ${what}, in ${took} ms`);
+    byId("hits").replaceChildren(...hits.map(hitItem));
+    setStatus("status", `${hits.length} nearest to ${what}, in ${took} ms`);
   } catch (error) {
-    if (turn === asked) tell("status", error.message, true);
+    if (number === latestSearch) setStatus("status", error.message, true);
   }
 }
 
 function hitItem(hit) {
-  const item = made("li", "hit");
-  const frame = made("div", "frame", withPictures ? undefined : "no picture");
-  if (withPictures) {
-    const image = made("img");
+  const item = create("li", "hit");
+  const frame = create("div", "frame", hasImages ? undefined : "no image");
+  if (hasImages) {
+    const image = create("img");
     image.alt = hit.caption || hit.path;
-    image.src = `/picture/${hit.row}`;
-    image.addEventListener("error", () => frame.replaceChildren("no picture"));
+    image.src = `/thumbnails/${hit.row}`;
+    image.addEventListener("error", () => frame.replaceChildren("no image"));
     frame.append(image);
   }
-  const caption = made("div", "caption", hit.caption || hit.path);
+  const caption = create("div", "caption", hit.caption || hit.path);
   caption.title = hit.path;
-  const like = made("button", "small", "more like it");
+  const like = create("button", "small", "more like it");
   like.type = "button";
   like.addEventListener("click", () =>
-    find(`/search?row=${hit.row}`, {}, `“${hit.caption || hit.path}”`));
-  const name = made("button", "small", "name it");
+    search(`/search?row=${hit.row}`, {}, `“${hit.caption || hit.path}”`));
+  const name = create("button", "small", "name it");
   name.type = "button";
   name.addEventListener("click", () => {
-    choose({ row: hit.row }, withPictures ? `/picture/${hit.row}` : "", hit.caption || hit.path);
-    at("labels").focus();
+    choose({ row: hit.row }, hasImages ? `/thumbnails/${hit.row}` : "", hit.caption || hit.path);
+    byId("labels").focus();
   });
-  item.append(frame, caption, made("div", "score", hit.score.toFixed(4)), like, name);
+  item.append(frame, caption, create("div", "score", hit.score.toFixed(4)), like, name);
   return item;
 }
 
 function choose(what, source, alt) {
   chosen = what;
-  const image = made("img");
+  const image = create("img");
   image.alt = alt;
   image.src = source;
-  at("shown").replaceChildren(source ? image : made("p", "", alt));
-  at("bars").replaceChildren();
-  tell("name-status", "");
+  byId("shown").replaceChildren(source ? image : create("p", "", alt));
+  byId("bars").replaceChildren();
+  setStatus("name-status", "");
 }
 
-async function name(event) {
+async function classify(event) {
   event.preventDefault();
-  if (!chosen) return tell("name-status", "Choose a picture first.", true);
-  const labels = at("labels").value.split("\n").map((s) => s.trim()).filter(Boolean);
-  const wanted = new URLSearchParams(labels.map((label) => ["label", label]));
-  wanted.set("template", at("template").value);
-  if ("row" in chosen) wanted.set("row", chosen.row);
-  tell("name-status", "Naming…");
+  if (!chosen) return setStatus("name-status", "Choose an image first.", true);
+  const labels = byId("labels").value.split("\n").map((s) => s.trim()).filter(Boolean);
+  const query = new URLSearchParams(labels.map((label) => ["label", label]));
+  query.set("template", byId("template").value);
+  if ("row" in chosen) query.set("row", chosen.row);
+  setStatus("name-status", "Naming…");
   try {
-    const { shares } = await ask(`/classify?${wanted}`, { method: "POST", body: chosen.file });
-    const order = labels.map((_, i) => i).sort((a, b) => shares[b] - shares[a]);
-    at("bars").replaceChildren(...order.map((i) => barItem(labels[i], shares[i])));
-    tell("name-status", `Most likely: ${labels[order[0]]}`);
+    const options = { method: "POST", body: chosen.file };
+    const { probabilities } = await request(`/classify?${query}`, options);
+    const order = labels.map((_, i) => i).sort((a, b) => probabilities[b] - probabilities[a]);
+    byId("bars").replaceChildren(...order.map((i) => barItem(labels[i], probabilities[i])));
+    setStatus("name-status", `Most likely: ${labels[order[0]]}`);
   } catch (error) {
-    tell("name-status", error.message, true);
+    setStatus("name-status", error.message, true);
   }
 }
 
-function barItem(label, share) {
-  const item = made("li", "bar");
-  const track = made("div", "track");
-  const fill = made("div", "fill");
-  fill.style.width = `${100 * share}%`;
+function barItem(label, probability) {
+  const item = create("li", "bar");
+  const percent = 100 * probability;
+  const track = create("div", "track");
+  const fill = create("div", "fill");
+  fill.style.width = `${percent}%`;
   track.setAttribute("aria-hidden", "true");
   track.append(fill);
-  item.append(made("b", "", label), track, made("span", "share", `${(100 * share).toFixed(1)} %`));
+  item.append(create("b", "", label), track, create("span", "probability", `${percent.toFixed(1)} %`));
   return item;
 }
 
 async function start() {
-  at("find").addEventListener("submit", (event) => {
+  byId("find").addEventListener("submit", (event) => {
     event.preventDefault();
-    const words = at("words").value;
-    find(`/search?${new URLSearchParams({ words })}`, {}, `“${words}”`);
+    const words = byId("words").value;
+    search(`/search?${new URLSearchParams({ words })}`, {}, `“${words}”`);
   });
-  at("by-picture").addEventListener("change", (event) => {
+  byId("by-image").addEventListener("change", (event) => {
     const file = event.target.files[0];
-    if (file) find("/search", { method: "POST", body: file }, `“${file.name}”`);
+    if (file) search("/search", { method: "POST", body: file }, `“${file.name}”`);
   });
-  at("picture").addEventListener("change", (event) => {
+  byId("image").addEventListener("change", (event) => {
     const file = event.target.files[0];
     if (file) choose({ file }, URL.createObjectURL(file), file.name);
   });
-  at("name").addEventListener("submit", name);
-  const about = await ask("/about");
-  withPictures = !about.no_pictures;
-  at("template").value = about.template;
-  at("about").textContent = `${about.count.toLocaleString("en")} pictures by ${about.model}, ` +
-    `${about.way} search${about.no_pictures ? `; no pictures: ${about.no_pictures}` : ""}`;
+  byId("name").addEventListener("submit", classify);
+  const about = await request("/about");
+  hasImages = !about.no_images;
+  byId("template").value = about.template;
+  byId("about").textContent = `${about.count.toLocaleString("en")} images by ${about.model}, ` +
+    `${about.method} search${about.no_images ? `; no images: ${about.no_images}` : ""}`;
 }
 
-start().catch((error) => tell("status", error.message, true));
+start().catch((error) => setStatus("status", error.message, true));

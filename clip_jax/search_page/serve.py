@@ -1,22 +1,34 @@
-"""Starts the page's server on this machine."""
+"""The server of the page on this machine."""
 
 import ipaddress
 import socket
 
 import numpy as np
 
-from clip_jax.embeddings.encode_query import encode_words
-from clip_jax.embeddings.searcher import Finder
+from clip_jax.embeddings.encode_query import encode_text_query
+from clip_jax.embeddings.searcher import Searcher
 from clip_jax.errors import UserError
 from clip_jax.evaluation.encoders import Encoders
-from clip_jax.search_page.app import TEMPLATE, make_app
-from clip_jax.search_page.thumbnails import Pictures
+from clip_jax.search_page.thumbnails import Thumbnails
 
 
 def serve(
-    finder: Finder, encoders: Encoders, host: str, port: int, data: str | None, template: str = ""
+    searcher: Searcher,
+    encoders: Encoders,
+    *,
+    host: str,
+    port: int,
+    data: str | None,
+    template: str,
 ) -> int:
-    """Answer until Ctrl-C; the exit code.
+    """Answer until Ctrl-C; return the exit code.
+
+    Args:
+      searcher: the embeddings and the search over them.
+      encoders: the model that made them.
+      host, port: where the page is served; port 0 is any that is free.
+      data: the source of the images, where it is another than the embeddings say.
+      template: of the labels, until the user types another; empty is `app.TEMPLATE`.
 
     Raises:
       UserError: the libraries are not installed, or the address cannot be had.
@@ -26,26 +38,28 @@ def serve(
         import uvicorn
     except ImportError as e:
         raise UserError(f"--serve needs {e.name}: pip install 'clip_jax[search]'") from None
-    pictures = Pictures(finder.embeddings, data)
+    from clip_jax.search_page.app import TEMPLATE, make_app
+
+    thumbnails = Thumbnails(searcher.embeddings, data)
     hosts = ["127.0.0.1", "localhost", host] if is_local(host) else ["*"]
-    app = make_app(finder, encoders, pictures, template=template or TEMPLATE, hosts=hosts)
-    listening = listen(host, port)
-    # What the first question would wait for: the programs of both encoders.
-    encode_words(encoders, ["warm"])
+    app = make_app(searcher, encoders, thumbnails, template=template or TEMPLATE, hosts=hosts)
+    listener = listen(host, port)
+    # What the first query would wait for: the programs of both encoders.
+    encode_text_query(encoders, ["warm"])
     encoders.encode_image(np.zeros((1, encoders.image_size, encoders.image_size, 3), np.uint8))
-    shown = f"[{host}]" if ":" in host else host
-    if pictures.why_none:
-        print(f"no images will be shown: {pictures.why_none}", flush=True)
+    shown_host = f"[{host}]" if ":" in host else host
+    if thumbnails.unavailable:
+        print(f"no images will be shown: {thumbnails.unavailable}", flush=True)
     if not is_local(host):
         print(f"whoever reaches {host} can ask; there is no password", flush=True)
-    print(f"http://{shown}:{listening.getsockname()[1]} (Ctrl-C ends)", flush=True)
+    print(f"http://{shown_host}:{listener.getsockname()[1]} (Ctrl-C ends)", flush=True)
     config = uvicorn.Config(app, log_level="warning", access_log=False)
-    uvicorn.Server(config).run(sockets=[listening])
+    uvicorn.Server(config).run(sockets=[listener])
     return 0
 
 
 def is_local(host: str) -> bool:
-    """Whether only this machine reaches it."""
+    """Return whether only this machine reaches the host."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -53,17 +67,20 @@ def is_local(host: str) -> bool:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket at an address; port 0 is any that is free.
+    """Return a socket bound to an address; port 0 is any that is free.
 
     Raises:
       UserError: it is taken, or no address of this machine.
     """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listening = socket.socket(family, socket.SOCK_STREAM)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind((host, port))
-        return listening
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((host, port))
+        except BaseException:
+            listener.close()
+            raise
     except (OSError, OverflowError) as e:
-        listening.close()
         raise UserError(f"{host}:{port} cannot be served: {e}; choose another --port") from None
+    return listener

@@ -4,7 +4,7 @@ import io
 
 from PIL import Image
 
-from clip_jax.data.images import decode_image
+from clip_jax.data.images import ImageError, decode_image
 from clip_jax.data.shards import BadSampleError, ConcatShards, Handles
 from clip_jax.data.sources import fingerprint
 from clip_jax.embeddings.encode_query import MAX_PIXELS
@@ -13,55 +13,60 @@ from clip_jax.embeddings.write import open_images
 from clip_jax.errors import UserError
 
 SIDE = 256
+"""Pixels of the square that a thumbnail fits."""
 
 
-class Pictures:
-    """The images of a folder's rows, by number: nothing that a browser says becomes a path.
+class Thumbnails:
+    """Thumbnails of a folder's rows, by number: nothing that a browser sends becomes a path.
+
+    Args:
+      embeddings: the rows.
+      data: the source of their images, where it is another than the embeddings say.
 
     Attributes:
-      why_none: what keeps them from being shown; empty where they are.
+      unavailable: why no images can be shown; empty where they can.
     """
 
     def __init__(self, embeddings: Embeddings, data: str | None = None):
         self._embeddings = embeddings
-        self._line = ConcatShards([])
-        self.why_none = ""
-        about = embeddings.about
-        source = data or (about.data if about else "")
+        self._samples = ConcatShards([])
+        self.unavailable = ""
+        info = embeddings.info
+        source = data or (info.data if info else "")
         if not source:
-            self.why_none = "the embeddings do not say where their images lie; give --data"
+            self.unavailable = "the embeddings do not say where their images lie; give --data"
             return
         try:
-            indexes = open_images(source)
+            shards = open_images(source)
         except UserError as e:
-            self.why_none = f"their source cannot be read: {e}"
+            self.unavailable = f"their source cannot be read: {e}"
             return
-        if about is not None and fingerprint(indexes) != about.fingerprint:
-            self.why_none = f"{source} is not the source that was embedded, or has changed"
+        if info is not None and fingerprint(shards) != info.fingerprint:
+            self.unavailable = f"{source} is not the source that was embedded, or has changed"
             return
-        self._line = ConcatShards(indexes)
+        self._samples = ConcatShards(shards)
 
-    def small(self, row: int) -> tuple[bytes, str] | None:
-        """An encoded image that fits a square of `SIDE`, and its media type; None for none."""
-        place = self._embeddings.metadata(row).get("row")
-        if self.why_none or not isinstance(place, int) or not 0 <= place < len(self._line):
+    def thumbnail(self, row: int) -> tuple[bytes, str] | None:
+        """Return an encoded thumbnail and its media type; None where the image cannot be had."""
+        position = self._embeddings.metadata(row).get("row")
+        if not isinstance(position, int) or not 0 <= position < len(self._samples):
             return None
-        shard, i = self._line.at(place)
+        shard, i = self._samples.at(position)
         try:
             with Handles() as handles:
                 data = shard.image(i, handles)
             image = decode_image(data, max_pixels=MAX_PIXELS)
-        except (BadSampleError, OSError):
+        except (ImageError, BadSampleError, OSError):
             return None
-        return encode_small(image)
+        return encode_thumbnail(image)
 
 
-def encode_small(image: Image.Image) -> tuple[bytes, str]:
-    """Made anew from its pixels, so that no byte of the file itself reaches a browser."""
-    see_through = image.mode in ("RGBA", "LA", "PA")
-    image = image.convert("RGBA" if see_through else "RGB")
+def encode_thumbnail(image: Image.Image) -> tuple[bytes, str]:
+    """Encode the pixels anew, so that no byte of the file itself reaches a browser."""
+    has_alpha = image.mode in ("RGBA", "LA", "PA")
+    image = image.convert("RGBA" if has_alpha else "RGB")
     image.thumbnail((SIDE, SIDE))
     out = io.BytesIO()
-    kind = "PNG" if see_through else "JPEG"
-    image.save(out, kind)
-    return out.getvalue(), f"image/{kind.lower()}"
+    image_format = "PNG" if has_alpha else "JPEG"
+    image.save(out, image_format)
+    return out.getvalue(), f"image/{image_format.lower()}"

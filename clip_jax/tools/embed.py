@@ -6,8 +6,10 @@ process makes parts of its own, none waits for another.
 """
 
 import argparse
+import dataclasses
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,12 +18,12 @@ from clip_jax.errors import UserError, run_command
 from clip_jax.parallel.cluster import detected_place
 
 if TYPE_CHECKING:
-    from clip_jax.embeddings.folder import About
+    from clip_jax.embeddings.folder import EmbeddingInfo
     from clip_jax.evaluation.encoders import Encoders
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m clip_jax.embed", description=__doc__)
     parser.add_argument("--model", required=True, help="a run, or a published model")
     parser.add_argument("--architecture", default="", help='of a bare file: "NAME" or "NAME:TAG"')
@@ -35,8 +37,30 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def place_of(part_of: str | None) -> tuple[int, int]:
-    """(this process, processes), by the flag or else by the cluster's environment.
+@dataclasses.dataclass(frozen=True)
+class EmbedResult:
+    """What one call of the command made.
+
+    Attributes:
+      folder: the embeddings.
+      info: what they are made of.
+      parts: the numbers of the parts that this process made.
+      skipped: how many samples could not be used, by cause; None while parts are missing.
+    """
+
+    folder: Path
+    info: "EmbeddingInfo"
+    parts: list[int]
+    skipped: Counter[str] | None
+
+    @property
+    def rows(self) -> int | None:
+        """The images of the finished folder; None while parts are missing."""
+        return None if self.skipped is None else self.info.samples - self.skipped.total()
+
+
+def process_place(part_of: str | None) -> tuple[int, int]:
+    """Return (this process, processes), by the flag or else by the cluster's environment.
 
     Raises:
       UserError: the flag is no I/N.
@@ -49,8 +73,8 @@ def place_of(part_of: str | None) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def from_anywhere(source: str) -> str:
-    """A source or path whose local parts do not depend on the folder a command is run in."""
+def absolute_source(source: str) -> str:
+    """Return a source or path with absolute local parts, good in any current folder."""
 
     def absolute(part: str) -> str:
         is_local = not re.match(r"[a-z][a-z0-9+.-]+:", part)
@@ -59,8 +83,8 @@ def from_anywhere(source: str) -> str:
     return "::".join(absolute(part.strip()) for part in source.split("::"))
 
 
-def embed_source(args: argparse.Namespace) -> str:
-    """Embed what the command line says; returns what to tell the user.
+def embed_source(args: argparse.Namespace) -> EmbedResult:
+    """Embed what the command line says.
 
     Raises:
       UserError: the model or the data cannot be read, or the folder holds something else.
@@ -69,14 +93,14 @@ def embed_source(args: argparse.Namespace) -> str:
 
     from clip_jax.api import load_encoders
     from clip_jax.data.sources import fingerprint
-    from clip_jax.embeddings.folder import claim
-    from clip_jax.embeddings.write import LIST, embed, finish, open_images
+    from clip_jax.embeddings.folder import begin_folder
+    from clip_jax.embeddings.write import embed, finish_folder, open_images
 
     if min(args.batch_size, args.part_size) < 1:
         raise UserError("--batch-size and --part-size must be at least 1")
-    index, count = place_of(args.part_of)
-    indexes = open_images(args.data)
-    if not (samples := sum(map(len, indexes))):
+    process_index, process_count = process_place(args.part_of)
+    shards = open_images(args.data)
+    if not (samples := sum(map(len, shards))):
         raise UserError(f"--data {args.data} holds no image")
     encoders = load_encoders(
         args.model, architecture=args.architecture or None, tokenizer=args.tokenizer or None
@@ -86,35 +110,29 @@ def embed_source(args: argparse.Namespace) -> str:
             "the devices of this machine have started together with those of others, as on a TPU "
             "pod, and embed works with a machine's own; start it on a single one"
         )
-    about = describe(args, encoders, fingerprint(indexes), samples)
+    info = embedding_info(args, encoders, fingerprint(shards), samples)
     folder = Path(args.out)
-    claim(folder, about)
-    made = embed(encoders, indexes, about, folder, index=index, count=count)
-    told = f"{args.out}: {len(made)} of {about.parts} parts made"
-    done = finish(folder, about)
-    if done is None:
-        return f"{told}; parts of other processes are missing still"
-    rows, skipped = done
-    causes = ", ".join(f"{n:,} {cause}" for cause, n in skipped.most_common())
-    lost = f"; could not be used: {causes} ({folder / LIST})" if causes else ""
-    return f"{told}; {rows:,} images of {about.embed_dim} features{lost}"
+    begin_folder(folder, info)
+    parts = embed(
+        encoders, shards, info, folder, process_index=process_index, process_count=process_count
+    )
+    return EmbedResult(folder, info, parts, finish_folder(folder, info))
 
 
-def describe(
+def embedding_info(
     args: argparse.Namespace, encoders: "Encoders", fingerprint: str, samples: int
-) -> "About":
-    """What the folder will say of itself."""
-    from clip_jax.embeddings.folder import About
+) -> "EmbeddingInfo":
+    """Return what the folder's `embedding.json` will hold."""
+    from clip_jax.embeddings.folder import EmbeddingInfo
 
-    model = os.path.abspath(args.model) if os.path.exists(args.model) else args.model
-    return About(
-        model=model,
+    return EmbeddingInfo(
+        model=os.path.abspath(args.model) if os.path.exists(args.model) else args.model,
         architecture=args.architecture,
-        tokenizer=from_anywhere(args.tokenizer) if args.tokenizer else "",
+        tokenizer=absolute_source(args.tokenizer) if args.tokenizer else "",
         name=encoders.name,
         identity=encoders.identity,
         embed_dim=encoders.embed_dim,
-        data=from_anywhere(args.data),
+        data=absolute_source(args.data),
         fingerprint=fingerprint,
         samples=samples,
         part_rows=max(1, args.part_size // args.batch_size) * args.batch_size,
@@ -123,9 +141,23 @@ def describe(
     )
 
 
+def result_text(result: EmbedResult) -> str:
+    """Return the line that the command prints."""
+    from clip_jax.embeddings.write import SKIPPED_FILENAME
+
+    line = f"{result.folder}: {len(result.parts)} of {result.info.parts} parts made"
+    if result.skipped is None:
+        return f"{line}; parts of other processes are missing still"
+    line += f"; {result.rows:,} images of {result.info.embed_dim} features"
+    causes = ", ".join(f"{n:,} {cause}" for cause, n in result.skipped.most_common())
+    if causes:
+        line += f"; could not be used: {causes} ({result.folder / SKIPPED_FILENAME})"
+    return line
+
+
 def main() -> int:
-    """Parse and embed; the exit code."""
-    print(embed_source(parse(None)))
+    """Parse the flags, embed, and print what was made; return the exit code."""
+    print(result_text(embed_source(parse(None))))
     return 0
 
 

@@ -6,6 +6,7 @@ that raise its cosine with the caption.
 """
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,12 +20,14 @@ from clip_jax.files import atomic_write
 if TYPE_CHECKING:
     from PIL import Image
 
-SIDE = 448  # of the image in the PNG, about
-STRENGTH = 0.65  # of the map's color where it is largest
+SIDE = 448
+"""About the pixels of a side of the image in the PNG."""
+OPACITY = 0.65
+"""Of the map's color where it is largest."""
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m clip_jax.relevance", description=__doc__)
     parser.add_argument("--model", required=True, help="a run, or a published model")
     parser.add_argument("--architecture", help='of a bare file: "NAME" or "NAME:TAG"')
@@ -38,22 +41,22 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def overlay(
     pixels_HWC: UInt8[np.ndarray, "H W 3"], gain_HW: Float[np.ndarray, "h w"]
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """The image under a map of another size, colored from nothing to the map's largest."""
+    """Return the image under a map of another size, colored from nothing to the map's largest."""
     import matplotlib
     from PIL import Image
 
     height, width, _ = pixels_HWC.shape
-    most = float(gain_HW.max())
-    share_HW = np.asarray(gain_HW / most if most > 0 else gain_HW, np.float32)
+    largest = float(gain_HW.max())
+    share_HW = np.asarray(gain_HW / largest if largest > 0 else gain_HW, np.float32)
     smooth = Image.fromarray(share_HW).resize((width, height), Image.Resampling.BICUBIC)
     share_HW = np.clip(np.asarray(smooth), 0, 1)
-    colour_HWC = matplotlib.colormaps["turbo"](share_HW)[..., :3] * 255
-    weight_HW1 = (STRENGTH * share_HW)[..., None]
-    return np.round(pixels_HWC * (1 - weight_HW1) + colour_HWC * weight_HW1).astype(np.uint8)
+    color_HWC = matplotlib.colormaps["turbo"](share_HW)[..., :3] * 255
+    alpha_HW1 = (OPACITY * share_HW)[..., None]
+    return np.round(pixels_HWC * (1 - alpha_HW1) + color_HWC * alpha_HW1).astype(np.uint8)
 
 
-def open_picture(path: str) -> "Image.Image":
-    """An image that a user names.
+def open_image(path: str) -> "Image.Image":
+    """Open an image that a user names.
 
     Raises:
       UserError: it cannot be read.
@@ -66,58 +69,84 @@ def open_picture(path: str) -> "Image.Image":
         raise UserError(f"--image {path} cannot be read: {e}") from None
 
 
-def relevance_picture(
+@dataclasses.dataclass(frozen=True)
+class RelevanceMap:
+    """What in an image a caption is about.
+
+    Attributes:
+      pixels_HWC: the image as the model sees it, about `SIDE` pixels a side.
+      gain_HW: what each patch adds to the cosine, nothing below zero.
+      cosine: of the image and the caption.
+    """
+
+    pixels_HWC: UInt8[np.ndarray, "H W 3"]
+    gain_HW: Float[np.ndarray, "h w"]
+    cosine: float
+
+
+def relevance_map(
     model: str,
     image: str,
     caption: str,
-    out: str,
     *,
     architecture: str | None = None,
     tokenizer: str | None = None,
-) -> str:
-    """Write the PNG; returns what to tell the user.
+) -> RelevanceMap:
+    """Compute the map of an image file and a caption.
 
     Raises:
       UserError: the model or the image cannot be read.
     """
-    from PIL import Image
-
     from clip_jax import api
     from clip_jax.data.images import eval_transform
 
-    picture = open_picture(image)
+    opened = open_image(image)
     clip = api.load(model, architecture, tokenizer=tokenizer)
-    pixels_1HWC = clip.preprocess(picture)
+    pixels_1HWC = clip.preprocess(opened)
     (gain_HW,) = np.asarray(clip.relevance(pixels_1HWC, caption))
     z_image_1D = np.asarray(clip.encode_image(pixels_1HWC))
     cosine = float(z_image_1D[0] @ np.asarray(clip.encode_text(clip.tokenize(caption)))[0])
-    side = clip.config.vision.image_size * max(1, round(SIDE / clip.config.vision.image_size))
+    size = clip.config.vision.image_size
     # The same crop in more pixels.
-    large_HWC = eval_transform(picture, side, clip.preprocessing)
-    page = np.concatenate([large_HWC, overlay(large_HWC, gain_HW)], axis=1)
-    with atomic_write(Path(out)) as partial:
+    large_HWC = eval_transform(opened, size * max(1, round(SIDE / size)), clip.preprocessing)
+    return RelevanceMap(large_HWC, gain_HW, cosine)
+
+
+def write_png(path: Path, result: RelevanceMap) -> None:
+    """Write the image, and beside it the same under the map.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    from PIL import Image
+
+    page = np.concatenate([result.pixels_HWC, overlay(result.pixels_HWC, result.gain_HW)], axis=1)
+    with atomic_write(path) as partial:
         Image.fromarray(page).save(partial, "PNG")
-    row, column = np.unravel_index(gain_HW.argmax(), gain_HW.shape)
-    rows, columns = gain_HW.shape
+
+
+def map_text(result: RelevanceMap, caption: str, out: str) -> str:
+    """Return the line that the command prints."""
+    row, column = np.unravel_index(result.gain_HW.argmax(), result.gain_HW.shape)
+    rows, columns = result.gain_HW.shape
     return (
-        f"{out}: cosine {cosine:.4f} with {caption!r}; the patch that adds most is in row "
+        f"{out}: cosine {result.cosine:.4f} with {caption!r}; the patch that adds most is in row "
         f"{row + 1} of {rows}, column {column + 1} of {columns}"
     )
 
 
 def main() -> int:
-    """Parse and draw; the exit code."""
+    """Parse the flags, compute and write the map; return the exit code."""
     args = parse(None)
-    print(
-        relevance_picture(
-            args.model,
-            args.image,
-            args.caption,
-            args.out,
-            architecture=args.architecture,
-            tokenizer=args.tokenizer,
-        )
+    result = relevance_map(
+        args.model,
+        args.image,
+        args.caption,
+        architecture=args.architecture,
+        tokenizer=args.tokenizer,
     )
+    write_png(Path(args.out), result)
+    print(map_text(result, args.caption, args.out))
     return 0
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m clip_jax.search", description=__doc__)
     parser.add_argument("folder", metavar="DIR", help="embeddings")
     parser.add_argument("query", nargs="?", help="words")
@@ -45,7 +45,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def load_encoders(args: argparse.Namespace, embeddings: "Embeddings") -> "Encoders":
-    """The model that made the embeddings.
+    """Load the model that made the embeddings.
 
     Raises:
       UserError: it is not there any more, or has changed.
@@ -53,12 +53,12 @@ def load_encoders(args: argparse.Namespace, embeddings: "Embeddings") -> "Encode
     from clip_jax import api
     from clip_jax.embeddings.encode_query import check_model
 
-    about = embeddings.about
-    model = args.model or (about.model if about else None)
+    info = embeddings.info
+    model = args.model or (info.model if info else None)
     if model is None:
         raise UserError(f"{embeddings.folder} does not say what made it; give --model")
-    architecture = args.architecture or (about.architecture if about else None)
-    tokenizer = args.tokenizer or (about.tokenizer if about else None)
+    architecture = args.architecture or (info.architecture if info else None)
+    tokenizer = args.tokenizer or (info.tokenizer if info else None)
     encoders = api.load_encoders(
         model, architecture=architecture or None, tokenizer=tokenizer or None
     )
@@ -66,8 +66,8 @@ def load_encoders(args: argparse.Namespace, embeddings: "Embeddings") -> "Encode
     return encoders
 
 
-def own_template(model: str) -> str:
-    """The prompt that a run evaluates with; empty where there is none."""
+def eval_template(model: str) -> str:
+    """Return the prompt that a run evaluates with; empty where there is none."""
     from clip_jax.pretrained.work_folder import is_work_folder, read_description
 
     if not is_work_folder(model):
@@ -76,8 +76,8 @@ def own_template(model: str) -> str:
     return str(templates[0]) if templates else ""
 
 
-def read_picture(path: str) -> bytes:
-    """The bytes of `--image`.
+def read_image(path: str) -> bytes:
+    """Return the bytes of `--image`.
 
     Raises:
       UserError: the file cannot be read.
@@ -88,51 +88,78 @@ def read_picture(path: str) -> bytes:
         raise UserError(f"--image {path} cannot be read: {e.strerror}") from None
 
 
+def search(args: argparse.Namespace) -> list["Hit"]:
+    """Search as the command line says; return the results, best first.
+
+    Raises:
+      UserError: a flag is wrong, or the embeddings, the model or the image cannot be read.
+    """
+    from clip_jax.embeddings.encode_query import encode_image_query, encode_text_query
+    from clip_jax.embeddings.folder import open_embeddings
+    from clip_jax.embeddings.searcher import Searcher
+
+    if (args.query is None) == (args.image is None):
+        raise UserError('give words, "a red bird", or --image FILE, and not both')
+    image = read_image(args.image) if args.image else b""
+    searcher = Searcher(open_embeddings(args.folder, args.among), args.using)
+    encoders = load_encoders(args, searcher.embeddings)
+    query_1D = (
+        encode_image_query(encoders, image) if image else encode_text_query(encoders, [args.query])
+    )
+    (hits,) = searcher.search(query_1D, args.top)
+    return hits
+
+
+def serve_page(args: argparse.Namespace) -> int:
+    """Serve the page until Ctrl-C; return the exit code.
+
+    Raises:
+      UserError: a flag is wrong, or the embeddings or the model cannot be read.
+    """
+    from clip_jax.embeddings.folder import open_embeddings
+    from clip_jax.embeddings.searcher import Searcher
+    from clip_jax.search_page.serve import serve
+
+    if args.query is not None or args.image is not None:
+        raise UserError("--serve takes its queries on the page; leave the query out")
+    embeddings = open_embeddings(args.folder)
+    encoders = load_encoders(args, embeddings)
+    model = args.model or (embeddings.info.model if embeddings.info else "")
+    searcher = Searcher(embeddings, args.using)
+    return serve(
+        searcher,
+        encoders,
+        host=args.host,
+        port=args.port,
+        data=args.data,
+        template=eval_template(model),
+    )
+
+
 def hits_text(hits: Sequence["Hit"]) -> str:
-    """A line for each."""
+    """Return a line for each result."""
     lines = [
-        f"{place:>3}  {hit.score:7.4f}  {hit.about.get('image_path', hit.row)}"
-        f"  {hit.about.get('caption') or ''}"
-        for place, hit in enumerate(hits, start=1)
+        f"{rank:>3}  {hit.score:7.4f}  {hit.metadata.get('image_path', hit.row)}"
+        f"  {hit.metadata.get('caption') or ''}"
+        for rank, hit in enumerate(hits, start=1)
     ]
     return "\n".join(line.rstrip() for line in lines)
 
 
 def hits_json(hits: Sequence["Hit"]) -> str:
-    """The same with all that the metadata has."""
-    found = [{"index": hit.row, "score": hit.score, **hit.about} for hit in hits]
-    return json.dumps(found, indent=1, ensure_ascii=False, default=str)
+    """Return the results as JSON, with all that their metadata has."""
+    rows = [{"index": hit.row, "score": hit.score, **hit.metadata} for hit in hits]
+    return json.dumps(rows, indent=1, ensure_ascii=False, default=str)
 
 
 def main() -> int:
-    """Parse and search, or serve; the exit code."""
-    from clip_jax.embeddings.encode_query import encode_picture, encode_words
-    from clip_jax.embeddings.folder import open_embeddings
-    from clip_jax.embeddings.searcher import Finder
-
+    """Parse the flags, then search and print, or serve; return the exit code."""
     args = parse(None)
     if args.top < 1:
         raise UserError(f"--top is {args.top}; it must be at least 1")
     if args.serve:
-        from clip_jax.search_page.serve import serve
-
-        if args.query is not None or args.image is not None:
-            raise UserError("--serve takes its questions on the page; leave the query out")
-        embeddings = open_embeddings(args.folder)
-        encoders = load_encoders(args, embeddings)
-        model = args.model or (embeddings.about.model if embeddings.about else "")
-        finder = Finder(embeddings, args.using)
-        return serve(finder, encoders, args.host, args.port, args.data, own_template(model))
-    if (args.query is None) == (args.image is None):
-        raise UserError('give words, "a red bird", or --image FILE, and not both')
-    picture = read_picture(args.image) if args.image else b""
-    embeddings = open_embeddings(args.folder, args.among)
-    finder = Finder(embeddings, args.using)
-    encoders = load_encoders(args, embeddings)
-    query_1D = (
-        encode_picture(encoders, picture) if picture else encode_words(encoders, [args.query])
-    )
-    (hits,) = finder.search(query_1D, args.top)
+        return serve_page(args)
+    hits = search(args)
     print(hits_json(hits) if args.json else hits_text(hits))
     return 0
 

@@ -1,5 +1,6 @@
-"""Folders of embeddings: their layout, what is skipped, and that they do not know of a kill."""
+"""Tests of embedding folders: their layout, what is skipped, and that a kill leaves no trace."""
 
+import dataclasses
 import itertools
 import json
 import subprocess
@@ -12,21 +13,26 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset
 from data_cases import encode, picture, write_shards
-from embedded import SIDE, toy_about, toy_encoders, write_tiny_model
+from embedded import SIDE, toy_encoders, toy_info, write_tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from pairs import write_data
 from run_tiny import ROOT, environment
 
 from clip_jax.data.images import eval_transform
-from clip_jax.embeddings.folder import claim, open_embeddings, part_file, read_about
-from clip_jax.embeddings.write import embed, finish, neighbours, open_images, own_parts
+from clip_jax.embeddings.folder import begin_folder, open_embeddings, part_path, read_info
+from clip_jax.embeddings.write import (
+    consecutive_runs,
+    embed,
+    finish_folder,
+    open_images,
+    parts_of_process,
+)
 from clip_jax.errors import UserError
 from clip_jax.tools import embed as command
 
-# From unit rows in float32 to float16: half a last place below 1 is 2^-12, and of two such
-# roundings in a product of unit vectors no more is left.
-HALF = 2**-12
+FLOAT16_ERROR = 2**-12
+"""Half a unit in the last place of float16 below 1, which unit rows are rounded by."""
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -49,42 +55,43 @@ def data(tmp_path_factory):
     return str(folder)
 
 
-def make(data, folder, *, after=None, **place):
-    about = toy_about(data)
-    claim(folder, about)
+def make(data, folder, *, after=None, **process):
+    info = toy_info(data)
+    begin_folder(folder, info)
     encoders = toy_encoders(after=after)
-    return embed(encoders, open_images(data), about, folder, progress=False, **place)
+    return embed(encoders, open_images(data), info, folder, progress=False, **process)
 
 
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole") / "out"
     assert make(data, folder) == [0, 1, 2, 3]
-    assert finish(folder, toy_about(data))[0] == 54
+    info = toy_info(data)
+    assert info.samples - finish_folder(folder, info).total() == 54
     return folder
 
 
 def test_rows_are_the_encoders_and_the_metadata_names_them(data, whole):
-    encoders, indexes = toy_encoders(), open_images(data)
+    encoders, shards = toy_encoders(), open_images(data)
     images, texts = open_embeddings(whole), open_embeddings(whole, "text")
     assert [p.name for p in images.paths] == [f"img_emb_{i}.npy" for i in range(4)]
     assert images.parts[0].dtype == np.float16 and len(images) == len(texts) == 54
     assert len(files(whole)) == 4 * 4 + 2
     z_image, z_text = images.rows(np.arange(54)), texts.rows(np.arange(54))
     for row in (0, 15, 16, 29, 30, 52):
-        about = images.metadata(row)
-        assert about["row"] == row and about["caption"] == f"caption {row}"
+        metadata = images.metadata(row)
+        assert metadata["row"] == row and metadata["caption"] == f"caption {row}"
         shard = "s-00000.tar" if row < 30 else "s-00001.tar"
-        assert about["image_path"] == f"{shard}/{about['key']}" == f"{shard}/{row:06d}"
+        assert metadata["image_path"] == f"{shard}/{metadata['key']}" == f"{shard}/{row:06d}"
         pixels = eval_transform(picture("RGB", SIDE, SIDE + 3, seed=row), SIDE)
-        for found, z in (
+        for stored, z in (
             (z_image[row], encoders.encode_image(pixels[None])[0]),
-            (z_text[row], encoders.encode_text(encoders.tokenizer([about["caption"]], 16))[0]),
+            (z_text[row], encoders.encode_text(encoders.tokenizer([metadata["caption"]], 16))[0]),
         ):
-            np.testing.assert_allclose(found, z / np.linalg.norm(z), atol=HALF)
+            np.testing.assert_allclose(stored, z / np.linalg.norm(z), atol=FLOAT16_ERROR)
     # The one without a caption has the features of an empty text, as an empty file would have.
     assert images.metadata(53)["caption"] == "" and images.metadata(53)["row"] == 54
-    assert sum(map(len, indexes)) == 56
+    assert sum(map(len, shards)) == 56
 
 
 def test_what_cannot_be_used_is_listed_with_its_cause(whole):
@@ -101,28 +108,28 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bytes(data, whole, tmp_path, af
     with pytest.raises(KeyboardInterrupt):
         make(data, folder, after=after)
     # A killed process may leave what it was writing.
-    torn = part_file(folder, "img_emb", after // 2, 4)
+    torn = part_path(folder, "img_emb", after // 2, 4)
     torn.parent.mkdir(exist_ok=True)
     torn.with_name(torn.name + ".partial").write_bytes(b"half")
-    assert finish(folder, toy_about(data)) is None
+    assert finish_folder(folder, toy_info(data)) is None
     with pytest.raises(UserError, match=r"is not finished|holds no img_emb"):
         open_embeddings(folder)
     assert make(data, folder) == list(range(after // 2, 4))
-    finish(folder, toy_about(data))
+    finish_folder(folder, toy_info(data))
     assert files(folder) == files(whole)
 
 
 def test_damaged_and_missing_files_of_a_part_are_made_again(data, whole, tmp_path):
     folder = tmp_path / "out"
     make(data, folder)
-    part_file(folder, "img_emb", 1, 4).write_bytes(
-        part_file(whole, "img_emb", 1, 4).read_bytes()[:99]
+    part_path(folder, "img_emb", 1, 4).write_bytes(
+        part_path(whole, "img_emb", 1, 4).read_bytes()[:99]
     )
-    part_file(folder, "metadata", 3, 4).unlink()
-    with pytest.raises(UserError, match="2 of 4 parts are whole"):
+    part_path(folder, "metadata", 3, 4).unlink()
+    with pytest.raises(UserError, match="2 of 4 parts are complete"):
         open_embeddings(folder)
     assert make(data, folder) == [1, 3]
-    finish(folder, toy_about(data))
+    finish_folder(folder, toy_info(data))
     assert files(folder) == files(whole)
 
 
@@ -130,68 +137,79 @@ def test_processes_make_parts_of_their_own_and_the_last_one_finishes(data, whole
     folder = tmp_path / "out"
     made = []
     for index in (2, 0, 1):
-        assert finish(folder, toy_about(data)) is None
-        made += make(data, folder, index=index, count=3)
+        assert finish_folder(folder, toy_info(data)) is None
+        made += make(data, folder, process_index=index, process_count=3)
     assert sorted(made) == [0, 1, 2, 3]
-    finish(folder, toy_about(data))
+    finish_folder(folder, toy_info(data))
     assert files(folder) == files(whole)
 
 
 @given(st.integers(0, 60), st.integers(1, 20))
 def test_parts_are_shared_out_once_and_evenly(parts, count):
-    shares = [own_parts(parts, index, count) for index in range(count)]
+    shares = [parts_of_process(parts, index, count) for index in range(count)]
     assert [n for share in shares for n in share] == list(range(parts))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 @given(st.sets(st.integers(0, 40)))
-def test_neighbours_are_the_numbers_in_runs_with_gaps_between(numbers):
-    runs = neighbours(sorted(numbers))
+def test_consecutive_runs_have_gaps_between_them(numbers):
+    runs = consecutive_runs(sorted(numbers))
     assert [n for run in runs for n in run] == sorted(numbers)
     assert all(a.stop < b.start for a, b in itertools.pairwise(runs))
 
 
 def test_another_model_or_source_is_refused_by_name(data, whole, tmp_path):
-    claim(whole, toy_about(data, model="moved"))
-    with pytest.raises(UserError, match="begun with identity 'a' and this is 'b'"):
-        claim(whole, toy_about(data, identity="b"))
-    with pytest.raises(UserError, match="begun with part_rows 16 and this is 32"):
-        claim(whole, toy_about(data, part_rows=32))
+    begin_folder(whole, toy_info(data, model="moved"))
+    with pytest.raises(UserError, match=r"begun with another identity \(a, now b\)"):
+        begin_folder(whole, toy_info(data, identity="b"))
+    with pytest.raises(UserError, match=r"begun with another part_rows \(16, now 32\)"):
+        begin_folder(whole, toy_info(data, part_rows=32))
     (tmp_path / "img_emb").mkdir()
-    with pytest.raises(UserError, match=r"without embedding\.json"):
-        claim(tmp_path, toy_about(data))
+    with pytest.raises(UserError, match="holds something else"):
+        begin_folder(tmp_path, toy_info(data))
     (tmp_path / "embedding.json").write_text("{")
     with pytest.raises(UserError, match="damaged"):
-        read_about(tmp_path)
+        read_info(tmp_path)
+
+
+def test_a_folder_of_an_earlier_version_goes_on(data, whole, tmp_path):
+    """Its file has other white space, and lacks what came later."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    info = {k: v for k, v in dataclasses.asdict(toy_info(data)).items() if k != "texts"}
+    (folder / "embedding.json").write_text(json.dumps(info, indent=2) + "\n")
+    assert make(data, folder) == [0, 1, 2, 3] and finish_folder(folder, toy_info(data))
+    made, wanted = files(folder), files(whole)
+    assert made.pop("embedding.json") != wanted.pop("embedding.json") and made == wanted
 
 
 def test_numbers_have_the_digits_of_clip_retrieval():
-    names = [part_file(Path(), "metadata", 3, parts).name for parts in (1, 9, 10, 99, 100)]
+    names = [part_path(Path(), "metadata", 3, parts).name for parts in (1, 9, 10, 99, 100)]
     assert names == [f"metadata_{n}.parquet" for n in ("3", "3", "03", "03", "003")]
 
 
 @pytest.mark.parametrize("wrong", ["2", "2/2", "-1/2", "a/b", "1/0"])
 def test_a_wrong_place_among_processes_is_one_line(wrong):
     with pytest.raises(UserError, match="is not I/N"):
-        command.place_of(wrong)
+        command.process_place(wrong)
 
 
 def test_the_place_comes_from_the_flag_or_the_cluster(monkeypatch):
-    assert command.place_of(None) == (0, 1)
+    assert command.process_place(None) == (0, 1)
     monkeypatch.setenv("SLURM_JOB_ID", "5")
     for name, value in {"PROCID": 2, "NTASKS": 3, "LOCALID": 0, "STEP_NUM_NODES": 3}.items():
         monkeypatch.setenv(f"SLURM_{name}", str(value))
     monkeypatch.setenv("SLURM_STEP_NODELIST", "a,b,c")
-    assert command.place_of(None) == (2, 3)
-    assert command.place_of("1/8") == (1, 8)
+    assert command.process_place(None) == (2, 3)
+    assert command.process_place("1/8") == (1, 8)
 
 
-def test_pictures_alone_in_a_folder_are_embedded(tmp_path):
+def test_images_alone_in_a_folder_are_embedded(tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.png").write_bytes(encode(picture("RGB", 14, 14, seed=i), "PNG"))
-    about = toy_about(str(tmp_path), texts=False)
+    info = toy_info(str(tmp_path), texts=False)
     out = tmp_path / "out"
-    embed(toy_encoders(), open_images(str(tmp_path)), about, out, progress=False)
+    embed(toy_encoders(), open_images(str(tmp_path)), info, out, progress=False)
     table = pq.read_table(out / "metadata/metadata_0.parquet")
     assert table["key"].to_pylist() == ["0.png", "1.png", "2.png"]
     assert not (out / "text_emb").exists()

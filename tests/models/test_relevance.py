@@ -1,4 +1,4 @@
-"""The relevance map against finite differences, and in cases whose answer is known."""
+"""Tests of the relevance map against finite differences, and in cases with a known answer."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ from clip_jax import api
 from clip_jax.errors import UserError
 from clip_jax.models.clip import CLIP, init_variables, unit_length
 from clip_jax.models.relevance import make_relevance, watched_module
-from clip_jax.tools.relevance import overlay, relevance_picture
+from clip_jax.tools.relevance import map_text, overlay, relevance_map, write_png
 
 
 def inputs(config, batch=2, seed=0):
@@ -112,7 +112,7 @@ def test_patches_that_change_places_take_their_relevance_along():
     np.testing.assert_allclose(after, found[:, order], rtol=1e-4, atol=1e-7)
 
 
-def test_pictures_do_not_meet():
+def test_images_do_not_meet():
     variables = jax.jit(lambda: init_variables(CLIP(VIT), 0))()
     images, z_text = inputs(VIT, batch=3)
     relevance = jax.jit(make_relevance(CLIP(VIT)))
@@ -123,7 +123,7 @@ def test_pictures_do_not_meet():
         np.testing.assert_allclose(together[i], alone[0], rtol=1e-4, atol=1e-7)
 
 
-def test_the_overlay_colours_what_counts_and_leaves_the_rest():
+def test_the_overlay_colors_what_counts_and_leaves_the_rest():
     pixels = np.full((64, 64, 3), 200, np.uint8)
     gain = np.zeros((4, 4), np.float32)
     assert (overlay(pixels, gain) == pixels).all()
@@ -136,10 +136,10 @@ def test_the_command_writes_a_png_and_the_api_gives_its_numbers(tmp_path):
     folder, _ = write_data(tmp_path / "data", samples=12)
     model = write_tiny_model(tmp_path / "model", folder / "t.model")
     (tmp_path / "p.png").write_bytes(encode(picture("RGB", 50, 40), "PNG"))
-    told = relevance_picture(
-        str(model), str(tmp_path / "p.png"), "red bar", str(tmp_path / "map.png")
-    )
-    assert "cosine" in told and "of 4" in told
+    result = relevance_map(str(model), str(tmp_path / "p.png"), "red bar")
+    write_png(tmp_path / "map.png", result)
+    text = map_text(result, "red bar", "map.png")
+    assert "cosine" in text and "of 4" in text
     with Image.open(tmp_path / "map.png") as made:
         assert made.size == (896, 448) and made.mode == "RGB"
     clip = api.load(model)
@@ -151,4 +151,4 @@ def test_the_command_writes_a_png_and_the_api_gives_its_numbers(tmp_path):
     with pytest.raises(UserError, match="2 images and 1 captions"):
         clip.relevance(images, ["red bar"])
     with pytest.raises(UserError, match="cannot be read"):
-        relevance_picture(str(model), str(tmp_path / "none.png"), "a", str(tmp_path / "x.png"))
+        relevance_map(str(model), str(tmp_path / "none.png"), "a")

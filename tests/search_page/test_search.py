@@ -1,4 +1,4 @@
-"""Search: exactly as brute force, by faiss, on the command line and on the page."""
+"""Tests of search: equal to brute force, by faiss, on the command line and on the page."""
 
 import http.client
 import json
@@ -14,21 +14,23 @@ import pyarrow.parquet as pq
 import pytest
 from browser import CHROMIUM, probe
 from data_cases import encode, picture, write_shards
-from embedded import SIDE, toy_about, toy_encoders, write_tiny_model
+from embedded import SIDE, toy_encoders, toy_info, write_tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pairs import write_data
 
 from clip_jax.data.shards import Handles
 from clip_jax.data.sources import fingerprint
-from clip_jax.embeddings import brute_force
-from clip_jax.embeddings import faiss_index as index_module
-from clip_jax.embeddings.brute_force import search_exact
-from clip_jax.embeddings.encode_query import class_shares, encode_picture, encode_words
-from clip_jax.embeddings.faiss_index import faiss_or_none, index_file, open_index, search_index
-from clip_jax.embeddings.folder import claim, open_embeddings
-from clip_jax.embeddings.searcher import Finder
-from clip_jax.embeddings.write import embed, finish, open_images
+from clip_jax.embeddings.brute_force import brute_force_search, error_bound, inner_products
+from clip_jax.embeddings.encode_query import (
+    class_probabilities,
+    encode_image_query,
+    encode_text_query,
+)
+from clip_jax.embeddings.faiss_index import faiss_search, import_faiss, index_path, open_index
+from clip_jax.embeddings.folder import begin_folder, open_embeddings
+from clip_jax.embeddings.searcher import Searcher
+from clip_jax.embeddings.write import embed, finish_folder, open_images
 from clip_jax.errors import UserError
 from clip_jax.evaluation.encoders import unit_rows
 from clip_jax.tools import embed as embed_command
@@ -36,7 +38,7 @@ from clip_jax.tools import search as command
 
 
 def all_products(parts, query_QD, k):
-    """All inner products in float64, sorted; of equal ones the first row first."""
+    """Return all inner products in float64, sorted; of equal ones the first row first."""
     rows = np.concatenate(parts).astype(np.float64)
     scores = [(rows * q.astype(np.float64)).sum(axis=1) for q in query_QD]
     orders = [np.argsort(-s, kind="stable")[:k] for s in scores]
@@ -59,9 +61,7 @@ def test_exact_search_is_brute_force_ties_and_all(sizes, k, seed, copies, block)
     z[same] = z[rng.integers(0, min(3, len(z)), same.sum())]
     parts = np.split(z, np.cumsum(sizes)[:-1])
     query = unit_rows(rng.normal(size=(3, 24)))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(brute_force, "BLOCK_ROWS", block)
-        scores, rows = search_exact(parts, query, k)
+    scores, rows = brute_force_search(parts, query, k, block_rows=block)
     wanted_scores, wanted_rows = all_products(parts, query, k)
     np.testing.assert_array_equal(rows, wanted_rows)
     np.testing.assert_array_equal(scores, wanted_scores)
@@ -69,11 +69,11 @@ def test_exact_search_is_brute_force_ties_and_all(sizes, k, seed, copies, block)
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(2, 700))
-def test_no_float32_product_is_further_off_than_the_slack(seed, dim):
+def test_no_float32_product_errs_by_more_than_the_bound(seed, dim):
     rng = np.random.default_rng(seed)
     rows, query = (rng.normal(size=(n, dim)).astype(np.float32) for n in (40, 1))
-    wrong = np.abs(query @ rows.T - brute_force.scores_of(rows, query[0]))
-    assert wrong.max() < brute_force.slack(rows, query[0])
+    error = np.abs(query @ rows.T - inner_products(rows, query[0]))
+    assert error.max() < error_bound(rows, query[0])
 
 
 def write_rows(folder, z, parts=1):
@@ -86,68 +86,70 @@ def write_rows(folder, z, parts=1):
     return open_embeddings(folder)
 
 
-needs_faiss = pytest.mark.skipif(faiss_or_none() is None, reason="faiss is not installed")
+MAX_UPLOAD = 1 << 20
+needs_faiss = pytest.mark.skipif(import_faiss() is None, reason="faiss is not installed")
 
 
 @needs_faiss
-def test_faiss_finds_the_nearest_and_its_index_follows_the_embeddings(tmp_path, monkeypatch):
+def test_faiss_finds_the_nearest_and_its_index_follows_the_embeddings(tmp_path):
     rng = np.random.default_rng(0)
     z, query = unit_rows(rng.normal(size=(9000, 32))), unit_rows(rng.normal(size=(20, 32)))
     embeddings = write_rows(tmp_path, z, parts=3)
-    finder = Finder(embeddings, "faiss")
-    wanted = search_exact(embeddings.parts, query, 10)
-    found = search_index(open_index(embeddings), embeddings, query, 10)
+    searcher = Searcher(embeddings, "faiss")
+    wanted = brute_force_search(embeddings.parts, query, 10)
+    found = faiss_search(open_index(embeddings), embeddings, query, 10)
     same = [np.isin(w, f).mean() for w, f in zip(wanted[1], found[1], strict=True)]
     # 512 candidates of 9,000: of these 200 nearest it finds all here, and must find nearly all.
     assert np.mean(same) > 0.98
     every = np.isin(found[1], wanted[1]) & (found[1] == wanted[1])
     assert (found[0][every] == wanted[0][every]).all()
-    assert finder.search(query[:1], 1)[0][0].about["image_path"].count("/") == 1
-    # Kept, and not made again.
-    monkeypatch.setattr(index_module, "build", lambda embeddings: pytest.fail("made again"))
+    assert searcher.search(query[:1], 1)[0][0].metadata["image_path"].count("/") == 1
+    # Stored, and not built again.
+    written = index_path(embeddings).stat().st_mtime_ns
     open_index(open_embeddings(tmp_path))
-    monkeypatch.undo()
-    before = index_file(embeddings).read_bytes()
+    assert index_path(embeddings).stat().st_mtime_ns == written
+    before = index_path(embeddings).read_bytes()
     changed = write_rows(tmp_path, unit_rows(rng.normal(size=(8000, 32))))
     (tmp_path / "img_emb/img_emb_1.npy").unlink()
     assert open_index(open_embeddings(tmp_path)).ntotal != 9000
-    assert index_file(changed).read_bytes() != before
-    index_file(changed).write_bytes(b"torn")
+    assert index_path(changed).read_bytes() != before
+    index_path(changed).write_bytes(b"torn")
     assert open_index(open_embeddings(tmp_path)).ntotal > 0
 
 
 def test_without_faiss_search_is_exact_and_asking_for_it_is_one_line(tmp_path, monkeypatch):
     embeddings = write_rows(tmp_path, np.eye(8), parts=2)
     monkeypatch.setitem(sys.modules, "faiss", None)
-    finder = Finder(embeddings)
-    assert finder.way == "exact"
-    (hits,) = finder.search(np.eye(8, dtype=np.float32)[5:6], 3)
-    assert [hit.row for hit in hits] == [5, 0, 1] and hits[0].about == {"image_path": "1/1"}
-    assert len(finder.search(np.eye(8, dtype=np.float32)[:1], 99)[0]) == 8
+    searcher = Searcher(embeddings)
+    assert searcher.method == "exact"
+    (hits,) = searcher.search(np.eye(8, dtype=np.float32)[5:6], 3)
+    assert [hit.row for hit in hits] == [5, 0, 1] and hits[0].metadata == {"image_path": "1/1"}
+    assert len(searcher.search(np.eye(8, dtype=np.float32)[:1], 99)[0]) == 8
     with pytest.raises(UserError, match=r"clip_jax\[search\]"):
-        Finder(embeddings, "faiss")
+        Searcher(embeddings, "faiss")
     with pytest.raises(UserError, match="one of auto, faiss, exact"):
-        Finder(embeddings, "best")
+        Searcher(embeddings, "best")
     with pytest.raises(UserError, match="rows of 8 features and the model makes 4"):
-        finder.search(np.ones((1, 4), np.float32), 1)
+        searcher.search(np.ones((1, 4), np.float32), 1)
 
 
 def test_metadata_is_found_across_row_groups_and_parts(tmp_path):
     embeddings = write_rows(tmp_path, np.ones((45, 4)), parts=2)
     for row in (0, 6, 7, 22, 23, 29, 30, 44):
-        part, place = divmod(row, 23)
-        assert embeddings.metadata(row) == {"image_path": f"{part}/{place}"}
+        part, offset = divmod(row, 23)
+        assert embeddings.metadata(row) == {"image_path": f"{part}/{offset}"}
 
 
 @pytest.fixture(scope="module")
 def embedded(tmp_path_factory):
-    """A model, its embeddings of a few drawings, and the drawings."""
+    """Return a folder with a model, its embeddings of a few drawings, and the drawings."""
     root = tmp_path_factory.mktemp("search")
     folder, pattern = write_data(root / "data", samples=24)
     model = write_tiny_model(root / "model", folder / "t.model")
     args = ["--model", str(model), "--data", pattern, "--out", str(root / "out")]
-    told = embed_command.embed_source(embed_command.parse(args))
-    assert "48 images of 16 features" in told
+    result = embed_command.embed_source(embed_command.parse(args))
+    assert result.rows == 48 and result.info.embed_dim == 16
+    assert "48 images of 16 features" in embed_command.result_text(result)
     return root
 
 
@@ -186,7 +188,7 @@ def test_a_model_that_was_named_from_another_folder_is_the_same(
     assert len(text.splitlines()) == 10
 
 
-def test_a_changed_model_and_wrong_questions_are_one_line(embedded, monkeypatch, capsys, tmp_path):
+def test_a_changed_model_and_wrong_queries_are_one_line(embedded, monkeypatch, capsys, tmp_path):
     write_tiny_model(tmp_path / "other", embedded / "data/t.model", seed=1)
     out = str(embedded / "out")
     for args, message in (
@@ -214,34 +216,36 @@ def test_a_folder_of_clip_retrieval_needs_its_model_named(embedded, monkeypatch,
     assert text == run(monkeypatch, capsys, embedded / "out", "red bar")
 
 
-def test_shares_are_the_softmax_of_scaled_cosines():
+def test_probabilities_are_the_softmax_of_scaled_cosines():
     encoders = toy_encoders()
-    z = encode_picture(encoders, encode(picture("RGB", 20, 20), "PNG"))
+    z = encode_image_query(encoders, encode(picture("RGB", 20, 20), "PNG"))
     labels = ["one", "two", "three"]
-    texts = encode_words(encoders, [f"a {label}" for label in labels])
+    texts = encode_text_query(encoders, [f"a {label}" for label in labels])
     logits = encoders.scale * (texts @ z[0]).astype(np.float64)
     wanted = np.exp(logits - logits.max())
-    found = class_shares(encoders, z, labels, "a {}")
+    found = class_probabilities(encoders, z, labels, "a {}")
     # exp of logits up to 100, which float32 holds to 8e-6.
     np.testing.assert_allclose(found, wanted / wanted.sum(), rtol=1e-4)
 
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
-    """The page's server over toy embeddings, in a thread; (host, port)."""
+    """Serve the page over toy embeddings, in a thread; yield (host, port)."""
     pytest.importorskip("starlette")
     uvicorn = pytest.importorskip("uvicorn")
     from clip_jax.search_page.app import make_app
-    from clip_jax.search_page.thumbnails import Pictures
+    from clip_jax.search_page.thumbnails import Thumbnails
 
     root = tmp_path_factory.mktemp("page")
     write_shards(root, [30], side=SIDE)
-    about = toy_about(str(root), fingerprint=fingerprint(open_images(str(root))))
-    claim(root / "out", about)
-    embed(toy_encoders(), open_images(str(root)), about, root / "out", progress=False)
-    finish(root / "out", about)
+    info = toy_info(str(root), fingerprint=fingerprint(open_images(str(root))))
+    begin_folder(root / "out", info)
+    embed(toy_encoders(), open_images(str(root)), info, root / "out", progress=False)
+    finish_folder(root / "out", info)
     embeddings = open_embeddings(root / "out")
-    app = make_app(Finder(embeddings), toy_encoders(), Pictures(embeddings))
+    app = make_app(
+        Searcher(embeddings), toy_encoders(), Thumbnails(embeddings), max_upload=MAX_UPLOAD
+    )
     listening = socket.create_server(("127.0.0.1", 0))
     # The websockets that it looks for are not used, and warn of themselves.
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", ws="none", lifespan="off"))
@@ -279,18 +283,17 @@ def test_the_server_answers_as_the_functions_do(address):
         "path": "s-00000.tar/000004",
     }  # fmt: skip
     status, found, _ = ask(address, "POST", "/classify?label=x&label=yy&template=a+{}", data)
-    wanted = class_shares(encoders, encode_picture(encoders, data), ["x", "yy"], "a {}")
-    np.testing.assert_allclose(json.loads(found)["shares"], wanted, rtol=1e-5)
-    status, small, headers = ask(address, "GET", "/picture/4")
+    wanted = class_probabilities(encoders, encode_image_query(encoders, data), ["x", "yy"], "a {}")
+    np.testing.assert_allclose(json.loads(found)["probabilities"], wanted, rtol=1e-5)
+    status, small, headers = ask(address, "GET", "/thumbnails/4")
     assert status == 200 and headers["content-type"] == "image/jpeg" and small[:2] == b"\xff\xd8"
     assert json.loads(ask(address, "GET", "/about")[1])["count"] == 30
 
 
-def test_the_server_refuses_what_it_must(address, monkeypatch):
-    from clip_jax.search_page import app
-
-    for path in ("/picture/30", "/picture/-1", "/picture/..%2f..%2fetc%2fpasswd", "/app.py",
-                 "/../../../../etc/passwd", "/picture/99999999999999999999"):  # fmt: skip
+def test_the_server_refuses_what_it_must(address):
+    for path in ("/thumbnails/30", "/thumbnails/-1", "/thumbnails/99999999999999999999",
+                 "/thumbnails/..%2f..%2fetc%2fpasswd", "/app.py",
+                 "/../../../../etc/passwd"):  # fmt: skip
         assert ask(address, "GET", path)[0] == 404, path
     for path in ("/search?words=", "/search?words=" + "a" * 1001, "/search?row=30",
                  "/search?row=1e3", "/search?words=a&top=1000"):  # fmt: skip
@@ -300,13 +303,11 @@ def test_the_server_refuses_what_it_must(address, monkeypatch):
         assert ask(address, "POST", path, b"no image")[0] == 400, path
     # A page elsewhere that gives this machine a name of its own.
     assert ask(address, "GET", "/about", Host="evil.example")[0] == 400
-    monkeypatch.setattr(app, "MAX_UPLOAD", 1000)
-    assert ask(address, "POST", "/search", bytes(1001))[0] == 413
-    monkeypatch.undo()
+    assert ask(address, "POST", "/search", bytes(MAX_UPLOAD + 1))[0] == 413
     # Few bytes that would become many pixels.
     bomb = encode(picture("1", 8, 8).resize((10_000, 10_000)), "PNG")
     status, data, _ = ask(address, "POST", "/search", bomb)
-    assert len(bomb) < 1 << 20 and status == 400 and "too_large" in json.loads(data)["error"]
+    assert len(bomb) < MAX_UPLOAD and status == 400 and "too_large" in json.loads(data)["error"]
 
 
 @pytest.mark.slow
@@ -322,9 +323,9 @@ def test_the_page_works_in_a_browser(address, tmp_path, width, scheme):
         )
         page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
         page.set_default_timeout(60_000)
-        said = []
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
+        messages = []
+        page.on("console", lambda message: messages.append(message.text))
+        page.on("pageerror", lambda error: messages.append(str(error)))
         page.goto("http://{}:{}/".format(*address))
         page.wait_for_selector('#about:has-text("30 images by toy")')
         page.get_by_label("By words").fill("caption 3")
@@ -345,12 +346,12 @@ def test_the_page_works_in_a_browser(address, tmp_path, width, scheme):
         page.wait_for_load_state("networkidle")
         found = page.evaluate(probe("section, label, button, .hit, .frame, .bar, img"))
         paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
-        shares = [float(x.split()[0]) for x in page.locator(".share").all_inner_texts()]
+        percents = [float(x.split()[0]) for x in page.locator(".probability").all_inner_texts()]
         browser.close()
-    assert said == []
+    assert messages == []
     assert found["boxes"] > 80 and found["wrong"] == []
     assert (paper == "rgb(20, 23, 27)") == (scheme == "dark")
-    assert shares == sorted(shares, reverse=True) and abs(sum(shares) - 100) < 0.2
+    assert percents == sorted(percents, reverse=True) and abs(sum(percents) - 100) < 0.2
 
 
 def test_a_taken_port_is_one_line():
@@ -367,14 +368,14 @@ def test_a_taken_port_is_one_line():
 
 
 @needs_faiss
-def test_the_benchmark_measures_both_ways(tmp_path, capsys):
+def test_the_benchmark_measures_both_methods(tmp_path, capsys):
     from benchmarks.search import main
 
     main(["--rows", "3000", "--dim", "32", "--queries", "3", "--repeats", "2", "--warmup", "0",
           "--out", str(tmp_path)])  # fmt: skip
     rows = json.loads((tmp_path / "search.json").read_text())["rows"]
-    assert [(row["rows"], row["way"]) for row in rows] == [
-        (kind, way) for kind in ("clustered", "uniform") for way in ("exact", "faiss")
+    assert [(row["rows"], row["method"]) for row in rows] == [
+        (kind, method) for kind in ("clustered", "uniform") for method in ("exact", "faiss")
     ]
     # 512 candidates of 3,000.
     assert all(row["recall@10"] > 0.9 for row in rows) and "ms a query" in capsys.readouterr().out
