@@ -35,7 +35,7 @@ from clip_jax.errors import UserError
 
 
 class ShardCache:
-    """The shards that are in memory: at most `limit`, from which the longest unused goes first.
+    """Keeps at most `limit` shards in memory, from which the longest unused goes first.
 
     The limit must hold all shards that are read from in turns, a window of every stream, or
     else each sample would read its shard's headers again.
@@ -89,7 +89,7 @@ class ShardCache:
 
 
 class LazyShard:
-    """A `shards.Shard` of which only the counts are in memory until a sample is asked for."""
+    """A shard of which only the counts are in memory until one of its samples is read."""
 
     __slots__ = ("_cache", "entry", "shard")
 
@@ -139,8 +139,8 @@ class LazyShard:
         if len(shard) != pairs or (size and shard.size != size):
             raise BadSampleError(
                 "shard_changed",
-                f"shard {self.shard} holds {len(shard)} pairs in {shard.size} bytes and its index"
-                f" says {pairs} in {size or 'some'}: write the index anew, and begin a new run",
+                f"shard {self.shard} holds {len(shard)} pairs in {shard.size} bytes and was counted as"
+                f" {pairs} in {size or 'some'}: write its index.json anew, and begin a new run",
             )
         return shard
 

@@ -40,7 +40,7 @@ _FILTERS = {"bicubic": _BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How a checkpoint wants its images; it belongs to the weights, not to the architecture.
+    """The preprocessing that a checkpoint wants, which belongs to its weights.
 
     Attributes:
       resize_mode: "shortest" fits the short side and crops the center, "longest" fits the long
@@ -220,7 +220,7 @@ def _pad(image: Image.Image, n: int, fill: int) -> Image.Image:
     right, below = (max(0, n - side) for side in image.size)
     border = (right // 2, below // 2, (right + 1) // 2, (below + 1) // 2)
     bands = len(image.getbands())
-    # One number for a palette image is an index, here as in torchvision.
+    # One number for a palette image is a place in the palette, here as in torchvision.
     return _pillow(ImageOps.expand, image, border, (fill,) * bands if bands > 1 else fill)
 
 

@@ -190,7 +190,7 @@ class ManifestReader:
 
 @dataclass(frozen=True)
 class UnreadableShard:
-    """Why a shard cannot be read, and when that was seen (on `time.monotonic`'s clock)."""
+    """The reason why a shard cannot be read, and when that was seen by `time.monotonic`."""
 
     cause: str
     detail: str

@@ -68,7 +68,7 @@ class Streams(Protocol):
 
 
 class Order:
-    """Which sample stands at which position of which stream.
+    """Says which sample stands at which position of which stream.
 
     Methods are pure functions of their arguments; the caches only spare repeating a draw, hold
     one epoch's pieces and a few windows per stream, and may be used from several threads.
@@ -246,7 +246,7 @@ WHOLE_BATCH = BatchPart()
 
 
 class BatchOrder:
-    """The rows of one host in each global batch.
+    """Says which samples the rows of one host hold in each global batch.
 
     Args:
       order: the streams.

@@ -1,4 +1,4 @@
-"""The account of what could not be read: counted by cause, listed in a file, bounded."""
+"""The account of the data that could not be read: counted by cause, listed in a file, bounded."""
 
 import json
 from collections import Counter

@@ -1,4 +1,4 @@
-"""How fast each stage between a source and a batch goes, one at a time and then together."""
+"""Measures each stage between a source and a batch, one at a time and then all together."""
 
 import contextlib
 import dataclasses
@@ -11,7 +11,7 @@ import numpy as np
 from clip_jax.data.augment import make_decode, make_transform
 from clip_jax.data.dataset import TrainingData
 from clip_jax.data.images import ImageError
-from clip_jax.data.loader import bucket_length, make_train_loader
+from clip_jax.data.loader import CHUNK_ROWS, bucket_length, make_train_loader
 from clip_jax.data.sample_reader import SampleShape
 from clip_jax.data.shards import BadSampleError, ConcatShards, Handles, Shard
 from clip_jax.data.skip_log import SkipLog
@@ -19,15 +19,14 @@ from clip_jax.errors import UserError
 from clip_jax.sections import DataSection
 from clip_jax.typing import Tokenizer
 
-CHUNK = 32
 PARTS = 4
 """Stages that `measure_parts` measures."""
-_KEPT_BYTES = 256 << 20  # of encoded images, for the stages behind reading
+_CACHE_BYTES = 256 << 20  # of encoded images, for the stages behind reading
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One stage: so many pairs in so many seconds, by the clock and of processors."""
+    """One stage: its pairs, and its seconds by the clock and of processors."""
 
     name: str
     pairs: int
@@ -36,12 +35,12 @@ class Stage:
 
     @property
     def rate(self) -> float:
-        """Pairs a second."""
+        """The pairs a second."""
         return self.pairs / self.seconds
 
     @property
     def cpu_ms(self) -> float:
-        """Milliseconds of processors for one pair."""
+        """The milliseconds of processors for one pair."""
         return 1000 * self.cpu_seconds / self.pairs
 
 
@@ -55,7 +54,7 @@ class LoaderSettings:
 
 
 def timed(name: str, work: Callable[[int], int], seconds: float) -> Stage:
-    """Call `work(0)`, `work(1)`, ... for so long; each says how many pairs it dealt with."""
+    """Measure `work(0)`, `work(1)`, ... for so long; each returns how many pairs it dealt with."""
     pairs = calls = 0
     start, cpu = time.perf_counter(), time.process_time()
     while True:
@@ -69,12 +68,12 @@ def timed(name: str, work: Callable[[int], int], seconds: float) -> Stage:
 def measure_parts(
     shards: Sequence[Shard], tokenizer: Tokenizer, settings: LoaderSettings, *, seconds: float
 ) -> list[Stage]:
-    """Reading, decoding with the crop, tokenizing, assembling: each alone, in one thread.
+    """Measure reading, decoding with the crop, tokenizing, assembling: each alone, in one thread.
 
     Raises:
       UserError: none of the samples that were tried can be used.
     """
-    read = _Reader(shards)
+    read = _RandomReader(shards)
     stages = [timed("read", read, seconds)]
     if not read.images:
         raise UserError("no sample could be read; python -m clip_jax.data.inspect says why")
@@ -89,12 +88,14 @@ def measure_parts(
         return 1
 
     def tokenize(call: int) -> int:
-        first = call * CHUNK % len(read.captions)
-        texts = read.captions[first : first + CHUNK]
+        first = call * CHUNK_ROWS % len(read.captions)
+        texts = read.captions[first : first + CHUNK_ROWS]
         tokenizer(texts, context_length)
         return len(texts)
 
-    parts = [np.zeros((CHUNK, side, side, 3), np.uint8)] * -(-settings.batch_size // CHUNK)
+    parts = [np.zeros((CHUNK_ROWS, side, side, 3), np.uint8)] * -(
+        -settings.batch_size // CHUNK_ROWS
+    )
 
     def assemble(call: int) -> int:
         return len(np.concatenate([np.array(part) for part in parts]))
@@ -105,19 +106,23 @@ def measure_parts(
     return stages
 
 
-class _Reader:
-    """Reads samples in random order, a run of rows at a time as the loader does."""
+class _RandomReader:
+    """Reads samples in random order, a run of rows at a time as the loader does.
+
+    Attributes:
+      images, captions: of the first samples, as many as memory is set aside for.
+    """
 
     def __init__(self, shards: Sequence[Shard]):
         self.images: list[bytes] = []
         self.captions: list[str] = []
-        self._free = _KEPT_BYTES
+        self._free = _CACHE_BYTES
         self._shards = ConcatShards(shards)
         self._rng = np.random.default_rng(0)
 
     def __call__(self, call: int) -> int:
         with Handles() as handles:
-            for row in self._rng.integers(len(self._shards), size=CHUNK).tolist():
+            for row in self._rng.integers(len(self._shards), size=CHUNK_ROWS).tolist():
                 shard, i = self._shards.at(row)
                 try:
                     captions, image = shard.captions(i, handles), shard.image(i, handles)
@@ -127,7 +132,7 @@ class _Reader:
                     self._free -= len(image)
                     self.images.append(image)
                     self.captions.append(captions[0])
-        return CHUNK
+        return CHUNK_ROWS
 
 
 def measure_loader(
@@ -138,7 +143,7 @@ def measure_loader(
     threads: int,
     seconds: float,
 ) -> tuple[Stage, Counter[int]]:
-    """The whole loader with so many threads; and the lengths that its batches are trimmed to.
+    """Measure the whole loader with so many threads; count the lengths that batches are trimmed to.
 
     The clock starts and ends with a batch that was waited for, so what is decoded ahead at the
     start is no gift: as much of it is there at the end.
@@ -152,10 +157,10 @@ def measure_loader(
         for _ in range(2):
             next(loader)
 
-        def batch(call: int) -> int:
-            made = next(loader)
-            lengths[bucket_length(made["text"], tokenizer.eot_id)] += 1
-            return len(made["valid"])
+        def load(call: int) -> int:
+            batch = next(loader)
+            lengths[bucket_length(batch["text"], tokenizer.eot_id)] += 1
+            return len(batch["valid"])
 
         name = f"loader, {threads} thread" + "s" * (threads != 1)
-        return timed(name, batch, seconds), lengths
+        return timed(name, load, seconds), lengths
