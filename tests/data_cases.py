@@ -70,7 +70,7 @@ def eval_loader(shards, *, batch_size, shape=TINY, threads=0, **options):
     )
 
 
-def picture(mode: str, width: int, height: int, seed: int = 0) -> Image.Image:
+def make_image(mode: str, width: int, height: int, seed: int = 0) -> Image.Image:
     """An image with edges, gradients and noise, the same in every process."""
     y, x = np.mgrid[0:height, 0:width].astype(np.int64)
     noise = (x * 7919 + y * 104729 + seed * 1299709) * 2654435761 % 2**32 // 2**26
@@ -111,7 +111,7 @@ def write_shards(folder, sizes, prefix="s", side=20):
                 writer.write(
                     {
                         "__key__": f"{k:06d}",
-                        "png": encode(picture("RGB", side, side + 3, seed=k), "PNG"),
+                        "png": encode(make_image("RGB", side, side + 3, seed=k), "PNG"),
                         "txt": f"caption {k}",
                         "cls": str(k % 7),
                         "json": json.dumps({"caption": f"caption {k}"}).encode(),

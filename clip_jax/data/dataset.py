@@ -139,8 +139,8 @@ class LazyShard:
         if len(shard) != pairs or (size and shard.size != size):
             raise BadSampleError(
                 "shard_changed",
-                f"shard {self.shard} holds {len(shard)} pairs in {shard.size} bytes and was counted as"
-                f" {pairs} in {size or 'some'}: write its index.json anew, and begin a new run",
+                f"shard {self.shard} holds {len(shard)} pairs in {shard.size} bytes, not {pairs} in"
+                f" {size or 'some'} as it was counted: write index.json anew, and begin a new run",
             )
         return shard
 

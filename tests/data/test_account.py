@@ -12,7 +12,7 @@ from collections import Counter
 import data_cases
 import numpy as np
 import pytest
-from data_cases import encode, picture, train_loader
+from data_cases import encode, make_image, train_loader
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -132,7 +132,7 @@ def bomb(side):
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + rows + chunk(b"IEND", b"")
 
 
-JPEG = encode(picture("RGB", 40, 30), "JPEG")
+JPEG = encode(make_image("RGB", 40, 30), "JPEG")
 DAMAGES = {
     "truncated": lambda k: JPEG[: -20 - k % 100],
     "empty": lambda k: b"",
@@ -223,7 +223,7 @@ def test_a_jpeg_is_decoded_just_large_enough():
     decode = make_decode(100, CROPS)
     for size, k in (((800, 800), 2), ((300, 300), 3), ((120, 120), 8), ((90, 500), 8)):
         assert jpeg_scale(*size, 100, CROPS.crop_scale, CROPS.crop_ratio) == k
-        data = encode(picture("RGB", *size), "JPEG", quality=90)
+        data = encode(make_image("RGB", *size), "JPEG", quality=90)
         image = decode(data)
         assert image.size == tuple(-(-side * k // 8) for side in size)
         whole = decode_image(data)
@@ -238,7 +238,7 @@ def test_a_jpeg_is_decoded_just_large_enough():
 @pytest.mark.parametrize("mode", ["L", "CMYK"])
 def test_jpegs_of_other_colours_and_damaged_ones_are_pillows(mode):
     decode = make_decode(16, CROPS)
-    data = encode(picture(mode, 64, 64), "JPEG")
+    data = encode(make_image(mode, 64, 64), "JPEG")
     assert decode(data).tobytes() == decode_image(data).tobytes()
     for broken in (JPEG[:400], b"\xff\xd8\xff\xe0", b"\xff\xd8\xff" + bytes(50)):
         with pytest.raises(Exception) as ours:
@@ -249,7 +249,7 @@ def test_jpegs_of_other_colours_and_damaged_ones_are_pillows(mode):
 
 
 def test_mirrored_and_grey_by_chance_without_moving_the_crop():
-    image = picture("RGB", 40, 30)
+    image = make_image("RGB", 40, 30)
 
     def made(seed, **changes):
         transform = make_transform(16, dataclasses.replace(CROPS, **changes))

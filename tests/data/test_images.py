@@ -11,7 +11,7 @@ from pathlib import Path
 import data_cases
 import numpy as np
 import pytest
-from data_cases import encode, picture
+from data_cases import encode, make_image
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -40,7 +40,7 @@ def cause(data, **options):
 def test_eval_transform_equals_torchvisions_recorded_output(case):
     """tests/parity/test_images_parity.py holds torchvision itself to the same digests."""
     mode, size, n = case
-    assert data_cases.digest(eval_transform(picture(mode, *size), n)) == data_cases.GOLDEN[case]
+    assert data_cases.digest(eval_transform(make_image(mode, *size), n)) == data_cases.GOLDEN[case]
 
 
 def test_every_mode_equals_open_clips_recorded_output():
@@ -49,7 +49,7 @@ def test_every_mode_equals_open_clips_recorded_output():
     assert len(golden) == 120
     for mode, width, height, n, resize_mode, interpolation, fill, digest in golden:
         preprocess = Preprocess(resize_mode, interpolation, fill=fill)
-        out = eval_transform(picture(mode, width, height), n, preprocess)
+        out = eval_transform(make_image(mode, width, height), n, preprocess)
         assert data_cases.digest(out) == digest, (mode, width, height, n, preprocess)
 
 
@@ -60,7 +60,7 @@ RESIZE_MODES = st.sampled_from(["shortest", "longest", "squash"])
 @given(st.integers(1, 150), st.integers(1, 150), st.integers(1, 64), RESIZE_MODES)
 def test_eval_transform_always_fills_its_square(width, height, n, resize_mode):
     preprocess = Preprocess(resize_mode, "bilinear")
-    out = eval_transform(picture("L", width, height), n, preprocess)
+    out = eval_transform(make_image("L", width, height), n, preprocess)
     assert out.shape == (n, n, 3) and out.dtype == np.uint8
 
 
@@ -68,7 +68,7 @@ def test_eval_transform_always_fills_its_square(width, height, n, resize_mode):
 @given(st.integers(1, 80), st.integers(1, 64))
 def test_a_square_is_the_same_in_every_mode(side, n):
     """Nothing to crop, pad or distort."""
-    image = picture("RGB", side, side)
+    image = make_image("RGB", side, side)
     modes = ("shortest", "longest", "squash")
     shortest, *others = (eval_transform(image, n, Preprocess(mode, fill=9)) for mode in modes)
     for other in others:
@@ -76,26 +76,30 @@ def test_a_square_is_the_same_in_every_mode(side, n):
 
 
 def test_padding_has_the_fill_colour_and_the_odd_pixel_below():
-    out = eval_transform(picture("L", 40, 19), 40, Preprocess("longest", fill=77))
+    out = eval_transform(make_image("L", 40, 19), 40, Preprocess("longest", fill=77))
     assert (out[:10] == 77).all() and (out[29:] == 77).all()
-    np.testing.assert_array_equal(out[10:29, :, 0], np.asarray(picture("L", 40, 19)))
+    np.testing.assert_array_equal(out[10:29, :, 0], np.asarray(make_image("L", 40, 19)))
 
 
 def test_a_thread_thin_picture_is_refused_before_squashing_it():
     """Pillow widens first: 100,000 rows of 224 would stand between its two passes."""
     with pytest.raises(ImageError, match="too_large"):
-        eval_transform(picture("L", 1, 100_000), 224, Preprocess("squash"), max_pixels=10**7)
-    assert eval_transform(picture("L", 100_000, 1), 24, Preprocess("squash")).shape == (24, 24, 3)
+        eval_transform(make_image("L", 1, 100_000), 224, Preprocess("squash"), max_pixels=10**7)
+    assert eval_transform(make_image("L", 100_000, 1), 24, Preprocess("squash")).shape == (
+        24,
+        24,
+        3,
+    )
 
 
 def test_a_thread_thin_picture_is_refused_before_it_grows():
     with pytest.raises(ImageError, match="too_large"):
-        eval_transform(picture("L", 1, 5000), 224, max_pixels=10**7)
+        eval_transform(make_image("L", 1, 5000), 224, max_pixels=10**7)
 
 
 @pytest.mark.parametrize("fmt", ["JPEG", "PNG", "WEBP"])
 def test_decoding_gives_the_pixels_of_the_file(fmt):
-    image = picture("RGB", 40, 30)
+    image = make_image("RGB", 40, 30)
     options = {"lossless": True} if fmt == "WEBP" else {}
     decoded = decode_image(encode(image, fmt, **options))
     assert decoded.mode == "RGB" and decoded.size == (40, 30)
@@ -106,12 +110,12 @@ def test_decoding_gives_the_pixels_of_the_file(fmt):
 def test_exif_does_not_turn_the_picture():
     exif = Image.Exif()
     exif[0x0112] = 6  # "turn right"
-    assert decode_image(encode(picture("RGB", 40, 30), "JPEG", exif=exif)).size == (40, 30)
+    assert decode_image(encode(make_image("RGB", 40, 30), "JPEG", exif=exif)).size == (40, 30)
 
 
 @pytest.mark.parametrize("fmt", ["GIF", "BMP", "TIFF", "PPM", "ICO"])
 def test_other_formats_are_refused(fmt):
-    assert cause(encode(picture("RGB", 16, 16), fmt)) == "not_an_image"
+    assert cause(encode(make_image("RGB", 16, 16), fmt)) == "not_an_image"
 
 
 @pytest.mark.parametrize(
@@ -123,7 +127,7 @@ def test_stubs_are_refused(data):
 
 @pytest.mark.parametrize("fmt", ["JPEG", "PNG", "WEBP"])
 def test_a_cut_file_is_never_a_picture(fmt):
-    data = encode(picture("RGB", 40, 30), fmt)
+    data = encode(make_image("RGB", 40, 30), fmt)
     last = len(data) - 12  # behind it are no pixels: PNG's end chunk, JPEG's end mark
     causes = [cause(data[:n]) for n in range(0, last, 7)]
     assert causes.count("truncated") > len(causes) / 2
@@ -133,7 +137,7 @@ def test_a_cut_file_is_never_a_picture(fmt):
 @settings(max_examples=80, deadline=None)
 @given(st.sampled_from(["JPEG", "PNG", "WEBP"]), st.data())
 def test_no_bytes_raise_anything_but_image_error(fmt, data):
-    raw = bytearray(encode(picture("RGB", 16, 16), fmt))
+    raw = bytearray(encode(make_image("RGB", 16, 16), fmt))
     for _ in range(data.draw(st.integers(1, 5))):
         raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
     with contextlib.suppress(ImageError):
@@ -147,11 +151,11 @@ def test_whatever_pillow_raises_is_the_images_fault(monkeypatch, error):
     def fail(*args):
         raise error("of a chunk")
 
-    data = encode(picture("RGB", 16, 16), "PNG")
+    data = encode(make_image("RGB", 16, 16), "PNG")
     monkeypatch.setattr(PngImageFile, "load", fail)
     with pytest.raises(ImageError, match=f"broken: {error.__name__.split('.')[-1]}: of a chunk"):
         decode_image(data)
-    image = picture("RGB", 16, 16)
+    image = make_image("RGB", 16, 16)
     monkeypatch.setattr(image, "resize", fail)
     with pytest.raises(ImageError, match="of a chunk"):
         eval_transform(image, 8)
@@ -164,10 +168,10 @@ def test_a_mistake_of_our_own_is_no_image_error(monkeypatch, error):
 
     monkeypatch.setattr(images, "_webp_size", fail)
     with pytest.raises(error, match="ours"):
-        decode_image(encode(picture("RGB", 16, 16), "WEBP"))
+        decode_image(encode(make_image("RGB", 16, 16), "WEBP"))
     monkeypatch.setattr(images, "fitted_size", fail)
     with pytest.raises(error, match="ours"):
-        eval_transform(picture("RGB", 16, 16), 8)
+        eval_transform(make_image("RGB", 16, 16), 8)
 
 
 def png_header(width, height):
@@ -185,14 +189,14 @@ def test_bombs_are_refused_by_their_header_without_a_warning():
         assert cause(png_header(60_000, 60_000)) == "too_large"
         assert cause(vp8x + b"\xff\xff\x00\xff\xff\x00" + bytes(8)) == "too_large"
         for fmt in ("JPEG", "PNG", "WEBP"):
-            data = encode(picture("RGB", 40, 30), fmt)
+            data = encode(make_image("RGB", 40, 30), fmt)
             assert cause(data, max_pixels=40 * 30 - 1) == "too_large"
             assert decode_image(data, max_pixels=40 * 30).size == (40, 30)
 
 
 def test_decoding_in_threads_leaves_the_warning_filters_alone():
     before = list(warnings.filters)
-    transparent = encode(picture("P", 20, 20), "PNG", transparency=bytes(range(256)))
+    transparent = encode(make_image("P", 20, 20), "PNG", transparency=bytes(range(256)))
 
     def work():
         for _ in range(50):
@@ -228,14 +232,14 @@ def test_crop_falls_back_to_the_centre(size, box):
 
 
 def test_whole_crop_is_a_plain_resize():
-    image = picture("RGB", 30, 30)
+    image = make_image("RGB", 30, 30)
     out = random_resized_crop(image, 12, np.random.default_rng(0), (1.0, 1.0), (1.0, 1.0))
     np.testing.assert_array_equal(out, np.asarray(image.resize((12, 12), Image.Resampling.BICUBIC)))
 
 
 @pytest.mark.parametrize("mode", data_cases.MODES)
 def test_random_crop_of_every_mode(mode):
-    image = picture(mode, 31, 17)
+    image = make_image(mode, 31, 17)
     first, again = (
         random_resized_crop(image, 12, np.random.default_rng(1), (0.9, 1.0), (3 / 4, 4 / 3))
         for _ in range(2)

@@ -13,7 +13,7 @@ from collections import Counter
 import data_cases
 import numpy as np
 import pytest
-from data_cases import ToyTokenizer, encode, eval_loader, picture, train_loader
+from data_cases import ToyTokenizer, encode, eval_loader, make_image, train_loader
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -125,7 +125,7 @@ def write_tar(path, members):
     return open_shards([str(path)])
 
 
-GOOD = encode(picture("RGB", 12, 10), "PNG")
+GOOD = encode(make_image("RGB", 12, 10), "PNG")
 BAD = {
     "not_an_image": [("png", b"GIF89a..."), ("txt", b"x")],
     "truncated": [("png", GOOD[: len(GOOD) // 2]), ("txt", b"x")],
@@ -345,5 +345,5 @@ def test_a_row_without_an_end_token_is_not_cut():
 def test_the_cache_respects_its_bound():
     cache = rows_module._ImageCache(1000)
     for k in range(5):
-        cache.put(k, picture("RGB", 10, 10))
+        cache.put(k, make_image("RGB", 10, 10))
     assert [cache.get(k) is not None for k in range(5)] == [True, True, False, False, False]

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import webdataset
-from data_cases import encode, picture, write_shards
+from data_cases import encode, make_image, write_shards
 from embedded import SIDE, toy_encoders, toy_info, write_tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
@@ -43,7 +43,7 @@ def damage(folder: Path) -> None:
     """A shard more, with two samples that cannot be used and one without a caption."""
     with webdataset.TarWriter(str(folder / "s-00009.tar")) as writer:
         writer.write({"__key__": "x0", "png": b"no image", "txt": "broken"})
-        writer.write({"__key__": "x1", "png": encode(picture("RGB", 15, 12), "PNG")})
+        writer.write({"__key__": "x1", "png": encode(make_image("RGB", 15, 12), "PNG")})
         writer.write({"__key__": "x2", "txt": "no image at all"})
 
 
@@ -83,7 +83,7 @@ def test_rows_are_the_encoders_and_the_metadata_names_them(data, whole):
         assert metadata["row"] == row and metadata["caption"] == f"caption {row}"
         shard = "s-00000.tar" if row < 30 else "s-00001.tar"
         assert metadata["image_path"] == f"{shard}/{metadata['key']}" == f"{shard}/{row:06d}"
-        pixels = eval_transform(picture("RGB", SIDE, SIDE + 3, seed=row), SIDE)
+        pixels = eval_transform(make_image("RGB", SIDE, SIDE + 3, seed=row), SIDE)
         for stored, z in (
             (z_image[row], encoders.encode_image(pixels[None])[0]),
             (z_text[row], encoders.encode_text(encoders.tokenizer([metadata["caption"]], 16))[0]),
@@ -206,7 +206,7 @@ def test_the_place_comes_from_the_flag_or_the_cluster(monkeypatch):
 
 def test_images_alone_in_a_folder_are_embedded(tmp_path):
     for i in range(3):
-        (tmp_path / f"{i}.png").write_bytes(encode(picture("RGB", 14, 14, seed=i), "PNG"))
+        (tmp_path / f"{i}.png").write_bytes(encode(make_image("RGB", 14, 14, seed=i), "PNG"))
     info = toy_info(str(tmp_path), texts=False)
     out = tmp_path / "out"
     embed(toy_encoders(), open_images(str(tmp_path)), info, out, progress=False)

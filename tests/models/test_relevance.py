@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from data_cases import encode, picture
+from data_cases import encode, make_image
 from embedded import write_tiny_model
 from pairs import write_data
 from PIL import Image
@@ -135,7 +135,7 @@ def test_the_overlay_colors_what_counts_and_leaves_the_rest():
 def test_the_command_writes_a_png_and_the_api_gives_its_numbers(tmp_path):
     folder, _ = write_data(tmp_path / "data", samples=12)
     model = write_tiny_model(tmp_path / "model", folder / "t.model")
-    (tmp_path / "p.png").write_bytes(encode(picture("RGB", 50, 40), "PNG"))
+    (tmp_path / "p.png").write_bytes(encode(make_image("RGB", 50, 40), "PNG"))
     result = relevance_map(str(model), str(tmp_path / "p.png"), "red bar")
     write_png(tmp_path / "map.png", result)
     text = map_text(result, "red bar", "map.png")
@@ -143,7 +143,7 @@ def test_the_command_writes_a_png_and_the_api_gives_its_numbers(tmp_path):
     with Image.open(tmp_path / "map.png") as made:
         assert made.size == (896, 448) and made.mode == "RGB"
     clip = api.load(model)
-    images = clip.preprocess([picture("RGB", 50, 40), picture("RGB", 40, 60, seed=2)])
+    images = clip.preprocess([make_image("RGB", 50, 40), make_image("RGB", 40, 60, seed=2)])
     found = np.asarray(clip.relevance(images, ["red bar", "blue dot"]))
     assert found.shape == (2, 4, 4)
     one = np.asarray(clip.relevance(images[:1], "red bar"))

@@ -11,7 +11,7 @@ import data_cases
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from data_cases import encode, picture
+from data_cases import encode, make_image
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -55,23 +55,23 @@ def eval_transform(image, n, resize_mode, interpolation, fill=0):
 @pytest.mark.parametrize("case", sorted(data_cases.GOLDEN))
 def test_golden_digests_are_torchvisions(case):
     mode, size, n = case
-    assert data_cases.digest(reference(picture(mode, *size), n)) == data_cases.GOLDEN[case]
+    assert data_cases.digest(reference(make_image(mode, *size), n)) == data_cases.GOLDEN[case]
 
 
 def files():
     exif = Image.Exif()
     exif[0x0112] = 8
     for width, height in (*data_cases.SIZES, (3, 50), (55, 56)):
-        rgb = picture("RGB", width, height)
+        rgb = make_image("RGB", width, height)
         yield "jpeg", encode(rgb, "JPEG")
         yield "jpeg-exif", encode(rgb, "JPEG", exif=exif)
-        yield "jpeg-gray", encode(picture("L", width, height), "JPEG")
-        yield "jpeg-cmyk", encode(picture("CMYK", width, height), "JPEG")
+        yield "jpeg-gray", encode(make_image("L", width, height), "JPEG")
+        yield "jpeg-cmyk", encode(make_image("CMYK", width, height), "JPEG")
         yield "webp", encode(rgb, "WEBP")
-        yield "webp-rgba", encode(picture("RGBA", width, height), "WEBP", lossless=True)
+        yield "webp-rgba", encode(make_image("RGBA", width, height), "WEBP", lossless=True)
         for mode in ("RGB", "RGBA", "L", "LA", "P", "1", "I;16"):
-            yield f"png-{mode}", encode(picture(mode, width, height), "PNG")
-        yield "png-P-index", encode(picture("P", width, height), "PNG", transparency=3)
+            yield f"png-{mode}", encode(make_image(mode, width, height), "PNG")
+        yield "png-P-index", encode(make_image("P", width, height), "PNG", transparency=3)
         yield "png-RGB-key", encode(rgb, "PNG", transparency=(1, 2, 3))
 
 
@@ -100,7 +100,7 @@ def test_everyday_sizes_as_open_clip(resize_mode):
     """Photographs to the models' sizes, a banner, a thread and a thumbnail to enlarge."""
     sizes = [(500, 333), (333, 500), (640, 480), (1024, 683), (2000, 11), (1, 300), (90, 61)]
     for size, n in itertools.product(sizes, (224, 378)):
-        image = Image.open(io.BytesIO(encode(picture("RGB", *size), "JPEG")))
+        image = Image.open(io.BytesIO(encode(make_image("RGB", *size), "JPEG")))
         for interpolation in FILTERS:
             expected = open_clip_reference(image, n, resize_mode, interpolation)
             np.testing.assert_array_equal(
@@ -119,7 +119,7 @@ def test_everyday_sizes_as_open_clip(resize_mode):
     st.integers(0, 255),
 )
 def test_any_size_as_open_clip(width, height, n, mode, resize_mode, interpolation, fill):
-    image = picture(mode, width, height)
+    image = make_image(mode, width, height)
     settings = (resize_mode, interpolation, fill)
     try:
         expected = open_clip_reference(image, n, *settings)
@@ -156,7 +156,7 @@ def golden_cases():
 def test_golden_file_is_what_open_clip_says():
     """Run with WRITE_GOLDEN=1 in the environment to write it anew."""
     cases = [
-        [*case, data_cases.digest(open_clip_reference(picture(*case[:3]), *case[3:]))]
+        [*case, data_cases.digest(open_clip_reference(make_image(*case[:3]), *case[3:]))]
         for case in golden_cases()
     ]
     if "WRITE_GOLDEN" in os.environ:
@@ -166,7 +166,7 @@ def test_golden_file_is_what_open_clip_says():
 
 @pytest.mark.filterwarnings("ignore:Palette images with Transparency")  # Pillow's, in torchvision
 def test_palette_with_a_transparency_for_each_color():
-    data = encode(picture("P", 40, 23), "PNG", transparency=bytes(range(256)))
+    data = encode(make_image("P", 40, 23), "PNG", transparency=bytes(range(256)))
     with Image.open(io.BytesIO(data)) as image:
         expected = reference(image, 16)
     np.testing.assert_array_equal(images.eval_transform(images.decode_image(data), 16), expected)
@@ -180,7 +180,7 @@ def test_palette_with_a_transparency_for_each_color():
     st.sampled_from(["RGB", "RGBA", "L", "P"]),
 )
 def test_any_size(width, height, n, mode):
-    image = picture(mode, width, height)
+    image = make_image(mode, width, height)
     np.testing.assert_array_equal(images.eval_transform(image, n), reference(image, n))
 
 
@@ -206,7 +206,7 @@ class _Draws(np.random.Generator):
 def test_random_resized_crop_with_the_same_draws(width, height, scale, seed):
     """torchvision's sampler, fed our uniform numbers, must choose the same box and pixels."""
     ratio = (3 / 4, 4 / 3)
-    image, draws = picture("RGB", width, height), _Draws(seed)
+    image, draws = make_image("RGB", width, height), _Draws(seed)
     actual = images.random_resized_crop(image, 16, draws, scale, ratio)
     numbers = iter(draws.log)
 
@@ -269,7 +269,7 @@ def test_hugging_face_reads_and_writes_the_same_settings(name, tmp_path):
     processor.save_pretrained(tmp_path)
     assert preprocess_from_hf(json.loads(path.read_text())) == preprocess
     for size in (37, 53), (64, 48), (91, 30), (224, 224):
-        image = picture("RGB", *size)
+        image = make_image("RGB", *size)
         expected = processor(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
         actual = images.eval_transform(image, 24, preprocess).astype(np.float32) / 255
         actual = (actual - np.float32(preprocess.mean)) / np.float32(preprocess.std)

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from browser import CHROMIUM, probe
-from data_cases import encode, picture, write_shards
+from data_cases import encode, make_image, write_shards
 from embedded import SIDE, toy_encoders, toy_info, write_tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -218,7 +218,7 @@ def test_a_folder_of_clip_retrieval_needs_its_model_named(embedded, monkeypatch,
 
 def test_probabilities_are_the_softmax_of_scaled_cosines():
     encoders = toy_encoders()
-    z = encode_image_query(encoders, encode(picture("RGB", 20, 20), "PNG"))
+    z = encode_image_query(encoders, encode(make_image("RGB", 20, 20), "PNG"))
     labels = ["one", "two", "three"]
     texts = encode_text_query(encoders, [f"a {label}" for label in labels])
     logits = encoders.scale * (texts @ z[0]).astype(np.float64)
@@ -274,7 +274,7 @@ def test_the_server_answers_as_the_functions_do(address):
     hits = json.loads(data)["hits"]
     assert status == 200 and len(hits) == 5
     assert "default-src 'none'" in headers["content-security-policy"]
-    data = encode(picture("RGB", SIDE, SIDE + 3, seed=4), "PNG")
+    data = encode(make_image("RGB", SIDE, SIDE + 3, seed=4), "PNG")
     status, found, _ = ask(address, "POST", "/search?top=1", data)
     assert json.loads(found)["hits"][0]["row"] == 4
     status, found, _ = ask(address, "GET", "/search?row=4&top=1")
@@ -305,7 +305,7 @@ def test_the_server_refuses_what_it_must(address):
     assert ask(address, "GET", "/about", Host="evil.example")[0] == 400
     assert ask(address, "POST", "/search", bytes(MAX_UPLOAD + 1))[0] == 413
     # Few bytes that would become many pixels.
-    bomb = encode(picture("1", 8, 8).resize((10_000, 10_000)), "PNG")
+    bomb = encode(make_image("1", 8, 8).resize((10_000, 10_000)), "PNG")
     status, data, _ = ask(address, "POST", "/search", bomb)
     assert len(bomb) < MAX_UPLOAD and status == 400 and "too_large" in json.loads(data)["error"]
 
@@ -316,7 +316,7 @@ def test_the_server_refuses_what_it_must(address):
 @pytest.mark.parametrize("width", [1200, 420])
 def test_the_page_works_in_a_browser(address, tmp_path, width, scheme):
     playwright = pytest.importorskip("playwright.sync_api")
-    (tmp_path / "asked.png").write_bytes(encode(picture("RGB", SIDE, SIDE + 3, seed=9), "PNG"))
+    (tmp_path / "asked.png").write_bytes(encode(make_image("RGB", SIDE, SIDE + 3, seed=9), "PNG"))
     with playwright.sync_playwright() as p:
         browser = p.chromium.launch(
             executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"], timeout=120_000

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import run_tiny
 import webdataset
-from data_cases import ToyTokenizer, encode, picture
+from data_cases import ToyTokenizer, encode, make_image
 from hypothesis import given
 from hypothesis import strategies as st
 from pairs import write_data
@@ -59,7 +59,7 @@ def write(folder):
     for shard in range(2):
         with webdataset.TarWriter(str(folder / f"{shard}.tar")) as writer:
             for k in range(shard * 25, shard * 25 + 25):
-                data = encode(picture("RGB", 30, 24, seed=k), "PNG")
+                data = encode(make_image("RGB", 30, 24, seed=k), "PNG")
                 text = "\n".join(f"words {k * 7 + n}" for n in range(3 if k % 10 == 5 else 1))
                 sample = {"__key__": f"{k:04d}", "png": data[:-20] if k % 10 == 0 else data}
                 writer.write(sample | {"txt": text, "json": {"uid": f"u{k}"}})
@@ -71,7 +71,7 @@ def expected_scores():
     found = np.full(COUNT, np.nan)
     for k in range(COUNT):
         if k % 10:
-            image = decode_image(encode(picture("RGB", 30, 24, seed=k), "PNG"))
+            image = decode_image(encode(make_image("RGB", 30, 24, seed=k), "PNG"))
             z_image = encode_image(eval_transform(image, SIDE)[None])[0]
             texts = [f"words {k * 7 + n}" for n in range(3 if k % 10 == 5 else 1)]
             cosines = []

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import webdataset
-from data_cases import ToyTokenizer, encode, picture
+from data_cases import ToyTokenizer, encode, make_image
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -28,7 +28,7 @@ def write(folder, count=90):
         with webdataset.TarWriter(str(path)) as writer:
             for k in range(count // 2):
                 number = shard * (count // 2) + k
-                data = encode(picture("RGB", *SIDES[number % 3], seed=number), "PNG")
+                data = encode(make_image("RGB", *SIDES[number % 3], seed=number), "PNG")
                 caption = "x" * int(rng.integers(1, 100))
                 key = f"{number - 45 if 45 <= number < 48 else number:04d}"
                 if number % 10 == 9:
@@ -151,7 +151,7 @@ def test_mistakes_are_one_line(tmp_path, toy):
 def test_a_set_of_classes_and_one_of_nothing_good(tmp_path, toy):
     with webdataset.TarWriter(str(tmp_path / "c.tar")) as writer:
         for k in range(3):
-            data = encode(picture("L", 30, 30, seed=k), "JPEG")
+            data = encode(make_image("L", 30, 30, seed=k), "JPEG")
             writer.write({"__key__": f"{k}", "jpg": data, "cls": k})
     result = command.inspect([str(tmp_path / "c.tar")], out=tmp_path / "out")
     assert result.captions == 0 and result.classes == 3 and result.kinds == {"jpg L": 3}

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
-from data_cases import encode, eval_loader, picture
+from data_cases import encode, eval_loader, make_image
+from format_cases import CAPTIONS, COUNT, FORMATS, IMAGES, NO_LABEL
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from test_formats import CAPTIONS, COUNT, FORMATS, IMAGES, NO_LABEL
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from clip_jax.data.formats.webdataset import split_name
@@ -70,7 +70,7 @@ def damaged_set(folder: Path) -> str:
     """40 samples, every fifth of which cannot be used."""
     with webdataset.TarWriter(str(folder / "in.tar")) as writer:
         for k in range(40):
-            data = encode(picture("RGB", 30, 24, seed=k), "JPEG")
+            data = encode(make_image("RGB", 30, 24, seed=k), "JPEG")
             sample = {"__key__": f"{k:04d}", "jpg": data, "txt": f"caption {k}"}
             if k % 10 == 0:
                 sample["jpg"] = b"GIF89a"
@@ -174,7 +174,7 @@ FILES += [("WEBP", mode) for mode in ("RGB", "RGBA")]
 
 @pytest.mark.parametrize(("fmt", "mode"), FILES)
 def test_resizing_makes_large_images_small_and_leaves_small_ones(fmt, mode):
-    data = encode(picture(mode, 60, 91), fmt)
+    data = encode(make_image(mode, 60, 91), fmt)
     assert Shrink(60)(data) is data
     whole, small = decode_image(data), decode_image(Shrink(30)(data))
     if mode in ("P", "1"):
