@@ -17,7 +17,7 @@ ENTITIES = sorted(html.entities.html5)
 
 
 def random_text(rng: random.Random) -> str:
-    """Fragments and code points (of every plane, now and then unassigned ones) in any order."""
+    """Return fragments and code points (of every plane, some of them unassigned) in any order."""
     pieces = []
     for _ in range(rng.randint(0, 12)):
         kind = rng.random()
@@ -31,19 +31,19 @@ def random_text(rng: random.Random) -> str:
 
 
 def random_caption(rng: random.Random) -> str:
-    """Words and endings as the web writes them; see benchmarks/tokenizer.py."""
+    """Return words and endings as the web writes them; see benchmarks/tokenizer.py."""
     return rng.choice(CAPTIONS)
 
 
 def random_block(rng: random.Random) -> str:
-    """Letters, marks and spaces of one Unicode block of 128 code points, in short words."""
+    """Return letters, marks and spaces of one Unicode block of 128 code points, in short words."""
     start = rng.randrange(0, 0x110000, 128)
     points = [chr(start + rng.randrange(128)) for _ in range(rng.randint(1, 20))]
     return "".join(c + rng.choice(("", "", "", " ", "'s ", "1")) for c in points)
 
 
 def random_entities(rng: random.Random) -> str:
-    """Named, decimal and hexadecimal references, escaped once to three times, some unfinished."""
+    """Return named, decimal and hexadecimal references, escaped up to three times, some cut."""
     text = " ".join(
         rng.choice(
             (
@@ -62,7 +62,7 @@ def random_entities(rng: random.Random) -> str:
 
 
 def random_mojibake(rng: random.Random) -> str:
-    """UTF-8 read as some other encoding, once or twice."""
+    """Return UTF-8 read as some other encoding, once or twice."""
     text = "".join(
         rng.choice([*FRAGMENTS, "café ", "“it\u2019s” ", "naïve ", "日本 "]) for _ in range(4)
     )
@@ -73,7 +73,7 @@ def random_mojibake(rng: random.Random) -> str:
 
 
 def random_control(rng: random.Random) -> str:
-    """Control, format and exotic space characters between letters and special tokens' parts."""
+    """Return control, format and odd space characters between letters and parts of specials."""
     odd = [chr(c) for c in (*range(33), *range(0x7F, 0xA1), 0xAD, 0x61C, 0x1680, 0x180E, 0xFEFF)]
     odd += [chr(c) for c in (*range(0x2000, 0x2010), *range(0x2028, 0x2030), 0x205F, 0x3000)]
     pieces = [*odd, "a", "B'", "7", "'ll", "<|", "|>", "_of_", "\x1b[31m", "\r\n"]
@@ -81,7 +81,7 @@ def random_control(rng: random.Random) -> str:
 
 
 def random_forms(rng: random.Random) -> str:
-    """Emoji sequences, full-width letters, ligatures, stacked combining marks, flags, cases."""
+    """Return emoji, full-width letters, ligatures, stacked combining marks, flags, cases."""
     pieces = [
         "😀",
         "👩\u200d👩\u200d👧",
@@ -115,7 +115,7 @@ def random_forms(rng: random.Random) -> str:
 
 
 def random_long(rng: random.Random) -> str:
-    """Hundreds of words, or one word of thousands of letters."""
+    """Return hundreds of words, or one word of thousands of letters."""
     if rng.random() < 0.5:
         return " ".join(random_caption(rng) for _ in range(30))
     return rng.choice(("a", "xyz", "0", "!", "日", "é")) * rng.randint(500, 3000)
@@ -134,5 +134,5 @@ KINDS = {
 
 
 def random_any(rng: random.Random) -> str:
-    """A string of any kind but the long ones."""
+    """Return a string of any kind but the long ones."""
     return rng.choice(list(KINDS)[:-1])(rng)

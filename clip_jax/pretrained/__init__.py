@@ -1,1 +1,1 @@
-"""Checkpoint files of others: one reader a format, each file to a flat dict of arrays."""
+"""Published checkpoints: a reader for each format of file, name tables, loading and exporting."""

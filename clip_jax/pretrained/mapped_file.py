@@ -13,7 +13,7 @@ from clip_jax.errors import UserError
 FETCH_AGAIN = "the file is cut or damaged: fetch it again"
 
 
-class BadFile(Exception):
+class BadFileError(Exception):
     """The file being read is not what it should be; `reading` adds its path."""
 
     def __init__(self, reason: str, remedy: str = FETCH_AGAIN):
@@ -29,7 +29,7 @@ def reading(path: str | Path) -> Iterator[None]:
     """
     try:
         yield
-    except BadFile as error:
+    except BadFileError as error:
         raise UserError(f"{path}: {error}") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
@@ -39,14 +39,14 @@ def map_file(path: str | Path) -> np.ndarray:
     """Return the bytes of a file, uint8 [size], read-only; pages are read when first touched.
 
     Raises:
-      BadFile: the file is empty, or no regular file.
+      BadFileError: the file is empty, or no regular file.
       OSError: it cannot be opened.
     """
     info = os.stat(path)
     if not stat.S_ISREG(info.st_mode):  # opening a pipe would wait for its writer
-        raise BadFile("is not a file", "give the path of a checkpoint file")
+        raise BadFileError("is not a file", "give the path of a checkpoint file")
     if info.st_size == 0:  # which cannot be mapped
-        raise BadFile("is empty", "fetch it again")
+        raise BadFileError("is empty", "fetch it again")
     return np.asarray(np.memmap(path, np.uint8, mode="r"))
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from clip_jax.pretrained.mapped_file import BadFile, map_file, reading, shown
+from clip_jax.pretrained.mapped_file import BadFileError, map_file, reading, shown
 from clip_jax.pretrained.zip_file import Member, check_crc, member_bytes, zip_members
 
 # Weights shrink by a tenth; a file that unfolds to more than this is no checkpoint.
@@ -47,16 +47,16 @@ def read_npz(path: str | Path) -> dict[str, np.ndarray]:
     with reading(path):
         file_U = map_file(path)
         if file_U[:2].tobytes() != b"PK":
-            raise BadFile("is not a .npz archive", "give a file that numpy.savez wrote")
+            raise BadFileError("is not a .npz archive", "give a file that numpy.savez wrote")
         members = zip_members(path, file_U)
         total = sum(member.size for member in members.values())
         if total > _MAX_INFLATION * len(file_U) + _SMALL:
-            raise BadFile(
+            raise BadFileError(
                 f"has {len(file_U)} bytes and declares {total}", "save it with numpy.savez"
             )
         for name in members:
             if not name.endswith(".npy"):
-                raise BadFile(
+                raise BadFileError(
                     f"holds {shown(name)}, which is no array", "give a file that numpy.savez wrote"
                 )
         return {
@@ -75,9 +75,11 @@ def _inflate(file_U: np.ndarray, member: Member) -> np.ndarray:
         # One byte more would come out of a member that lies about its size.
         data = inflater.decompress(packed, member.size + 1)
     except zlib.error as error:
-        raise BadFile(f"the member {shown(member.name)} cannot be inflated ({error})") from None
+        raise BadFileError(
+            f"the member {shown(member.name)} cannot be inflated ({error})"
+        ) from None
     if len(data) != member.size:
-        raise BadFile(
+        raise BadFileError(
             f"the member {shown(member.name)} does not inflate to its {member.size} bytes"
         )
     check_crc(member, data)
@@ -91,11 +93,11 @@ def _array(name: str, data_U: np.ndarray) -> np.ndarray:
     start = 8 + length_bytes
     length = int.from_bytes(data_U[8:start].tobytes(), "little")
     if magic != b"\x93NUMPY" or not length_bytes or len(data_U) < start + min(length, _MAX_HEADER):
-        raise BadFile(f"the member {shown(name)} is not a plain array of numpy.save")
+        raise BadFileError(f"the member {shown(name)} is not a plain array of numpy.save")
     text = data_U[start : start + min(length, _MAX_HEADER)].tobytes().decode("latin-1")
     header = _HEADER.fullmatch(text)
     if not header or header[1] not in _DTYPES:
-        raise BadFile(
+        raise BadFileError(
             f"the array {shown(name)} has the header {shown(text.strip())}",
             "only plain little-endian numbers are read: save it as float32 with numpy.savez",
         )
@@ -107,7 +109,7 @@ def _array(name: str, data_U: np.ndarray) -> np.ndarray:
         or math.prod(shape) * dtype.itemsize != len(body_U)
         or math.prod(max(size, 1) for size in shape) >= 1 << 48
     ):
-        raise BadFile(
+        raise BadFileError(
             f"the array {shown(name)} of shape {shown(tuple(shape))} and type {header[1]}"
             f" is given {len(body_U)} bytes"
         )

@@ -17,7 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from clip_jax.errors import UserError
-from clip_jax.pretrained.mapped_file import BadFile, map_file, reading, shown
+from clip_jax.pretrained.mapped_file import BadFileError, map_file, reading, shown
 
 DTYPES = {
     "BOOL": np.dtype(np.bool),
@@ -70,11 +70,13 @@ def _shards(index_U: np.ndarray) -> dict[str, set[str]]:
     """Return the names of tensors by the file that holds them, in the index's own folder."""
     weight_map = _json(index_U).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise BadFile("has no weight_map", "give the model.safetensors.index.json of a checkpoint")
+        raise BadFileError(
+            "has no weight_map", "give the model.safetensors.index.json of a checkpoint"
+        )
     shards: dict[str, set[str]] = {}
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not _SHARD.fullmatch(shard):
-            raise BadFile(
+            raise BadFileError(
                 f"names the file {shown(shard)}, which is no plain name in its folder",
                 "put the files beside the index, and their plain names in it",
             )
@@ -87,7 +89,7 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
     file_U = map_file(path)
     length = int.from_bytes(file_U[:8].tobytes(), "little")
     if 8 + length > len(file_U):
-        raise BadFile(
+        raise BadFileError(
             f"declares a header of {length} bytes and has {len(file_U)} in all",
             "it is cut, damaged, or no safetensors file: fetch it again",
         )
@@ -97,13 +99,15 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
             tensors = {name: file.get_slice(name) for name in file.offset_keys()}
             headers = {name: (x.get_dtype(), x.get_shape()) for name, x in tensors.items()}
     except SafetensorError as error:
-        raise BadFile(shown(error)) from None
+        raise BadFileError(shown(error)) from None
     arrays, stop = {}, 8 + length
     for name, (kind, shape) in headers.items():
         if kind not in DTYPES:
-            raise BadFile(f"the tensor {shown(name)} is of type {kind}", "save it as F32 or F16")
+            raise BadFileError(
+                f"the tensor {shown(name)} is of type {kind}", "save it as F32 or F16"
+            )
         if len(shape) > _MAX_RANK or math.prod(max(n, 1) for n in shape) >= 1 << 48:
-            raise BadFile(f"the shape of {shown(name)} is not made of sizes")
+            raise BadFileError(f"the shape of {shown(name)} is not made of sizes")
         start, stop = stop, stop + math.prod(shape) * DTYPES[kind].itemsize
         arrays[name] = file_U[start:stop].view(DTYPES[kind]).reshape(shape)
     return arrays
@@ -112,13 +116,13 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
 def _json(text_U: np.ndarray) -> dict[str, Any]:
     """Return a JSON object in which no name stands twice."""
     if len(text_U) > _MAX_JSON:
-        raise BadFile(f"has {len(text_U)} bytes of JSON, more than any checkpoint needs")
+        raise BadFileError(f"has {len(text_U)} bytes of JSON, more than any checkpoint needs")
     try:
         value = json.loads(text_U.tobytes().decode(), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:  # not UTF-8, no JSON, a number too long
-        raise BadFile(f"its JSON cannot be read ({shown(error)})") from None
+        raise BadFileError(f"its JSON cannot be read ({shown(error)})") from None
     if not isinstance(value, dict):
-        raise BadFile("its JSON is not an object")
+        raise BadFileError("its JSON is not an object")
     return value
 
 
@@ -126,6 +130,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names: dict[str, Any] = {}
     for name, value in pairs:
         if name in names:
-            raise BadFile(f"its JSON holds the name {shown(name)} twice")
+            raise BadFileError(f"its JSON holds the name {shown(name)} twice")
         names[name] = value
     return names

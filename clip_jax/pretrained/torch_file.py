@@ -14,7 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from clip_jax.pretrained.mapped_file import BadFile, map_file, reading, shown
+from clip_jax.pretrained.mapped_file import BadFileError, map_file, reading, shown
 from clip_jax.pretrained.torch_pickle import Object, Storage, Tensor, load_pickle
 from clip_jax.pretrained.zip_file import Member, member_bytes, zip_members
 
@@ -43,9 +43,11 @@ def read_torch(path: str | Path) -> dict[str, np.ndarray]:
     with reading(path):
         file_U = map_file(path)
         if file_U[: len(_LEGACY)].tobytes() == _LEGACY:
-            raise BadFile("is in PyTorch's format from before version 1.6", _RESAVE)
+            raise BadFileError("is in PyTorch's format from before version 1.6", _RESAVE)
         if file_U[:2].tobytes() != b"PK":
-            raise BadFile("is not a file of torch.save or torch.jit.save", "give a .pt or .bin")
+            raise BadFileError(
+                "is not a file of torch.save or torch.jit.save", "give a .pt or .bin"
+            )
         members = zip_members(path, file_U)
         prefix, root = _read_pickle(file_U, members)
         tensors = _find_tensors(root)
@@ -57,17 +59,17 @@ def _read_pickle(file_U: np.ndarray, members: dict[str, Member]) -> tuple[str, A
     """Return the folder inside the archive, and what its pickle describes."""
     pickles = [name for name in members if name.split("/")[-1] == "data.pkl"]
     if len(pickles) != 1:
-        raise BadFile(
+        raise BadFileError(
             f"holds {len(pickles)} members data.pkl in place of one",
             "give a file that torch.save or torch.jit.save wrote",
         )
     prefix = pickles[0].removesuffix("data.pkl")
     byteorder = members.get(prefix + "byteorder")
     if byteorder and member_bytes(file_U, byteorder).tobytes() != b"little":
-        raise BadFile("was not written on a little-endian machine", _RESAVE)
+        raise BadFileError("was not written on a little-endian machine", _RESAVE)
     member = members[pickles[0]]
     if member.size > _MAX_PICKLE:
-        raise BadFile(f"has a pickle of {member.size} bytes, more than any checkpoint needs")
+        raise BadFileError(f"has a pickle of {member.size} bytes, more than any checkpoint needs")
     return prefix, load_pickle(member_bytes(file_U, member).tobytes())
 
 
@@ -80,15 +82,17 @@ def _find_tensors(root: Any) -> dict[str, Tensor]:
     elif isinstance(root, dict):
         tensors = {name: value for name, value in root.items() if isinstance(value, Tensor)}
     else:
-        raise BadFile(f"holds a {type(root).__name__}", "give a state dict, saved by torch.save")
+        raise BadFileError(
+            f"holds a {type(root).__name__}", "give a state dict, saved by torch.save"
+        )
     if not tensors:
         items = root.items() if isinstance(root, dict) else ()
         inner = [shown(name) for name, value in items if isinstance(value, dict | Object)]
         names = ", ".join(inner[:8]) or "none"
-        raise BadFile(f"holds no tensors at its top (dicts in it: {names})", _SAVE_ALONE)
+        raise BadFileError(f"holds no tensors at its top (dicts in it: {names})", _SAVE_ALONE)
     for name in tensors:
         if not isinstance(name, str):
-            raise BadFile(f"has a tensor whose name is the number {name}", _SAVE_ALONE)
+            raise BadFileError(f"has a tensor whose name is the number {name}", _SAVE_ALONE)
     return tensors
 
 
@@ -101,7 +105,7 @@ def _module_tensors(module: Object) -> dict[str, Tensor]:
         for name, value in module.attributes.items():
             full, visited = f"{prefix}{name}", visited + 1
             if visited > _MAX_NAMES or len(full) > _MAX_NAME:
-                raise BadFile("its module is larger or deeper than any model is")
+                raise BadFileError("its module is larger or deeper than any model is")
             if isinstance(value, Tensor):
                 tensors[full] = value
             elif isinstance(value, Object):
@@ -120,15 +124,15 @@ def _read_storages(
     for tensor in tensors:
         storage = used.setdefault((tensor.storage.key, tensor.storage.dtype), tensor.storage)
         if storage.count != tensor.storage.count:
-            raise BadFile(f"gives the storage {shown(storage.key)} two sizes")
+            raise BadFileError(f"gives the storage {shown(storage.key)} two sizes")
 
     def read(storage: Storage) -> np.ndarray:
         member = members.get(f"{prefix}data/{storage.key}")
         if member is None:
-            raise BadFile(f"lacks the storage {shown(storage.key)} that its pickle describes")
+            raise BadFileError(f"lacks the storage {shown(storage.key)} that its pickle describes")
         dtype = _dtype(storage.dtype)
         if member.size != storage.count * dtype.itemsize:
-            raise BadFile(
+            raise BadFileError(
                 f"declares {storage.count} numbers of {storage.dtype} in the storage"
                 f" {shown(storage.key)} and holds {member.size} bytes of them"
             )
@@ -154,7 +158,7 @@ def _arrays(
         if not array.flags.c_contiguous:
             copied += array.nbytes
             if copied > file_size:
-                raise BadFile("describes more numbers by its tensors than the file holds")
+                raise BadFileError("describes more numbers by its tensors than the file holds")
             array = np.ascontiguousarray(array)
             array.flags.writeable = False
         arrays[name] = array
@@ -164,7 +168,7 @@ def _arrays(
 def _view(name: str, tensor: Tensor, storage: np.ndarray) -> np.ndarray:
     """Return the tensor's numbers inside its storage, which must hold all of them."""
     shape, strides, offset = tensor.shape, tensor.strides, tensor.offset
-    outside = BadFile(
+    outside = BadFileError(
         f"the tensor {shown(name)} of shape {shown(shape)} does not lie inside its storage"
         f" of {len(storage)} numbers"
     )

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from clip_jax.pretrained.mapped_file import BadFile, shown
+from clip_jax.pretrained.mapped_file import BadFileError, shown
 
 # A ViT-bigG with its optimizer takes about 120,000.
 MAX_STEPS = 1_000_000
@@ -101,7 +101,7 @@ def load_pickle(data: bytes) -> Any:
     """Return the value that a pickle describes, of plain containers and the classes above.
 
     Raises:
-      BadFile: the pickle is damaged, or names something that is not on the list.
+      BadFileError: the pickle is damaged, or names something that is not on the list.
     """
     machine = _Machine(data)
     for _ in range(MAX_STEPS):
@@ -111,9 +111,11 @@ def load_pickle(data: bytes) -> Any:
             return machine.pop()
         step = _STEPS.get(opcode)
         if step is None:
-            raise BadFile(f"the pickle's opcode {opcode:#04x} at byte {at} is not one torch writes")
+            raise BadFileError(
+                f"the pickle's opcode {opcode:#04x} at byte {at} is not one torch writes"
+            )
         step(machine)
-    raise BadFile(f"the pickle takes more than {MAX_STEPS} steps", _REMEDY)
+    raise BadFileError(f"the pickle takes more than {MAX_STEPS} steps", _REMEDY)
 
 
 class _Machine:
@@ -129,7 +131,7 @@ class _Machine:
         """Return the next bytes of the program."""
         start, self.at = self.at, self.at + count
         if self.at > len(self.data):
-            raise BadFile("the pickle ends in the middle")
+            raise BadFileError("the pickle ends in the middle")
         return self.data[start : self.at]
 
     def number(self, form: str) -> Any:
@@ -140,19 +142,19 @@ class _Machine:
         """Return the next line of the program, without its end."""
         end = self.data.find(b"\n", self.at)
         if end < 0:
-            raise BadFile("the pickle ends inside a name")
+            raise BadFileError("the pickle ends inside a name")
         return _text(self.take(end + 1 - self.at)[:-1])
 
     def pop(self) -> Any:
         """Remove and return the value on top of the stack, down to the last mark."""
         if len(self.stack) <= (self.marks[-1] if self.marks else 0):
-            raise BadFile("the pickle takes more from its stack than it put there")
+            raise BadFileError("the pickle takes more from its stack than it put there")
         return self.stack.pop()
 
     def pop_mark(self) -> list[Any]:
         """Remove and return everything above the last mark."""
         if not self.marks:
-            raise BadFile("the pickle has no mark where it needs one")
+            raise BadFileError("the pickle has no mark where it needs one")
         mark = self.marks.pop()
         items = self.stack[mark:]
         del self.stack[mark:]
@@ -163,7 +165,9 @@ class _Machine:
         value = self.pop()
         self.stack.append(value)
         if type(value) is not kind:
-            raise BadFile(f"the pickle has a {type(value).__name__} in place of a {kind.__name__}")
+            raise BadFileError(
+                f"the pickle has a {type(value).__name__} in place of a {kind.__name__}"
+            )
         return value
 
 
@@ -171,7 +175,7 @@ def _text(data: bytes) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError:
-        raise BadFile("a string in the pickle is not UTF-8") from None
+        raise BadFileError("a string in the pickle is not UTF-8") from None
 
 
 def _push(value: Callable[[_Machine], Any]) -> Callable[[_Machine], None]:
@@ -188,7 +192,7 @@ def _counted(form: str, convert: Callable[[bytes], Any]) -> Callable[[_Machine],
 
 def _long(data: bytes) -> int:
     if len(data) > 16:
-        raise BadFile("the pickle holds a number of more than 128 bits")
+        raise BadFileError("the pickle holds a number of more than 128 bits")
     return int.from_bytes(data, "little", signed=True)
 
 
@@ -199,7 +203,7 @@ def _tuple(size: int) -> Callable[[_Machine], None]:
 def _checked(name: str) -> Global:
     if name in STORAGES or name in _CALLS or name in _INERT or _TORCHSCRIPT.fullmatch(name):
         return Global(name)
-    raise BadFile(f"names {shown(name)}, which no file of plain tensors needs", _REMEDY)
+    raise BadFileError(f"names {shown(name)}, which no file of plain tensors needs", _REMEDY)
 
 
 def _global(machine: _Machine) -> Global:
@@ -210,7 +214,7 @@ def _global(machine: _Machine) -> Global:
 def _stack_global(machine: _Machine) -> Global:
     name, module = machine.pop(), machine.pop()
     if not isinstance(name, str) or not isinstance(module, str):
-        raise BadFile("the pickle names something by what is no string")
+        raise BadFileError("the pickle names something by what is no string")
     return _checked(f"{module}.{name}")
 
 
@@ -226,17 +230,17 @@ def _put(form: str) -> Callable[[_Machine], None]:
 def _get(machine: _Machine, form: str) -> Any:
     key = machine.number(form)
     if key not in machine.memo:
-        raise BadFile(f"the pickle reads entry {key} of its memo, which was never written")
+        raise BadFileError(f"the pickle reads entry {key} of its memo, which was never written")
     return machine.memo[key]
 
 
 def _set_items(machine: _Machine, items: list[Any]) -> None:
     target = machine.top(dict)
     if len(items) % 2:
-        raise BadFile("the pickle gives a dict a key without a value")
+        raise BadFileError("the pickle gives a dict a key without a value")
     for key, value in zip(items[::2], items[1::2], strict=True):
         if not isinstance(key, str | int) or (isinstance(key, int) and abs(key) >> 64):
-            raise BadFile(f"the pickle has a dict with a {type(key).__name__} as a key")
+            raise BadFileError(f"the pickle has a dict with a {type(key).__name__} as a key")
         target[key] = value
 
 
@@ -248,7 +252,7 @@ def _call_of(machine: _Machine) -> tuple[str, tuple]:
     """Return the name and the arguments of a call on top of the stack."""
     args, function = machine.pop(), machine.pop()
     if not isinstance(function, Global) or not isinstance(args, tuple):
-        raise BadFile("the pickle calls what is no name")
+        raise BadFileError("the pickle calls what is no name")
     return function.name, args
 
 
@@ -257,14 +261,14 @@ def _reduce(machine: _Machine) -> Any:
     if name in _INERT:
         return Object(name)
     if name not in _CALLS:
-        raise BadFile(f"calls {shown(name)}, which no file of plain tensors needs", _REMEDY)
+        raise BadFileError(f"calls {shown(name)}, which no file of plain tensors needs", _REMEDY)
     return _CALLS[name](args)
 
 
 def _new_object(machine: _Machine) -> Object:
     name, args = _call_of(machine)
     if name not in _INERT and (args or not _TORCHSCRIPT.fullmatch(name)):
-        raise BadFile(f"makes a {shown(name)}, which no file of plain tensors needs", _REMEDY)
+        raise BadFileError(f"makes a {shown(name)}, which no file of plain tensors needs", _REMEDY)
     return Object(name)
 
 
@@ -276,14 +280,14 @@ def _build(machine: _Machine) -> None:
     if type(target) is Object and isinstance(state, dict):
         target.attributes = state
     elif type(target) not in (Object, dict):
-        raise BadFile(f"the pickle gives attributes to a {type(target).__name__}")
+        raise BadFileError(f"the pickle gives attributes to a {type(target).__name__}")
 
 
 def _persistent(machine: _Machine) -> Storage:
     match machine.pop():
         case ("storage", Global(name), str(key), str(), int(count)) if name in STORAGES:
             return Storage(STORAGES[name], key, count)
-    raise BadFile("the pickle refers to something that is no tensor storage")
+    raise BadFileError("the pickle refers to something that is no tensor storage")
 
 
 def _tensor(args: tuple) -> Tensor:
@@ -291,13 +295,13 @@ def _tensor(args: tuple) -> Tensor:
         case (Storage() as storage, int(offset), tuple(shape), tuple(strides)):
             if all(type(number) is int for number in (*shape, *strides)):
                 return Tensor(storage, offset, shape, strides)
-    raise BadFile("the pickle describes a tensor by the wrong fields")
+    raise BadFileError("the pickle describes a tensor by the wrong fields")
 
 
 def _tensor_v2(args: tuple) -> Tensor:
     # The seventh field marks tensors whose stored numbers are negated or conjugated.
     if len(args) not in (6, 7) or (len(args) == 7 and args[6]):
-        raise BadFile("the pickle holds a tensor of a form that is not read here", _REMEDY)
+        raise BadFileError("the pickle holds a tensor of a form that is not read here", _REMEDY)
     return _tensor(args)
 
 
@@ -305,12 +309,12 @@ def _parameter(args: tuple) -> Tensor:
     match args:
         case (Tensor() as tensor, _, _):
             return tensor
-    raise BadFile("the pickle describes a parameter by the wrong fields")
+    raise BadFileError("the pickle describes a parameter by the wrong fields")
 
 
 def _empty_dict(args: tuple) -> dict:
     if any(not isinstance(arg, Global) for arg in args):
-        raise BadFile("the pickle fills a dict in a way that torch does not")
+        raise BadFileError("the pickle fills a dict in a way that torch does not")
     return {}
 
 
@@ -319,7 +323,7 @@ def _first(kind: type) -> Callable[[tuple], Any]:
 
     def untag(args: tuple) -> Any:
         if not args or not isinstance(args[0], kind):
-            raise BadFile("the pickle tags a value by the wrong fields")
+            raise BadFileError("the pickle tags a value by the wrong fields")
         return args[0]
 
     return untag
@@ -386,4 +390,4 @@ _STEPS: dict[int, Callable[[_Machine], None]] = {
 
 def _protocol(version: int) -> None:
     if not 2 <= version <= 5:
-        raise BadFile(f"the pickle is of protocol {version}; torch writes 2 to 5")
+        raise BadFileError(f"the pickle is of protocol {version}; torch writes 2 to 5")

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from clip_jax.pretrained.mapped_file import BadFile, shown
+from clip_jax.pretrained.mapped_file import BadFileError, shown
 
 # A model with its optimizer has a few thousand members, of about a hundred bytes here.
 _MAX_DIRECTORY = 4 << 20
@@ -43,7 +43,9 @@ class _LimitedReads(io.FileIO):
 
     def read(self, size: int | None = -1) -> bytes:
         if size is not None and size > _MAX_DIRECTORY:
-            raise BadFile(f"has a zip directory of {size} bytes, more than any checkpoint needs")
+            raise BadFileError(
+                f"has a zip directory of {size} bytes, more than any checkpoint needs"
+            )
         return super().read(size) or b""
 
 
@@ -55,25 +57,25 @@ def zip_members(path: str | Path, file_U: np.ndarray) -> dict[str, Member]:
       file_U: its bytes.
 
     Raises:
-      BadFile: it is no sound zip archive.
+      BadFileError: it is no sound zip archive.
     """
     end = file_U[-_END.size :].tobytes()
     if len(end) < _END.size or end[:4] != b"PK\5\6" or end[-2:] != b"\0\0":
-        raise BadFile("has no zip directory at its end")
+        raise BadFileError("has no zip directory at its end")
     count = _END.unpack(end)[4]
     try:
         with _LimitedReads(path) as file, zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
     # A size or a place that is damaged leads zipfile to an impossible seek.
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, OSError) as error:
-        raise BadFile(f"its zip directory cannot be read ({shown(error)})") from None
+        raise BadFileError(f"its zip directory cannot be read ({shown(error)})") from None
     if count not in (len(entries), _FULL16):  # full where a 64-bit record counts them
-        raise BadFile(f"has {len(entries)} members in its zip directory and counts {count}")
+        raise BadFileError(f"has {len(entries)} members in its zip directory and counts {count}")
     members: dict[str, Member] = {}
     for entry in entries:
         member = _member(file_U, entry)
         if member.name in members:
-            raise BadFile(f"holds the member {shown(member.name)} twice")
+            raise BadFileError(f"holds the member {shown(member.name)} twice")
         members[member.name] = member
     _check_places(members)
     return members
@@ -85,55 +87,55 @@ def member_bytes(file_U: np.ndarray, member: Member) -> np.ndarray:
     A checksum of 0 means that the writer left it out (`torch.serialization.set_crc32_options`).
 
     Raises:
-      BadFile: the member is compressed, or its bytes are damaged.
+      BadFileError: the member is compressed, or its bytes are damaged.
     """
     data_U = file_U[member.start : member.stop]
     if member.method != zipfile.ZIP_STORED:
-        raise BadFile(
+        raise BadFileError(
             f"the member {shown(member.name)} is compressed", "unpack it and zip it uncompressed"
         )
     if member.size != len(data_U):
-        raise BadFile(f"the member {shown(member.name)} is given two sizes")
+        raise BadFileError(f"the member {shown(member.name)} is given two sizes")
     check_crc(member, data_U.data)
     return data_U
 
 
 def check_crc(member: Member, data: memoryview | bytes) -> None:
-    """Raise BadFile if the bytes of a member do not have the CRC-32 that its archive holds."""
+    """Raise BadFileError if the bytes of a member do not have the CRC-32 that its archive holds."""
     if member.crc and zlib.crc32(data) != member.crc:
-        raise BadFile(f"the bytes of {shown(member.name)} do not match their checksum")
+        raise BadFileError(f"the bytes of {shown(member.name)} do not match their checksum")
 
 
 def _member(file_U: np.ndarray, entry: zipfile.ZipInfo) -> Member:
     """Return the place of a member's bytes: behind its own header, which must repeat its name."""
     name, header = entry.orig_filename, entry.header_offset
     if entry.flag_bits & _ENCRYPTED:
-        raise BadFile(f"the member {shown(name)} is encrypted", "decrypt the archive first")
+        raise BadFileError(f"the member {shown(name)} is encrypted", "decrypt the archive first")
     if not 0 <= header <= len(file_U) - _LOCAL.size:
-        raise BadFile(f"the member {shown(name)} lies outside of the file")
+        raise BadFileError(f"the member {shown(name)} lies outside of the file")
     fields = _LOCAL.unpack(file_U[header : header + _LOCAL.size].tobytes())
     name_at = header + _LOCAL.size
     start = name_at + fields[9] + fields[10]
     raw_name = name.encode("utf-8" if entry.flag_bits & _UTF8 else "cp437")
     own_name = file_U[name_at : name_at + fields[9]].tobytes()
     if (fields[0], fields[3], own_name) != (b"PK\3\4", entry.compress_type, raw_name):
-        raise BadFile(f"the header of the member {shown(name)} is not what the directory says")
+        raise BadFileError(f"the header of the member {shown(name)} is not what the directory says")
     stop = start + entry.compress_size
     if stop > len(file_U):
-        raise BadFile(f"the member {shown(name)} declares more bytes than the file holds")
+        raise BadFileError(f"the member {shown(name)} declares more bytes than the file holds")
     return Member(name, entry.compress_type, entry.CRC, entry.file_size, header, start, stop)
 
 
 def _check_places(members: dict[str, Member]) -> None:
-    """Raise BadFile unless the members begin with the file and follow each other.
+    """Raise BadFileError unless the members begin with the file and follow each other.
 
     Members that share bytes are how a small archive pretends to be a large one.
     """
     places = sorted((member.header, member.stop, member.name) for member in members.values())
     if places and places[0][0] != 0:
-        raise BadFile("has other bytes before its first member")
+        raise BadFileError("has other bytes before its first member")
     end = 0
     for header, stop, name in places:
         if header < end:
-            raise BadFile(f"the member {shown(name)} overlaps the one before it")
+            raise BadFileError(f"the member {shown(name)} overlaps the one before it")
         end = stop

@@ -163,7 +163,7 @@ def test_clipa_without_its_separator(build, tmp_path):
 
 @pytest.fixture(scope="module")
 def siglip_model(tmp_path_factory):
-    """A model with c4_en's special ids (pad 0, end 1, unknown 2), lower-cased as it is."""
+    """Train a model with c4_en's special ids (pad 0, end 1, unknown 2), lower-cased as it is."""
     prefix = tmp_path_factory.mktemp("siglip") / "spiece"
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([canonicalize(text) for text in CAPTIONS]),

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from reader_cases import GOLDEN, PLAIN, SCRIPT, STATE, WRAPPED, safetensors_bytes, same, write_torch
 
 from clip_jax.errors import UserError
-from clip_jax.pretrained.mapped_file import BadFile
+from clip_jax.pretrained.mapped_file import BadFileError
 from clip_jax.pretrained.npz_file import read_npz
 from clip_jax.pretrained.resize import resize_image_positions, resize_text_positions
 from clip_jax.pretrained.safetensors_file import read_safetensors
@@ -539,7 +539,7 @@ def test_many_damaged_archives_do(tmp_path, name, damage):
 
 
 def check_damages(tmp_path, name, damage, rounds):
-    """Every byte that matters stands under a checksum or in two places."""
+    """Check that every byte that matters stands under a checksum or in two places."""
     reader, file_name, data, expected = FILES[name]
     rng = np.random.default_rng([rounds, [*FILES].index(name), [*DAMAGES].index(damage)])
     refusals = 0
@@ -628,7 +628,7 @@ WORDS = st.sampled_from(
 def test_any_program_ends_in_a_value_or_one_error(program):
     try:
         load_pickle(b"\x80\x02" + program)
-    except BadFile as error:
+    except BadFileError as error:
         assert "\n" not in str(error)
 
 

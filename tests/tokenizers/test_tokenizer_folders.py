@@ -44,7 +44,7 @@ CAPTIONS = [f"{a} {b} {c}" for a in WORDS for b in WORDS for c in WORDS[::3]]
 
 @pytest.fixture(scope="module")
 def bert_text():
-    """A small BERT: [PAD] 0, [UNK] 1, [CLS] 2, [SEP] 3."""
+    """Return a small BERT: [PAD] 0, [UNK] 1, [CLS] 2, [SEP] 3."""
     tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
