@@ -20,13 +20,13 @@ class Run(NamedTuple):
     """A training run at its start.
 
     Attributes:
-      wiring: the parts of it.
+      components: the parts of it.
       step: jitted, not compiled yet.
       state: the loaded weights and a fresh optimizer; the step takes its memory.
       batch: on the device.
     """
 
-    wiring: RunComponents
+    components: RunComponents
     step: TrainStep
     state: TrainState
     batch: dict[str, jax.Array]
@@ -47,22 +47,23 @@ def make_run(
     values.model.dtype = options.dtype
     values.optim.learning_rate = 1e-5
     config = resolve(values)
-    w = build_run(config, config.train.steps)
+    run = build_run(config, config.train.steps)
     # The run's own model with the loaded one's sizes, which are open_clip's.
-    model = w.model.clone(config=loaded.config)
-    w = dataclasses.replace(w, model=model, shapes=state_shapes(model, w.optimizer, w.mesh))
+    model = run.model.clone(config=loaded.config)
+    shapes = state_shapes(model, run.optimizer, run.mesh, config.train)
+    run = dataclasses.replace(run, model=model, shapes=shapes)
     # The step takes its state's memory: the loaded weights stay, it gets a copy.
     params = jax.tree.map(jnp.copy, loaded.params)
-    state = init_state(model, w.optimizer, w.shapes, seed=0).replace(params=params)
+    state = init_state(model, run.optimizer, shapes, config.train, seed=0).replace(params=params)
     # Laid out as the step returns it, or the second call would compile again.
-    state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, w.shapes))
+    state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, shapes))
     batch = {
         "image": images,
         "text": tokens,
         "caption_id": np.arange(rows, dtype=np.uint32),
         "valid": np.ones(rows, bool),
     }
-    return Run(w, make_step(config, w), state, place_batch(batch, w.mesh))
+    return Run(run, make_step(run), state, place_batch(batch, run.mesh))
 
 
 class Stepper:

@@ -28,7 +28,7 @@ from clip_jax.training.step import compiler_options, normalize_images, unit_rang
 
 def tower_calls(run: Run) -> dict[str, tuple]:
     """{part: (function, arguments)} of both towers, forward alone and with the backward pass."""
-    model, params = run.wiring.model, run.state.params
+    model, params = run.components.model, run.state.params
     stats = run.state.batch_stats
 
     def images(params, images_BHWC):
@@ -59,12 +59,12 @@ def loss_call(run: Run) -> tuple:
     """(function, arguments) of the loss and its gradients on random unit features."""
     loss_fn = make_loss(
         "softmax",
-        mesh=run.wiring.mesh,
+        mesh=run.components.mesh,
         batch_axes=BATCH_AXES,
         tile_size=0,
         mask_equal_captions=False,
     )
-    rows, size = len(run.batch["text"]), run.wiring.model.config.embed_dim
+    rows, size = len(run.batch["text"]), run.components.model.config.embed_dim
     z = [unit_length(jax.random.normal(jax.random.key(i), (rows, size))) for i in range(2)]
 
     def loss(*inputs):
@@ -79,7 +79,7 @@ class Updater:
     """The optimizer's update of its own copy of the parameters, their memory given away."""
 
     def __init__(self, run: Run):
-        optimizer = run.wiring.optimizer
+        optimizer = run.components.optimizer
 
         def update(grads, opt_state, params):
             updates, opt_state = optimizer.update(grads, opt_state, params)
@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     calls["update"] = Updater(run)
     # The towers' parts read the loaded weights: the whole step takes a copy of its state.
-    whole = Run(run.wiring, run.step, jax.tree.map(jnp.copy, run.state), run.batch)
+    whole = Run(run.components, run.step, jax.tree.map(jnp.copy, run.state), run.batch)
     calls["whole step"] = Stepper(whole)
     rates: list[float] = []
     known = peak_flops(jax.devices()[0].device_kind, options.dtype)

@@ -61,9 +61,7 @@ class LoadedCLIP:
         self.preprocessing = preprocessing
         self.tokenizer_spec = tokenizer_spec
         self.tokenizer = None if tokenizer_spec is None else make_tokenizer(tokenizer_spec)
-        self._encode_image, self._encode_text = make_encoders(
-            CLIP(config), image_mean=preprocessing.mean, image_std=preprocessing.std
-        )
+        self._encode_image, self._encode_text = make_encoders(CLIP(config), preprocessing)
         self._unit_length = jax.jit(unit_length)
         self._relevance = jax.jit(make_relevance(CLIP(config)))
 

@@ -3,6 +3,8 @@
 Started once on each machine of a cluster, it is one run over all of their devices.
 """
 
+import dataclasses
+import json
 import sys
 
 from absl import flags
@@ -55,7 +57,7 @@ def join() -> None:
 
 
 def main() -> int:
-    """Parse the flags, resolve the config and train; the process's exit code."""
+    """Parse the flags, resolve the config and train; return the process's exit code."""
     # First of all: resolving imports JAX, which may start threads.
     keep_freed_memory()
     config = resolve(parse(sys.argv))
@@ -64,17 +66,42 @@ def main() -> int:
         raise UserError("--workdir is missing; for example --workdir runs/emoji")
     join()
     from clip_jax.parallel import distributed
-    from clip_jax.training import setup
 
     with distributed.ending_together():
         if workdir is None or _DRY_RUN.value:
-            distributed.print_on_main(setup.describe(config))
+            print_dry_run(config)
             return 0
         return run(config, workdir)
 
 
+def print_dry_run(config: Config) -> None:
+    """Print the config, the parameters, the mesh and the bytes on a device."""
+    from clip_jax.parallel.distributed import print_on_main
+    from clip_jax.parallel.mesh import mesh_text
+    from clip_jax.training.dry_run import dry_run
+
+    found = dry_run(config)
+    parameters, mib = found.parameters, 1 / 2**20
+    lines = [
+        json.dumps(dataclasses.asdict(config), indent=2),
+        f"model       {config.model.name}: image tower {parameters['image']:,} parameters, "
+        f"text tower {parameters['text']:,}, in all {parameters['total']:,}",
+        f"forward     {found.image_flops / 1e9:.2f} GFLOP an image, "
+        f"{found.text_flops / 1e9:.2f} GFLOP a caption of {found.context_length} tokens",
+        f"mesh        {mesh_text(found.mesh)} over {found.devices} {found.device_kind} devices",
+        f"per device  {found.rows} pairs of the global batch of {config.train.batch_size:,}",
+        f"            parameters {found.parameter_bytes * mib:,.1f} MiB, "
+        f"optimizer {found.optimizer_bytes * mib:,.1f} MiB, "
+        f"images {found.image_bytes * mib:,.1f} MiB (activations come on top)",
+    ]
+    if config.model.init_from:
+        missing = "" if found.source_found else ", which is not there"
+        lines.insert(2, f"start       {config.model.init_from}{missing}")
+    print_on_main("\n".join(lines))
+
+
 def run(config: Config, workdir: str) -> int:
-    """Train, or go on with the run in `workdir`, then evaluate; the process's exit code.
+    """Train, or resume the run in `workdir`, then evaluate; return the process's exit code.
 
     Raises:
       UserError: the data, the config or the work folder is not fit for the run.

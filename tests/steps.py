@@ -6,14 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from test_models import make_tokens
-from tiny import ADAMW
 
+from clip_jax.data.images import Preprocess
 from clip_jax.losses import make_loss
 from clip_jax.models.clip import CLIP, CLIPConfig
 from clip_jax.parallel.mesh import BATCH_AXES, make_mesh, place_batch
 from clip_jax.planning.counts import Collective, find_collectives, matmul_flops
 from clip_jax.planning.hlo import Program, parse_program
 from clip_jax.planning.program import batch_shapes
+from clip_jax.sections import DataSection, ModelSection, OptimSection, TrainSection
 from clip_jax.training.device_augment import make_draws
 from clip_jax.training.optimizer import make_optimizer, make_schedule
 from clip_jax.training.state import TrainState, init_state, state_shapes
@@ -33,60 +34,44 @@ def make_batch(config, seed=0):
     }
 
 
-def make_parts(
-    model,
-    mesh,
-    *,
-    loss="softmax",
-    optimizer="adamw",
-    tile_size=8,
-    mask_equal_captions=True,
-    jitter=False,
-    patch_dropout=0.0,
-    **options,
-):
-    """(optimizer, the state's shapes, step); `options` are `make_train_step`'s."""
-    schedule = make_schedule(1e-3, 5, 40)
-    made = make_optimizer(schedule, name=optimizer, **ADAMW)
-    averaged = options.get("ema_decay", 0.0) > 0
-    shapes = state_shapes(model, made, mesh, freeze=options.get("freeze", ""), ema=averaged)
-    half = (0.5, 0.5, 0.5)
-    step = make_train_step(
-        model,
-        make_loss(
-            loss,
-            mesh=mesh,
-            batch_axes=BATCH_AXES,
-            tile_size=tile_size,
-            mask_equal_captions=mask_equal_captions,
-        ),
-        made,
-        schedule,
-        shapes,
-        image_mean=half,
-        image_std=half,
+HALF = Preprocess(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+
+
+def make_parts(model, mesh, *, optimizer="adamw", jitter=False, patch_dropout=0.0, **train):
+    """Return (optimizer, section, the state's shapes, step); `train` are the section's fields."""
+    section = TrainSection(**{"loss_tile": 8, "mask_equal_captions": True} | train)
+    optim = OptimSection(name=optimizer, learning_rate=1e-3, warmup_steps=5)
+    schedule = make_schedule(optim, 40)
+    made = make_optimizer(schedule, optim)
+    shapes = state_shapes(model, made, mesh, section)
+    loss_fn = make_loss(
+        section.loss,
         mesh=mesh,
-        draws=make_draws(
-            seed=0,
-            color_jitter=(0.2, 0.2, 0.2) if jitter else (0.0, 0.0, 0.0),
-            patches=model.config.vision.grid_size**2 if patch_dropout else 0,
-            patch_dropout=patch_dropout,
-        ),
-        **options,
+        batch_axes=BATCH_AXES,
+        tile_size=section.loss_tile,
+        mask_equal_captions=section.mask_equal_captions,
     )
-    return made, shapes, step
+    draws = make_draws(
+        ModelSection(patch_dropout=patch_dropout),
+        DataSection(color_jitter=(0.2, 0.2, 0.2) if jitter else (0.0, 0.0, 0.0)),
+        seed=0,
+        patches=model.config.vision.grid_size**2 if patch_dropout else 0,
+    )
+    step = make_train_step(
+        model, loss_fn, made, schedule, shapes, section, preprocess=HALF, draws=draws
+    )
+    return made, section, shapes, step
 
 
 def make_all(
     config, mesh, *, loss="softmax", dtype=jnp.float32, remat="none", scan=False, **options
 ):
-    """(a fresh state, step)."""
+    """Return (a fresh state, step)."""
     bias = -10.0 if loss == "sigmoid" else None
     sizes = dataclasses.replace(config, init_logit_bias=bias)
     model = CLIP(sizes, dtype=dtype, remat=remat, scan=scan)
-    optimizer, shapes, step = make_parts(model, mesh, loss=loss, **options)
-    freeze = options.get("freeze", "")
-    return init_state(model, optimizer, shapes, seed=0, freeze=freeze), step
+    optimizer, section, shapes, step = make_parts(model, mesh, loss=loss, **options)
+    return init_state(model, optimizer, shapes, section, seed=0), step
 
 
 def one_device_mesh():
@@ -131,17 +116,17 @@ def compile_step(
     mask_equal_captions: bool = True,
     freeze: str = "",
     patch_dropout: float = 0.0,
-    **how,
+    **exec_config,
 ) -> CompiledStep:
-    """On as many of the devices as the mesh has."""
+    """Compile the step on as many of the devices as the mesh has."""
     if mesh_shape == (1, 1, 1):
         mesh = one_device_mesh()
     else:
         mesh = make_mesh(**dict(zip(("data", "fsdp", "tensor"), mesh_shape, strict=True)))
-    _, shapes, step = make_parts(
-        CLIP(config, **how),
+    _, _, shapes, step = make_parts(
+        CLIP(config, **exec_config),
         mesh,
-        tile_size=16,
+        loss_tile=16,
         mask_equal_captions=mask_equal_captions,
         microbatch_size=microbatch_size,
         freeze=freeze,

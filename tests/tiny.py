@@ -8,15 +8,6 @@ from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
 
-# Of the optimizer: the paper's, for a ViT.
-ADAMW = {
-    "weight_decay": 0.2,
-    "beta1": 0.9,
-    "beta2": 0.98,
-    "eps": 1e-6,
-    "clip_norm": 0.0,
-    "max_logit_scale": 100.0,
-}
 TEXT = TextConfig(width=32, layers=3, heads=4, context_length=24, vocab_size=64, eot_id=63)
 VIT = CLIPConfig(16, ViTConfig(image_size=32, patch_size=8, width=48, layers=3, heads=4), TEXT)
 RESNET = CLIPConfig(16, ResNetConfig(image_size=64, layers=(1, 1, 1, 1), width=8), TEXT)

@@ -69,10 +69,10 @@ def compile_run(config: Config, steps: int) -> StepCosts:
     """
     run = build_run(config, steps)
     sizes, pairs, shards = run.model.config, config.train.batch_size, batch_shards(run.mesh)
-    step: Any = make_step(config, run)
+    step: Any = make_step(run)
     compiled = step.lower(run.shapes, batch_shapes(run.mesh, sizes, pairs)).compile()
     program = parse_program(compiled.as_text())
-    tower_flops = pairs * pair_flops(config, run, sizes.text.context_length) / run.mesh.size
+    tower_flops = pairs * pair_flops(run, sizes.text.context_length) / run.mesh.size
     return StepCosts(
         mesh=dict(run.mesh.shape),
         parameters=parameter_counts(run.shapes.params),

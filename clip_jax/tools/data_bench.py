@@ -123,7 +123,7 @@ def bench(
     if not 0 < utilization <= 1:
         raise UserError(f"--utilization is {utilization:g}; it takes 0 < share <= 1, 0.5 say")
     encode = make_tokenizer(tokenizer)
-    config = sized_model(model, encode, image_size=image_size)
+    config = sized_model(model, encode, image_size=image_size, context_length=0)
     hardware: dict[str, Any] = {"device": device, "devices": devices, "dtype": dtype}
     hardware |= {"utilization": utilization, "image_size": image_size}
     need_of(model, encode, 16, **hardware)  # an unknown name ends before anything is measured
@@ -161,7 +161,7 @@ def need_of(
     Raises:
       UserError: no such model or device, or a number is out of range.
     """
-    config = sized_model(model, tokenizer, image_size=image_size)
+    config = sized_model(model, tokenizer, image_size=image_size, context_length=0)
     if not config.text.supports_trimming:
         tokens = config.text.context_length
     flops = train_flops_per_pair(config, tokens)

@@ -1,4 +1,4 @@
-"""What chance does to a training batch on the device, as a function of the seed and the step.
+"""Random changes of a training batch on the device, as a function of the seed and the step.
 
 The draws are arrays with a row an image, made for the whole batch at once; what uses them is pure.
 So a micro-batch takes its rows of them, twice if need be, and no mesh changes what an image gets.
@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from clip_jax.sections import DataSection, ModelSection
 from clip_jax.typing import Images
 
 # ITU-R 601-2 luma, as torchvision rounds it.
@@ -21,37 +22,32 @@ _LUMA = (0.2989, 0.587, 0.114)
 
 @runtime_checkable
 class DrawFn(Protocol):
-    """The draws of one step."""
+    """The random numbers of one step."""
 
     def __call__(self, step: Int[Array, ""], batch_size: int) -> dict[str, jax.Array]:
-        """By name, for every row of the batch; a kind of chance that is off has no entry.
+        """Return numbers for every row of the batch, by name; what is off has no entry.
 
         colors_B3: float32, factors of brightness, contrast and saturation.
-        kept_Bl: int32, the patches that stay, in their order.
+        patch_ids_Bl: int32, the patches that stay, in their order.
         """
         ...
 
 
 def kept_patches(patches: int, patch_dropout: float) -> int:
-    """How many of an image's patches stay; one at least."""
+    """Count the patches of an image that stay; one at least."""
     return max(1, int(patches * (1 - patch_dropout)))
 
 
-def make_draws(
-    *,
-    seed: int,
-    color_jitter: tuple[float, float, float] = (0.0, 0.0, 0.0),
-    patches: int = 0,
-    patch_dropout: float = 0.0,
-) -> DrawFn:
-    """The draws of a run.
+def make_draws(model: ModelSection, data: DataSection, *, seed: int, patches: int) -> DrawFn:
+    """Make the function that draws the random numbers of a run.
 
     Args:
+      model: its `patch_dropout`, the share of the patches that is left out; at least one stays.
+      data: its `color_jitter`, in 0..1: brightness, contrast and saturation change by that at most.
       seed: the run's; a step draws the same on any mesh and after a resume.
-      color_jitter: brightness, contrast and saturation change by at most these, in 0..1.
-      patches: of one image.
-      patch_dropout: the share of them that is left out; at least one stays.
+      patches: the number of patches of one image.
     """
+    color_jitter, patch_dropout = data.color_jitter, model.patch_dropout
 
     def draw(step: Int[Array, ""], batch_size: int) -> dict[str, jax.Array]:
         key = jax.random.fold_in(jax.random.key(seed), step)
@@ -78,12 +74,12 @@ def adjust_colors(images_BHWC: Images, factors_B3: Float[Array, "B 3"]) -> Image
     """
     brightness, contrast, saturation = jnp.split(factors_B3[:, None, None, :], 3, axis=-1)
     x_BHWC = jnp.clip(images_BHWC * brightness, 0, 1)
-    mean_B111 = jnp.mean(_grey(x_BHWC), axis=(1, 2), keepdims=True)
+    mean_B111 = jnp.mean(_gray(x_BHWC), axis=(1, 2), keepdims=True)
     x_BHWC = jnp.clip(mean_B111 + (x_BHWC - mean_B111) * contrast, 0, 1)
-    grey_BHW1 = _grey(x_BHWC)
-    return jnp.clip(grey_BHW1 + (x_BHWC - grey_BHW1) * saturation, 0, 1)
+    gray_BHW1 = _gray(x_BHWC)
+    return jnp.clip(gray_BHW1 + (x_BHWC - gray_BHW1) * saturation, 0, 1)
 
 
-def _grey(images_BHWC: Images) -> Float[Array, "B H W 1"]:
+def _gray(images_BHWC: Images) -> Float[Array, "B H W 1"]:
     # Not a matrix product: an accelerator would round one.
     return jnp.sum(images_BHWC * jnp.array(_LUMA), axis=-1, keepdims=True)

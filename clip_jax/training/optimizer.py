@@ -14,6 +14,7 @@ import optax
 from optax import MaskedNode
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
+from clip_jax.sections import OptimSection
 from clip_jax.typing import path_name
 
 NOT_DECAYED = (
@@ -47,26 +48,26 @@ MUON_MATRICES: tuple[tuple[str, MuonDimensionNumbers], ...] = (
 
 
 def leaf_name(path: tuple) -> str:
-    """The last name of a parameter's path."""
+    """Return the last name of a parameter's path."""
     return str(getattr(path[-1], "key", path[-1]))
 
 
 def decay_mask(params: optax.Params) -> optax.Params:
-    """True where weight decay applies: "all weights that are not gains or biases" (section 2.5)."""
+    """Mark where weight decay applies: "all weights that are not gains or biases" (section 2.5)."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: leaf_name(path) not in NOT_DECAYED, params
     )
 
 
-def make_schedule(learning_rate: float, warmup_steps: int, steps: int) -> optax.Schedule:
-    """Linear from 0 over `warmup_steps`, then a cosine to 0 at `steps`.
+def make_schedule(section: OptimSection, steps: int) -> optax.Schedule:
+    """Make the schedule: linear from 0 over `warmup_steps`, then a cosine to 0 at `steps`.
 
     A run too short for its warm-up warms up over a tenth of its steps.
     """
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
-        peak_value=learning_rate,
-        warmup_steps=min(warmup_steps, steps // 10),
+        peak_value=section.learning_rate,
+        warmup_steps=min(section.warmup_steps, steps // 10),
         decay_steps=steps,
     )
 
@@ -91,7 +92,7 @@ def clip_logit_scale(max_scale: float) -> optax.GradientTransformation:
 
 
 def scale_by_adafactor(*, momentum: float, beta2_cap: float) -> optax.GradientTransformation:
-    """Adafactor as big_vision trains with it (Zhai et al. 2021, arXiv:2106.04560, section 3.4).
+    """Make Adafactor as big_vision trains with it (Zhai et al. 2021, arXiv:2106.04560, 3.4).
 
     Rows and columns instead of a matrix's second moment, whose decay grows towards `beta2_cap`;
     momentum in bfloat16; no scaling by the parameter's size and no clip of an update's size.
@@ -110,7 +111,7 @@ def scale_by_adafactor(*, momentum: float, beta2_cap: float) -> optax.GradientTr
 
 
 def layer_by_layer(rms: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`scale_by_factored_rms` that takes a stack of layers for what it is, not for one array.
+    """Make `scale_by_factored_rms` take a stack of layers for what it is, not for one array.
 
     Else a stack of vectors would be factored as a matrix, and a scan over layers would train
     differently. The state has the parameters' structure either way, so that a checkpoint can be
@@ -125,37 +126,38 @@ def layer_by_layer(rms: optax.GradientTransformation) -> optax.GradientTransform
         layer = jax.eval_shape(rms.init, jax.tree.map(lambda x: x[0], stacked))
         # Where nothing is kept optax has one zero.
         axes = jax.tree.map(lambda x: None if x.shape in ((), (1,)) else 0, layer)
-        return joined(state, jax.vmap(rms.init, out_axes=axes)(stacked))
+        return join_stacks(state, jax.vmap(rms.init, out_axes=axes)(stacked))
 
     def update(updates, state, params):
-        (single, stacked), parts = split_stacks(updates), split_stacks(params)
-        states = split_stacks(state)
-        made, new = rms.update(single, states[0], parts[0])
+        single, stacked = split_stacks(updates)
+        single_state, stacked_state = split_stacks(state)
+        single_params, stacked_params = split_stacks(params)
+        single, single_state = rms.update(single, single_state, single_params)
         if not jax.tree.leaves(stacked):
-            return made, new
-        of_stack = states[1]._replace(count=state.count)
-        axes = jax.tree.map(lambda x: 0 if x.ndim > 1 else None, of_stack)
-        mapped = jax.vmap(rms.update, in_axes=(0, axes, 0), out_axes=(0, axes))
-        made_of_stack, new_of_stack = mapped(stacked, of_stack, parts[1])
-        return joined(made, made_of_stack), joined(new, new_of_stack)
+            return single, single_state
+        stacked_state = stacked_state._replace(count=state.count)
+        axes = jax.tree.map(lambda x: 0 if x.ndim > 1 else None, stacked_state)
+        update_layers = jax.vmap(rms.update, in_axes=(0, axes, 0), out_axes=(0, axes))
+        stacked, stacked_state = update_layers(stacked, stacked_state, stacked_params)
+        return join_stacks(single, stacked), join_stacks(single_state, stacked_state)
 
     return optax.GradientTransformation(init, update)
 
 
 def split_stacks(tree):
-    """The tree with its single parameters, and with its stacks of layers; the others masked."""
+    """Return the tree with its single parameters, and with its stacks; the others are masked."""
 
-    def keep(stacks: bool):
+    def mask(stacked: bool):
         return jax.tree_util.tree_map_with_path(
-            lambda path, x: x if ("/resblocks/" in path_name(path)) == stacks else MaskedNode(),
+            lambda path, x: x if ("/resblocks/" in path_name(path)) == stacked else MaskedNode(),
             tree,
         )
 
-    return keep(False), keep(True)
+    return mask(False), mask(True)
 
 
-def joined(single, stacked):
-    """The inverse of `split_stacks`."""
+def join_stacks(single, stacked):
+    """Undo `split_stacks`."""
     return jax.tree.map(
         lambda x, y: y if isinstance(x, MaskedNode) else x,
         single,
@@ -165,14 +167,14 @@ def joined(single, stacked):
 
 
 def muon_matrix(path: str) -> MuonDimensionNumbers | None:
-    """Which axes make a parameter the matrix that Muon orthogonalizes; None leaves it to Adam."""
+    """Return which axes make a parameter the matrix that Muon orthogonalizes; None: Adam's."""
     return next((axes for pattern, axes in MUON_MATRICES if re.search(pattern, path)), None)
 
 
 def scale_by_muon_or_adam(
     *, beta1: float, beta2: float, eps: float
 ) -> optax.GradientTransformation:
-    """Muon for the matrices inside the towers, Adam for everything else.
+    """Make Muon for the matrices inside the towers, and Adam for everything else.
 
     Muon is for hidden layers: Jordan (kellerjordan.github.io/posts/muon, github.com/KellerJordan/
     Muon) leaves embeddings, output heads, gains, biases and the first convolution to Adam. Here
@@ -222,34 +224,26 @@ SCALERS: dict[str, Callable[[float, float, float], optax.GradientTransformation]
 }
 
 
-def make_optimizer(
-    schedule: optax.Schedule,
-    *,
-    name: str = "adamw",
-    weight_decay: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    clip_norm: float,
-    max_logit_scale: float,
-) -> optax.GradientTransformation:
-    """An optimizer with decoupled decay; `clip_norm` 0 leaves gradients alone.
+def make_optimizer(schedule: optax.Schedule, section: OptimSection) -> optax.GradientTransformation:
+    """Make an optimizer with decoupled decay; a `clip_norm` of 0 leaves gradients alone.
 
     The decay is multiplied by the learning rate, as PyTorch's AdamW does it.
 
+    The name is a key of `SCALERS`. "lion" (Chen et al. 2023, arXiv:2302.06675) wants a learning
+    rate 3 to 10 times lower than AdamW's and a decay as many times higher; "adafactor" and "muon"
+    take AdamW's. beta1, beta2 and eps are Adam's. In Lion they weigh the gradient of the update
+    and of the momentum. In Adafactor beta1 is the momentum and beta2 the highest decay of the
+    second moment. In Muon they belong to the parameters that Adam trains.
+
     Args:
       schedule: the learning rate of a step.
-      name: a key of `SCALERS`. "lion" (Chen et al. 2023, arXiv:2302.06675) wants a learning rate 3
-        to 10 times lower than AdamW's and a decay as many times higher; "adafactor" and "muon"
-        take AdamW's.
-      beta1, beta2, eps: of Adam. In Lion they weigh the gradient of the update and of the
-        momentum. In Adafactor beta1 is the momentum and beta2 the highest decay of the second
-        moment. In Muon they belong to the parameters that Adam trains.
+      section: everything but the learning rate and its warm-up.
     """
+    clip_norm = section.clip_norm
     return optax.chain(
         optax.clip_by_global_norm(clip_norm) if clip_norm > 0 else optax.identity(),
-        SCALERS[name](beta1, beta2, eps),
-        optax.add_decayed_weights(weight_decay, mask=decay_mask),
+        SCALERS[section.name](section.beta1, section.beta2, section.eps),
+        optax.add_decayed_weights(section.weight_decay, mask=decay_mask),
         optax.scale_by_learning_rate(schedule),
-        clip_logit_scale(max_logit_scale),
+        clip_logit_scale(section.max_logit_scale),
     )

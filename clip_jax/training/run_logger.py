@@ -16,7 +16,6 @@ from clip_jax.data.skip_log import SkipLog
 from clip_jax.files import atomic_write
 from clip_jax.parallel import distributed
 from clip_jax.parallel.mesh import batch_part
-from clip_jax.sections import Config
 from clip_jax.training.metrics import (
     DataWait,
     MetricsWriter,
@@ -37,12 +36,11 @@ class RunLogger:
       waiting: takes the time that is spent on waiting for data.
     """
 
-    def __init__(
-        self, config: Config, w: RunComponents, steps: int, start: int, folder: Path
-    ) -> None:
-        self.length = w.model.config.text.context_length
+    def __init__(self, run: RunComponents, steps: int, start: int, folder: Path) -> None:
+        config = run.config
+        self.length = run.model.config.text.context_length
         self.waiting = DataWait()
-        self._pair_flops = functools.partial(pair_flops, config, w)
+        self._pair_flops = functools.partial(pair_flops, run)
         self._steps = steps
         self._every = config.train.log_every
         self._folder = folder
@@ -56,7 +54,7 @@ class RunLogger:
         devices = 1 if jax.default_backend() == "cpu" else jax.device_count()
         self._peak = per_device * devices
         self._bad: tuple[int, float, list[str]] | None = None
-        self._part, parts = batch_part(w.mesh)
+        self._part, parts = batch_part(run.mesh)
         self._keys = KeyLog(folder, start, self._part, parts) if config.data.log_keys else None
 
     def step(

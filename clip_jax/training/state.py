@@ -1,4 +1,4 @@
-"""Everything a step changes, made in place on the mesh."""
+"""The state that a step changes, made in place on the mesh."""
 
 import math
 from typing import Any
@@ -11,10 +11,11 @@ from jax.sharding import Mesh
 
 from clip_jax.models.clip import CLIP, init_variables
 from clip_jax.parallel.sharding import tree_shardings
+from clip_jax.sections import TrainSection
 from clip_jax.typing import Params
 
 FROZEN = {"": (), "image": ("visual",), "text": ("text",)}
-"""The parameters' top names that a run with `freeze` leaves as they are."""
+"""The choices of `freeze`, and the top names of the parameters that each leaves as they are."""
 
 
 @flax.struct.dataclass
@@ -36,28 +37,37 @@ class TrainState:
     ema: Any
 
 
+def state_mesh(state: TrainState) -> Mesh:
+    """Return the mesh on which a state (or its shapes) is laid out."""
+    sharding: Any = state.step.sharding
+    return sharding.mesh
+
+
 def split_frozen(params: Params, freeze: str) -> tuple[Params, Params]:
-    """Parameters that are trained, and those that stay; `a | b` is the whole again."""
+    """Return the parameters that are trained, and those that stay; `a | b` is the whole again."""
     trained = {name: tree for name, tree in params.items() if name not in FROZEN[freeze]}
     return trained, {name: tree for name, tree in params.items() if name not in trained}
 
 
 def make_state(
-    variables: dict[str, Any],
-    optimizer: optax.GradientTransformation,
-    *,
-    freeze: str = "",
-    ema: bool = False,
+    variables: dict[str, Any], optimizer: optax.GradientTransformation, section: TrainSection
 ) -> TrainState:
-    """A state before its first step; traceable."""
+    """Make a state before its first step; traceable.
+
+    Args:
+      variables: {"params", "batch_stats"} of the model.
+      optimizer: keeps a state of the parameters that are trained.
+      section: its `freeze` says which those are, its `ema_decay` whether averages are kept.
+    """
     params, batch_stats = variables["params"], variables.get("batch_stats", {})
+    average = {"params": params, "batch_stats": batch_stats} if section.ema_decay else {}
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         batch_stats=batch_stats,
-        opt_state=optimizer.init(split_frozen(params, freeze)[0]),
+        opt_state=optimizer.init(split_frozen(params, section.freeze)[0]),
         # Arrays of their own: the step donates its state, and one buffer cannot be given twice.
-        ema=jax.tree.map(jnp.copy, {"params": params, "batch_stats": batch_stats}) if ema else {},
+        ema=jax.tree.map(jnp.copy, average),
     )
 
 
@@ -65,14 +75,10 @@ def state_shapes(
     model: CLIP,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
-    *,
-    freeze: str = "",
-    ema: bool = False,
+    section: TrainSection,
 ) -> TrainState:
-    """A state of ShapeDtypeStructs with their shardings; allocates nothing."""
-    shapes = jax.eval_shape(
-        lambda: make_state(init_variables(model, 0), optimizer, freeze=freeze, ema=ema)
-    )
+    """Return a state of ShapeDtypeStructs with their shardings; nothing is allocated."""
+    shapes = jax.eval_shape(lambda: make_state(init_variables(model, 0), optimizer, section))
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         shapes,
@@ -84,22 +90,20 @@ def init_state(
     model: CLIP,
     optimizer: optax.GradientTransformation,
     shapes: TrainState,
+    section: TrainSection,
     seed: int,
-    *,
-    freeze: str = "",
 ) -> TrainState:
-    """A fresh state laid out as `shapes`, each device making its own part of it."""
+    """Make a fresh state laid out as `shapes`, each device its own part of it."""
     shardings = jax.tree.map(lambda x: x.sharding, shapes)
 
     def make() -> TrainState:
-        variables = init_variables(model, seed)
-        return make_state(variables, optimizer, freeze=freeze, ema=bool(shapes.ema))
+        return make_state(init_variables(model, seed), optimizer, section)
 
     return jax.jit(make, out_shardings=shardings)()
 
 
 def parameter_counts(params: Any) -> dict[str, int]:
-    """Parameters of each tower, of the rest, and in all."""
+    """Count the parameters of each tower, of the rest, and in all."""
     visual = sum(x.size for x in jax.tree.leaves(params["visual"]))
     text = sum(x.size for x in jax.tree.leaves(params["text"]))
     total = sum(x.size for x in jax.tree.leaves(params))
@@ -107,7 +111,7 @@ def parameter_counts(params: Any) -> dict[str, int]:
 
 
 def device_bytes(tree: Any) -> int:
-    """Bytes of a tree's arrays (or shapes with shardings) on one device."""
+    """Count the bytes of a tree's arrays (or shapes with shardings) on one device."""
     return sum(
         x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree)
     )

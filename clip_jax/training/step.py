@@ -11,12 +11,14 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from clip_jax.data.images import Preprocess
 from clip_jax.losses import LossFn, LossOutput
 from clip_jax.models.clip import CLIP
 from clip_jax.parallel.mesh import BATCH_AXES, batch_shards
 from clip_jax.parallel.sharding import rows_stay_split, with_whole_table
+from clip_jax.sections import TrainSection
 from clip_jax.training.device_augment import DrawFn, adjust_colors
-from clip_jax.training.state import TrainState, split_frozen
+from clip_jax.training.state import TrainState, split_frozen, state_mesh
 from clip_jax.typing import Features, Params
 
 TOWERS, LOSS, UPDATE = "towers", "loss", "update"
@@ -31,8 +33,11 @@ class TrainStep(Protocol):
     """A jitted step. The state is donated: use the returned one."""
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        """`batch` holds image uint8 [B, H, W, 3], text int32 [B, L], caption_id uint32 [B] and
-        ok bool [B], split over the mesh's batch axes."""
+        """Return the next state and the metrics of this step.
+
+        `batch` holds image uint8 [B, H, W, 3], text int32 [B, L], caption_id uint32 [B] and
+        valid bool [B], split over the mesh's batch axes.
+        """
         ...
 
 
@@ -43,7 +48,7 @@ class FeaturesFn(Protocol):
     def __call__(
         self, params: Params, batch_stats: Any, rows: Batch
     ) -> tuple[Features, Features, Any]:
-        """Unit features of images and of texts, and the batch statistics after these rows."""
+        """Return unit features of images and texts, and the batch statistics after these rows."""
         ...
 
 
@@ -54,31 +59,27 @@ class GradientFn(Protocol):
     def __call__(
         self, trained: Params, frozen: Params, batch_stats: Any, rows: Batch
     ) -> tuple[LossOutput, Any, Params]:
-        """The loss, the batch statistics after it, and the gradient of what is trained."""
+        """Return the loss, the batch statistics after it, and the gradient of what is trained."""
         ...
 
 
 def unit_range(images_BHWC: jax.Array) -> jax.Array:
-    """uint8 images to float32 in 0..1."""
+    """Convert uint8 images to float32 in 0..1."""
     return images_BHWC.astype(jnp.float32) / 255
 
 
 def normalize_images(
     images_BHWC: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> jax.Array:
-    """Images in 0..1, less this mean and over this standard deviation."""
+    """Subtract a mean from images in 0..1 and divide them by a standard deviation."""
     return (images_BHWC - jnp.array(mean)) / jnp.array(std)
 
 
-def make_features(
-    model: CLIP,
-    *,
-    mesh: Mesh,
-    image_mean: tuple[float, ...],
-    image_std: tuple[float, ...],
-    freeze: str,
-) -> FeaturesFn:
-    """A frozen image tower runs as in evaluation: its batch norms use their running statistics."""
+def make_features(model: CLIP, *, mesh: Mesh, preprocess: Preprocess, freeze: str) -> FeaturesFn:
+    """Make the function that runs both towers over rows of a batch.
+
+    A frozen image tower runs as in evaluation: its batch norms use their running statistics.
+    """
     train = freeze != "image"
     split = rows_stay_split(mesh)
 
@@ -89,7 +90,7 @@ def make_features(
         with jax.named_scope(TOWERS), nn.intercept_methods(split):
             (z_image_BD, z_text_BD), updated = model.apply(
                 {"params": with_whole_table(params, mesh), "batch_stats": batch_stats},
-                normalize_images(images_BHWC, image_mean, image_std),
+                normalize_images(images_BHWC, preprocess.mean, preprocess.std),
                 rows["text"],
                 train,
                 rows["valid"],
@@ -104,7 +105,10 @@ def make_features(
 def feature_loss(
     loss_fn: LossFn, z_image_BD: Features, z_text_BD: Features, params: Params, rows: Batch
 ) -> tuple[jax.Array, LossOutput]:
-    """The loss of a batch's features; of the parameters it takes the temperature and the bias."""
+    """Return the loss of a batch's features, twice: alone, and with all that the loss tells.
+
+    Of the parameters it takes the temperature and the bias.
+    """
     bias = params.get("logit_bias", jnp.zeros(()))
     scale = jnp.exp(params["logit_scale"])
     with jax.named_scope(LOSS):
@@ -113,7 +117,7 @@ def feature_loss(
 
 
 def make_whole_gradient(features: FeaturesFn, loss_fn: LossFn) -> GradientFn:
-    """The plain form: every activation of the batch is held until its gradient is taken."""
+    """Make the plain form: every activation of the batch is held until its gradient is taken."""
 
     def gradient(trained: Params, frozen: Params, batch_stats: Any, rows: Batch):
         def loss_of(trained: Params):
@@ -130,24 +134,27 @@ def make_whole_gradient(features: FeaturesFn, loss_fn: LossFn) -> GradientFn:
 def make_cached_gradient(
     features: FeaturesFn, loss_fn: LossFn, shardings: Params, *, mesh: Mesh, microbatch_size: int
 ) -> GradientFn:
-    """GradCache (Gao et al. 2021, arXiv:2101.06983): activations of one micro-batch at a time.
+    """Make the form of GradCache: the activations of one micro-batch are held at a time.
 
-    Equal to the plain form by the chain rule: the loss meets the towers only through the features,
-    so its gradient on all features, taken once, can be sent through each micro-batch by itself.
-    Both visits see the same rows, draws included. Where a tower has batch norms, their statistics
-    are each micro-batch's own, which is another function than the plain form's.
+    Gao et al. 2021 (arXiv:2101.06983). Equal to the plain form by the chain rule: the loss meets
+    the towers only through the features, so its gradient on all features, taken once, can be sent
+    through each micro-batch by itself. Both visits see the same rows, draws included. Where a tower
+    has batch norms, their statistics are each micro-batch's own, which is another function than the
+    plain form's.
     """
     shards = batch_shards(mesh)
 
     def split(x: jax.Array) -> jax.Array:
-        """[B, ...] as [micro-batches, rows, ...]; each device gives rows of its own to every one,
-        so nothing travels."""
+        """Reshape [B, ...] to [micro-batches, rows, ...].
+
+        Each device gives rows of its own to every micro-batch, so nothing travels.
+        """
         x = x.reshape(shards, -1, microbatch_size // shards, *x.shape[1:])
         x = jnp.moveaxis(x, 0, 1).reshape(-1, microbatch_size, *x.shape[3:])
         return lax.with_sharding_constraint(x, NamedSharding(mesh, P(None, BATCH_AXES)))
 
     def join(x: jax.Array) -> jax.Array:
-        """The inverse of `split`."""
+        """Undo `split`."""
         x = x.reshape(-1, shards, microbatch_size // shards, *x.shape[2:])
         x = jnp.moveaxis(x, 1, 0).reshape(-1, *x.shape[3:])
         return lax.with_sharding_constraint(x, NamedSharding(mesh, P(BATCH_AXES)))
@@ -190,53 +197,50 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     shapes: TrainState,
+    section: TrainSection,
     *,
-    mesh: Mesh,
-    image_mean: tuple[float, ...],
-    image_std: tuple[float, ...],
+    preprocess: Preprocess,
     draws: DrawFn,
-    microbatch_size: int = 0,
-    freeze: str = "",
-    ema_decay: float = 0.0,
 ) -> TrainStep:
-    """The step of one model, loss and optimizer, its state laid out as `shapes`.
+    """Make the jitted step of one model, loss and optimizer.
 
     A loss or gradient that is not finite leaves the whole state as it was; the metric `finite`
     says so.
 
     Args:
-      draws: the chance of a step, see `augment`.
-      microbatch_size: rows that the towers hold at once; 0 is the whole batch.
-      freeze: the tower that stays as it is, "image" or "text"; its gradients are not computed.
-      ema_decay: of the moving averages; 0 where the state keeps none.
+      model: the towers.
+      loss_fn: the loss of a global batch.
+      optimizer: gets the gradients of the parameters that are trained.
+      schedule: the learning rate of a step, for the metrics.
+      shapes: the layout of the state on its mesh.
+      section: its `microbatch_size`, `freeze` and `ema_decay`.
+      preprocess: the mean and the standard deviation of the images.
+      draws: the random numbers of a step, see `device_augment`.
     """
-    features = make_features(
-        model, mesh=mesh, image_mean=image_mean, image_std=image_std, freeze=freeze
-    )
+    mesh = state_mesh(shapes)
     shardings = jax.tree.map(lambda x: x.sharding, shapes)
-    trained_shardings = split_frozen(shardings.params, freeze)[0]
+    trained_shardings = split_frozen(shardings.params, section.freeze)[0]
+    features = make_features(model, mesh=mesh, preprocess=preprocess, freeze=section.freeze)
     gradient = make_whole_gradient(features, loss_fn)
-    if microbatch_size:
+    if section.microbatch_size:
         gradient = make_cached_gradient(
-            features, loss_fn, trained_shardings, mesh=mesh, microbatch_size=microbatch_size
+            features,
+            loss_fn,
+            trained_shardings,
+            mesh=mesh,
+            microbatch_size=section.microbatch_size,
         )
+    update = make_update(optimizer, section)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        trained, frozen = split_frozen(state.params, freeze)
+        trained, frozen = split_frozen(state.params, section.freeze)
         rows = {**batch, **draws(state.step, batch["valid"].size)}
         out, batch_stats, grads = gradient(trained, frozen, state.batch_stats, rows)
         # Gradients lie where their parameters do, and are summed into place, not copied whole.
         grads = lax.with_sharding_constraint(grads, trained_shardings)
-        with jax.named_scope(UPDATE):
-            updates, opt_state = optimizer.update(grads, state.opt_state, trained)
-            params = optax.apply_updates(trained, updates) | frozen
-            ema = state.ema
-            if ema_decay:
-                newest = {"params": params, "batch_stats": batch_stats}
-                ema = optax.incremental_update(newest, ema, 1 - ema_decay)
+        new = update(state, grads, batch_stats)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(out.loss) & jnp.isfinite(grad_norm)
-        new = TrainState(state.step + 1, params, batch_stats, opt_state, ema)
         new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
         metrics = {
             "loss": out.loss,
@@ -258,19 +262,38 @@ def make_train_step(
     )
 
 
-def compiler_options(platform: str) -> dict[str, bool] | None:
-    """XLA's, of a program that overwrites its state.
+def make_update(
+    optimizer: optax.GradientTransformation, section: TrainSection
+) -> Callable[[TrainState, Params, Any], TrainState]:
+    """Make `update(state, grads, batch_stats)`, which returns the state of the next step."""
 
-    On a CPU the analysis that GPUs and TPUs have anyway: without it XLA copies both moments of
-    AdamW in every step, twice the parameters, before it overwrites them.
+    def update(state: TrainState, grads: Params, batch_stats: Any) -> TrainState:
+        trained, frozen = split_frozen(state.params, section.freeze)
+        with jax.named_scope(UPDATE):
+            updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+            params = optax.apply_updates(trained, updates) | frozen
+            ema = state.ema
+            if section.ema_decay:
+                newest = {"params": params, "batch_stats": batch_stats}
+                ema = optax.incremental_update(newest, ema, 1 - section.ema_decay)
+        return TrainState(state.step + 1, params, batch_stats, opt_state, ema)
+
+    return update
+
+
+def compiler_options(platform: str) -> dict[str, bool] | None:
+    """Return XLA's options for a program that overwrites its state.
+
+    On a CPU they turn on the analysis that GPUs and TPUs have anyway: without it XLA copies both
+    moments of AdamW in every step, twice the parameters, before it overwrites them.
     """
     return {"xla_cpu_copy_insertion_use_region_analysis": True} if platform == "cpu" else None
 
 
 def make_encoders(
-    model: CLIP, *, image_mean: tuple[float, ...], image_std: tuple[float, ...]
+    model: CLIP, preprocess: Preprocess
 ) -> tuple[Callable[..., jax.Array], Callable[..., jax.Array]]:
-    """Jitted `encode_image(variables, images)` and `encode_text(variables, tokens)`.
+    """Make jitted `encode_image(variables, images)` and `encode_text(variables, tokens)`.
 
     Images are uint8, normalized on the device, or float, taken as normalized already. Features
     are float32 [B, D] and not of unit length.
@@ -279,7 +302,7 @@ def make_encoders(
     @jax.jit
     def encode_image(variables, images_BHWC):
         if images_BHWC.dtype == jnp.uint8:
-            images_BHWC = normalize_images(unit_range(images_BHWC), image_mean, image_std)
+            images_BHWC = normalize_images(unit_range(images_BHWC), preprocess.mean, preprocess.std)
         z_BD = model.apply(variables, images_BHWC, method="encode_image")
         return z_BD.astype(jnp.float32)
 

@@ -32,8 +32,8 @@ from clip_jax.training.fingerprint import (
 from clip_jax.training.run_logger import RunLogger, SkipLimit
 from clip_jax.training.setup import (
     RunComponents,
+    attention_kernels,
     build_run,
-    kernels,
     make_evaluation,
     make_loader,
     make_step,
@@ -42,7 +42,7 @@ from clip_jax.training.setup import (
 )
 from clip_jax.training.signals import catch_signals
 from clip_jax.training.state import TrainState, init_state, parameter_counts
-from clip_jax.training.warm_start import start_state
+from clip_jax.training.warm_start import warm_start_state
 
 
 def train(config: Config, workdir: str) -> int:
@@ -63,35 +63,35 @@ def train(config: Config, workdir: str) -> int:
             f"config.train.epochs {config.train.epochs:g} over {pairs:,} pairs is not one step of "
             f"config.train.batch_size {config.train.batch_size}; raise the one or lower the other"
         )
-    w = build_run(config, steps, workdir)
-    check_streams(config.data.streams, batch_part(w.mesh)[1])
+    run = build_run(config, steps, workdir)
+    check_streams(config.data.streams, batch_part(run.mesh)[1])
     identity = run_fingerprint(
-        config, w.model.config, w.tokenizer_spec, data=fingerprint(data.shards), pairs=pairs
+        config, run.model.config, run.tokenizer_spec, data=fingerprint(data.shards), pairs=pairs
     )
     distributed.agree(identity | {"its config": dataclasses.asdict(config)})
-    distributed.print_on_main(_summary(config, w, data, pairs, steps))
+    distributed.print_on_main(_summary(run, data, pairs, steps))
     checkpoints = Checkpoints(folder, keep=config.checkpoint.keep)
     try:
-        state = restore_or_init(config, w, checkpoints, identity, folder)
+        state = restore_or_init(run, checkpoints, identity, folder)
         if distributed.is_first():
-            write_description(folder, description_of(config, w))
+            write_description(folder, description_of(run))
         if int(state.step) < steps:
             checkpoints.require_room(state)
-        code = train_loop(config, w, data, state, steps, checkpoints, identity, folder)
+        code = train_loop(run, data, state, steps, checkpoints, identity, folder)
     finally:
         checkpoints.close()
     distributed.stand_by()
     return code
 
 
-def description_of(config: Config, w: RunComponents) -> RunDescription:
+def description_of(run: RunComponents) -> RunDescription:
     """What the run's work folder says of it."""
     return RunDescription(
-        config.model.name,
-        w.model.config,
-        w.tokenizer_spec,
-        w.preprocess,
-        config=dataclasses.asdict(config),
+        run.config.model.name,
+        run.model.config,
+        run.tokenizer_spec,
+        run.preprocess,
+        config=dataclasses.asdict(run.config),
     )
 
 
@@ -125,8 +125,7 @@ def make_workdir(workdir: str) -> Path:
 
 
 def restore_or_init(
-    config: Config,
-    w: RunComponents,
+    run: RunComponents,
     checkpoints: Checkpoints,
     identity: Fingerprint,
     folder: Path,
@@ -140,35 +139,34 @@ def restore_or_init(
     if meta is not None:
         saved = complete_fingerprint(meta["fingerprint"], folder)
         check_fingerprint(saved, identity, folder)
-        restored = checkpoints.restore(w.shapes)
+        restored = checkpoints.restore(run.shapes)
         if restored is not None:
             distributed.print_on_main(f"going on from step {restored[1]['step']} of {folder}")
             return restored[0]
-    freeze = config.train.freeze
-    if w.origin is None:
-        return init_state(w.model, w.optimizer, w.shapes, config.seed, freeze=freeze)
-    distributed.print_on_main(f"starting from {w.origin.path}")
-    return start_state(
-        w.origin,
-        w.model.config,
-        w.optimizer,
-        w.shapes,
-        w.mesh,
-        freeze=freeze,
-        max_logit_scale=config.optim.max_logit_scale,
+    if run.source is None:
+        config = run.config
+        return init_state(run.model, run.optimizer, run.shapes, config.train, config.seed)
+    distributed.print_on_main(f"starting from {run.source.path}")
+    return warm_start_state(
+        run.source,
+        run.model.config,
+        run.optimizer,
+        run.shapes,
+        run.config,
     )
 
 
-def _summary(config: Config, w: RunComponents, data: TrainingData, pairs: int, steps: int) -> str:
-    counts = parameter_counts(w.shapes.params)
+def _summary(run: RunComponents, data: TrainingData, pairs: int, steps: int) -> str:
+    config = run.config
+    counts = parameter_counts(run.shapes.params)
     epochs = steps * config.train.batch_size / pairs
     lines = [
         f"{pairs:,} pairs in {len(data.shards)} shards; {steps:,} steps of "
         f"{config.train.batch_size:,} pairs are {epochs:.1f} epochs",
         f"{config.model.name}: image tower {counts['image']:,} parameters, text tower "
         f"{counts['text']:,}; {jax.device_count()} {jax.devices()[0].device_kind} device(s), "
-        + mesh_text(w.mesh.shape),
-        kernels(config, w),
+        + mesh_text(run.mesh.shape),
+        attention_kernels(run),
     ]
     lines += [
         f"shards left out: {n} {cause.replace('_', ' ')}, listed in skipped.jsonl"
@@ -232,8 +230,7 @@ def evaluated_part(state: TrainState) -> dict[str, Any]:
 
 
 def train_loop(
-    config: Config,
-    w: RunComponents,
+    run: RunComponents,
     data: TrainingData,
     state: TrainState,
     steps: int,
@@ -249,20 +246,23 @@ def train_loop(
     how much was skipped.
     """
     start = int(state.step)
-    train_step, evaluate = make_step(config, w), make_evaluation(config, w)
+    train_step, evaluate = make_step(run), make_evaluation(run)
+    config = run.config
     watched = config.eval.best
     with (
-        RunLogger(config, w, steps, start, folder) as report,
-        make_loader(config, w, data, start) as loader,
+        RunLogger(run, steps, start, folder) as report,
+        make_loader(run, data, start) as loader,
         catch_signals(distributed.print_on_main) as stop,
-        Best(folder, watched, description_of(config, w)) if watched else nullcontext() as best,
+        Best(folder, watched, description_of(run)) if watched else nullcontext() as best,
     ):
-        limit = SkipLimit(data.log, batch_part(w.mesh)[0], loader)
+        limit = SkipLimit(data.log, batch_part(run.mesh)[0], loader)
 
         def announce(batch: Batch) -> distributed.Announcement:
             text = batch["text"]
-            supports_trimming = w.model.config.text.supports_trimming
-            length = bucket_length(text, w.tokenizer.eot_id) if supports_trimming else text.shape[1]
+            supports_trimming = run.model.config.text.supports_trimming
+            length = (
+                bucket_length(text, run.tokenizer.eot_id) if supports_trimming else text.shape[1]
+            )
             rows = sum(key != "" for key in batch["key"])
             return distributed.Announcement(
                 (length, stop.signal, rows - int(batch["valid"].sum()), rows)
@@ -279,7 +279,7 @@ def train_loop(
             limit.check(said[:, 2:])
             length = int(said[:, 0].max())
             batch["text"] = batch["text"][:, :length]
-            arrays = place_batch(device_part(batch), w.mesh)
+            arrays = place_batch(device_part(batch), run.mesh)
             return Placed(arrays, batch["key"], length, said[:, 1])
 
         pending: tuple[int, dict[str, jax.Array], list[str]] | None = None

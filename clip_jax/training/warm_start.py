@@ -34,9 +34,10 @@ from clip_jax.pretrained.work_folder import (
     read_description,
     read_weights,
 )
+from clip_jax.sections import Config
 from clip_jax.tokenizers import TokenizerSpec, make_tokenizer, tokenizer_from_file
 from clip_jax.training.checkpoint import FOLDER, Checkpoints
-from clip_jax.training.state import TrainState, make_state
+from clip_jax.training.state import TrainState, make_state, state_mesh
 from clip_jax.typing import path_name
 
 Reader = Callable[[], Any]
@@ -83,30 +84,30 @@ def read_source(path: str, model: str | None) -> SourceCheckpoint:
 
 
 def has_checkpoints(workdir: str | Path) -> bool:
-    """Whether a run in this folder has something to go on from."""
+    """Return whether a run in this folder can be resumed."""
     folder = Path(workdir) / FOLDER
     return folder.is_dir() and any(step.name.isdigit() for step in folder.iterdir())
 
 
-def source_tokenizer(origin: SourceCheckpoint, given: str) -> TokenizerSpec:
-    """The checkpoint's own tokenizer, or the config's where the checkpoint came without one.
+def source_tokenizer(source: SourceCheckpoint, given: str) -> TokenizerSpec:
+    """Return the checkpoint's own tokenizer, or the config's where it came without one.
 
     Args:
-      origin: the checkpoint.
+      source: the checkpoint.
       given: config.data.tokenizer; "clip", its default, leaves it to the checkpoint.
 
     Raises:
       UserError: there is none, or the config's is another than the checkpoint was trained with.
     """
-    own, text = origin.checkpoint.tokenizer, origin.checkpoint.config.text
+    own, text = source.checkpoint.tokenizer, source.checkpoint.config.text
     if given == "clip":
         if own is None:
             raise UserError(
-                f"{origin.path} came without its tokenizer; give config.data.tokenizer the path of "
+                f"{source.path} came without its tokenizer; give config.data.tokenizer the path of "
                 "its tokenizer.json or SentencePiece .model"
             )
         return own
-    spec = tokenizer_from_file(given, tokenizer_family(origin.checkpoint.config))
+    spec = tokenizer_from_file(given, tokenizer_family(source.checkpoint.config))
     tokenizer = make_tokenizer(spec)
     if own is None:
         ends_alike = text.pool != "end" or tokenizer.eot_id == text.eot_id
@@ -118,23 +119,23 @@ def source_tokenizer(origin: SourceCheckpoint, given: str) -> TokenizerSpec:
     if not fits:
         raise UserError(
             f"config.data.tokenizer {given} ({tokenizer.vocab_size:,} entries, end token "
-            f"{tokenizer.eot_id}) is not the tokenizer of {origin.path} ({text.vocab_size:,} "
+            f"{tokenizer.eot_id}) is not the tokenizer of {source.path} ({text.vocab_size:,} "
             f"entries, end token {text.eot_id}); {advice}"
         )
     return own or spec
 
 
-def started_from(origin: SourceCheckpoint, sizes: CLIPConfig) -> CLIPConfig:
-    """The sizes of a run that starts there: the checkpoint's, with the run's image and text size.
+def warm_start_sizes(source: SourceCheckpoint, sizes: CLIPConfig) -> CLIPConfig:
+    """Return the sizes of a run: the checkpoint's, with the run's image size and text length.
 
     Raises:
       UserError: they do not match what the run asks for.
     """
-    own = origin.checkpoint.config
+    own = source.checkpoint.config
     # `source_tokenizer` has checked the vocabulary; a text tower may have room for more.
     text = dataclasses.replace(sizes.text, vocab_size=own.text.vocab_size, eot_id=own.text.eot_id)
     sizes = dataclasses.replace(sizes, text=text)
-    made = dataclasses.replace(
+    resized_own = dataclasses.replace(
         own,
         vision=dataclasses.replace(own.vision, image_size=sizes.vision.image_size),
         text=dataclasses.replace(own.text, context_length=sizes.text.context_length),
@@ -143,16 +144,16 @@ def started_from(origin: SourceCheckpoint, sizes: CLIPConfig) -> CLIPConfig:
     )
     found, wanted = (
         {**array_shapes(config), **{field: _field(config, field) for field in ALIKE}}
-        for config in (made, sizes)
+        for config in (resized_own, sizes)
     )
     for name in sorted(found.keys() | wanted.keys()):
         if found.get(name) != wanted.get(name):
             raise UserError(
-                f"{origin.path} holds {origin.checkpoint.name}, which is not the model that "
-                f"config.model.name says: {name} is {_said(found.get(name))} and there "
-                f"{_said(wanted.get(name))}; give config.model.name the checkpoint's model"
+                f"{source.path} holds {source.checkpoint.name}, which is not the model that "
+                f"config.model.name says: {name} is {_show(found.get(name))} and there "
+                f"{_show(wanted.get(name))}; give config.model.name the checkpoint's model"
             )
-    return made
+    return resized_own
 
 
 def _field(config: CLIPConfig, name: str) -> Any:
@@ -160,37 +161,35 @@ def _field(config: CLIPConfig, name: str) -> Any:
     return getattr(getattr(config, tower), field, None)
 
 
-def _said(value: Any) -> str:
+def _show(value: Any) -> str:
     return "not there" if value is None else str(list(value) if isinstance(value, tuple) else value)
 
 
-def start_state(
-    origin: SourceCheckpoint,
-    config: CLIPConfig,
+def warm_start_state(
+    source: SourceCheckpoint,
+    sizes: CLIPConfig,
     optimizer: optax.GradientTransformation,
     shapes: TrainState,
-    mesh: Mesh,
-    *,
-    freeze: str,
-    max_logit_scale: float,
+    config: Config,
 ) -> TrainState:
-    """A state before its first step, laid out as `shapes`, with the checkpoint's weights.
+    """Make a state before its first step, laid out as `shapes`, with the checkpoint's weights.
 
     Raises:
       UserError: the checkpoint's temperature is beyond the run's limit.
     """
     wanted = {"params": shapes.params, "batch_stats": shapes.batch_stats}
-    variables = place_source(origin, config, wanted, mesh)
+    variables = place_source(source, sizes, wanted, state_mesh(shapes))
     scale = math.exp(float(variables["params"]["logit_scale"]))
+    max_logit_scale = config.optim.max_logit_scale
     # OpenAI's models end on the limit itself, a float32's rounding above or below it.
     if scale > max_logit_scale * (1 + 1e-5):
         raise UserError(
-            f"the scale of {origin.path} is {scale:.1f}, above config.optim.max_logit_scale "
+            f"the scale of {source.path} is {scale:.1f}, above config.optim.max_logit_scale "
             f"{max_logit_scale:g}; raise that, or the first step would change it"
         )
 
     def make(variables: dict[str, Any]) -> TrainState:
-        return make_state(variables, optimizer, freeze=freeze, ema=bool(shapes.ema))
+        return make_state(variables, optimizer, config.train)
 
     shardings = jax.tree.map(lambda x: x.sharding, shapes)
     # Donated: the state holds these very arrays, not a second copy.
@@ -198,23 +197,23 @@ def start_state(
 
 
 def place_source(
-    origin: SourceCheckpoint, sizes: CLIPConfig, shapes: Mapping[str, Any], mesh: Mesh
+    source: SourceCheckpoint, sizes: CLIPConfig, shapes: Mapping[str, Any], mesh: Mesh
 ) -> dict[str, Any]:
-    """The variables that a run starts from, each array straight onto its devices.
+    """Place the variables that a run starts from, each array straight onto its devices.
 
     Where the run has the sigmoid loss's bias and the checkpoint has none, bias and scale start as
     in a run from random weights: they mean something only together. A bias that the run does not
     have is left behind: a constant added to the logits changes nothing in a softmax.
 
     Args:
-      origin: the checkpoint.
-      sizes: what `started_from` returned.
+      source: the checkpoint.
+      sizes: the run's, as `warm_start_sizes` returns them.
       shapes: ShapeDtypeStructs of {"params", "batch_stats"} with their shardings.
       mesh: where they lie.
     """
-    checkpoint, threads = origin.checkpoint, THREADS
+    checkpoint, threads = source.checkpoint, THREADS
     if not checkpoint.arrays:
-        restored = run_arrays(origin.path, checkpoint.config, mesh)
+        restored = read_run_arrays(source.path, checkpoint.config, mesh)
         # Arrays on several processes' devices must be moved in the same order on each of them.
         checkpoint, threads = dataclasses.replace(checkpoint, arrays=restored), 1
     size, length = sizes.vision.image_size, sizes.text.context_length
@@ -227,8 +226,8 @@ def place_source(
     return place_arrays(arrays, shapes, threads=threads)
 
 
-def run_arrays(path: str, config: CLIPConfig, mesh: Mesh | None) -> dict[str, Reader]:
-    """The newest undamaged weights of a run, by path, restored onto the mesh.
+def read_run_arrays(path: str, config: CLIPConfig, mesh: Mesh | None) -> dict[str, Reader]:
+    """Restore the newest undamaged weights of a run onto the mesh; return them by path.
 
     Raises:
       UserError: there is no checkpoint.
@@ -244,7 +243,7 @@ def _as_read(name: str, array: jax.Array) -> np.ndarray | jax.Array:
 
 
 def restore_run(path: str | Path, shapes: Mapping[str, Any]) -> dict[str, Any]:
-    """The newest undamaged weights of a run, laid out as `shapes`.
+    """Restore the newest undamaged weights of a run, laid out as `shapes`.
 
     Raises:
       UserError: there is no checkpoint.
@@ -260,7 +259,7 @@ def restore_run(path: str | Path, shapes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def variable_shapes(config: CLIPConfig, mesh: Mesh | None) -> dict[str, Any]:
-    """ShapeDtypeStructs of a model's variables with their shardings; allocates nothing.
+    """Return ShapeDtypeStructs of a model's variables with their shardings; nothing is allocated.
 
     They lie on the first device, or over a mesh by the rules of `sharding`; positions are whole
     on every device.
@@ -279,7 +278,7 @@ def variable_shapes(config: CLIPConfig, mesh: Mesh | None) -> dict[str, Any]:
 
 
 def by_path(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """The leaves of {"params", "batch_stats"} by their paths in them."""
+    """Return the leaves of {"params", "batch_stats"} by their paths in them."""
     leaves = jax.tree_util.tree_leaves_with_path(variables)
     return {path_name(path[1:]): leaf for path, leaf in leaves}
 
@@ -287,7 +286,7 @@ def by_path(variables: Mapping[str, Any]) -> dict[str, Any]:
 def place_arrays(
     arrays: Mapping[str, Reader], shapes: Mapping[str, Any], *, threads: int = THREADS
 ) -> dict[str, Any]:
-    """Variables laid out as `shapes`, made from arrays by path, every layer by itself.
+    """Make variables laid out as `shapes` from arrays by path, every layer by itself.
 
     Only as many arrays as there are threads are on the host at a time, and of each device's part
     no more than that part is sent: a model larger than the host can be placed.

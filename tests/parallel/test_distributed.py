@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 from pairs import run_losses
 from run_tiny import ROOT, environment, log, one, start_two, two, write_experiment
-from tiny import ADAMW
 
 from clip_jax.errors import EXIT_ERROR, EXIT_TERMINATED, EXIT_USAGE, UserError
 from clip_jax.models.clip import CLIP, init_variables
 from clip_jax.models.zoo import model_config
 from clip_jax.parallel import cluster, distributed
 from clip_jax.parallel.mesh import AXES, batch_part, make_mesh
+from clip_jax.sections import OptimSection, TrainSection
 from clip_jax.training import trainer
 from clip_jax.training.optimizer import make_optimizer
 from clip_jax.training.state import device_bytes, make_state, state_shapes
@@ -223,11 +223,15 @@ def test_nobody_there_is_one_line(experiment, tmp_path):
 @pytest.mark.slow
 def test_a_big_model_is_made_in_parts():
     """ViT-L/14 over 8 devices: the program that makes it holds an eighth, and little on top."""
-    optimizer = make_optimizer(lambda step: 1e-3, **ADAMW)
-    model = CLIP(model_config("ViT-L/14"))
-    shapes = state_shapes(model, optimizer, make_mesh(data=1, fsdp=8, tensor=1))
+    optimizer = make_optimizer(lambda step: 1e-3, OptimSection())
+    model, section = CLIP(model_config("ViT-L/14")), TrainSection()
+    shapes = state_shapes(model, optimizer, make_mesh(data=1, fsdp=8, tensor=1), section)
     shardings = jax.tree.map(lambda x: x.sharding, shapes)
-    make = jax.jit(lambda: make_state(init_variables(model, 0), optimizer), out_shardings=shardings)
+
+    def init():
+        return make_state(init_variables(model, 0), optimizer, section)
+
+    make = jax.jit(init, out_shardings=shardings)
     stats = make.lower().compile().memory_analysis()
     whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
     share = device_bytes(shapes)

@@ -9,27 +9,29 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import ADAMW, VIT
+from tiny import VIT
 
 from clip_jax.errors import UserError
 from clip_jax.models.clip import CLIP
 from clip_jax.parallel.mesh import make_mesh
+from clip_jax.sections import OptimSection, TrainSection
 from clip_jax.training.checkpoint import Checkpoints, tree_digests
 from clip_jax.training.optimizer import make_optimizer
 from clip_jax.training.state import init_state, state_shapes
 
 MODEL = CLIP(VIT)
-OPTIMIZER = make_optimizer(lambda step: 1e-3, **ADAMW)
+TRAIN = TrainSection()
+OPTIMIZER = make_optimizer(lambda step: 1e-3, OptimSection())
 
 
 @pytest.fixture(scope="module")
 def shapes():
-    return state_shapes(MODEL, OPTIMIZER, make_mesh(data=2, fsdp=2, tensor=2))
+    return state_shapes(MODEL, OPTIMIZER, make_mesh(data=2, fsdp=2, tensor=2), TRAIN)
 
 
 @pytest.fixture(scope="module")
 def state(shapes):
-    state = init_state(MODEL, OPTIMIZER, shapes, seed=0)
+    state = init_state(MODEL, OPTIMIZER, shapes, TRAIN, seed=0)
     # Moments that are not zero, so that a lost one would show.
     return state.replace(opt_state=jax.tree.map(lambda x: x + 1, state.opt_state))
 
@@ -45,7 +47,7 @@ def test_restores_the_same_bits_on_another_mesh(tmp_path, state):
         saver.save(state.replace(step=jnp.int32(step)), step, {"config.seed": 0})
     assert saver.steps() == [3, 2]
     saver.close()
-    other = state_shapes(MODEL, OPTIMIZER, make_mesh(data=8, fsdp=1, tensor=1))
+    other = state_shapes(MODEL, OPTIMIZER, make_mesh(data=8, fsdp=1, tensor=1), TRAIN)
     reader = Checkpoints(tmp_path)
     restored, meta = reader.restore(other)
     reader.close()
@@ -131,8 +133,8 @@ def test_a_full_disk_is_one_line_before_anything_is_written(
 def test_other_arrays_are_not_taken_for_damage(tmp_path, state, shapes):
     saver = Checkpoints(tmp_path)
     saver.save(state, 1, {})
-    other = make_optimizer(lambda step: 1e-3, **ADAMW | {"weight_decay": 0.0, "clip_norm": 1.0})
-    assert saver.restore(state_shapes(MODEL, other, shapes.step.sharding.mesh)) is not None
+    other = make_optimizer(lambda step: 1e-3, OptimSection(weight_decay=0.0, clip_norm=1.0))
+    assert saver.restore(state_shapes(MODEL, other, shapes.step.sharding.mesh, TRAIN)) is not None
     with pytest.raises(UserError, match="other arrays than this model and optimizer"):
         saver.restore(shapes.replace(opt_state={"momentum": shapes.step}))
     assert saver.steps() == [1]

@@ -18,6 +18,7 @@ from clip_jax.parallel.mesh import AXES, BATCH_AXES, make_mesh
 from clip_jax.parallel.sharding import partition_spec
 from clip_jax.planning.counts import matmul_flops
 from clip_jax.planning.hlo import parse_program
+from clip_jax.sections import OptimSection, TrainSection
 from clip_jax.training.optimizer import make_optimizer, make_schedule
 from clip_jax.training.state import device_bytes, state_shapes
 from clip_jax.typing import path_name
@@ -129,16 +130,15 @@ def test_every_gradient_is_summed_over_all_rows(form):
 
 
 def optimizer_of(name="adamw"):
-    schedule = make_schedule(1e-3, 5, 40)
-    options = {"weight_decay": 0.2, "beta1": 0.9, "beta2": 0.98, "eps": 1e-6, "clip_norm": 0.0}
-    return make_optimizer(schedule, name=name, max_logit_scale=100.0, **options)
+    section = OptimSection(name=name, learning_rate=1e-3, warmup_steps=5)
+    return make_optimizer(make_schedule(section, 40), section)
 
 
 @pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize("scan", [False, True])
 def test_moments_lie_as_their_parameters(name, scan):
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
-    shapes = state_shapes(CLIP(TINY[name], scan=scan), optimizer_of(), mesh)
+    shapes = state_shapes(CLIP(TINY[name], scan=scan), optimizer_of(), mesh, TrainSection())
     want = [x.sharding for x in jax.tree.leaves(shapes.params)]
     adam = next(s for s in jax.tree.leaves(shapes.opt_state, is_leaf=is_adam) if is_adam(s))
     for moments in (adam.mu, adam.nu):
@@ -154,7 +154,8 @@ def is_adam(x):
 def test_every_leaf_that_can_be_is_split(name, scan):
     """Over `fsdp`; heads and hidden features over `tensor` too; never the layers of a stack."""
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
-    shapes = state_shapes(CLIP(TINY[name], scan=scan), optimizer_of(), mesh).params
+    model = CLIP(TINY[name], scan=scan)
+    shapes = state_shapes(model, optimizer_of(), mesh, TrainSection()).params
     for path, x in jax.tree_util.tree_leaves_with_path(shapes):
         label, spec = path_name(path), x.sharding.spec
         stacked = "/resblocks/" in label
@@ -171,7 +172,8 @@ def test_every_leaf_that_can_be_is_split(name, scan):
 def test_bigg_is_split_evenly(fsdp, scan):
     """Parameters and optimizer of a device within 2 % of an exact division."""
     mesh = jax.sharding.AbstractMesh((256 // fsdp, fsdp, 1), AXES)
-    shapes = state_shapes(CLIP(model_config("ViT-bigG-14"), scan=scan), optimizer_of(), mesh)
+    model = CLIP(model_config("ViT-bigG-14"), scan=scan)
+    shapes = state_shapes(model, optimizer_of(), mesh, TrainSection())
     for tree in (shapes.params, shapes.opt_state):
         exact = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) / fsdp
         assert exact <= device_bytes(tree) <= 1.02 * exact

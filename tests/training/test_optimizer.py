@@ -16,6 +16,7 @@ from tiny import TINY, VIT
 
 from clip_jax.models.clip import CLIP, init_variables
 from clip_jax.parallel.mesh import make_mesh, place_batch
+from clip_jax.sections import OptimSection, TrainSection
 from clip_jax.training.optimizer import (
     SCALERS,
     clip_logit_scale,
@@ -28,23 +29,11 @@ from clip_jax.training.state import state_shapes
 from clip_jax.typing import path_name
 
 
-def options(**changes):
-    made = {
-        "weight_decay": 0.2,
-        "beta1": 0.9,
-        "beta2": 0.98,
-        "eps": 1e-6,
-        "clip_norm": 0.0,
-        "max_logit_scale": 100.0,
-    }
-    return made | changes
-
-
 def test_adamw_equals_the_formula():
     rng = np.random.default_rng(0)
     kernel, bias = rng.standard_normal((3, 4)), rng.standard_normal(4)
     params = {"layer": {"kernel": jnp.asarray(kernel), "bias": jnp.asarray(bias)}}
-    optimizer = make_optimizer(lambda step: 0.01, **options())
+    optimizer = make_optimizer(lambda step: 0.01, OptimSection())
     state = optimizer.init(params)
     want = {"kernel": kernel, "bias": bias}
     moments = {k: (np.zeros_like(v), np.zeros_like(v)) for k, v in want.items()}
@@ -78,13 +67,14 @@ def test_gains_biases_and_the_temperature_do_not_decay(name):
 
 
 def test_schedule():
-    schedule = make_schedule(1e-3, 100, 1000)
+    schedule = make_schedule(OptimSection(learning_rate=1e-3, warmup_steps=100), 1000)
     assert [float(schedule(s)) for s in (0, 50, 100, 1000)] == pytest.approx([0, 5e-4, 1e-3, 0])
     middle = 100 + 900 // 2
     assert float(schedule(middle)) == pytest.approx(5e-4)
     # A short run warms up over a tenth of its steps.
-    assert float(make_schedule(1e-3, 2000, 20)(2)) == pytest.approx(1e-3)
-    assert float(make_schedule(1e-3, 2000, 1)(0)) == pytest.approx(1e-3)
+    section = OptimSection(learning_rate=1e-3, warmup_steps=2000)
+    assert float(make_schedule(section, 20)(2)) == pytest.approx(1e-3)
+    assert float(make_schedule(section, 1)(0)) == pytest.approx(1e-3)
 
 
 @pytest.mark.parametrize("update", [10.0, 0.1, -0.1, -10.0])
@@ -109,8 +99,8 @@ def test_gradient_clipping_scales_the_whole_gradient():
     params = {"kernel": jnp.ones((2, 2))}
     grads = {"kernel": 100 * jnp.ones((2, 2))}
     clipped = {"kernel": 0.5 * jnp.ones((2, 2))}  # of norm 1
-    first = make_optimizer(lambda s: 0.1, **options(clip_norm=1.0, weight_decay=0.0, eps=1.0))
-    second = make_optimizer(lambda s: 0.1, **options(clip_norm=0.0, weight_decay=0.0, eps=1.0))
+    first = make_optimizer(lambda s: 0.1, OptimSection(clip_norm=1.0, weight_decay=0.0, eps=1.0))
+    second = make_optimizer(lambda s: 0.1, OptimSection(clip_norm=0.0, weight_decay=0.0, eps=1.0))
     a, _ = first.update(grads, first.init(params), params)
     b, _ = second.update(clipped, second.init(params), params)
     np.testing.assert_allclose(a["kernel"], b["kernel"], rtol=1e-6)
@@ -136,7 +126,7 @@ def random_like(tree, seed):
 
 def updates_of(name, params, gradients, **changes):
     """The updates of several steps at a learning rate of 1, without decay."""
-    optimizer = make_optimizer(lambda s: 1.0, name=name, **options(weight_decay=0.0, **changes))
+    optimizer = make_optimizer(lambda s: 1.0, OptimSection(name=name, weight_decay=0.0, **changes))
 
     def run(gradients):
         state, made = optimizer.init(params), []
@@ -184,8 +174,8 @@ def test_adafactor_equals_the_formula():
 
 def test_adafactors_state_is_small():
     params = {"kernel": jnp.zeros((512, 256))}
-    adam = make_optimizer(lambda s: 1.0, **options()).init(params)
-    adafactor = make_optimizer(lambda s: 1.0, name="adafactor", **options()).init(params)
+    adam = make_optimizer(lambda s: 1.0, OptimSection()).init(params)
+    adafactor = make_optimizer(lambda s: 1.0, OptimSection(name="adafactor")).init(params)
     size = 512 * 256
     assert sum(x.nbytes for x in jax.tree.leaves(adam)) >= 8 * size
     # Momentum of two bytes, one row and one column.
@@ -230,7 +220,7 @@ def test_muon_leaves_embeddings_heads_and_vectors_to_adam(name):
     inputs = {"visual/conv1/kernel"}
     heads = {"visual/attnpool/c_proj/kernel"}
     assert hidden == {p for p in flat(params) if p.endswith("/kernel")} - inputs - heads
-    state = make_optimizer(lambda s: 1.0, name="muon", **options())
+    state = make_optimizer(lambda s: 1.0, OptimSection(name="muon"))
     adam = flat(jax.eval_shape(state.init, params)[1].inner_states["adam"].inner_state.nu)
     assert set(adam) == set(flat(params)) - hidden
 
@@ -261,7 +251,7 @@ def test_stacked_layers_are_updated_as_single_ones(optimizer):
     equal = partial(np.testing.assert_allclose, atol=2**-8 if optimizer == "adafactor" else 2e-6)
     jax.tree.map(equal, got, [stacked(w) for w in want])
     # And the state: a checkpoint's layers can be stacked or taken apart.
-    init = make_optimizer(lambda s: 1.0, name=optimizer, **options()).init
+    init = make_optimizer(lambda s: 1.0, OptimSection(name=optimizer)).init
     names = [flat(jax.eval_shape(init, params)) for params in (stacked(single), single)]
     assert set(names[0]) == {re.sub(r"resblocks_\d+", "resblocks", name) for name in names[1]}
 
@@ -269,7 +259,7 @@ def test_stacked_layers_are_updated_as_single_ones(optimizer):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_without_a_gradient_only_the_decay_is_left(optimizer):
     params = random_like(jax.eval_shape(lambda: init_variables(CLIP(SMALL), 0))["params"], 0)
-    made = make_optimizer(lambda s: 0.1, name=optimizer, **options(weight_decay=0.5))
+    made = make_optimizer(lambda s: 0.1, OptimSection(name=optimizer, weight_decay=0.5))
     zero = jax.tree.map(np.zeros_like, params)
     updates, _ = jax.jit(lambda: made.update(zero, made.init(params), params))()
     mask = flat(decay_mask(params))
@@ -281,7 +271,7 @@ def test_without_a_gradient_only_the_decay_is_left(optimizer):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimizer_holds_the_temperature(optimizer):
     params = {"logit_scale": jnp.array(4.5), "visual": {"proj": jnp.ones((4, 4))}}
-    made = make_optimizer(lambda s: 0.3, name=optimizer, **options())
+    made = make_optimizer(lambda s: 0.3, OptimSection(name=optimizer))
     state, update = made.init(params), jax.jit(made.update)
     for _ in range(5):
         gradient = {"logit_scale": jnp.array(-1.0), "visual": {"proj": jnp.ones((4, 4))}}
@@ -305,8 +295,8 @@ def test_every_optimizer_learns_alike_on_any_mesh(optimizer):
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_the_optimizers_state_is_split_as_the_parameters_are(optimizer):
-    made = make_optimizer(lambda s: 1.0, name=optimizer, **options())
-    state = state_shapes(CLIP(VIT), made, make_mesh(data=2, fsdp=2, tensor=2))
+    made = make_optimizer(lambda s: 1.0, OptimSection(name=optimizer))
+    state = state_shapes(CLIP(VIT), made, make_mesh(data=2, fsdp=2, tensor=2), TrainSection())
     params = flat(state.params)
     as_large = 0
     for name, leaf in flat(state.opt_state).items():

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from steps import B, make_all, make_batch, one_device_mesh, run
+from steps import HALF, B, make_all, make_batch, one_device_mesh, run
 from tiny import CONVNET, RESNET, TINY, VIT
 
 from clip_jax.models.clip import CLIP
@@ -45,8 +45,7 @@ def test_first_loss_is_the_definitions():
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     state, step = make_all(VIT, mesh)
     batch = make_batch(VIT)
-    half = (0.5, 0.5, 0.5)
-    encode_image, encode_text = make_encoders(CLIP(VIT), image_mean=half, image_std=half)
+    encode_image, encode_text = make_encoders(CLIP(VIT), HALF)
     variables = {"params": state.params}
     z = [encode_image(variables, batch["image"]), encode_text(variables, batch["text"])]
     z_image_BD, z_text_BD = (np.asarray(x, np.float64) for x in z)

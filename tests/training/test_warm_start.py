@@ -28,11 +28,12 @@ from clip_jax.pretrained.resize import (
 )
 from clip_jax.pretrained.trees import from_variables
 from clip_jax.pretrained.work_folder import read_description, write_description
+from clip_jax.sections import TrainSection
 from clip_jax.tokenizers.train import train as train_tokenizer
 from clip_jax.tools.convert import convert
 from clip_jax.training import setup
 from clip_jax.training.state import state_shapes
-from clip_jax.training.warm_start import place_source, read_source, started_from
+from clip_jax.training.warm_start import place_source, read_source, warm_start_sizes
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "published"
 FILES = {name: GOLDEN / name for name in ("openai/model.pt", "open_clip", "hf_clip", "hf_siglip")}
@@ -78,12 +79,12 @@ def short(data, tmp_path_factory):
     return workdir
 
 
-def placed(origin, sizes, mesh, scan=False):
+def placed(source, sizes, mesh, scan=False):
     """The variables of a run's first step, as arrays by path and where they lie."""
     model = CLIP(sizes, scan=scan)
-    shapes = state_shapes(model, optax.sgd(1.0), mesh)
+    shapes = state_shapes(model, optax.sgd(1.0), mesh, TrainSection())
     wanted = {"params": shapes.params, "batch_stats": shapes.batch_stats}
-    variables = place_source(origin, sizes, wanted, mesh)
+    variables = place_source(source, sizes, wanted, mesh)
     same = jax.tree.map(
         lambda x, s: x.sharding.is_equivalent_to(s.sharding, x.ndim), variables, wanted
     )
@@ -91,18 +92,18 @@ def placed(origin, sizes, mesh, scan=False):
     return variables
 
 
-def start_of(w):
+def start_of(run):
     """The variables of a run's first step."""
-    wanted = {"params": w.shapes.params, "batch_stats": w.shapes.batch_stats}
-    return place_source(w.origin, w.model.config, wanted, w.mesh)
+    wanted = {"params": run.shapes.params, "batch_stats": run.shapes.batch_stats}
+    return place_source(run.source, run.model.config, wanted, run.mesh)
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_published_file_is_placed_bit_for_bit(name):
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
-    origin = read_source(str(FILES[name]), "any")
-    sizes = started_from(origin, origin.checkpoint.config)
-    got = from_variables(*placed(origin, sizes, mesh).values())
+    source = read_source(str(FILES[name]), "any")
+    sizes = warm_start_sizes(source, source.checkpoint.config)
+    got = from_variables(*placed(source, sizes, mesh).values())
     clip = clip_jax.load(FILES[name])
     want = from_variables(clip.params, clip.batch_stats)
     assert got.keys() == want.keys()
@@ -116,12 +117,12 @@ def test_layers_are_stacked_for_a_scan():
         patch.setitem(zoo.MODELS, "deep", config)
         clip = clip_jax.create("deep")
     arrays = from_variables(clip.params, clip.batch_stats)
-    origin = read_source(str(FILES["open_clip"]), "any")
+    source = read_source(str(FILES["open_clip"]), "any")
     readers = {path: (lambda array=array: array) for path, array in arrays.items()}
-    origin = dataclasses.replace(
-        origin, checkpoint=dataclasses.replace(origin.checkpoint, config=config, arrays=readers)
+    source = dataclasses.replace(
+        source, checkpoint=dataclasses.replace(source.checkpoint, config=config, arrays=readers)
     )
-    got = placed(origin, config, make_mesh(data=8, fsdp=1, tensor=1), scan=True)
+    got = placed(source, config, make_mesh(data=8, fsdp=1, tensor=1), scan=True)
     stack = got["params"]["text"]["transformer"]["resblocks"]["mlp"]["c_fc"]["kernel"]
     for layer in range(2):
         path = f"text/transformer/resblocks_{layer}/mlp/c_fc/kernel"
@@ -134,9 +135,9 @@ def test_a_longer_run_grows_the_positions_of_a_short_one(data, short, tmp_path, 
     assert main.run(config, str(tmp_path)) == 0
     assert f"starting from {short}" in capsys.readouterr().out
 
-    w = setup.build_run(config, 3)
-    assert (w.model.config.vision.image_size, w.model.config.text.context_length) == (32, 16)
-    got = from_variables(*start_of(w).values())
+    run = setup.build_run(config, 3)
+    assert (run.model.config.vision.image_size, run.model.config.text.context_length) == (32, 16)
+    got = from_variables(*start_of(run).values())
     clip = clip_jax.load(short)
     want = from_variables(clip.params, clip.batch_stats)
     image, text = "visual/positional_embedding", "text/positional_embedding"
@@ -147,18 +148,20 @@ def test_a_longer_run_grows_the_positions_of_a_short_one(data, short, tmp_path, 
 
     # Images and tokenizer traveled with the weights, into the new run's own folder.
     about, before = read_description(tmp_path), read_description(short)
-    assert about.preprocess == before.preprocess == w.preprocess
+    assert about.preprocess == before.preprocess == run.preprocess
     assert clip_jax.load(tmp_path).preprocessing.mean == (0.4, 0.5, 0.6)
     assert Path(about.tokenizer.file).read_bytes() == Path(before.tokenizer.file).read_bytes()
 
 
 def test_captions_that_fitted_have_the_features_they_had(data, short):
     """However long the captions of the next run: its tower is causal and read at the end token."""
-    w = setup.build_run(tiny_config(data, model__init_from=str(short)), 1)
+    run = setup.build_run(tiny_config(data, model__init_from=str(short)), 1)
     clip = clip_jax.load(short)
     texts = ["red", "a dot"]
-    assert clip.tokenize(texts)[:, -1].tolist() == [w.tokenizer.pad_id] * 2  # not cut
-    grown = w.model.apply(start_of(w), jnp.asarray(w.tokenizer(texts, 16)), method="encode_text")
+    assert clip.tokenize(texts)[:, -1].tolist() == [run.tokenizer.pad_id] * 2  # not cut
+    grown = run.model.apply(
+        start_of(run), jnp.asarray(run.tokenizer(texts, 16)), method="encode_text"
+    )
     want = clip.encode_text(clip.tokenize(texts), normalize=False)
     # Float32 sums over rows of another length.
     np.testing.assert_allclose(grown, want, atol=1e-5)
@@ -166,11 +169,11 @@ def test_captions_that_fitted_have_the_features_they_had(data, short):
 
 def test_a_tower_that_sees_its_padding_is_interpolated():
     positions = np.random.default_rng(0).standard_normal((10, 32)).astype(np.float32)
-    origin = read_source(str(FILES["hf_siglip"]), "any")
-    arrays = dict(origin.checkpoint.arrays)
+    source = read_source(str(FILES["hf_siglip"]), "any")
+    arrays = dict(source.checkpoint.arrays)
     arrays["text/positional_embedding"] = lambda: positions
     grown = resize_checkpoint(
-        dataclasses.replace(origin.checkpoint, arrays=arrays), None, 16, grow_text=True
+        dataclasses.replace(source.checkpoint, arrays=arrays), None, 16, grow_text=True
     ).arrays["text/positional_embedding"]()
     np.testing.assert_array_equal(grown, resize_text_positions(positions, 16))
 
@@ -182,16 +185,16 @@ def test_a_converted_run_is_the_same_start(data, short, tmp_path, to):
     config = tiny_config(
         data, model__init_from=str(tmp_path / "made"), model__image_size=16, model__context_length=8
     )
-    w = setup.build_run(config, 1)
-    got = from_variables(*start_of(w).values())
+    run = setup.build_run(config, 1)
+    got = from_variables(*start_of(run).values())
     clip = clip_jax.load(short)
     want = from_variables(clip.params, clip.batch_stats)
     for path in want:
         np.testing.assert_array_equal(got[path], want[path])
     texts = ["red square", "a green dot"]
-    np.testing.assert_array_equal(w.tokenizer(texts, 8), clip.tokenize(texts))
+    np.testing.assert_array_equal(run.tokenizer(texts, 8), clip.tokenize(texts))
     if to == "open_clip":  # whose JSON has all of a Preprocess
-        assert w.preprocess == clip.preprocessing
+        assert run.preprocess == clip.preprocessing
 
 
 def test_the_first_loss_is_that_of_the_weights(data, short, tmp_path):
@@ -300,18 +303,18 @@ def test_a_tag_says_how_a_bare_file_was_trained(data, short, tmp_path, monkeypat
     convert(str(short), str(tmp_path), to="open_clip")
     bare = (tmp_path / "open_clip_model.safetensors").rename(tmp_path / "bare.safetensors")
 
-    def wired(tag):
+    def run_with(tag):
         config = tiny_config(data, model__init_from=str(bare), model__init_tag=tag)
         return setup.build_run(config, 1)
 
-    tagged = wired("quick")
+    tagged = run_with("quick")
     assert tagged.preprocess == kind and tagged.model.config.text.activation == "quick_gelu"
-    assert wired("plain").model.config.text.activation == "gelu"
+    assert run_with("plain").model.config.text.activation == "gelu"
     with pytest.raises(UserError, match="no such pretrained pair"):
-        wired("unheard_of")
+        run_with("unheard_of")
 
 
 def test_the_tokenizer_comes_from_the_checkpoint(data, short):
-    w = setup.build_run(tiny_config(data, data__tokenizer="clip", model__init_from=str(short)), 1)
-    assert w.tokenizer_spec == read_description(short).tokenizer
-    assert w.tokenizer.vocab_size == 280
+    run = setup.build_run(tiny_config(data, data__tokenizer="clip", model__init_from=str(short)), 1)
+    assert run.tokenizer_spec == read_description(short).tokenizer
+    assert run.tokenizer.vocab_size == 280
