@@ -23,6 +23,7 @@ from clip_jax.parallel.mesh import make_mesh
 from clip_jax.pretrained.load import tokenizer_family
 from clip_jax.pretrained.resize import resize_checkpoint
 from clip_jax.pretrained.tags import family_preprocess
+from clip_jax.sections import EvalSection
 from clip_jax.tokenizers import TokenizerSpec, make_tokenizer, spec_digest, tokenizer_from_file
 from clip_jax.training.checkpoint import tree_digests
 from clip_jax.training.step import make_encoders, normalize_images, unit_range
@@ -162,7 +163,7 @@ class LoadedCLIP:
         self,
         images: np.ndarray | jax.Array,
         class_names: Sequence[str],
-        templates: Sequence[str] = ("a photo of a {}.",),
+        templates: Sequence[str] = EvalSection.templates,
     ) -> jax.Array:
         """Return zero-shot probabilities, float32 [batch, classes] (paper, section 3.1.2).
 

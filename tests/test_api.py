@@ -1,4 +1,4 @@
-"""The public API on random weights and on a work folder."""
+"""Tests of the public API on random weights and on a work folder."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ def clip(request):
         yield clip_jax.create("tiny", seed=0)
 
 
-def pictures(count):
+def random_images(count):
     rng = np.random.default_rng(0)
     return [
         Image.fromarray(rng.integers(0, 256, (50 + i, 70, 3)).astype(np.uint8))
@@ -39,7 +39,7 @@ def pictures(count):
 
 
 def test_notebook_lines(clip):
-    images = clip.preprocess(pictures(3))
+    images = clip.preprocess(random_images(3))
     size = clip.config.vision.image_size
     assert images.shape == (3, size, size, 3) and images.dtype == np.uint8
     tokens = clip.tokenize(["a photo of a dog", "a cat"])
@@ -58,7 +58,7 @@ def test_notebook_lines(clip):
 
 
 def test_classify_is_the_softmax_of_scaled_cosines(clip):
-    images = clip.preprocess(pictures(4))
+    images = clip.preprocess(random_images(4))
     prompts = [["a {}", "the {}"], ["one {}."]][0]
     classes = []
     for name in ("cat", "dog", "car"):
@@ -73,10 +73,10 @@ def test_classify_is_the_softmax_of_scaled_cosines(clip):
     np.testing.assert_allclose(got, want, atol=5e-6)
 
 
-def test_normalised_floats_are_taken_as_they_are(clip):
+def test_normalized_floats_are_taken_as_they_are(clip):
     from clip_jax.data.images import IMAGE_MEAN, IMAGE_STD
 
-    images = clip.preprocess(pictures(2))
+    images = clip.preprocess(random_images(2))
     floats = (images.astype(np.float32) / 255 - np.array(IMAGE_MEAN)) / np.array(IMAGE_STD)
     a = clip.encode_image(images)
     b = clip.encode_image(floats.astype(np.float32))
@@ -84,15 +84,15 @@ def test_normalised_floats_are_taken_as_they_are(clip):
     np.testing.assert_allclose(a, b, atol=2e-6)
 
 
-def test_unnormalised_features_have_the_same_direction(clip):
-    images = clip.preprocess(pictures(2))
+def test_unnormalized_features_have_the_same_direction(clip):
+    images = clip.preprocess(random_images(2))
     raw = np.asarray(clip.encode_image(images, normalize=False))
     unit = np.asarray(clip.encode_image(images))
     np.testing.assert_allclose(raw / np.linalg.norm(raw, axis=1, keepdims=True), unit, atol=1e-6)
 
 
-def test_one_picture_and_one_text(clip):
-    assert clip.preprocess(pictures(1)[0]).shape[0] == 1
+def test_one_image_and_one_text(clip):
+    assert clip.preprocess(random_images(1)[0]).shape[0] == 1
     assert clip.tokenize("a dog").shape == (1, 77)
     assert clip_jax.tokenize("a dog").tolist() == clip.tokenize("a dog").tolist()
 

@@ -93,7 +93,7 @@ def encode_parts(
     before: Counter[str] = Counter()
     for number, group in enumerate(_groups_of(batches, batches_per_part), first_part):
         features = [
-            _encode_batch(encoders, batch, step, text_batch_size)
+            encode_batch(encoders, batch, step, text_batch_size)
             for step, batch in enumerate(group, number * batches_per_part)
         ]
         now = Counter(skipped())
@@ -108,8 +108,14 @@ def _groups_of(items: Iterator[T], size: int) -> Iterator[Iterator[T]]:
         yield itertools.chain([first], itertools.islice(items, size - 1))
 
 
-def _encode_batch(encoders: Encoders, batch: Batch, step: int, text_batch_size: int) -> FeatureSet:
-    """Encode the valid rows of the global batch, each at its position in the order of the data."""
+def encode_batch(encoders: Encoders, batch: Batch, step: int, text_batch_size: int) -> FeatureSet:
+    """Encode the valid rows of the global batch of a step.
+
+    `row_B` are their positions in the order of the data. `batch` is this process's rows.
+
+    Raises:
+      UserError: a feature is not finite.
+    """
     z_image_BD = np.asarray(encoders.encode_image(batch["image"]))
     batch = _gather_rows(batch)
     valid_B = np.asarray(batch["valid"], bool)

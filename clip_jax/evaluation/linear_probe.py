@@ -25,8 +25,7 @@ C_EXPONENTS = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)
 STEPS_PER_DECADE = 8
 # Fits of a search: the seven, and for each of the four spans down to an eighth two more.
 MAX_FITS = len(C_EXPONENTS) + 2 * 4
-# Steps that a device takes before the host looks, calls back, and can be interrupted.
-STEPS_AT_ONCE = 20
+STEPS_PER_CALL = 20
 
 
 class Probe(NamedTuple):
@@ -54,6 +53,7 @@ def fit(
     mesh: Mesh | None = None,
     tolerance: float = 1e-4,
     max_steps: int = 1000,
+    steps_per_call: int = STEPS_PER_CALL,
     on_steps: Callable[[int], object] = lambda steps: None,
 ) -> Probe:
     """Fit the probe of one C.
@@ -62,6 +62,7 @@ def fit(
       mesh: splits the rows between its devices; every process passes all rows. None is one device.
       tolerance: stops where no element of the mean loss's gradient is larger, in the stretched
         coordinates; scikit-learn's default is the same number in its own.
+      steps_per_call: that a device takes before the host looks, calls back, and can be interrupted.
       on_steps: called with the number of steps, from time to time.
     """
     penalty = 1.0 / (c * len(z_BD))
@@ -75,7 +76,7 @@ def fit(
     function = *rows, jnp.asarray(stretch_DD), jnp.float32(penalty)
     steps = 0
     while steps < max_steps and float(carry.largest) > tolerance:
-        until = min(steps + STEPS_AT_ONCE, max_steps)
+        until = min(steps + steps_per_call, max_steps)
         carry = _advance(carry, *function, tolerance, until)
         steps = int(carry.steps)
         on_steps(steps)

@@ -47,27 +47,16 @@ def prediction_grid(
     """
     if not len(images):
         raise UserError("there are no images for a grid of predictions")
-    columns = min(columns, len(images))
-    rows = -(-len(images) // columns)
-    lines = max(len(image_guesses[:5]) for image_guesses in guesses)
-    cell_height = IMAGE_SIDE + (lines + 1) * LINE + 2 * PAD
-    page = Image.new("RGB", (columns * CELL_WIDTH + PAD, rows * cell_height + PAD), "white")
-    draw = ImageDraw.Draw(page)
+    lines = 1 + max(len(image_guesses[:5]) for image_guesses in guesses)
+    page, draw, corners = _image_page(images, columns, lines)
     font = ImageFont.load_default(FONT_SIZE)
-    for i, (image_HWC, truth, image_guesses) in enumerate(
-        zip(images, truths, guesses, strict=True)
-    ):
-        x = PAD + i % columns * CELL_WIDTH
-        y = PAD + i // columns * cell_height
-        _draw_image(page, draw, image_HWC, x, y)
-        y += IMAGE_SIDE + PAD // 2
-        width = CELL_WIDTH - PAD
+    width = CELL_WIDTH - PAD
+    for (x, y), truth, image_guesses in zip(corners, truths, guesses, strict=True):
         # Twice, half a pixel apart: the built-in font has no bold.
         for shift in (0, 0.5):
             draw.text((x + shift, y), _fit(draw, truth, font, width), INK, font)
-        for name, probability in image_guesses[:5]:
-            y += LINE
-            _draw_guess(draw, font, name, probability, name == truth, x, y, width)
+        for i, (name, probability) in enumerate(image_guesses[:5], 1):
+            _draw_guess(draw, font, name, probability, name == truth, x, y + i * LINE, width)
     return _save(page, Path(path))
 
 
@@ -86,19 +75,29 @@ def caption_grid(
     """
     if not len(images):
         raise UserError("there are no images for a grid of samples")
-    columns = min(columns, len(images))
-    cell_height = IMAGE_SIDE + lines * LINE + 2 * PAD
-    height = -(-len(images) // columns) * cell_height + PAD
-    page = Image.new("RGB", (columns * CELL_WIDTH + PAD, height), "white")
-    draw = ImageDraw.Draw(page)
+    page, draw, corners = _image_page(images, columns, lines)
     font = ImageFont.load_default(FONT_SIZE)
-    for i, (image_HWC, caption) in enumerate(zip(images, captions, strict=True)):
-        x = PAD + i % columns * CELL_WIDTH
-        y = PAD + i // columns * cell_height
-        _draw_image(page, draw, image_HWC, x, y)
-        for number, line in enumerate(_wrap(draw, caption, font, CELL_WIDTH - PAD, lines)):
-            draw.text((x, y + IMAGE_SIDE + PAD // 2 + number * LINE), line, INK, font)
+    for (x, y), caption in zip(corners, captions, strict=True):
+        for i, line in enumerate(_wrap(draw, caption, font, CELL_WIDTH - PAD, lines)):
+            draw.text((x, y + i * LINE), line, INK, font)
     return _save(page, Path(path))
+
+
+def _image_page(
+    images: Sequence[np.ndarray], columns: int, lines: int
+) -> tuple[Image.Image, ImageDraw.ImageDraw, list[tuple[int, int]]]:
+    """Draw images as a grid; return the page, and where the lines of text under each begin."""
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    cell_height = IMAGE_SIDE + lines * LINE + 2 * PAD
+    page = Image.new("RGB", (columns * CELL_WIDTH + PAD, rows * cell_height + PAD), "white")
+    draw = ImageDraw.Draw(page)
+    corners = []
+    for i, image_HWC in enumerate(images):
+        x, y = PAD + i % columns * CELL_WIDTH, PAD + i // columns * cell_height
+        _draw_image(page, draw, image_HWC, x, y)
+        corners.append((x, y + IMAGE_SIDE + PAD // 2))
+    return page, draw, corners
 
 
 def _wrap(
@@ -123,6 +122,7 @@ def _wrap(
 def _draw_image(
     page: Image.Image, draw: ImageDraw.ImageDraw, image_HWC: np.ndarray, x: int, y: int
 ) -> None:
+    """Draw an image, framed, in the middle of a square with this upper left corner."""
     image = Image.fromarray(image_HWC)
     scale = IMAGE_SIDE / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
@@ -143,6 +143,7 @@ def _draw_guess(
     y: int,
     width: int,
 ) -> None:
+    """Draw a name on a bar as long as its probability."""
     ink, bar = (GREEN, GREEN_BAR) if right else (GRAY, BAR)
     draw.rectangle((x, y, x + max(2, round(width * probability)), y + LINE - 3), fill=bar)
     share = f"{probability:.1%}"

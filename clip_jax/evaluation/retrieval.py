@@ -33,7 +33,8 @@ def retrieval_ranks(
     z_text_BD: Float[np.ndarray, "texts D"],
     image_of_text: Int[np.ndarray, " texts"],
     *,
-    captions: Sequence[str] | None = None,
+    captions: Sequence[str] | None,
+    block_scores: int = BLOCK_SCORES,
 ) -> Ranks:
     """Return the rank of every query's nearest right candidate.
 
@@ -46,6 +47,7 @@ def retrieval_ranks(
         image that has an equal caption, because no encoder could tell such texts apart.
         CLIP_benchmark does not do so, which None gives. It matters where captions repeat; emoji
         names repeat between vendors only, so within one vendor's drawings rarely.
+      block_scores: scores in memory at a time.
     """
     image_of_text = np.asarray(image_of_text)
     if captions is None:
@@ -66,8 +68,8 @@ def retrieval_ranks(
         return np.concatenate([texts_of_caption[caption] for caption in captions_of_image[image]])
 
     return Ranks(
-        _best_ranks(z_text_BD, z_image_BD, right_images),
-        _best_ranks(z_image_BD, z_text_BD, right_texts),
+        _best_ranks(z_text_BD, z_image_BD, right_images, block_scores),
+        _best_ranks(z_image_BD, z_text_BD, right_texts, block_scores),
     )
 
 
@@ -83,19 +85,6 @@ def recalls(ranks: Ranks, ks: Sequence[int] = KS) -> dict[str, float]:
     return metrics | {f"text_retrieval_recall@{k}": float((of_image < k).mean()) for k in ks}
 
 
-def retrieval_metrics(
-    z_image_BD: Float[np.ndarray, "images D"],
-    z_text_BD: Float[np.ndarray, "texts D"],
-    image_of_text: Int[np.ndarray, " texts"],
-    *,
-    captions: Sequence[str] | None = None,
-    ks: Sequence[int] = KS,
-) -> dict[str, float]:
-    """Return the `recalls` of the `retrieval_ranks` of these features."""
-    ranks = retrieval_ranks(z_image_BD, z_text_BD, image_of_text, captions=captions)
-    return recalls(ranks, ks)
-
-
 def _groups(keys: np.ndarray, values: np.ndarray) -> list[np.ndarray]:
     """Return the values of each key 0, 1, ..., for keys of which none is missing."""
     order = np.argsort(keys, kind="stable")
@@ -103,10 +92,13 @@ def _groups(keys: np.ndarray, values: np.ndarray) -> list[np.ndarray]:
 
 
 def _best_ranks(
-    queries_BD: np.ndarray, candidates_BD: np.ndarray, right: Callable[[int], np.ndarray]
+    queries_BD: np.ndarray,
+    candidates_BD: np.ndarray,
+    right: Callable[[int], np.ndarray],
+    block_scores: int,
 ) -> Int[np.ndarray, " queries"]:
     """Count the candidates that are nearer than each query's nearest right one, `right(query)`."""
-    rows = max(1, min(len(queries_BD), BLOCK_SCORES // len(candidates_BD)))
+    rows = max(1, min(len(queries_BD), block_scores // len(candidates_BD)))
     candidates = jnp.asarray(candidates_BD)
     ranks = []
     for number, (block_bD, used) in enumerate(equal_blocks(queries_BD, rows)):

@@ -13,7 +13,7 @@ from clip_jax.evaluation.encoders import EncodeText, encode_padded, equal_blocks
 from clip_jax.evaluation.prompts import check_templates
 from clip_jax.typing import Tokenizer
 
-# Features of prompts on the host at a time: 80 templates of 3,600 names would be a gigabyte.
+# 80 templates of 3,600 names would be a gigabyte of features.
 MAX_PROMPTS = 8192
 # Images whose scores of all classes are there at a time.
 BLOCK_ROWS = 4096
@@ -27,6 +27,7 @@ def class_embeddings(
     *,
     batch_size: int,
     context_length: int,
+    max_prompts: int = MAX_PROMPTS,
 ) -> Float32[np.ndarray, "M D"]:
     """Return one unit vector a class: the mean of its prompts' unit features, made unit again.
 
@@ -37,6 +38,7 @@ def class_embeddings(
       class_names: M names, in label order.
       templates: T prompts with "{}" for the name.
       batch_size: prompts an `encode_text` call; with fewer prompts in all, their number.
+      max_prompts: prompts whose features are in memory at a time.
 
     Raises:
       UserError: there is no class, or a template lacks its "{}".
@@ -44,7 +46,7 @@ def class_embeddings(
     if not class_names:
         raise UserError("there are no class names: zero-shot classification needs at least one")
     templates = check_templates(templates)
-    classes_at_once = max(1, MAX_PROMPTS // len(templates))
+    classes_at_once = max(1, max_prompts // len(templates))
     batch_size = min(
         batch_size, classes_at_once * len(templates), len(class_names) * len(templates)
     )

@@ -176,13 +176,13 @@ def _load_prompts(items: Sequence[str] | None) -> list[str]:
     ]
 
 
-def main() -> int:
-    """Parse and evaluate; return the exit code."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the flags, evaluate and print the results; return the exit code."""
     from clip_jax.evaluation.spec import EvalSpec
     from clip_jax.evaluation.tasks import RETRIEVAL, TRAINED_TASKS, check_tasks
     from clip_jax.pretrained.work_folder import is_work_folder
 
-    args = parse(None)
+    args = parse(argv)
     changes = spec_changes(args)
     tasks = changes.get("tasks", ())
     check_tasks(tasks)

@@ -46,7 +46,7 @@ def report_text(page: ReportPage) -> str:
 
 
 def main() -> int:
-    """Parse and write; return the exit code."""
+    """Parse the flags, write the page and print where it is; return the exit code."""
     args = parse(None)
     print(report_text(report(args.folders, args.out)))
     return 0

@@ -13,13 +13,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from clip_jax.errors import UserError
-from clip_jax.evaluation import retrieval as retrieval_module
-from clip_jax.evaluation import zero_shot as zero_shot_module
 from clip_jax.evaluation.encoders import Encoders, encode_padded, unit_rows
 from clip_jax.evaluation.plots import GREEN, loss_curve, prediction_grid
 from clip_jax.evaluation.prompts import load_class_names, load_templates
 from clip_jax.evaluation.results import write_results
-from clip_jax.evaluation.retrieval import retrieval_metrics
+from clip_jax.evaluation.retrieval import recalls, retrieval_ranks
 from clip_jax.evaluation.zero_shot import class_embeddings, top_classes, zero_shot_metrics
 
 D = 16
@@ -106,23 +104,20 @@ def test_class_embeddings_are_the_definition():
     np.testing.assert_allclose(got, want, atol=1e-6)
 
 
-def test_class_embeddings_do_not_depend_on_batches(monkeypatch):
+def test_class_embeddings_do_not_depend_on_batches():
     shapes = set()
 
     def watched(tokens_BL):
         shapes.add(tokens_BL.shape)
         return encode_text(tokens_BL)
 
-    def embed(batch_size):
-        return class_embeddings(
-            watched, WordTokenizer(), NAMES, TEMPLATES, batch_size=batch_size, context_length=12
-        )
-
-    whole = embed(1000)
+    embed = functools.partial(
+        class_embeddings, watched, WordTokenizer(), NAMES, TEMPLATES, context_length=12
+    )
+    whole = embed(batch_size=1000)
     assert shapes == {(18, 12)}
     shapes.clear()
-    monkeypatch.setattr(zero_shot_module, "MAX_PROMPTS", 7)
-    np.testing.assert_array_equal(embed(5), whole)
+    np.testing.assert_array_equal(embed(batch_size=5, max_prompts=7), whole)
     # One shape means one compilation.
     assert shapes == {(5, 12)}
 
@@ -161,12 +156,12 @@ def test_equal_classes_come_in_order():
 
 
 def plain_recalls(z_image, z_text, image_of_text, captions, ks):
-    """Every score at once; `right` says for each text and image whether they belong together."""
+    """Rank every score at once; `right` says whether a text and an image belong together."""
     scores = z_text @ z_image.T
-    texts_of = [
+    captions_of = [
         {captions[t] for t in np.flatnonzero(image_of_text == i)} for i in range(len(z_image))
     ]
-    right = np.array([[c in own for own in texts_of] for c in captions])
+    right = np.array([[c in image_captions for image_captions in captions_of] for c in captions])
     found = {}
     for direction, s, r in (("image", scores, right), ("text", scores.T, right.T)):
         order = np.argsort(-s, axis=1, kind="stable")
@@ -188,13 +183,15 @@ def test_retrieval_is_the_definition_in_any_blocks(num_images, per_image, equal,
     captions = [f"c{c}" for c in (rng.integers(0, 4, count) if equal else range(count))]
     ks = (1, 2, 5)
     expected = plain_recalls(z_image, z_text, image_of_text, captions, ks)
-    with pytest.MonkeyPatch.context() as patch:
-        for block in (1, 30, 1 << 24):
-            patch.setattr(retrieval_module, "BLOCK_SCORES", block)
-            found = retrieval_metrics(
-                z_image, z_text, image_of_text, captions=captions if equal else None, ks=ks
-            )
-            assert found == pytest.approx(expected)
+    for block in (1, 30, 1 << 24):
+        ranks = retrieval_ranks(
+            z_image,
+            z_text,
+            image_of_text,
+            captions=captions if equal else None,
+            block_scores=block,
+        )
+        assert recalls(ranks, ks) == pytest.approx(expected)
 
 
 def test_every_image_counts_once_whatever_the_batches():

@@ -15,7 +15,6 @@ from tiny import VIT
 
 from clip_jax.data.images import OPENAI
 from clip_jax.errors import UserError
-from clip_jax.evaluation import bootstrap
 from clip_jax.evaluation.bootstrap import mean_recall_interval, ratio_intervals
 from clip_jax.evaluation.calibration import calibration_error, reliability
 from clip_jax.evaluation.encoders import (
@@ -99,17 +98,16 @@ def test_the_probe_is_at_the_minimum_on_any_mesh(c):
     assert (split.logits(x_BD).argmax(1) == alone.logits(x_BD).argmax(1)).all()
 
 
-def test_the_probe_calls_back_and_does_not_depend_on_how_often(monkeypatch, capfd):
+def test_the_probe_calls_back_and_does_not_depend_on_how_often(capfd):
     x_BD, y_B = clusters(np.random.default_rng(4), 90)
     fit_one, steps = functools.partial(fit, num_classes=4, c=10.0), []
     mesh = make_mesh(data=8, fsdp=1, tensor=1)
     whole, split = fit_one(x_BD, y_B), fit_one(x_BD, y_B, mesh=mesh)
-    monkeypatch.setattr("clip_jax.evaluation.linear_probe.STEPS_AT_ONCE", 4)
-    often = fit_one(x_BD, y_B, on_steps=steps.append)
+    often = fit_one(x_BD, y_B, steps_per_call=4, on_steps=steps.append)
     assert steps == [*range(4, whole.steps, 4), whole.steps] and len(steps) > 1
     np.testing.assert_array_equal(often.weights_MD, whole.weights_MD)
     np.testing.assert_array_equal(often.bias_M, whole.bias_M)
-    often = fit_one(x_BD, y_B, mesh=mesh)
+    often = fit_one(x_BD, y_B, steps_per_call=4, mesh=mesh)
     np.testing.assert_array_equal(often.weights_MD, split.weights_MD)
     assert fit_one(x_BD, y_B, max_steps=6).steps == 6
     rest = feature_set(x_BD, y_B)
@@ -200,11 +198,9 @@ def test_learning_tasks_tell_clusters_apart_and_refuse_to_guess():
         (["--dataset", "cars"], "give --classnames, or one of .*imagenet1k"),
     ],
 )
-def test_mistakes_on_the_command_line(monkeypatch, tmp_path, flags, message):
-    command = ["evaluate", "--model", str(tmp_path), "--data", "none.tar", *flags]
-    monkeypatch.setattr("sys.argv", command)
+def test_mistakes_on_the_command_line(tmp_path, flags, message):
     with pytest.raises(UserError, match=message):
-        evaluate.main()
+        evaluate.main(["--model", str(tmp_path), "--data", "none.tar", *flags])
 
 
 def test_nothing_is_encoded_before_a_mistake_is_named(tmp_path):
@@ -223,7 +219,7 @@ def test_nothing_is_encoded_before_a_mistake_is_named(tmp_path):
     assert not seen
 
 
-def test_intervals_hold_what_they_should(monkeypatch):
+def test_intervals_hold_what_they_should():
     rng = np.random.default_rng(4)
     label_B, right_B = rng.integers(5, size=400), rng.random(400) < 0.3
     hits = right_B.astype(float)[:, None]
@@ -239,7 +235,6 @@ def test_intervals_hold_what_they_should(monkeypatch):
     # One image a class is as uncertain as the images are.
     a, b = mean_recall_interval(right_B, np.arange(400))
     assert b - a > spread
-    monkeypatch.setattr(bootstrap, "RESAMPLES", 10)
     assert ratio_intervals(np.zeros((5, 1)), np.ones((5, 1))) == [(0.0, 0.0)]
 
 

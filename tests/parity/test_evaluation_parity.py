@@ -5,7 +5,7 @@ import pytest
 from evaluate_batches import evaluate_batches
 
 from clip_jax.evaluation.encoders import Encoders
-from clip_jax.evaluation.retrieval import retrieval_metrics
+from clip_jax.evaluation.retrieval import recalls, retrieval_ranks
 from clip_jax.evaluation.zero_shot import class_embeddings
 from clip_jax.tokenizers import make_clip_tokenizer
 
@@ -133,14 +133,14 @@ def test_retrieval_metrics():
     theirs = zeroshot_retrieval.evaluate(
         ENCODER, batches, torch_tokenizer, "cpu", amp=False, recall_k_list=[1, 5, 10]
     )
-    flat = [text for own in texts for text in own]
-    image_of_text = np.repeat(np.arange(40), [len(own) for own in texts])
+    flat = [text for of_image in texts for text in of_image]
+    image_of_text = np.repeat(np.arange(40), [len(of_image) for of_image in texts])
     unit = torch.nn.functional.normalize
     with torch.no_grad():
         z_image = unit(ENCODER.encode_image(torch.from_numpy(images)), dim=-1).numpy()
         z_text = unit(ENCODER.encode_text(torch_tokenizer(flat)), dim=-1).numpy()
-    ours = retrieval_metrics(z_image, z_text, image_of_text)
-    assert ours == pytest.approx(theirs)
+    ranks = retrieval_ranks(z_image, z_text, image_of_text, captions=None)
+    assert recalls(ranks) == pytest.approx(theirs)
 
     # Through the whole evaluation, padded batches and all; these captions are all different.
     padded = [
