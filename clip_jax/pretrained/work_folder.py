@@ -29,6 +29,7 @@ from clip_jax.tokenizers.spec import TokenizerSpec, spec_from_json, spec_to_json
 
 CONFIG_FILENAME = "config.json"
 WEIGHTS_FILENAME = "model.safetensors"
+CHECKPOINT_DIRNAME = "checkpoints"
 VISION_KINDS = {"vit": ViTConfig, "resnet": ResNetConfig, "convnet": ConvNetConfig}
 
 
@@ -57,7 +58,7 @@ def is_work_folder(path: str | Path) -> bool:
         values = json.loads((Path(path) / CONFIG_FILENAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         # Absent: another format. Damaged: named by whoever reads it next.
-        return (Path(path) / "checkpoints").is_dir()
+        return (Path(path) / CHECKPOINT_DIRNAME).is_dir()
     return isinstance(values, dict) and "model_name" in values
 
 

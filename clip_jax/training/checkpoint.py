@@ -36,11 +36,11 @@ from clip_jax.parallel.distributed import (
     process_count,
     process_index,
 )
+from clip_jax.pretrained.work_folder import CHECKPOINT_DIRNAME
 from clip_jax.training.state import TrainState
 from clip_jax.typing import path_name
 
 FORMAT = 1
-FOLDER = "checkpoints"
 QUARANTINE = "quarantine"
 
 
@@ -77,7 +77,7 @@ class Checkpoints:
     """The checkpoints of a work folder. Saving is asynchronous; `close` waits for it."""
 
     def __init__(self, workdir: str | Path, *, keep: int = 1, read_only: bool = False) -> None:
-        self.folder = Path(workdir).absolute() / FOLDER
+        self.folder = Path(workdir).absolute() / CHECKPOINT_DIRNAME
         self._read_only = read_only
         self._keep = keep
         self._manager = self._open()

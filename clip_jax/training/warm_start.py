@@ -29,6 +29,12 @@ from clip_jax.pretrained.load import Checkpoint, read_checkpoint, tokenizer_fami
 from clip_jax.pretrained.resize import resize_checkpoint
 from clip_jax.pretrained.trees import array_shapes, to_variables
 from clip_jax.pretrained.work_folder import (
+    CHECKPOINT_DIRNAME,
+    WEIGHTS_FILENAME,
+    is_work_folder,
+    read_description,
+    read_weights,
+)(
     WEIGHTS_FILENAME,
     is_work_folder,
     read_description,
@@ -36,7 +42,7 @@ from clip_jax.pretrained.work_folder import (
 )
 from clip_jax.sections import Config
 from clip_jax.tokenizers import TokenizerSpec, make_tokenizer, tokenizer_from_file
-from clip_jax.training.checkpoint import FOLDER, Checkpoints
+from clip_jax.training.checkpoint import Checkpoints
 from clip_jax.training.state import TrainState, make_state, state_mesh
 from clip_jax.typing import path_name
 
@@ -85,7 +91,7 @@ def read_source(path: str, model: str | None) -> SourceCheckpoint:
 
 def has_checkpoints(workdir: str | Path) -> bool:
     """Return whether a run in this folder can be resumed."""
-    folder = Path(workdir) / FOLDER
+    folder = Path(workdir) / CHECKPOINT_DIRNAME
     return folder.is_dir() and any(step.name.isdigit() for step in folder.iterdir())
 
 
