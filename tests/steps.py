@@ -1,11 +1,11 @@
-"""The step of a tiny model: made, run, or compiled without arrays, so that it can be read."""
+"""The training step of a tiny model: made, run, or compiled without arrays."""
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from test_models import make_tokens
+from model_cases import make_tokens
 
 from clip_jax.data.images import Preprocess
 from clip_jax.losses import make_loss
@@ -24,6 +24,7 @@ B = 16
 
 
 def make_batch(config, seed=0):
+    """Return a batch of B random pairs, one of them invalid, some of equal captions."""
     rng = np.random.default_rng(seed)
     size = config.vision.image_size
     return {
@@ -42,8 +43,8 @@ def make_parts(model, mesh, *, optimizer="adamw", jitter=False, patch_dropout=0.
     section = TrainSection(**{"loss_tile": 8, "mask_equal_captions": True} | train)
     optim = OptimSection(name=optimizer, learning_rate=1e-3, warmup_steps=5)
     schedule = make_schedule(optim, 40)
-    made = make_optimizer(schedule, optim)
-    shapes = state_shapes(model, made, mesh, section)
+    transformation = make_optimizer(schedule, optim)
+    shapes = state_shapes(model, transformation, mesh, section)
     loss_fn = make_loss(
         section.loss,
         mesh=mesh,
@@ -58,9 +59,9 @@ def make_parts(model, mesh, *, optimizer="adamw", jitter=False, patch_dropout=0.
         patches=model.config.vision.grid_size**2 if patch_dropout else 0,
     )
     step = make_train_step(
-        model, loss_fn, made, schedule, shapes, section, preprocess=HALF, draws=draws
+        model, loss_fn, transformation, schedule, shapes, section, preprocess=HALF, draws=draws
     )
-    return made, section, shapes, step
+    return transformation, section, shapes, step
 
 
 def make_all(
@@ -75,11 +76,13 @@ def make_all(
 
 
 def one_device_mesh():
+    """Return the mesh of the first device alone."""
     devices = np.array(jax.devices()[:1]).reshape(1, 1, 1)
     return jax.sharding.Mesh(devices, ("data", "fsdp", "tensor"))
 
 
 def run(config, mesh, steps=6, **kwargs):
+    """Train on two batches in turn; return (the last state, its metrics, every step's loss)."""
     state, step = make_all(config, mesh, **kwargs)
     losses = []
     for i in range(steps):
@@ -100,10 +103,12 @@ class CompiledStep:
 
     @property
     def flops(self) -> int:
+        """Return the operations of one device's matrix products and convolutions."""
         return matmul_flops(self.program)
 
     @property
     def exchanges(self) -> list[Collective]:
+        """Return the collectives of the program."""
         return find_collectives(self.program, self.shapes.step.sharding.mesh.size)
 
 

@@ -12,7 +12,7 @@ TEXT = TextConfig(width=32, layers=3, heads=4, context_length=24, vocab_size=64,
 VIT = CLIPConfig(16, ViTConfig(image_size=32, patch_size=8, width=48, layers=3, heads=4), TEXT)
 RESNET = CLIPConfig(16, ResNetConfig(image_size=64, layers=(1, 1, 1, 1), width=8), TEXT)
 CONVNET = CLIPConfig(16, ConvNetConfig(image_size=32, patch_size=4, features=(16, 32)), TEXT)
-# CLIPA: no ln_pre, the mean of the patches, text that sees its padding and is read at its end.
+# CLIPA: no ln_pre, the mean of the patches, text that sees its padding and is pooled at its end.
 CLIPA = CLIPConfig(
     16,
     dataclasses.replace(

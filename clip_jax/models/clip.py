@@ -1,4 +1,4 @@
-"""CLIP: two towers that meet only in a shared unit sphere (Radford et al. 2021, section 2)."""
+"""CLIP: two towers that meet only on a shared unit sphere (Radford et al. 2021, section 2)."""
 
 import dataclasses
 from typing import Any
@@ -25,13 +25,14 @@ UNIT_EPS = 1e-12  # the norm's floor, as torch.nn.functional.normalize has it
 
 @dataclasses.dataclass(frozen=True)
 class CLIPConfig:
-    """A whole model: one row of the zoo.
+    """The sizes of a whole model: one entry of the zoo.
 
     Attributes:
       embed_dim: features of the shared space.
       vision, text: the towers.
-      init_logit_scale: the logarithm of the scale at the start.
-      init_logit_bias: added to the logits by the sigmoid loss; None makes no such parameter.
+      init_logit_scale: start of the stored logarithm of the scale.
+      init_logit_bias: start of what the sigmoid loss adds to the logits; None makes no such
+        parameter.
     """
 
     embed_dim: int
@@ -53,7 +54,7 @@ class CLIPConfig:
 
 
 def unit_length(z_BD: Float[Array, "B D"]) -> Float[Array, "B D"]:
-    """Rows scaled to unit length, in float32."""
+    """Scale rows to unit length, in float32."""
     z_BD = z_BD.astype(jnp.float32)
     # The square root's derivative at zero is infinite: keep a zero row away from it.
     square_B1 = jnp.sum(z_BD * z_BD, axis=-1, keepdims=True)
@@ -65,7 +66,7 @@ class CLIP(nn.Module):
 
     Attributes:
       config: the sizes.
-      read_early, dtype, attention, remat, scan: how it is computed; see `ExecConfig`.
+      pool_last_block, dtype, attention, remat, scan: how it is computed; see `ExecConfig`.
     """
 
     config: CLIPConfig
@@ -77,7 +78,7 @@ class CLIP(nn.Module):
 
     @property
     def exec_config(self) -> ExecConfig:
-        """How both towers are computed."""
+        """Return how both towers are computed."""
         return ExecConfig(self.pool_last_block, self.dtype, self.attention, self.remat, self.scan)
 
     def setup(self) -> None:
@@ -107,16 +108,19 @@ class CLIP(nn.Module):
         valid_B: Bool[Array, " B"] | None = None,
         patch_ids_Bl: Int[Array, "B l"] | None = None,
     ) -> Float[Array, "B D"]:
-        """Image features, not of unit length.
+        """Return image features, not of unit length.
 
-        Rows not `valid` have no part in batch statistics. `patch_ids_Bl`: the numbers of the
-        patches that an image transformer sees of each image; None is all. The class token
-        always stays.
+        Args:
+          images_BHWC: normalized images.
+          train: batch norms use the statistics of the batch.
+          valid_B: False leaves a row out of the batch statistics; None takes all.
+          patch_ids_Bl: the numbers of the patches that an image transformer sees of each image;
+            None is all. The class token always stays.
         """
         return self.visual(images_BHWC, train, valid_B, patch_ids_Bl)
 
     def encode_text(self, tokens_BL: Int[Array, "B L"]) -> Float[Array, "B D"]:
-        """Text features, not of unit length."""
+        """Return text features, not of unit length."""
         return self.text(tokens_BL)
 
     def __call__(
@@ -127,19 +131,19 @@ class CLIP(nn.Module):
         valid_B: Bool[Array, " B"] | None = None,
         patch_ids_Bl: Int[Array, "B l"] | None = None,
     ) -> tuple[Float[Array, "B D"], Float[Array, "B D"]]:
-        """Image and text features of unit length, float32."""
+        """Return image and text features of unit length, float32; see `encode_image`."""
         image_features = unit_length(self.encode_image(images_BHWC, train, valid_B, patch_ids_Bl))
         text_features = unit_length(self.encode_text(tokens_BL))
         return image_features, text_features
 
 
 def unrolled(model: CLIP) -> CLIP:
-    """The same model with every block's parameters by themselves; `stack_layers` leads back."""
+    """Return the model with every block's parameters by themselves; `stack_layers` leads back."""
     return model.clone(scan=False)
 
 
 def init_variables(model: CLIP, seed: int) -> dict[str, Any]:
-    """Random parameters (and batch statistics) by the paper's initialization; traceable."""
+    """Draw parameters (and batch statistics) by the paper's initialization; it can be traced."""
     size, length = model.config.vision.image_size, model.config.text.context_length
     images_BHWC = jnp.zeros((1, size, size, 3))
     tokens_BL = jnp.zeros((1, length), jnp.int32)
@@ -148,26 +152,33 @@ def init_variables(model: CLIP, seed: int) -> dict[str, Any]:
     return stack_layers(variables) if model.scan else variables
 
 
-def attention_line(model: CLIP, on: Accelerator, kept_patches: int | None = None) -> str:
-    """What each tower's attention is computed by, for a line to the user.
+@dataclasses.dataclass(frozen=True)
+class AttentionKernels:
+    """The kernels of both towers' attention; None for an image tower that has no attention."""
+
+    image: Kernel | None
+    text: Kernel
+
+
+def choose_kernels(
+    model: CLIP, accelerator: Accelerator, num_patches: int | None = None
+) -> AttentionKernels:
+    """Return the kernels of both towers; `num_patches` are seen of an image, None is all.
 
     Raises:
       UserError: a tower cannot have the kernel that the model asks for.
     """
+
+    def kernel(head_size: int, queries: int, keys: int) -> Kernel:
+        sizes = {"head_size": head_size, "queries": queries, "keys": keys}
+        return choose_kernel(model.attention, accelerator, dtype=model.dtype, **sizes)
+
     vision, text = model.config.vision, model.config.text
-    image = "none"
+    image = None
     if isinstance(vision, ResNetConfig):
-        image = str(_kernel(model, on, HEAD_SIZE, 1, vision.grid_size**2 + 1))
+        image = kernel(HEAD_SIZE, 1, vision.grid_size**2 + 1)
     if isinstance(vision, ViTConfig):
-        length = vision.length if kept_patches is None else kept_patches + vision.class_token
-        image = str(_kernel(model, on, vision.width // vision.heads, length, length))
+        length = vision.length if num_patches is None else num_patches + vision.class_token
+        image = kernel(vision.width // vision.heads, length, length)
     length = text.context_length
-    words = str(_kernel(model, on, text.width // text.heads, length, length))
-    causal = ", causal" if text.causal else ""
-    return f"attention: image tower {image}, text tower {words}{causal}"
-
-
-def _kernel(model: CLIP, on: Accelerator, head_size: int, queries: int, keys: int) -> Kernel:
-    return choose_kernel(
-        model.attention, on, dtype=model.dtype, head_size=head_size, queries=queries, keys=keys
-    )
+    return AttentionKernels(image, kernel(text.width // text.heads, length, length))

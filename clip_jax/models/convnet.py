@@ -12,18 +12,18 @@ import flax.linen as nn
 from jaxtyping import Array, Bool, Float
 
 from clip_jax.models.convolution import batch_norm, conv, statistics_mask
-from clip_jax.models.execution import PLAIN, ExecConfig, remat_block
+from clip_jax.models.execution import DEFAULT_EXEC_CONFIG, ExecConfig, remat_block
 from clip_jax.models.layers import LayerNorm, normal, torch_uniform
 
 
 @dataclasses.dataclass(frozen=True)
 class ConvNetConfig:
-    """Sizes of a convolutional tower.
+    """The sizes of a convolutional tower.
 
     Attributes:
       image_size: side of the square input, pixels; patch_size times a power of two.
       patch_size: side and stride of the first convolution.
-      features: of each convolution, the patches' first.
+      features: of each convolution's output, the patches' first.
     """
 
     image_size: int
@@ -32,16 +32,16 @@ class ConvNetConfig:
 
     @property
     def grid_size(self) -> int:
-        """Side of the last convolution's output."""
+        """Return the side of the last convolution's output."""
         return self.image_size // self.patch_size // 2 ** (len(self.features) - 1)
 
 
 class ConvNet(nn.Module):
-    """Images to features. Keeps running statistics in the collection `batch_stats`."""
+    """An image tower of convolutions. It keeps running statistics in `batch_stats`."""
 
     config: ConvNetConfig
     embed_dim: int
-    exec_config: ExecConfig = PLAIN
+    exec_config: ExecConfig = DEFAULT_EXEC_CONFIG
 
     @nn.compact
     def __call__(
@@ -51,9 +51,9 @@ class ConvNet(nn.Module):
         valid_B: Bool[Array, " B"] | None = None,
         patch_ids_Bl: None = None,
     ) -> Float[Array, "B D"]:
-        """Features of normalized images, not of unit length.
+        """Return features of normalized images, not of unit length.
 
-        With `train` the statistics of the batch's good rows are used (all are where `valid_B` is
+        With `train` the statistics of the batch's valid rows are used (all are where `valid_B` is
         None), and the running ones updated where the caller makes `batch_stats` mutable.
         `patch_ids_Bl` is of the transformers: there are no patches to choose here.
         """
@@ -69,7 +69,7 @@ class ConvNet(nn.Module):
         return x_BD @ projection_DD.astype(x_BD.dtype)
 
     def _stage(self, x_BHWD: Array, number: int, mask: Array | None, train: bool) -> Array:
-        """Convolution `number`, of patches where it is the first, with its batch norm and ReLU."""
+        """Apply convolution `number`, of patches where it is 1, with its batch norm and ReLU."""
         features, dtype = self.config.features[number - 1], self.exec_config.dtype
         if number == 1:
             size = self.config.patch_size

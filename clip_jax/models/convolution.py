@@ -11,7 +11,10 @@ from clip_jax.models.layers import torch_uniform
 def conv(
     features: int, size: int, fan_in: int, *, stride: int = 1, dtype: DTypeLike, name: str
 ) -> nn.Conv:
-    """A convolution without bias, padded as PyTorch does (flax's SAME pads 0, 1 at stride 2)."""
+    """Return a convolution without bias of an input of `fan_in` features.
+
+    It is padded as PyTorch does (flax's SAME pads 0, 1 at stride 2).
+    """
     pad = size // 2
     return nn.Conv(
         features,
@@ -26,9 +29,9 @@ def conv(
 
 
 def statistics_mask(valid_B: Bool[Array, " B"] | None) -> Bool[Array, "B 1 1 1"] | None:
-    """Which images a batch norm's statistics are taken of: the good ones.
+    """Return the mask of the images that a batch norm's statistics are taken of: the valid ones.
 
-    Of all where none is good, so that such a batch has a variance at all.
+    It holds all where none is valid, so that such a batch has a variance at all.
     """
     if valid_B is None:
         return None
@@ -38,11 +41,11 @@ def statistics_mask(valid_B: Bool[Array, " B"] | None) -> Bool[Array, "B 1 1 1"]
 def batch_norm(
     train: bool, *, zero_scale: bool = False, dtype: DTypeLike, name: str
 ) -> nn.BatchNorm:
-    """PyTorch's epsilon and momentum (0.1 there is 0.9 here).
+    """Return a batch norm with PyTorch's epsilon and momentum (0.1 there is 0.9 here).
 
     Under one jitted step over a mesh the statistics are those of the global batch; call it with
-    `mask=statistics_mask(ok_B)`, so that an image that could not be read has no part in them. The
-    running variance is the biased one, where PyTorch keeps the unbiased: n / (n - 1) apart.
+    `mask=statistics_mask(valid_B)`, so that an image that could not be read has no part in them.
+    The running variance is the biased one, where PyTorch keeps the unbiased: n / (n - 1) apart.
     """
     init = nn.initializers.zeros if zero_scale else nn.initializers.ones
     return nn.BatchNorm(

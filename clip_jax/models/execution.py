@@ -26,7 +26,7 @@ class ExecConfig:
     """How both towers are computed.
 
     Attributes:
-      read_early: compute each tower's last block at the one position that is read.
+      pool_last_block: compute each tower's last block at the pooled position alone.
       dtype: of activations and matrix products; parameters stay float32.
       attention: "xla", "cudnn" (NVIDIA GPUs), or "auto": cudnn where it can run.
       remat: what the backward pass computes again instead of keeping it; the later, the less
@@ -48,14 +48,15 @@ class ExecConfig:
         check_choice("remat", self.remat, REMAT)
 
 
-PLAIN = ExecConfig()
+DEFAULT_EXEC_CONFIG = ExecConfig()
 
 
-def is_product(primitive: Any, *_: Any, **params: Any) -> bool:
-    """A `jax.checkpoint` policy: keep what matrix products and convolutions return.
+def products_saveable(primitive: Any, *_: Any, **params: Any) -> bool:
+    """Return whether a primitive's result is saved: the policy of `jax.checkpoint` for "dots".
 
-    Products with batch dimensions, which attention alone has, are computed again: their result
-    grows with the square of the length and costs little.
+    Saved is what matrix products and convolutions return. Products with batch dimensions, which
+    attention alone has, are computed again: their result grows with the square of the length and
+    costs little.
     """
     if primitive is primitives.dot_general_p:
         (_, _), (batch, _) = params["dimension_numbers"]
@@ -68,33 +69,38 @@ def remat_block(
     exec_config: ExecConfig,
     static_argnums: tuple[int, ...] = (),
     *,
-    looped=False,
+    in_scan: bool = False,
 ) -> Callable[..., Any]:
-    """A block's module, or a function of one, computed again in the backward pass as
-    `exec_config` says.
+    """Wrap a block so that the backward pass computes it again as far as `exec_config.remat` says.
 
-    `static_argnums` counts the module itself as 0. In the body of a loop the compiler cannot undo
-    the recomputation by merging it with the forward pass, and need not be kept from it.
+    Args:
+      block: a module's class, or a function whose first argument is a module.
+      exec_config: how the tower is computed.
+      static_argnums: as `nn.remat` takes them; the module itself is 0.
+      in_scan: whether the block is the body of a loop. There the compiler cannot undo the
+        recomputation by merging it with the forward pass, and need not be kept from it.
     """
     if exec_config.remat == "none":
         return block
-    policy = is_product if exec_config.remat == "dots" else jax.checkpoint_policies.nothing_saveable
-    return nn.remat(block, policy=policy, prevent_cse=not looped, static_argnums=static_argnums)
+    saves_products = exec_config.remat == "dots"
+    policy = products_saveable if saves_products else jax.checkpoint_policies.nothing_saveable
+    return nn.remat(block, policy=policy, prevent_cse=not in_scan, static_argnums=static_argnums)
 
 
 def remat_tower(
     tower: Callable[..., Any], exec_config: ExecConfig, static_argnums: tuple[int, ...] = ()
 ) -> Callable[..., Any]:
-    """A tower's module, computed again from its inputs where `how.remat` is "full"."""
+    """Wrap a tower so that the backward pass computes it again if `exec_config.remat` is "full"."""
     return nn.remat(tower, static_argnums=static_argnums) if exec_config.remat == "full" else tower
 
 
 def merged_product(x: Any, kernel: Any, dimension_numbers: Any, **options: Any) -> Any:
-    """A dense layer's `dot_general`; on a CPU a product of two matrices, axes merged.
+    """Return a dense layer's `dot_general`; on a CPU as a product of two matrices, axes merged.
 
-    The same sums. A CPU's compiler gives two matrices to its library as they are, transposed for
-    the gradients too. Of more axes it lays out a copy for the kernel's gradient, in a loop into
-    which it fuses all that the operand was made of: the whole residual stream, once a layer.
+    The sums are the same. A CPU's compiler gives two matrices to its library as they are,
+    transposed for the gradients too. Of more axes it lays out a copy for the kernel's gradient, in
+    a loop into which it fuses all that the operand was made of: the whole residual stream, once a
+    layer.
     """
     if jax.default_backend() != "cpu":
         return jax.lax.dot_general(x, kernel, dimension_numbers, **options)

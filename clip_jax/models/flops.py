@@ -13,27 +13,27 @@ from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
 
 
-def _blocks(length: int, width: int, mlp_width: int, layers: int, *, read_one: bool) -> int:
-    """Residual blocks over `length` positions, the last one perhaps read at a single one."""
+def _blocks(length: int, width: int, mlp_width: int, layers: int, *, pool_last_block: bool) -> int:
+    """Count residual blocks over `length` positions, the last perhaps at the pooled one alone."""
     matrices = 4 * width * width + 2 * width * mlp_width
     whole = 2 * length * matrices + 4 * length * length * width
-    last = _one_query(length, width, mlp_width) if read_one else whole
+    last = _one_query(length, width, mlp_width) if pool_last_block else whole
     return (layers - 1) * whole + last
 
 
 def _one_query(length: int, width: int, mlp_width: int) -> int:
-    """Attention of one query over `length` positions, and an MLP of its result."""
+    """Count attention of one query over `length` positions, and an MLP of its result."""
     # Keys and values everywhere; query, out-projection and MLP once; one row of attention.
     once = 2 * width * width + 2 * width * mlp_width
     return 2 * (length * 2 * width**2 + once) + 4 * length * width
 
 
-def _vit(c: ViTConfig, embed_dim: int, kept_patches: int | None) -> int:
+def _vit(c: ViTConfig, embed_dim: int, num_patches: int | None) -> int:
     # All patches are projected before some are left out.
     total = 2 * c.grid_size**2 * 3 * c.patch_size**2 * c.width
-    patches = c.grid_size**2 if kept_patches is None else kept_patches
+    patches = c.grid_size**2 if num_patches is None else num_patches
     total += _blocks(
-        patches + c.class_token, c.width, c.mlp_width, c.layers, read_one=c.pool == "token"
+        patches + c.class_token, c.width, c.mlp_width, c.layers, pool_last_block=c.pool == "token"
     )
     if c.pool == "map":
         total += _one_query(patches, c.width, c.mlp_width)
@@ -72,34 +72,34 @@ def _resnet(c: ResNetConfig, embed_dim: int) -> int:
     return total + 2 * fan_in * embed_dim
 
 
-def image_flops(config: CLIPConfig, kept_patches: int | None = None) -> int:
-    """Operations to embed one image, or so many of its patches."""
+def image_flops(config: CLIPConfig, num_patches: int | None = None) -> int:
+    """Count the operations that embed one image, of which `num_patches` are seen; None is all."""
     if isinstance(config.vision, ResNetConfig):
         return _resnet(config.vision, config.embed_dim)
     if isinstance(config.vision, ConvNetConfig):
         return _convnet(config.vision, config.embed_dim)
-    return _vit(config.vision, config.embed_dim, kept_patches)
+    return _vit(config.vision, config.embed_dim, num_patches)
 
 
 def text_flops(config: CLIPConfig, length: int) -> int:
-    """Operations to embed one caption of `length` tokens (after trimming)."""
+    """Count the operations that embed one caption of `length` tokens (after trimming)."""
     c: TextConfig = config.text
-    blocks = _blocks(length, c.width, c.mlp_width, c.layers, read_one=True)
+    blocks = _blocks(length, c.width, c.mlp_width, c.layers, pool_last_block=True)
     return blocks + 2 * c.width * config.embed_dim * c.project
 
 
 def train_flops_per_pair(
-    config: CLIPConfig, length: int, *, kept_patches: int | None = None, freeze: str = ""
+    config: CLIPConfig, length: int, *, num_patches: int | None = None, freeze: str = ""
 ) -> int:
-    """Operations of a pair's training step; the backward pass is twice the forward.
+    """Count the operations of a pair's training step; the backward pass is twice the forward.
 
     What `remat` and micro-batches compute again is not counted: the model needs it no second time.
 
     Args:
       config: the model.
       length: tokens of the caption (after trimming).
-      kept_patches: of an image; None is all.
+      num_patches: patches of an image that its tower sees; None is all.
       freeze: the tower that is not trained, "image" or "text", has no backward pass.
     """
-    image, text = image_flops(config, kept_patches), text_flops(config, length)
+    image, text = image_flops(config, num_patches), text_flops(config, length)
     return image * (1 if freeze == "image" else 3) + text * (1 if freeze == "text" else 3)

@@ -1,4 +1,4 @@
-"""The pieces both transformers share: activations, initializers, attention, one residual block."""
+"""What both transformers are made of: activations, initializers, attention, residual blocks."""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,17 +18,17 @@ LAYER_NORM_EPS = 1e-5  # PyTorch's default, which CLIP was trained with; SigLIP 
 
 
 def quick_gelu(x: Array) -> Array:
-    """x * sigmoid(1.702 x), the activation of OpenAI's models (`clip/model.py`)."""
+    """Return x * sigmoid(1.702 x), the activation of OpenAI's models (`clip/model.py`)."""
     return x * jax.nn.sigmoid(1.702 * x)
 
 
 def gelu(x: Array) -> Array:
-    """The exact, erf form; `jax.nn.gelu` alone would be the tanh approximation."""
+    """Return the exact GELU, by erf; `jax.nn.gelu` alone would be the tanh approximation."""
     return jax.nn.gelu(x, approximate=False)
 
 
 def gelu_tanh(x: Array) -> Array:
-    """The tanh approximation: big_vision's, which trained SigLIP."""
+    """Return the tanh approximation of GELU: big_vision's, which trained SigLIP."""
     return jax.nn.gelu(x, approximate=True)
 
 
@@ -36,7 +36,7 @@ ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu, "gelu_tanh": gelu_tanh}
 
 
 def uniform(bound: float) -> Initializer:
-    """Uniform on [-bound, bound]."""
+    """Return the initializer that is uniform on [-bound, bound]."""
 
     def init(key, shape, dtype=jnp.float32):
         return jax.random.uniform(key, shape, dtype, -bound, bound)
@@ -45,24 +45,24 @@ def uniform(bound: float) -> Initializer:
 
 
 def normal(std: float) -> Initializer:
-    """Normal with this standard deviation, not truncated."""
+    """Return the normal initializer of this standard deviation, not truncated."""
     return nn.initializers.normal(std)
 
 
 def torch_uniform(fan_in: int) -> Initializer:
-    """PyTorch's default for Linear and Conv, weight and bias: U(-fan_in^-1/2, fan_in^-1/2)."""
+    """Return PyTorch's default for Linear and Conv, weight and bias: uniform on ±fan_in^-1/2."""
     return uniform(fan_in**-0.5)
 
 
 def zeros(fan_in: int) -> Initializer:
-    """Zeros, whatever the fan-in."""
+    """Return the initializer that gives zeros, whatever the fan-in."""
     del fan_in
     return nn.initializers.zeros
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockInit:
-    """Initializers of a residual block's four matrices, and of the MLP's biases by fan-in."""
+    """The initializers of a residual block's four matrices, and of the MLP's biases by fan-in."""
 
     attention_in: Initializer
     attention_out: Initializer
@@ -72,7 +72,7 @@ class BlockInit:
 
 
 def vision_block_init(width: int, mlp_width: int) -> BlockInit:
-    """PyTorch's defaults, which OpenAI leaves in place in the image tower.
+    """Return PyTorch's defaults, which OpenAI leaves in place in the image tower.
 
     The in-projection is Xavier-uniform over the fused [3 * width, width] matrix.
     """
@@ -85,14 +85,14 @@ def vision_block_init(width: int, mlp_width: int) -> BlockInit:
 
 
 def timm_block_init() -> BlockInit:
-    """timm's `init_weights_vit_timm`, from which open_clip starts SigLIP's image towers."""
+    """Return timm's `init_weights_vit_timm`, from which open_clip starts SigLIP's image towers."""
     # trunc_normal_ cuts at 2, which is a hundred deviations: a plain normal.
     small = normal(0.02)
     return BlockInit(small, small, small, small, mlp_bias=zeros)
 
 
 def text_block_init(width: int, layers: int) -> BlockInit:
-    """`CLIP.initialize_parameters` of OpenAI's `clip/model.py`: the text tower only."""
+    """Return the text tower's part of `CLIP.initialize_parameters` (OpenAI's `clip/model.py`)."""
     residual = width**-0.5 * (2 * layers) ** -0.5
     return BlockInit(
         attention_in=normal(width**-0.5),
@@ -134,9 +134,12 @@ class Attention(nn.Module):
         x_BLD: Array,
         *,
         is_causal: bool = False,
-        visible_B: Int[Array, " B"] | None = None,
+        key_lengths_B: Int[Array, " B"] | None = None,
     ) -> Array:
-        """`visible_B`: how many leading rows of `x_BLD` the queries may see; None is all."""
+        """Return a row for each row of `query_BLD`.
+
+        `key_lengths_B`: how many leading rows of `x_BLD` the queries see; None is all.
+        """
         width = x_BLD.shape[-1]
 
         def project(name: str) -> nn.DenseGeneral:
@@ -156,8 +159,8 @@ class Attention(nn.Module):
             k_BLNK,
             v_BLNK,
             is_causal=is_causal,
-            visible_B=visible_B,
-            wanted=self.exec_config.attention,
+            key_lengths_B=key_lengths_B,
+            implementation=self.exec_config.attention,
         )
         return nn.DenseGeneral(
             width,
@@ -199,7 +202,7 @@ class MLP(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """Every feature times a learned gain, `initial` at the start (Touvron et al. 2021, CaiT)."""
+    """Learned gains of the features, `initial` at the start (Touvron et al. 2021, CaiT)."""
 
     initial: float
 
@@ -209,14 +212,14 @@ class LayerScale(nn.Module):
         return x * gamma_D.astype(x.dtype)
 
 
-def read_rows(x_BLD: Float[Array, "B L D"], at_B: Int[Array, " B"]) -> Float[Array, "B 1 D"]:
-    """Row `at_B[i]` of sequence i."""
-    return jnp.take_along_axis(x_BLD, at_B[:, None, None], axis=1)
+def gather_rows(x_BLD: Float[Array, "B L D"], index_B: Int[Array, " B"]) -> Float[Array, "B 1 D"]:
+    """Return row `index_B[i]` of sequence i."""
+    return jnp.take_along_axis(x_BLD, index_B[:, None, None], axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockConfig:
-    """What the blocks of a stack have in common.
+    """The sizes and choices that the blocks of a stack have in common.
 
     Attributes:
       heads, mlp_width: sizes; the width is the input's.
@@ -244,9 +247,9 @@ class ResidualBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x_BLD: Array, pool_index_B: Int[Array, " B"] | None = None) -> Array:
-        """With `pool_index_B`, only that row of every sequence: [B, 1, D].
+        """Return all rows [B, L, D], or with `pool_index_B` that row of every sequence [B, 1, D].
 
-        Equal to the full block read there, because a row of the output depends on the other
+        The one row is equal to that row of all, because a row of the output depends on the other
         rows through keys and values alone: its query, out-projection and MLP are its own.
         """
         c = self.config
@@ -255,15 +258,17 @@ class ResidualBlock(nn.Module):
         if pool_index_B is None:
             y_BLD = attention(h_BLD, h_BLD, is_causal=c.is_causal)
         else:
-            visible_B = pool_index_B + 1 if c.is_causal else None
-            y_BLD = attention(read_rows(h_BLD, pool_index_B), h_BLD, visible_B=visible_B)
-            x_BLD = read_rows(x_BLD, pool_index_B)
+            key_lengths_B = pool_index_B + 1 if c.is_causal else None
+            query_BLD = gather_rows(h_BLD, pool_index_B)
+            y_BLD = attention(query_BLD, h_BLD, key_lengths_B=key_lengths_B)
+            x_BLD = gather_rows(x_BLD, pool_index_B)
         x_BLD = x_BLD + self._scaled(y_BLD, "ls_1")
         mlp = MLP(c.mlp_width, c.activation, c.init, self.exec_config.dtype, name="mlp")
         y_BLD = mlp(LayerNorm(c.norm_eps, name="ln_2")(x_BLD))
         return x_BLD + self._scaled(y_BLD, "ls_2")
 
     def _scaled(self, y_BLD: Array, name: str) -> Array:
+        """Apply the layer scale of this name, if there is one."""
         initial = self.config.layer_scale
         return y_BLD if initial is None else LayerScale(initial, name=name)(y_BLD)
 
@@ -271,9 +276,9 @@ class ResidualBlock(nn.Module):
 class Transformer(nn.Module):
     """A stack of residual blocks.
 
-    With `how.scan` all blocks but the last are one block in a loop, `resblocks`, its parameters
-    those of `resblocks_0`, `resblocks_1`, ... stacked. The last keeps its own name and parameters:
-    it may be computed at one position, which the loop's body cannot be.
+    With `exec_config.scan` all blocks but the last are one block in a loop, `resblocks`, its
+    parameters those of `resblocks_0`, `resblocks_1`, ... stacked. The last keeps its own name and
+    parameters: it may be computed at one position, which the loop's body cannot be.
     """
 
     layers: int
@@ -284,9 +289,10 @@ class Transformer(nn.Module):
     def __call__(
         self, x_BLD: Float[Array, "B L D"], pool_index_B: Int[Array, " B"] | None = None
     ) -> Float[Array, "B l D"]:
-        """All rows, or with `pool_index_B` that one of every sequence: l is L or 1.
+        """Return all rows, or with `pool_index_B` that one of every sequence: l is L or 1.
 
-        Without `how.read_early` the whole last block is computed and then read: the plain form.
+        Without `exec_config.pool_last_block` the last block is computed for all rows, one of which
+        is then gathered: the plain form.
         """
         last = self.layers - 1
         if self.exec_config.scan and last > 0:
@@ -294,19 +300,19 @@ class Transformer(nn.Module):
         block = remat_block(ResidualBlock, self.exec_config)
         for i in range(0 if not self.exec_config.scan else last, last):
             x_BLD = block(self.block, self.exec_config, name=f"resblocks_{i}")(x_BLD)
-        early_at_B = pool_index_B if self.exec_config.pool_last_block else None
-        x_BLD = block(self.block, self.exec_config, name=f"resblocks_{last}")(x_BLD, early_at_B)
-        if pool_index_B is not None and not self.exec_config.pool_last_block:
-            x_BLD = read_rows(x_BLD, pool_index_B)
-        return x_BLD
+        last_block = block(self.block, self.exec_config, name=f"resblocks_{last}")
+        if pool_index_B is None or self.exec_config.pool_last_block:
+            return last_block(x_BLD, pool_index_B)
+        return gather_rows(last_block(x_BLD, None), pool_index_B)
 
     def _loop(self, x_BLD: Float[Array, "B L D"], times: int) -> Float[Array, "B L D"]:
+        """Apply the stacked blocks, `times` of them."""
         loop = nn.scan(
             lambda block, x_BLD, _: (block(x_BLD), None),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             length=times,
         )
-        block = remat_block(ResidualBlock, self.exec_config, looped=True)
+        block = remat_block(ResidualBlock, self.exec_config, in_scan=True)
         x_BLD, _ = loop(block(self.block, self.exec_config, name="resblocks"), x_BLD, None)
         return x_BLD

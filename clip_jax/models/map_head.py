@@ -9,7 +9,7 @@ from clip_jax.models.layers import MLP, Attention, BlockConfig, LayerNorm
 
 
 class MAPHead(nn.Module):
-    """A learned probe attends to all rows; a residual MLP follows.
+    """Attention of a learned probe over all rows, then a residual MLP.
 
     The attention itself has no residual connection, and the probe no layer norm.
     """
@@ -19,6 +19,7 @@ class MAPHead(nn.Module):
 
     @nn.compact
     def __call__(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B D"]:
+        """Return one vector of each sequence."""
         c = self.config
         batch, _, width = x_BLD.shape
         # Of timm's AttentionPoolLatent: a normal cut at two of its deviations.

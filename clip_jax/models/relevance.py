@@ -1,11 +1,11 @@
 """Where in an image the cosine with a caption comes from.
 
 The measure is gradient-weighted attention (Chefer et al. 2021, arXiv:2103.15679) of the attention
-that is read last: the weight that a head gives a patch, times what the cosine gains as the weight
-grows; what lowers the cosine is cut off, and heads are summed. Weights need not be held for it.
-A value enters through its weights alone, y = sum_j w_j v_j, so that w_j dc/dw_j = v_j . dc/dv_j:
-values and their gradients are enough, whatever computes the attention. The convolutional tower has
-no attention; its last feature map, times its gradient, stands for it.
+that is computed last: the weight that a head gives a patch, times what the cosine gains as the
+weight grows; what lowers the cosine is cut off, and heads are summed. Weights need not be held for
+it. A value enters through its weights alone, y = sum_j w_j v_j, so that w_j dc/dw_j =
+v_j . dc/dv_j: values and their gradients are enough, whatever computes the attention. The
+convolutional tower has no attention; its last feature map, times its gradient, stands for it.
 """
 
 from collections.abc import Mapping
@@ -28,17 +28,18 @@ class RelevanceFn(Protocol):
     def __call__(
         self, variables: Mapping[str, Any], images_BHWC: Array, z_text_BD: Array
     ) -> Float[Array, "B h w"]:
-        """What each place of the grid adds to the cosine of each image and its text.
+        """Return what each place of the grid adds to the cosine of each image and its text.
 
         Args:
+          variables: the model's.
           images_BHWC: normalized images.
           z_text_BD: unit features, one for each image.
         """
         ...
 
 
-def watched_module(config: CLIPConfig) -> tuple[tuple[str, ...], int]:
-    """The path of the module whose output is read, and how many rows stand before the patches."""
+def captured_module(config: CLIPConfig) -> tuple[tuple[str, ...], int]:
+    """Return the path of the module whose output is captured, and the rows before its patches."""
     vision = config.vision
     if isinstance(vision, ResNetConfig):
         return ("visual", "attnpool", "v_proj"), 1  # the mean of all places
@@ -51,42 +52,45 @@ def watched_module(config: CLIPConfig) -> tuple[tuple[str, ...], int]:
 
 
 def make_relevance(model: CLIP) -> RelevanceFn:
-    """The relevance map of a model; its blocks must stand by themselves (`scan` False)."""
-    path, leading = watched_module(model.config)
+    """Make the relevance map of a model; its blocks must stand by themselves (`scan` False)."""
+    path, leading_rows = captured_module(model.config)
     side = model.config.vision.grid_size
 
     def forward(
-        variables: Mapping[str, Any], images_BHWC: Array, change: Array | None = None
+        variables: Mapping[str, Any], images_BHWC: Array, perturbation: Array | None = None
     ) -> tuple[Array, Array]:
-        """Image features, and what the watched module returned before `change` was added."""
-        seen: list[Array] = []
+        """Return image features, and the captured output before `perturbation` was added to it."""
+        captured: list[Array] = []
 
-        def watch(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        def intercept(
+            call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext
+        ) -> Any:
             y = call(*args, **kwargs)
             if context.module.path != path or context.method_name != "__call__":
                 return y
-            seen.append(y)
-            return y if change is None else y + change
+            captured.append(y)
+            return y if perturbation is None else y + perturbation
 
-        with nn.intercept_methods(watch):
+        with nn.intercept_methods(intercept):
             z_BD: Any = model.apply(variables, images_BHWC, method="encode_image")
-        return z_BD, seen[0]
+        return z_BD, captured[0]
 
     def relevance(
         variables: Mapping[str, Any], images_BHWC: Array, z_text_BD: Array
     ) -> Float[Array, "B h w"]:
-        y = jax.eval_shape(forward, variables, images_BHWC)[1]
+        output = jax.eval_shape(forward, variables, images_BHWC)[1]
 
-        def cosines(change: Array) -> tuple[Array, Array]:
-            z_BD, y = forward(variables, images_BHWC, change)
-            # Images do not meet, so the sum's gradient is each cosine's own.
+        def sum_of_cosines(perturbation: Array) -> tuple[Array, Array]:
+            z_BD, y = forward(variables, images_BHWC, perturbation)
+            # Images do not meet, so the sum's gradient is that of each image's own cosine.
             return jnp.sum(unit_length(z_BD) * z_text_BD), y
 
-        gradient, y = jax.grad(cosines, has_aux=True)(jnp.zeros(y.shape, y.dtype))
+        zeros = jnp.zeros(output.shape, output.dtype)
+        gradient, y = jax.grad(sum_of_cosines, has_aux=True)(zeros)
         gain = jnp.maximum(jnp.sum((y * gradient).astype(jnp.float32), axis=-1), 0)
         batch = gain.shape[0]
         if path[-1] == "v_proj":  # [B, L, N]: a gain for each head
-            gain = jnp.sum(gain, axis=-1)[:, leading:]
+            gain = jnp.sum(gain, axis=-1)[:, leading_rows:]
         return gain.reshape(batch, side, side)
 
     return relevance

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from clip_jax.models.attention import attend
 from clip_jax.models.convolution import batch_norm, conv, statistics_mask
-from clip_jax.models.execution import PLAIN, ExecConfig, remat_block
+from clip_jax.models.execution import DEFAULT_EXEC_CONFIG, ExecConfig, remat_block
 from clip_jax.models.layers import normal, torch_uniform
 
 EXPANSION = 4  # a bottleneck's output features over its inner ones
@@ -22,7 +22,7 @@ HEAD_SIZE = 64
 
 @dataclasses.dataclass(frozen=True)
 class ResNetConfig:
-    """Sizes of a modified ResNet.
+    """The sizes of a modified ResNet.
 
     Attributes:
       image_size: side of the square input, pixels; a multiple of 32.
@@ -36,26 +36,27 @@ class ResNetConfig:
 
     @property
     def features(self) -> int:
-        """Features of the last stage."""
+        """Return the number of features of the last stage."""
         return self.width * 8 * EXPANSION
 
     @property
     def heads(self) -> int:
-        """Heads of the attention pool."""
+        """Return the number of heads of the attention pool."""
         return self.features // HEAD_SIZE
 
     @property
     def grid_size(self) -> int:
-        """Positions along a side of the last feature map."""
+        """Return the number of positions along a side of the last feature map."""
         return self.image_size // 32
 
 
 def average_pool(x_BHWC: Array, size: int) -> Array:
+    """Return the means of squares of this side, which is also the stride."""
     return x_BHWC if size == 1 else nn.avg_pool(x_BHWC, (size, size), (size, size))
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, pool, 1x1, with the shortcut pooled before its own 1x1."""
+    """A 1x1, a 3x3, a pool and a 1x1, with the shortcut pooled before its own 1x1."""
 
     width: int
     stride: int
@@ -85,7 +86,7 @@ class Bottleneck(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """One query, the mean of all positions, attends to them and to itself."""
+    """Attention of one query, the mean of all positions, over them and itself."""
 
     heads: int
     embed_dim: int
@@ -111,7 +112,7 @@ class AttentionPool(nn.Module):
 
         q_B1NK = project("q_proj")(x_BLD[:, :1])
         k_BLNK, v_BLNK = project("k_proj")(x_BLD), project("v_proj")(x_BLD)
-        y_B1NK = attend(q_B1NK, k_BLNK, v_BLNK, wanted=self.exec_config.attention)
+        y_B1NK = attend(q_B1NK, k_BLNK, v_BLNK, implementation=self.exec_config.attention)
         return nn.DenseGeneral(
             self.embed_dim,
             axis=(-2, -1),
@@ -123,11 +124,11 @@ class AttentionPool(nn.Module):
 
 
 class ModifiedResNet(nn.Module):
-    """Images to features. Keeps running statistics in the collection `batch_stats`."""
+    """The image tower of CLIP's ResNets. It keeps running statistics in `batch_stats`."""
 
     config: ResNetConfig
     embed_dim: int
-    exec_config: ExecConfig = PLAIN
+    exec_config: ExecConfig = DEFAULT_EXEC_CONFIG
 
     @nn.compact
     def __call__(
@@ -137,9 +138,9 @@ class ModifiedResNet(nn.Module):
         valid_B: Bool[Array, " B"] | None = None,
         patch_ids_Bl: None = None,
     ) -> Float[Array, "B D"]:
-        """Features of normalized images, not of unit length.
+        """Return features of normalized images, not of unit length.
 
-        With `train` the statistics of the batch's good rows are used (all are where `valid_B` is
+        With `train` the statistics of the batch's valid rows are used (all are where `valid_B` is
         None), and the running ones updated where the caller makes `batch_stats` mutable.
         `patch_ids_Bl` is of the transformers: there are no patches to choose here.
         """
@@ -159,7 +160,7 @@ class ModifiedResNet(nn.Module):
         return AttentionPool(c.heads, self.embed_dim, self.exec_config, name="attnpool")(x)
 
     def _stem(self, x: Array, train: bool, mask: Array | None) -> Array:
-        """Three convolutions and a pool: a quarter of the side."""
+        """Apply three convolutions and a pool, which leave a quarter of the side."""
         width, dtype = self.config.width, self.exec_config.dtype
         sizes = [(width // 2, 2), (width // 2, 1), (width, 1)]
         for i, (features, stride) in enumerate(sizes, start=1):

@@ -1,4 +1,4 @@
-"""Parameters of a tower's blocks: one by one, or stacked for `nn.scan`; and back.
+"""The parameters of a tower's blocks, stacked for `nn.scan` or one by one.
 
 One by one, a transformer of L blocks has `resblocks_0` to `resblocks_{L-1}`. Stacked, it has
 `resblocks`, the first L - 1 with a leading axis of layers, and `resblocks_{L-1}` as before. Both
@@ -6,6 +6,7 @@ functions take any tree that holds such dicts, of arrays or of ShapeDtypeStructs
 an optimizer's state of the same structure. They can be traced.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,59 +19,65 @@ STACK = "resblocks"
 
 
 def stack_layers(tree: Any) -> Any:
-    """The tree with the blocks of every transformer but its last as one stack."""
-    return jax.tree.map(lambda x: _stack(x) if _holds_blocks(x) else x, tree, is_leaf=_holds_blocks)
+    """Return the tree with the blocks of every transformer but its last as one stack."""
+    return _map_blocks(_stack_blocks, tree)
 
 
 def unstack_layers(tree: Any) -> Any:
-    """The tree with every block by itself: the inverse of `stack_layers`."""
-    return jax.tree.map(
-        lambda x: _unstack(x) if _holds_blocks(x) else x, tree, is_leaf=_holds_blocks
-    )
+    """Return the tree with every block by itself: the inverse of `stack_layers`."""
+    return _map_blocks(_unstack_blocks, tree)
 
 
-def _holds_blocks(tree: Any) -> bool:
-    return isinstance(tree, dict) and bool(_numbers(tree))
+def _map_blocks(function: Callable[[dict[str, Any]], dict[str, Any]], tree: Any) -> Any:
+    """Apply a function to every dict of blocks in a tree."""
+
+    def holds_blocks(tree: Any) -> bool:
+        return isinstance(tree, dict) and bool(_block_numbers(tree))
+
+    return jax.tree.map(lambda x: function(x) if holds_blocks(x) else x, tree, is_leaf=holds_blocks)
 
 
-def _numbers(blocks: dict[str, Any]) -> list[int]:
-    """The numbers of the blocks that stand by themselves."""
+def _block_numbers(blocks: dict[str, Any]) -> list[int]:
+    """Return the numbers of the blocks that stand by themselves."""
     prefix = f"{STACK}_"
     return sorted(int(name.removeprefix(prefix)) for name in blocks if name.startswith(prefix))
 
 
-def _stack(blocks: dict[str, Any]) -> dict[str, Any]:
-    *first, last = _numbers(blocks)
+def _stack_blocks(blocks: dict[str, Any]) -> dict[str, Any]:
+    *first, last = _block_numbers(blocks)
     if not first:  # one block, or stacked already
         return blocks
-    stacked = jax.tree.map(lambda *xs: _join(xs), *(blocks[f"{STACK}_{i}"] for i in first))
+    stacked = jax.tree.map(lambda *xs: _stack_leaves(xs), *(blocks[f"{STACK}_{i}"] for i in first))
     return {STACK: stacked, f"{STACK}_{last}": blocks[f"{STACK}_{last}"]}
 
 
-def _unstack(blocks: dict[str, Any]) -> dict[str, Any]:
+def _unstack_blocks(blocks: dict[str, Any]) -> dict[str, Any]:
     if STACK not in blocks:
         return blocks
-    (last,) = _numbers(blocks)
+    (last,) = _block_numbers(blocks)
     first = {
-        f"{STACK}_{i}": jax.tree.map(lambda x, i=i: _part(x, i), blocks[STACK]) for i in range(last)
+        f"{STACK}_{i}": jax.tree.map(lambda x, i=i: _take_layer(x, i), blocks[STACK])
+        for i in range(last)
     }
     return {**first, f"{STACK}_{last}": blocks[f"{STACK}_{last}"]}
 
 
-def _join(parts: tuple[Any, ...]) -> Any:
-    first = parts[0]
+def _stack_leaves(layers: tuple[Any, ...]) -> Any:
+    """Return one leaf of all layers, which come first in its shape and are not sharded."""
+    first = layers[0]
     if first.size == 1:
-        # Not a block's own: what an optimizer puts where it keeps nothing.
+        # No parameter of a block: what an optimizer puts where it keeps nothing.
         return first
     if isinstance(first, jax.ShapeDtypeStruct):
         sharding = first.sharding
         if isinstance(sharding, NamedSharding):
             sharding = NamedSharding(sharding.mesh, P(None, *sharding.spec))
-        return jax.ShapeDtypeStruct((len(parts), *first.shape), first.dtype, sharding=sharding)
-    return np.stack(parts) if isinstance(first, np.ndarray) else jnp.stack(parts)
+        return jax.ShapeDtypeStruct((len(layers), *first.shape), first.dtype, sharding=sharding)
+    return np.stack(layers) if isinstance(first, np.ndarray) else jnp.stack(layers)
 
 
-def _part(stacked: Any, i: int) -> Any:
+def _take_layer(stacked: Any, i: int) -> Any:
+    """Return layer i of a stacked leaf."""
     if stacked.size == 1:
         return stacked
     if isinstance(stacked, jax.ShapeDtypeStruct):

@@ -1,8 +1,8 @@
-"""The table of models in `docs/models.md`: a row of numbers for each row of the zoo.
+"""The table of models in `docs/models.md`: a row of numbers for each entry of the zoo.
 
     python -m clip_jax.models.table docs/models.md
 
-rewrites it between its two marks.
+rewrites it between its two markers.
 """
 
 import dataclasses
@@ -24,8 +24,8 @@ from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
 from clip_jax.models.zoo import MODELS
 
-START = "<!-- written by: python -m clip_jax.models.table docs/models.md -->"
-END = "<!-- end of the table -->"
+START_MARKER = "<!-- written by: python -m clip_jax.models.table docs/models.md -->"
+END_MARKER = "<!-- end of the table -->"
 COLUMNS = (
     "model",
     "image, pixels",
@@ -38,16 +38,16 @@ COLUMNS = (
 )
 
 
-def family(config: CLIPConfig) -> str | None:
-    """The case of the parity tests that stands for a model; None where no reference has it."""
+def parity_case(config: CLIPConfig) -> str | None:
+    """Return the parity tests' case that stands for a model; None where no reference has it."""
     vision, text = config.vision, config.text
     if isinstance(vision, ConvNetConfig):
         return None
     if isinstance(vision, ResNetConfig):
         return f"resnet {text.activation}"
     if vision.pool == "map":
-        end = "" if text.project else " without projection"
-        return f"siglip {vision.activation}/{text.activation}{end}"
+        suffix = "" if text.project else " without projection"
+        return f"siglip {vision.activation}/{text.activation}{suffix}"
     kind = "clipa" if vision.pool == "average" else "vit"
     if text.pool == "end" and text.eot_id != text.vocab_size - 1:
         kind = "worldwide"
@@ -55,23 +55,29 @@ def family(config: CLIPConfig) -> str | None:
 
 
 def parameter_counts(config: CLIPConfig) -> tuple[int, int]:
-    """Parameters of the image and of the text tower, by shapes alone."""
-    return _count(config.vision, config.embed_dim), _count(config.text, config.embed_dim)
+    """Count the parameters of the image and of the text tower, by shapes alone."""
+    return _count_tower(config.vision, config.embed_dim), _count_tower(
+        config.text, config.embed_dim
+    )
 
 
 @functools.cache
-def _count(tower: ViTConfig | ResNetConfig | ConvNetConfig | TextConfig, embed_dim: int) -> int:
+def _count_tower(
+    tower: ViTConfig | ResNetConfig | ConvNetConfig | TextConfig, embed_dim: int
+) -> int:
     if isinstance(tower, ViTConfig | TextConfig):
         # The blocks are of one size: trace the first alone, and count it for each of the others.
-        params = _shapes(dataclasses.replace(tower, layers=1), embed_dim)
-        return _sum(params) + (tower.layers - 1) * _sum(params["transformer"]["resblocks_0"])
-    return _sum(_shapes(tower, embed_dim))
+        params = _tower_shapes(dataclasses.replace(tower, layers=1), embed_dim)
+        return _count_tree(params) + (tower.layers - 1) * _count_tree(
+            params["transformer"]["resblocks_0"]
+        )
+    return _count_tree(_tower_shapes(tower, embed_dim))
 
 
-def _shapes(
+def _tower_shapes(
     tower: ViTConfig | ResNetConfig | ConvNetConfig | TextConfig, embed_dim: int
 ) -> dict[str, Any]:
-    """The shapes of one tower's parameters, in a model whose other tower is the smallest."""
+    """Return the shapes of one tower's parameters, in a model whose other tower is the smallest."""
     text = TextConfig(width=1, layers=1, heads=1, vocab_size=1, context_length=1)
     if isinstance(tower, TextConfig):
         name, config = "text", CLIPConfig(embed_dim, ConvNetConfig(8, 4, (1, 1)), tower)
@@ -84,12 +90,12 @@ def _shapes(
     return shapes["params"][name]
 
 
-def _sum(params: dict[str, Any]) -> int:
+def _count_tree(params: dict[str, Any]) -> int:
     return sum(math.prod(x.shape) for x in jax.tree.leaves(params))
 
 
 def model_table() -> str:
-    """The table, in the order of the zoo."""
+    """Return the table, in the order of the zoo."""
     align = ["---", *["---:"] * 6, "---"]
     rows: list[Sequence[str]] = [COLUMNS, align]
     for name, config in MODELS.items():
@@ -103,19 +109,19 @@ def model_table() -> str:
             f"{text / 1e6:.2f}",
             f"{image_flops(config) / 1e9:.2f}",
             f"{text_flops(config, length) / 1e9:.2f}",
-            family(config) or "no reference",
+            parity_case(config) or "no reference",
         ]
         rows.append(cells)
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def with_table(document: str) -> str:
-    """The document with the table between its marks written anew."""
-    before, rest = document.split(START)
-    _, after = rest.split(END)
-    return f"{before}{START}\n{model_table()}{END}{after}"
+def update_table(document: str) -> str:
+    """Return the document with the table between its two markers written anew."""
+    before, rest = document.split(START_MARKER)
+    _, after = rest.split(END_MARKER)
+    return f"{before}{START_MARKER}\n{model_table()}{END_MARKER}{after}"
 
 
 if __name__ == "__main__":
     path = Path(sys.argv[1])
-    path.write_text(with_table(path.read_text()))
+    path.write_text(update_table(path.read_text()))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from clip_jax.errors import check_choice
-from clip_jax.models.execution import PLAIN, ExecConfig
+from clip_jax.models.execution import DEFAULT_EXEC_CONFIG, ExecConfig
 from clip_jax.models.layers import (
     ACTIVATIONS,
     LAYER_NORM_EPS,
@@ -23,19 +23,20 @@ POOLS = ("end", "last")
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """Sizes of a text transformer, and what sets its family apart.
+    """The sizes of a text transformer, and what sets its family apart.
 
     Attributes:
       width, layers, heads: of the transformer.
       context_length: longest sequence, tokens, the start and end tokens included.
       vocab_size: entries of the token embedding.
-      eot_id: the end-of-text token, where pool "end" reads a sequence.
+      eot_id: the end-of-text token, whose position pool "end" takes.
       mlp_ratio: hidden features of the MLP over the width.
       activation: of the MLPs, a name in `layers.ACTIVATIONS`.
       norm_eps: of the layer norms.
       causal: a token sees itself and those before it; else all tokens, the padding too.
-      pool: what is read: "end", the first end token (CLIP); "last", the last position, which
-        mostly holds padding (SigLIP and CLIPA, whose rows always have the full length).
+      pool: the position whose row becomes the features: "end", the first end token (CLIP); "last",
+        the last position, which mostly holds padding (SigLIP and CLIPA, whose rows always have the
+        full length).
       project: a matrix to the shared space follows; without it the width is `embed_dim`.
       proj_bias: that projection has a bias (SigLIP).
     """
@@ -60,19 +61,20 @@ class TextConfig:
 
     @property
     def mlp_width(self) -> int:
+        """Return the number of hidden features of an MLP."""
         return int(self.width * self.mlp_ratio)
 
     @property
     def supports_trimming(self) -> bool:
-        """Whether cutting rows behind their end tokens leaves the features as they are.
+        """Return whether cutting rows behind their end tokens leaves the features as they are.
 
-        Elsewhere padding is seen or read, and a row must come at the full `context_length`.
+        Elsewhere padding is seen or pooled, and a row must come at the full `context_length`.
         """
         return self.causal and self.pool == "end"
 
 
 def end_positions(tokens_BL: Int[Array, "B L"], eot_id: int) -> Int[Array, " B"]:
-    """Where each row's first end token stands; 0 in a row that has none.
+    """Return the position of each row's first end token; 0 in a row that has none.
 
     OpenAI takes the largest id instead, which is the same until ids above the end token exist.
     """
@@ -80,7 +82,7 @@ def end_positions(tokens_BL: Int[Array, "B L"], eot_id: int) -> Int[Array, " B"]
 
 
 class TextTransformer(nn.Module):
-    """Tokens to features: embedding, positions, blocks, the read, ln_final, projection.
+    """The text tower: embedding, positions, blocks, pooling, ln_final, projection.
 
     A row may be shorter than `context_length`: in a tower that supports trimming, what stands
     behind the end token cannot matter, and the caller cuts it.
@@ -88,11 +90,11 @@ class TextTransformer(nn.Module):
 
     config: TextConfig
     embed_dim: int
-    exec_config: ExecConfig = PLAIN
+    exec_config: ExecConfig = DEFAULT_EXEC_CONFIG
 
     @nn.compact
     def __call__(self, tokens_BL: Int[Array, "B L"]) -> Float[Array, "B D"]:
-        """Features of token rows, not of unit length."""
+        """Return features of token rows, not of unit length."""
         c = self.config
         batch, length = tokens_BL.shape
         x_BLD = nn.Embed(
@@ -120,7 +122,7 @@ class TextTransformer(nn.Module):
             pool_index_B = jnp.full(batch, length - 1, jnp.int32)
         transformer = Transformer(c.layers, block, self.exec_config, name="transformer")
         x_BD = transformer(x_BLD, pool_index_B)[:, 0]
-        # Layer norm works on each row alone, so it may follow the read instead of preceding it.
+        # Layer norm works on each row alone, so it may follow the pooling instead of preceding it.
         x_BD = LayerNorm(c.norm_eps, name="ln_final")(x_BD)
         return self._project(x_BD) if c.project else x_BD
 

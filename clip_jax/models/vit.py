@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from clip_jax.errors import UserError, check_choice
-from clip_jax.models.execution import PLAIN, ExecConfig
+from clip_jax.models.execution import DEFAULT_EXEC_CONFIG, ExecConfig
 from clip_jax.models.layers import (
     ACTIVATIONS,
     LAYER_NORM_EPS,
@@ -27,7 +27,7 @@ POOLS = ("token", "average", "map")
 
 @dataclasses.dataclass(frozen=True)
 class ViTConfig:
-    """Sizes of an image transformer, and what sets its family apart.
+    """The sizes of an image transformer, and what sets its family apart.
 
     Attributes:
       image_size: side of the square input, pixels; what a last, partial patch would hold is cut.
@@ -70,21 +70,25 @@ class ViTConfig:
 
     @property
     def grid_size(self) -> int:
-        """Patches along a side."""
+        """Return the number of patches along a side."""
         return self.image_size // self.patch_size
 
     @property
     def length(self) -> int:
-        """Rows of the sequence: the patches, and the class token."""
+        """Return the number of rows of the sequence: the patches, and the class token."""
         return self.grid_size**2 + self.class_token
 
     @property
     def mlp_width(self) -> int:
+        """Return the number of hidden features of an MLP."""
         return int(self.width * self.mlp_ratio)
 
     @property
     def block(self) -> BlockConfig:
-        """Of the transformer, and of a MAP head. SigLIP starts as timm does, CLIP as PyTorch."""
+        """Return the config of the transformer's blocks, and of a MAP head.
+
+        SigLIP starts as timm does, CLIP as PyTorch.
+        """
         is_siglip = self.pool == "map"
         return BlockConfig(
             self.heads,
@@ -110,7 +114,7 @@ class PatchProjection(nn.Module):
 
     @nn.compact
     def __call__(self, images_BHWC: Float[Array, "B H W 3"]) -> Float[Array, "B L D"]:
-        """One row a patch, line by line; what a last, partial patch would hold is cut."""
+        """Return one row a patch, line by line; what a last, partial patch would hold is cut."""
         size, (batch, height, width, channels) = self.size, images_BHWC.shape
         rows, columns = height // size, width // size
         x = images_BHWC[:, : rows * size, : columns * size].astype(self.dtype)
@@ -125,11 +129,11 @@ class PatchProjection(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Images to features: patches, class token, positions, ln_pre, blocks, pool, projection."""
+    """The image tower: patches, class token, positions, ln_pre, blocks, pool, projection."""
 
     config: ViTConfig
     embed_dim: int
-    exec_config: ExecConfig = PLAIN
+    exec_config: ExecConfig = DEFAULT_EXEC_CONFIG
 
     @nn.compact
     def __call__(
@@ -139,7 +143,9 @@ class VisionTransformer(nn.Module):
         valid_B: Bool[Array, " B"] | None = None,
         patch_ids_Bl: Int[Array, "B l"] | None = None,
     ) -> Float[Array, "B D"]:
-        """Features of normalized images, not of unit length; `train` and `valid_B` change nothing.
+        """Return features of normalized images, not of unit length.
+
+        `train` and `valid_B` change nothing: they are of towers with batch norm.
 
         With `patch_ids_Bl` those patches of each image alone are seen (FLIP, Li et al. 2022).
         """
@@ -147,15 +153,15 @@ class VisionTransformer(nn.Module):
         c = self.config
         x_BLD = self._embed(images_BHWC)
         if patch_ids_Bl is not None:
-            x_BLD = self._keep(x_BLD, patch_ids_Bl)
+            x_BLD = self._select_patches(x_BLD, patch_ids_Bl)
         if c.pre_norm:
             x_BLD = LayerNorm(c.norm_eps, name="ln_pre")(x_BLD)
         transformer = Transformer(c.layers, c.block, self.exec_config, name="transformer")
         norm = LayerNorm(c.norm_eps, name="ln_post")
         if c.pool == "token":
-            first_B = jnp.zeros(x_BLD.shape[0], jnp.int32)
-            # Layer norm works on each row alone, so it may follow the read.
-            x_BD = norm(transformer(x_BLD, first_B)[:, 0])
+            pool_index_B = jnp.zeros(x_BLD.shape[0], jnp.int32)
+            # Layer norm works on each row alone, so it may follow the pooling.
+            x_BD = norm(transformer(x_BLD, pool_index_B)[:, 0])
         elif c.pool == "average":
             x_BLD = transformer(x_BLD)
             x_BLD = x_BLD if c.norm_after_pool else norm(x_BLD)
@@ -170,7 +176,7 @@ class VisionTransformer(nn.Module):
         return x_BD @ projection_DD.astype(x_BD.dtype)
 
     def _embed(self, images_BHWC: Float[Array, "B H W 3"]) -> Float[Array, "B L D"]:
-        """Patches, the class token before them, and the positions of both."""
+        """Return the projected patches behind the class token, their positions added."""
         c = self.config
         x_BLD = PatchProjection(
             c.width, c.patch_size, c.patch_bias, self.exec_config.dtype, name="conv1"
@@ -185,15 +191,15 @@ class VisionTransformer(nn.Module):
         position_LD = self.param("positional_embedding", position_init, (c.length, c.width))
         return x_BLD + position_LD.astype(x_BLD.dtype)
 
-    def _keep(
+    def _select_patches(
         self, x_BLD: Float[Array, "B L D"], patch_ids_Bl: Int[Array, "B l"]
     ) -> Float[Array, "B k D"]:
-        """The class token, and the patches of these numbers in this order."""
-        kept_BlD = jnp.take_along_axis(self._patches(x_BLD), patch_ids_Bl[:, :, None], axis=1)
+        """Return the class token, and the patches of these numbers in this order."""
+        patches_BlD = jnp.take_along_axis(self._patches(x_BLD), patch_ids_Bl[:, :, None], axis=1)
         if not self.config.class_token:
-            return kept_BlD
-        return jnp.concatenate([x_BLD[:, :1], kept_BlD], axis=1)
+            return patches_BlD
+        return jnp.concatenate([x_BLD[:, :1], patches_BlD], axis=1)
 
     def _patches(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B l D"]:
-        """The rows behind the class token."""
+        """Return the rows behind the class token."""
         return x_BLD[:, 1:] if self.config.class_token else x_BLD

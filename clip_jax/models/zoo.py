@@ -1,11 +1,11 @@
-"""Every model by name: one row each, as a table to read.
+"""Every model by name: one entry each, as a table to read.
 
 OpenAI's nine models stand under OpenAI's names, then open_clip's native ViT and ResNet and its
 SigLIP configurations under open_clip's (`open_clip/model_configs/*.json`, version 3.3).
 
 Two models may differ in their activation alone. `ViT-B/32` is OpenAI's, with QuickGELU;
 `ViT-B-32` is open_clip's, with the exact GELU, and `ViT-B-32-quickgelu` the first again. Of the
-names both use, `RN50` and its kind, the row is OpenAI's: so were all published ResNets trained.
+names both use, `RN50` and its kind, the entry is OpenAI's: so were all published ResNets trained.
 Their text tower with the exact GELU, open_clip's JSON of that name, is `RN50-gelu`.
 """
 
@@ -60,7 +60,7 @@ C4_EN, MC4, GEMMA = 32_000, 250_000, 256_000  # entries of SigLIP's three vocabu
 
 
 def vit(size: str, image_size: int, patch_size: int) -> ViTConfig:
-    """The image tower of CLIP in one of the sizes."""
+    """Return the image tower of CLIP in one of the sizes."""
     width, layers, heads, mlp_ratio = IMAGE_SIZES[size]
     return ViTConfig(image_size, patch_size, width, layers, heads, mlp_ratio)
 
@@ -68,25 +68,25 @@ def vit(size: str, image_size: int, patch_size: int) -> ViTConfig:
 def clip(
     embed_dim: int, vision: ViTConfig | ResNetConfig, text: TextConfig, activation: str = "gelu"
 ) -> CLIPConfig:
-    """CLIP with one activation in both towers (a ResNet has ReLU). open_clip's default is GELU."""
+    """Return CLIP with one activation in both towers (a ResNet has ReLU); open_clip's is GELU."""
     if isinstance(vision, ViTConfig):
         vision = dataclasses.replace(vision, activation=activation)
     return CLIPConfig(embed_dim, vision, dataclasses.replace(text, activation=activation))
 
 
 def openai(embed_dim: int, vision: ViTConfig | ResNetConfig, text: TextConfig) -> CLIPConfig:
-    """CLIP with QuickGELU, as OpenAI trained it: open_clip's `quick_gelu`."""
+    """Return CLIP with QuickGELU, as OpenAI trained it: open_clip's `quick_gelu`."""
     return clip(embed_dim, vision, text, "quick_gelu")
 
 
 def worldwide(text: TextConfig, vocabulary: tuple[int, int]) -> TextConfig:
-    """A text tower with a vocabulary of many languages."""
+    """Return a text tower with a vocabulary of many languages."""
     vocab_size, eot_id = vocabulary
     return dataclasses.replace(text, vocab_size=vocab_size, eot_id=eot_id)
 
 
 def clipa(embed_dim: int, vision: ViTConfig, text: TextConfig) -> CLIPConfig:
-    """CLIPA (Li et al. 2023): average pooling; short text without a mask, read at its last place.
+    """Return a CLIPA (Li et al. 2023): average pooling; short unmasked text, its last row pooled.
 
     Its ids are those of BERT's vocabulary, whose end token, [SEP], the tokenizer leaves out.
     """
@@ -108,11 +108,11 @@ def siglip(
     text_activation: str = "gelu",
     project: bool = True,
 ) -> CLIPConfig:
-    """SigLIP (Zhai et al. 2023), as open_clip builds it from a tower of timm and one of its own.
+    """Return a SigLIP (Zhai et al. 2023), as open_clip builds it: timm's image tower, its own text.
 
     big_vision trained every one with the tanh approximation of GELU, and `transformers` runs them
-    so; timm and open_clip use the exact form in some. The rows are open_clip's: a checkpoint's own
-    config decides.
+    so; timm and open_clip use the exact form in some. The entries are open_clip's: a checkpoint's
+    own config decides.
     """
     vision = dataclasses.replace(
         vit(size, image_size, patch_size),
@@ -141,7 +141,7 @@ def siglip(
 
 
 def siglip2(size: str, image_size: int, patch_size: int, activation: str = "gelu") -> CLIPConfig:
-    """SigLIP 2 (Tschannen et al. 2025) of a fixed resolution."""
+    """Return a SigLIP 2 (Tschannen et al. 2025) of a fixed resolution."""
     return siglip(
         size, image_size, patch_size, GEMMA, activation=activation, text_activation="gelu_tanh"
     )
@@ -271,55 +271,50 @@ MODELS: dict[str, CLIPConfig] = {
     "ViT-gopt-16-SigLIP2-384": siglip2("gopt", 384, 16, "gelu_tanh"),
 }
 
-# open_clip's other families: how their names start, and what they are.
-LEFT_OUT: tuple[tuple[str, str], ...] = (
-    ("EVA", "EVA image towers (rotary positions, SwiGLU)"),
-    ("ViTamin", "ViTamin image towers (convolutions before a transformer)"),
-    ("PE-Core", "Perception Encoder image towers (rotary positions)"),
-    ("MobileCLIP", "MobileCLIP's image towers (FastViT and other towers of timm)"),
-    ("convnext", "ConvNeXt image towers"),
-    ("coca", "CoCa (attentional pooling and a multimodal decoder)"),
-    ("swin", "Swin image towers"),
-    ("vit_", "image towers of timm by their own names"),
-    ("nllb-clip", "NLLB text towers of Hugging Face"),
-    ("mt5", "mT5 text towers of Hugging Face"),
-    ("roberta", "RoBERTa text towers of Hugging Face"),
-    ("xlm-roberta", "XLM-RoBERTa text towers of Hugging Face"),
-)
+UNSUPPORTED_FAMILIES: dict[str, str] = {
+    "EVA": "EVA image towers (rotary positions, SwiGLU)",
+    "ViTamin": "ViTamin image towers (convolutions before a transformer)",
+    "PE-Core": "Perception Encoder image towers (rotary positions)",
+    "MobileCLIP": "MobileCLIP's image towers (FastViT and other towers of timm)",
+    "convnext": "ConvNeXt image towers",
+    "coca": "CoCa (attentional pooling and a multimodal decoder)",
+    "swin": "Swin image towers",
+    "vit_": "image towers of timm by their own names",
+    "nllb-clip": "NLLB text towers of Hugging Face",
+    "mt5": "mT5 text towers of Hugging Face",
+    "roberta": "RoBERTa text towers of Hugging Face",
+    "xlm-roberta": "XLM-RoBERTa text towers of Hugging Face",
+}
+"""open_clip's other families: the start of their names, and what they are."""
 
 
-def left_out(name: str) -> str | None:
-    """Why a model that open_clip has is not here, in one line; None for any other name."""
+def unsupported_reason(name: str) -> str | None:
+    """Return in one line why a model of open_clip's is not in the zoo; None for any other name."""
     if name in MODELS:
         return None
-    for start, family in LEFT_OUT:
-        if name.lower().startswith(start.lower()):
+    for prefix, family in UNSUPPORTED_FAMILIES.items():
+        if name.lower().startswith(prefix.lower()):
             return f"{name} is of a family that is not supported: {family}"
     return None
 
 
 def list_models() -> list[str]:
-    """The names `model_config` knows."""
+    """Return the names that `model_config` knows."""
     return list(MODELS)
 
 
-def nearest_models(name: str, count: int = 4) -> list[str]:
-    """The known names most like this one, the nearest first."""
-    by_lower = {known.lower(): known for known in MODELS}
-    return [by_lower[near] for near in difflib.get_close_matches(name.lower(), by_lower, count)]
-
-
 def model_config(name: str) -> CLIPConfig:
-    """The sizes of a model by its name.
+    """Return the sizes of a model by its name.
 
     Raises:
       UserError: no model has that name.
     """
     if name in MODELS:
         return MODELS[name]
-    reason = left_out(name)
+    reason = unsupported_reason(name)
     if reason is None:
-        near = nearest_models(name)
+        by_lower = {known.lower(): known for known in MODELS}
+        near = [by_lower[n] for n in difflib.get_close_matches(name.lower(), by_lower, n=4)]
         nearest = f"; the nearest are {', '.join(near)}" if near else ""
         reason = f"no model is called {name!r}{nearest}; list_models() has all {len(MODELS)}"
     raise UserError(reason)

@@ -20,7 +20,7 @@ from clip_jax.evaluation.in_training import Evaluator, make_evaluator
 from clip_jax.evaluation.spec import EvalSpec
 from clip_jax.losses import make_loss
 from clip_jax.models.attention import this_accelerator
-from clip_jax.models.clip import CLIP, CLIPConfig, attention_line
+from clip_jax.models.clip import CLIP, CLIPConfig, choose_kernels
 from clip_jax.models.convnet import ConvNetConfig
 from clip_jax.models.flops import train_flops_per_pair
 from clip_jax.models.resnet import ResNetConfig
@@ -210,14 +210,16 @@ def pair_flops(run: RunComponents, length: int) -> int:
     return train_flops_per_pair(
         run.model.config,
         length,
-        kept_patches=count_kept_patches(run),
+        num_patches=count_kept_patches(run),
         freeze=run.config.train.freeze,
     )
 
 
 def attention_kernels(run: RunComponents) -> str:
     """Return one line on what computes the attention of each tower on these devices."""
-    return attention_line(run.model, this_accelerator(), count_kept_patches(run))
+    kernels = choose_kernels(run.model, this_accelerator(), count_kept_patches(run))
+    causal = ", causal" if run.model.config.text.causal else ""
+    return f"attention: image tower {kernels.image or 'none'}, text tower {kernels.text}{causal}"
 
 
 def make_step(run: RunComponents) -> TrainStep:

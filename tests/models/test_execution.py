@@ -1,4 +1,4 @@
-"""How a model is computed changes nothing but rounding: kernels, recomputation, kept patches."""
+"""How a model is computed changes nothing but rounding: kernels, remat, selected patches."""
 
 import dataclasses
 import itertools
@@ -9,19 +9,25 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_models import assert_trees_close
-from test_stack import DEEP, inputs, random_variables
+from model_cases import (
+    DEEP,
+    assert_trees_close,
+    features_and_gradients,
+    make_inputs,
+    random_variables,
+)
 from tiny import SIGLIP, VIT
 
 from clip_jax.errors import UserError
 from clip_jax.models.attention import (
     Accelerator,
+    Kernel,
     attend,
+    attend_padded,
     choose_kernel,
-    even_attention,
     this_accelerator,
 )
-from clip_jax.models.clip import CLIP, attention_line
+from clip_jax.models.clip import CLIP, AttentionKernels, choose_kernels
 from clip_jax.models.execution import ExecConfig
 from clip_jax.models.flops import image_flops
 from clip_jax.models.stack import stack_layers
@@ -32,7 +38,7 @@ CPU = Accelerator("cpu")
 
 
 @pytest.mark.parametrize(
-    ("on", "dtype", "head_size", "queries", "keys", "kernel"),
+    ("accelerator", "dtype", "head_size", "queries", "keys", "kernel"),
     [
         (AMPERE, "bfloat16", 64, 50, 50, "cudnn"),
         (AMPERE, "float16", 64, 77, 77, "cudnn (77 padded to 78)"),
@@ -55,31 +61,31 @@ CPU = Accelerator("cpu")
     ],
 )
 def test_the_kernel_is_a_function_of_device_type_and_sizes(
-    on, dtype, head_size, queries, keys, kernel
+    accelerator, dtype, head_size, queries, keys, kernel
 ):
     sizes = {"dtype": dtype, "head_size": head_size, "queries": queries, "keys": keys}
-    assert str(choose_kernel("auto", on, **sizes)) == kernel
-    assert str(choose_kernel("xla", on, **sizes)) == "xla"
+    assert str(choose_kernel("auto", accelerator, **sizes)) == kernel
+    assert str(choose_kernel("xla", accelerator, **sizes)) == "xla"
     if kernel.startswith("cudnn") or queries == 1:
-        assert str(choose_kernel("cudnn", on, **sizes)) == kernel
+        assert str(choose_kernel("cudnn", accelerator, **sizes)) == kernel
         return
     with pytest.raises(UserError, match=r'"cudnn", which cannot run here: .*; choose "auto" or'):
-        choose_kernel("cudnn", on, **sizes)
+        choose_kernel("cudnn", accelerator, **sizes)
 
 
-def test_one_line_says_what_each_tower_uses():
+def test_each_tower_has_a_kernel_of_its_own():
     config = MODELS["ViT-L/14"]
     model = CLIP(config, dtype=jnp.bfloat16)
-    assert attention_line(model, HOPPER) == (
-        "attention: image tower cudnn (257 padded to 258), "
-        "text tower cudnn (77 padded to 78), causal"
-    )
-    assert "image tower cudnn (129 padded to 130)," in attention_line(model, HOPPER, 128)
+    padded = Kernel("cudnn", "77 padded to 78")
+    kernels = choose_kernels(model, HOPPER)
+    assert kernels == AttentionKernels(Kernel("cudnn", "257 padded to 258"), padded)
+    assert choose_kernels(model, HOPPER, 128).image == Kernel("cudnn", "129 padded to 130")
     resnet = CLIP(MODELS["RN50"], dtype=jnp.bfloat16)
-    assert "image tower xla (one query)," in attention_line(resnet, HOPPER)
-    assert "image tower none," in attention_line(CLIP(MODELS["ConvNet-48"]), CPU)
+    kernels = choose_kernels(resnet, HOPPER)
+    assert kernels == AttentionKernels(Kernel("xla", "one query"), padded)
+    assert choose_kernels(CLIP(MODELS["ConvNet-48"]), CPU).image is None
     with pytest.raises(UserError, match="cannot run here: no NVIDIA GPU but cpu;"):
-        attention_line(CLIP(config, attention="cudnn"), this_accelerator())
+        choose_kernels(CLIP(config, attention="cudnn"), this_accelerator())
 
 
 def test_a_choice_that_does_not_exist_is_a_user_error():
@@ -95,7 +101,7 @@ def random_heads(seed, batch, queries, keys, heads=2, size=8):
 
 
 def with_gradients(form, *arrays):
-    """The result and the gradients of a weighted sum of it."""
+    """Return the result of a form of attention, and the gradients of a weighted sum of it."""
 
     def total(*arrays):
         y = form(*arrays)
@@ -108,7 +114,7 @@ def with_gradients(form, *arrays):
 @pytest.mark.slow
 @settings(max_examples=8, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 7), st.integers(1, 7), st.booleans())
-def test_a_row_more_where_a_length_is_odd_changes_nothing(batch, queries, keys, is_causal):
+def test_padding_an_odd_length_by_a_row_changes_nothing(batch, queries, keys, is_causal):
     """In values and gradients, against attention over the lengths as they are."""
     keys = queries if is_causal else keys
     arrays = random_heads(queries * 8 + keys, batch, queries, keys)
@@ -116,62 +122,47 @@ def test_a_row_more_where_a_length_is_odd_changes_nothing(batch, queries, keys, 
     def plain(q, k, v):
         return jax.nn.dot_product_attention(q, k, v, is_causal=is_causal, implementation="xla")
 
-    def evened(q, k, v):
-        return even_attention(q, k, v, is_causal=is_causal, implementation="xla")
+    def padded(q, k, v):
+        return attend_padded(q, k, v, is_causal=is_causal, implementation="xla")
 
-    assert_trees_close(with_gradients(evened, *arrays), with_gradients(plain, *arrays))
+    assert_trees_close(with_gradients(padded, *arrays), with_gradients(plain, *arrays))
 
 
 def test_the_softmax_of_bfloat16_attention_is_in_float32():
     """On the same bfloat16 inputs only the rounding of probabilities and result is left."""
     q, k, v = (x.astype(jnp.bfloat16) for x in random_heads(0, 4, 33, 33, size=64))
-    exact = attend(*(x.astype(jnp.float32) for x in (q, k, v)))
-    got = attend(q, k, v)
-    assert got.dtype == jnp.bfloat16
+    expected = attend(*(x.astype(jnp.float32) for x in (q, k, v)))
+    actual = attend(q, k, v)
+    assert actual.dtype == jnp.bfloat16
     # Half a unit in the last of 8 bits, 2^-9, relative: once of every probability (they sum to 1)
     # and once of the result; |v| and the result are at most max|v|.
     largest = float(jnp.abs(v).max())
-    assert float(jnp.abs(got - exact).max()) <= 2 * 2**-9 * largest
+    assert float(jnp.abs(actual - expected).max()) <= 2 * 2**-9 * largest
     logits = jnp.einsum("blnk,bmnk->bnlm", q, k) * jnp.bfloat16(64**-0.5)
     assert logits.dtype == jnp.bfloat16
     rough = jnp.einsum("bnlm,bmnk->blnk", jax.nn.softmax(logits, axis=-1), v)
     # Logits of some tens, rounded to 8 bits, are a tenth off: the bound can fail.
-    assert float(jnp.abs(rough - exact).max()) > 4 * 2 * 2**-9 * largest
-
-
-def train_gradients(model, variables, images, tokens, patch_ids_Bl=None):
-    def total(params):
-        (z_image, z_text), updated = model.apply(
-            {**variables, "params": params},
-            images,
-            tokens,
-            True,
-            None,
-            patch_ids_Bl,
-            mutable=["batch_stats"],
-        )
-        weights = jnp.cos(jnp.arange(z_image.size, dtype=jnp.float32)).reshape(z_image.shape)
-        return jnp.sum(weights * (z_image + 2 * z_text)), (z_image, z_text, updated)
-
-    (_, rest), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(variables["params"])
-    return rest, grads
+    assert float(jnp.abs(rough - expected).max()) > 4 * 2 * 2**-9 * largest
 
 
 @pytest.mark.parametrize(
     "name", ["vit", *(pytest.param(name, marks=pytest.mark.slow) for name in ("convnet", "resnet"))]
 )
 def test_recomputing_changes_nothing(name):
-    """The same operations once more: values, gradients and batch statistics."""
+    """Values, gradients and batch statistics come of the same operations, done once more."""
     config = DEEP[name]
-    variables, arrays = random_variables(config), inputs(config)
-    want = train_gradients(CLIP(config), variables, *arrays)
+    variables, arrays = random_variables(config), make_inputs(config)
+
+    def train(model):
+        return features_and_gradients(model, variables, *arrays, True, mutable=["batch_stats"])
+
+    expected = train(CLIP(config))
     for remat in ("dots", "blocks", "full"):
-        got = train_gradients(CLIP(config, remat=remat), variables, *arrays)
-        assert_trees_close(got, want)
+        assert_trees_close(train(CLIP(config, remat=remat)), expected)
 
 
 def residual_bytes(model, variables, images, tokens):
-    """Bytes the forward pass keeps for the backward pass, the arguments aside."""
+    """Return the bytes that the forward pass saves for the backward pass, the arguments aside."""
 
     def total(params):
         features, _ = model.apply(
@@ -185,22 +176,22 @@ def residual_bytes(model, variables, images, tokens):
 
 
 @pytest.mark.parametrize("scan", [False, True])
-def test_each_kind_of_remat_keeps_less(scan):
+def test_each_kind_of_remat_saves_less(scan):
     variables = random_variables(VIT)
     model = CLIP(VIT, scan=scan)
     variables = stack_layers(variables) if scan else variables
-    arrays = inputs(VIT, batch=32)
-    kept = [
+    arrays = make_inputs(VIT, batch=32)
+    saved = [
         residual_bytes(model.clone(remat=remat), variables, *arrays)
         for remat in ("none", "dots", "blocks", "full")
     ]
-    assert all(less < 0.6 * more for more, less in itertools.pairwise(kept)), kept
+    assert all(less < 0.6 * more for more, less in itertools.pairwise(saved)), saved
 
 
 @pytest.mark.parametrize("config", [VIT, SIGLIP], ids=["vit", "siglip"])
-def test_kept_patches_alone_matter(config):
+def test_selected_patches_alone_matter(config):
     """All in another order change nothing; of a choice, the others' pixels change nothing."""
-    variables, (images, _) = random_variables(config), inputs(config, batch=2)
+    variables, (images, _) = random_variables(config), make_inputs(config, batch=2)
     encode = jax.jit(
         lambda images, patch_ids_Bl: CLIP(config).apply(
             variables, images, True, None, patch_ids_Bl, method="encode_image"
@@ -223,7 +214,7 @@ def test_kept_patches_alone_matter(config):
     np.testing.assert_array_equal(encode(jnp.asarray(other), patch_ids_Bl), few)
 
 
-def test_flops_of_kept_patches_are_those_of_a_shorter_sequence():
+def test_flops_of_some_patches_are_those_of_a_shorter_sequence():
     config = MODELS["ViT-B/16"]
     vision = config.vision
     half = dataclasses.replace(config, vision=dataclasses.replace(vision, image_size=7 * 16))

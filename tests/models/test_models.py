@@ -12,6 +12,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from model_cases import (
+    assert_trees_close,
+    features_and_gradients,
+    first_variables,
+    make_inputs,
+    make_tokens,
+)
 from tiny import CONVNET, RESNET, SIGLIP, TEXT, TINY, VIT
 
 from clip_jax.errors import UserError
@@ -21,7 +28,7 @@ from clip_jax.models.flops import image_flops, text_flops
 from clip_jax.models.layers import LayerNorm, gelu, gelu_tanh, quick_gelu
 from clip_jax.models.text import TextTransformer, end_positions
 from clip_jax.models.vit import VisionTransformer, ViTConfig
-from clip_jax.models.zoo import MODELS, left_out, list_models, model_config
+from clip_jax.models.zoo import MODELS, list_models, model_config, unsupported_reason
 from clip_jax.pretrained.work_folder import model_from_json, model_to_json
 from clip_jax.training.state import parameter_counts
 
@@ -29,7 +36,7 @@ GOLDEN = json.loads(
     (Path(__file__).parents[1] / "golden/open_clip_parameter_counts.json").read_text()
 )
 MODELS_MD = Path(__file__).parents[2] / "docs/models.md"
-# One row at full depth for each kind of tower; `parameter_counts` of the table counts the others.
+# One model at full depth for each kind of tower; `parameter_counts` of the table counts the others.
 FULL_DEPTH = [
     "RN50",
     "RN50x64",
@@ -54,16 +61,6 @@ PUBLISHED = {
     "ViT-L/14": (303_966_208, 123_650_304),
     "ViT-L/14@336px": (304_293_888, 123_650_304),
 }
-
-
-def make_tokens(rng: np.random.Generator, batch: int, length: int = 24) -> np.ndarray:
-    """Random captions of every length that fits, padded with 0 behind the end token."""
-    tokens = np.zeros((batch, length), np.int32)
-    for row in tokens:
-        end = rng.integers(1, length)
-        row[:end] = rng.integers(1, TEXT.eot_id, end)
-        row[end] = TEXT.eot_id
-    return tokens
 
 
 @functools.cache
@@ -103,14 +100,14 @@ def test_parameter_count_is_open_clips(name):
     assert list(table.parameter_counts(MODELS[name])) == GOLDEN["counts"][name]
 
 
-def test_every_model_of_open_clip_is_here_or_left_out_by_name():
+def test_every_model_of_open_clip_is_here_or_refused_by_name():
     assert set(GOLDEN["counts"]) < set(list_models())
     for name in GOLDEN["left_out"]:
-        reason = left_out(name)
+        reason = unsupported_reason(name)
         assert reason is not None and "\n" not in reason
         with pytest.raises(UserError, match=f"^{name} is of a family that is not supported: "):
             model_config(name)
-    assert not any(left_out(name) for name in [*list_models(), "ViT-X"])
+    assert not any(unsupported_reason(name) for name in [*list_models(), "ViT-X"])
 
 
 def test_unknown_model_is_a_user_error_that_names_the_nearest():
@@ -121,9 +118,9 @@ def test_unknown_model_is_a_user_error_that_names_the_nearest():
     assert set(PUBLISHED) < set(list_models())
 
 
-def test_the_documents_table_is_the_codes():
+def test_the_table_of_the_documentation_is_up_to_date():
     document = MODELS_MD.read_text()
-    assert table.with_table(document) == document, (
+    assert table.update_table(document) == document, (
         f"run python -m clip_jax.models.table {MODELS_MD}"
     )
 
@@ -134,7 +131,7 @@ def test_a_work_folder_keeps_every_field(config):
 
 
 def test_a_work_folder_of_one_activation_is_read():
-    """As folders were written before each tower had its own."""
+    """Such folders were written before each tower had its own activation."""
     values = model_to_json(MODELS["ViT-B-32"])
     for tower in ("vision", "text"):
         del values[tower]["activation"]
@@ -166,7 +163,7 @@ def leaf_std(params, *path):
     return float(jnp.std(params))
 
 
-def test_initialisation_is_the_papers():
+def test_initialization_is_the_papers():
     """Standard deviations of openai/CLIP `initialize_parameters` and of PyTorch's defaults.
 
     The sample deviation of n values is off by about 1/sqrt(2n); the smallest array here has 5,120
@@ -175,7 +172,7 @@ def test_initialisation_is_the_papers():
     text = dataclasses.replace(TEXT, width=128, layers=2, heads=2, vocab_size=512, eot_id=511)
     vision = dataclasses.replace(VIT.vision, width=256, layers=2, heads=4, image_size=64)
     config = dataclasses.replace(VIT, vision=vision, text=text, embed_dim=64)
-    params = jax.jit(lambda: init_variables(CLIP(config), 0))()["params"]
+    params = first_variables(config)["params"]
     uniform = 3**-0.5  # deviation of U(-1, 1)
     t, v = ("text", "transformer", "resblocks_0"), ("visual", "transformer", "resblocks_0")
     expected = {
@@ -203,8 +200,8 @@ def test_initialisation_is_the_papers():
     assert not block["attn"]["q_proj"]["bias"].any() and not block["attn"]["out_proj"]["bias"].any()
 
 
-def test_resnet_initialisation():
-    params = jax.jit(lambda: init_variables(CLIP(RESNET), 0))()["params"]["visual"]
+def test_resnet_initialization():
+    params = first_variables(RESNET)["params"]["visual"]
     assert not params["layer1_0"]["bn3"]["scale"].any()
     assert (params["layer1_0"]["bn1"]["scale"] == 1).all()
     assert float(jnp.std(params["attnpool"]["q_proj"]["kernel"])) == pytest.approx(
@@ -216,7 +213,7 @@ def test_siglip_starts_as_timms_image_tower():
     vision = dataclasses.replace(SIGLIP.vision, width=256, layers=1)
     text = dataclasses.replace(TEXT, layers=1, proj_bias=True)
     config = dataclasses.replace(SIGLIP, vision=vision, text=text, embed_dim=256)
-    params = jax.jit(lambda: init_variables(CLIP(config), 0))()["params"]
+    params = first_variables(config)["params"]
     assert float(params["logit_bias"]) == -10
     assert not params["text"]["text_projection_bias"].any()
     visual = params["visual"]
@@ -268,41 +265,15 @@ def test_end_position_is_the_first_end_token():
 def tiny(request):
     config = TINY[request.param]
     rng = np.random.default_rng(0)
-    variables = jax.jit(lambda: init_variables(CLIP(config), 0))()
+    variables = first_variables(config)
     # Zero biases and unit gains would hide an error in them; variances stay positive.
     variables = jax.tree.map(
         lambda x: x + rng.uniform(-0.1, 0.1, x.shape).astype(np.float32), variables
     )
-    size = config.vision.image_size
-    images = rng.standard_normal((4, size, size, 3)).astype(np.float32)
-    return config, variables, jnp.asarray(images), jnp.asarray(make_tokens(rng, 4))
+    return config, variables, *make_inputs(config)
 
 
-def features_and_gradients(model, variables, images, tokens):
-    def total(params):
-        z_image, z_text = model.apply({**variables, "params": params}, images, tokens)
-        weights = jnp.cos(jnp.arange(z_image.size, dtype=jnp.float32)).reshape(z_image.shape)
-        return jnp.sum(weights * (z_image + 2 * z_text)), (z_image, z_text)
-
-    (_, features), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(variables["params"])
-    return features, grads
-
-
-def assert_trees_close(got, want):
-    """Each array within 2e-5 of the other in norm.
-
-    Float32 sums in another order, some tens of epsilons (1.2e-7); projecting the radial part out
-    of a unit vector's gradient cancels about one digit more.
-    """
-    for (path, a), b in zip(
-        jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True
-    ):
-        error, norm = float(jnp.linalg.norm(a - b)), float(jnp.linalg.norm(b))
-        # A key's bias has no gradient in exact arithmetic: there only rounding is left.
-        assert error <= 2e-5 * norm + 1e-6, (jax.tree_util.keystr(path), error, norm)
-
-
-def test_last_block_read_at_one_position_equals_the_plain_form(tiny):
+def test_pooling_in_the_last_block_equals_pooling_after_it(tiny):
     config, *rest = tiny
     fast = features_and_gradients(CLIP(config), *rest)
     plain = features_and_gradients(CLIP(config, pool_last_block=False), *rest)
@@ -322,25 +293,25 @@ def test_trimming_to_the_end_token_equals_the_full_length(tiny):
 
 
 def test_nothing_behind_the_end_token_matters():
-    """Proved through gradients with respect to the embedded tokens, not through shapes."""
+    """Gradients with respect to the embedded tokens prove it."""
     rng = np.random.default_rng(1)
     tokens = jnp.asarray(make_tokens(rng, 6))
     model = TextTransformer(TEXT, 16)
     variables = jax.jit(model.init)(jax.random.key(0), tokens)
     table = variables["params"]["token_embedding"]["embedding"]
-    # Give every position its own row of the table, so that its gradient can be told apart.
-    own = jnp.arange(tokens.size, dtype=jnp.int32).reshape(tokens.shape)
+    # Every position gets a row of the table for itself, so that its gradient can be told apart.
+    positions = jnp.arange(tokens.size, dtype=jnp.int32).reshape(tokens.shape)
     params = {**variables["params"], "token_embedding": {"embedding": table[tokens.reshape(-1)]}}
     ends = np.asarray(end_positions(tokens, TEXT.eot_id))
 
     for row in range(2):
         end = int(ends[row])
-        own_end = row * tokens.shape[1] + end
-        config = dataclasses.replace(TEXT, vocab_size=tokens.size, eot_id=own_end)
+        eot_id = row * tokens.shape[1] + end
+        config = dataclasses.replace(TEXT, vocab_size=tokens.size, eot_id=eot_id)
         model = TextTransformer(config, 16)
 
         def feature(params, model=model, row=row):
-            return jnp.sum(model.apply({"params": params}, own[row : row + 1]))
+            return jnp.sum(model.apply({"params": params}, positions[row : row + 1]))
 
         grad = jax.jit(jax.grad(feature))(params)["token_embedding"]["embedding"]
         grad_LD = grad.reshape(*tokens.shape, -1)[row]
@@ -362,13 +333,11 @@ def test_padding_behind_the_end_token_does_not_matter():
 
 
 def test_bfloat16_stays_near_float32():
-    variables = jax.jit(lambda: init_variables(CLIP(VIT), 0))()
-    rng = np.random.default_rng(0)
-    images = jnp.asarray(rng.standard_normal((4, 32, 32, 3)), jnp.float32)
-    tokens = jnp.asarray(make_tokens(rng, 4))
-    exact = jax.jit(CLIP(VIT).apply)(variables, images, tokens)
-    rough = jax.jit(CLIP(VIT, dtype=jnp.bfloat16).apply)(variables, images, tokens)
-    for a, b in zip(rough, exact, strict=True):
+    variables = first_variables(VIT)
+    inputs = make_inputs(VIT)
+    expected = jax.jit(CLIP(VIT).apply)(variables, *inputs)
+    actual = jax.jit(CLIP(VIT, dtype=jnp.bfloat16).apply)(variables, *inputs)
+    for a, b in zip(actual, expected, strict=True):
         assert a.dtype == jnp.float32
         # bfloat16 keeps 8 bits: 2^-8 a rounding, a dozen roundings deep, on unit vectors.
         assert float(jnp.abs(a - b).max()) < 12 * 2**-8
@@ -437,8 +406,8 @@ def test_flops_agree_with_the_compilers_count(name):
     assert text_flops(config, length) == pytest.approx(text, rel=0.01)
 
 
-def test_vision_transformer_class_token_position():
-    """The class token is what is read: moving patches with their positions changes nothing."""
+def test_patches_may_move_with_their_positions():
+    """The class token is pooled: moving patches with their positions changes nothing."""
     config = VIT.vision
     model = VisionTransformer(config, 16)
     images = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))

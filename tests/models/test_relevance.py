@@ -16,7 +16,7 @@ from tiny import TINY, VIT
 from clip_jax import api
 from clip_jax.errors import UserError
 from clip_jax.models.clip import CLIP, init_variables, unit_length
-from clip_jax.models.relevance import make_relevance, watched_module
+from clip_jax.models.relevance import captured_module, make_relevance
 from clip_jax.tools.relevance import map_text, overlay, relevance_map, write_png
 
 
@@ -35,7 +35,7 @@ def test_it_is_what_the_cosine_gains_as_a_patch_is_weighed_more(family):
     model = CLIP(config)
     variables = jax.jit(lambda: init_variables(model, 0))()
     images, z_text = inputs(config, batch=1)
-    path, leading = watched_module(config)
+    path, leading_rows = captured_module(config)
     side = config.vision.grid_size
     found = np.asarray(jax.jit(make_relevance(model))(variables, images, z_text))
     assert found.shape == (1, side, side) and found.dtype == np.float32 and found.max() > 1e-3
@@ -44,8 +44,8 @@ def test_it_is_what_the_cosine_gains_as_a_patch_is_weighed_more(family):
     def cosine(gate):
         def scale(call, args, kwargs, context):
             y = call(*args, **kwargs)
-            watched = context.module.path == path and context.method_name == "__call__"
-            return y * gate[..., None] if watched else y
+            captured = context.module.path == path and context.method_name == "__call__"
+            return y * gate[..., None] if captured else y
 
         with nn.intercept_methods(scale):
             z = model.apply(variables, images, method="encode_image")
@@ -55,12 +55,14 @@ def test_it_is_what_the_cosine_gains_as_a_patch_is_weighed_more(family):
     heads = variables["params"]
     for name in path:
         heads = heads[name]
-    shape = (1, side * side + leading, heads["kernel"].shape[1]) if attention else (1, side, side)
+    shape = (
+        (1, side * side + leading_rows, heads["kernel"].shape[1]) if attention else (1, side, side)
+    )
     wanted = []
     places = range(0, side * side, max(1, side * side // 5))
     for place in places:
         spots = (
-            [(0, place + leading, head) for head in range(shape[2])]
+            [(0, place + leading_rows, head) for head in range(shape[2])]
             if attention
             else [(0, *divmod(place, side))]
         )

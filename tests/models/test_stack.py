@@ -1,14 +1,18 @@
-"""Blocks stacked for a loop and one by one: the same model, and checkpoints that go both ways."""
+"""Blocks stacked for a loop and one by one are one model; its checkpoints go both ways."""
 
-import dataclasses
-
+import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
-from test_models import assert_trees_close, features_and_gradients, make_tokens
-from tiny import SIGLIP, TEXT, TINY, VIT
+from model_cases import (
+    DEEP,
+    assert_trees_close,
+    features_and_gradients,
+    make_inputs,
+    random_variables,
+)
+from tiny import VIT
 
 from clip_jax.models.clip import CLIP, init_variables, unrolled
 from clip_jax.models.stack import stack_layers, unstack_layers
@@ -16,42 +20,6 @@ from clip_jax.parallel.mesh import make_mesh
 from clip_jax.parallel.sharding import partition_spec, tree_shardings
 from clip_jax.training.checkpoint import Checkpoints
 from clip_jax.training.state import TrainState
-from clip_jax.typing import path_name
-
-# As the others, with three blocks where they have two: a stack of one would hide its axis.
-DEEP = {
-    **TINY,
-    "siglip": dataclasses.replace(
-        SIGLIP, vision=dataclasses.replace(SIGLIP.vision, layers=3), text=TEXT
-    ),
-}
-
-
-def assert_same_bits(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_array_equal(np.asarray(x), np.asarray(y), strict=True)
-
-
-def random_variables(config, seed=0):
-    """As the first start, with biases that are not zero and gains that are not one."""
-    rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(lambda: init_variables(CLIP(config), 0))
-    scale = {"kernel": 0.1, "embedding": 0.1}
-
-    def draw(path, x):
-        name = path_name(path).split("/")[-1]
-        x = rng.uniform(-1, 1, x.shape).astype(np.float32) * scale.get(name, 0.2)
-        return jnp.asarray(x + (name in ("scale", "var", "gamma")))
-
-    return jax.tree_util.tree_map_with_path(draw, shapes)
-
-
-def inputs(config, batch=4):
-    rng = np.random.default_rng(1)
-    size = config.vision.image_size
-    images = rng.standard_normal((batch, size, size, 3)).astype(np.float32)
-    return jnp.asarray(images), jnp.asarray(make_tokens(rng, batch))
 
 
 @pytest.mark.parametrize("name", DEEP)
@@ -67,7 +35,7 @@ def test_a_stacked_model_has_the_stacked_parameters(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "how"),
+    ("name", "options"),
     [
         ("vit", {"remat": "blocks"}),
         pytest.param("vit", {"pool_last_block": False}, marks=pytest.mark.slow),
@@ -75,18 +43,18 @@ def test_a_stacked_model_has_the_stacked_parameters(name):
         pytest.param("siglip", {"remat": "full"}, marks=pytest.mark.slow),
     ],
 )
-def test_a_loop_over_blocks_equals_the_blocks(name, how):
-    """The same operations in the same order, in a loop's body."""
+def test_a_loop_over_blocks_equals_the_blocks(name, options):
+    """The loop's body has the same operations in the same order."""
     config = DEEP[name]
-    variables, arrays = random_variables(config), inputs(config)
-    looped = CLIP(config, scan=True, **how)
+    variables, arrays = random_variables(config), make_inputs(config)
+    looped = CLIP(config, scan=True, **options)
     features, grads = features_and_gradients(looped, stack_layers(variables), *arrays)
     plain = features_and_gradients(CLIP(config), variables, *arrays)
     assert_trees_close((features, unstack_layers(grads)), plain)
 
 
 def random_state(config):
-    """A state with every kind of container: moments, masked leaves, placeholders of one element."""
+    """Return a state with every kind of container: moments, masked leaves, one-element leaves."""
     params = random_variables(config)["params"]
     optimizer = optax.chain(
         optax.scale_by_adam(),
@@ -102,9 +70,9 @@ def test_stacking_goes_both_ways_through_every_container():
     stacked = jax.jit(stack_layers)(state)
     kernel = stacked.opt_state[0].mu["text"]["transformer"]["resblocks"]["mlp"]["c_fc"]["kernel"]
     assert kernel.shape == (2, 32, 128)
-    assert_same_bits(jax.jit(unstack_layers)(stacked), state)
-    assert_same_bits(stack_layers(stacked), stacked)
-    assert_same_bits(unstack_layers(state), state)
+    chex.assert_trees_all_equal(jax.jit(unstack_layers)(stacked), state, strict=True)
+    chex.assert_trees_all_equal(stack_layers(stacked), stacked, strict=True)
+    chex.assert_trees_all_equal(unstack_layers(state), state, strict=True)
     shapes = jax.eval_shape(lambda: state)
     assert stack_layers(shapes) == jax.eval_shape(lambda: stacked)
     assert unstack_layers(jax.eval_shape(lambda: stacked)) == shapes
@@ -113,10 +81,10 @@ def test_stacking_goes_both_ways_through_every_container():
 def test_one_block_is_never_stacked():
     block = {"transformer": {"resblocks_0": {"kernel": jnp.ones((2, 3))}}}
     assert stack_layers(block) is not None
-    assert_same_bits(stack_layers(block), block)
+    chex.assert_trees_all_equal(stack_layers(block), block, strict=True)
 
 
-def test_a_stack_is_split_as_its_blocks_are():
+def test_a_stack_is_sharded_as_its_blocks_are():
     """Over both axes; the axis of layers is whole, though two devices would divide it."""
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     tree = jax.eval_shape(lambda: random_state(VIT))
@@ -158,10 +126,10 @@ def test_a_checkpoint_restores_in_the_other_layout(tmp_path, saved_stacked, caps
     checkpoints = Checkpoints(tmp_path, keep=2)
     restored, meta = checkpoints.restore(shapes)
     assert meta["step"] == 1 and (tmp_path / "quarantine" / "2").is_dir()
-    assert_same_bits(restored, other.replace(step=jnp.int32(1)))
+    chex.assert_trees_all_equal(restored, other.replace(step=jnp.int32(1)), strict=True)
     for x, shape in zip(jax.tree.leaves(restored), jax.tree.leaves(shapes), strict=True):
         assert x.sharding.is_equivalent_to(shape.sharding, x.ndim)
     model, _ = checkpoints.restore_model({"params": shapes.params, "batch_stats": {}})
-    assert_same_bits(model["params"], other.params)
+    chex.assert_trees_all_equal(model["params"], other.params, strict=True)
     checkpoints.close()
     assert "checkpoint 2 is damaged and moved" in capsys.readouterr().out

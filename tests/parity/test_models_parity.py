@@ -16,7 +16,7 @@ from open_clip.model import CustomTextCLIP  # noqa: E402
 
 from clip_jax.models.clip import CLIP, CLIPConfig, unit_length  # noqa: E402
 from clip_jax.models.resnet import ResNetConfig  # noqa: E402
-from clip_jax.models.table import family  # noqa: E402
+from clip_jax.models.table import parity_case  # noqa: E402
 from clip_jax.models.text import TextConfig  # noqa: E402
 from clip_jax.models.vit import ViTConfig  # noqa: E402
 from clip_jax.models.zoo import MODELS  # noqa: E402
@@ -48,7 +48,7 @@ def shallow(name: str) -> CLIPConfig:
 
 
 CASES = {
-    family(MODELS[name]): small(name)
+    parity_case(MODELS[name]): small(name)
     for name in (
         "RN50",
         "RN50-gelu",
@@ -330,7 +330,7 @@ def test_features_agree_at_the_models_own_widths(name):
 
 
 def test_every_model_has_a_case():
-    assert {family(config) for config in MODELS.values()} - {None} == set(CASES)
+    assert {parity_case(config) for config in MODELS.values()} - {None} == set(CASES)
 
 
 @pytest.mark.parametrize("name", GRADIENT_CASES)

@@ -219,7 +219,7 @@ def test_a_frozen_tower_has_no_backward_pass(freeze):
 def test_dropped_patches_are_not_counted():
     config = dataclasses.replace(VIT, vision=dataclasses.replace(VIT.vision, image_size=64))
     step = compile_step(config, (1, 1, 1), pairs=32, patch_dropout=0.75)
-    check_operations(step, config, 32, kept_patches=config.vision.grid_size**2 // 4)
+    check_operations(step, config, 32, num_patches=config.vision.grid_size**2 // 4)
 
 
 def test_kept_cosines_are_not_computed_again():
