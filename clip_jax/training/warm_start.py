@@ -34,11 +34,6 @@ from clip_jax.pretrained.work_folder import (
     is_work_folder,
     read_description,
     read_weights,
-)(
-    WEIGHTS_FILENAME,
-    is_work_folder,
-    read_description,
-    read_weights,
 )
 from clip_jax.sections import Config
 from clip_jax.tokenizers import TokenizerSpec, make_tokenizer, tokenizer_from_file
