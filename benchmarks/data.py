@@ -33,7 +33,7 @@ BATCH = 256
 
 
 def write_set(folder: str, pairs: int, shards: int) -> None:
-    """The shards, unless they are there."""
+    """Write the shards, unless they are there."""
     import webdataset
     from sklearn.datasets import load_sample_images
 
@@ -46,13 +46,13 @@ def write_set(folder: str, pairs: int, shards: int) -> None:
         rng = np.random.default_rng(s)
         with webdataset.TarWriter(path + ".part") as writer:
             for k in range(s * pairs // shards, (s + 1) * pairs // shards):
-                picture = photographs[k % 2]
+                image = photographs[k % 2]
                 share = rng.uniform(0.5, 1.0)
-                w, h = int(picture.width * share), int(picture.height * share)
-                x, y = rng.integers(picture.width - w + 1), rng.integers(picture.height - h + 1)
+                w, h = int(image.width * share), int(image.height * share)
+                x, y = rng.integers(image.width - w + 1), rng.integers(image.height - h + 1)
                 side = tuple(int(v) for v in rng.integers(300, 601, 2))
                 out = io.BytesIO()
-                cut = picture.crop((x, y, x + w, y + h)).resize(side, Image.Resampling.BICUBIC)
+                cut = image.crop((x, y, x + w, y + h)).resize(side, Image.Resampling.BICUBIC)
                 cut.save(out, "JPEG", quality=int(rng.integers(80, 96)))
                 caption = " ".join(rng.choice(WORDS, int(rng.integers(5, 20)))) + f" {k}"
                 writer.write({"__key__": f"{k:09d}", "jpg": out.getvalue(), "txt": caption})
@@ -60,7 +60,7 @@ def write_set(folder: str, pairs: int, shards: int) -> None:
 
 
 def ours(folder: str, workers: int, passes: int = 1):
-    """Batches of our training loader, opened as a run opens them."""
+    """Yield the rows of each batch of our training loader, opened as a run opens them."""
     from clip_jax.data.dataset import TrainingData, open_sources
     from clip_jax.data.loader import make_train_loader
     from clip_jax.data.sample_reader import SampleShape
@@ -84,7 +84,7 @@ def ours(folder: str, workers: int, passes: int = 1):
 
 
 def theirs(folder: str, workers: int):
-    """Batches of open_clip's pipeline: its steps, from its `get_wds_dataset`, on webdataset."""
+    """Yield the rows of each batch of open_clip's `get_wds_dataset`, its steps on webdataset."""
     import torch
 
     library = torch.library.Library("torchvision", "DEF")
@@ -120,7 +120,7 @@ def theirs(folder: str, workers: int):
 
 
 def tree_bytes(pid: int) -> int:
-    """Memory of a process and its children, pages that several share counted once in all (PSS)."""
+    """Return the memory of a process and its children, a shared page counted once (PSS)."""
     total = 0
     with contextlib.suppress(OSError):
         text = Path(f"/proc/{pid}/smaps_rollup").read_text()
@@ -151,7 +151,7 @@ class PeakMemory:
 
 
 def measure(side: str, folder: str, workers: int) -> dict:
-    """One pass of one side: rate from the first batch on, CPU time, and memory."""
+    """Measure one pass of one side: rate from the first batch on, CPU time, and memory."""
     start, first, pairs, early = time.perf_counter(), 0.0, 0, 0
     with PeakMemory() as peak:
         for count in {"ours": ours, "open_clip": theirs}[side](folder, workers):
@@ -171,7 +171,7 @@ def measure(side: str, folder: str, workers: int) -> dict:
 
 
 def memory_over_passes(folder: str, workers: int, pairs: int, passes: int = 3) -> dict:
-    """Memory of our loader's process after each of some passes over the set."""
+    """Measure the memory of our loader's process after each of some passes over the set."""
     after: list[int] = []
     seen = 0
     for count in ours(folder, workers, passes):
@@ -182,7 +182,7 @@ def memory_over_passes(folder: str, workers: int, pairs: int, passes: int = 3) -
 
 
 def in_own_process(side: str, folder: str, workers: int, pairs: int) -> dict:
-    """What `--side` prints."""
+    """Return what `--side` prints, from a process of its own."""
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.data", "--side", side]
     command += ["--folder", folder, "--workers", str(workers), "--pairs", str(pairs)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -194,7 +194,7 @@ def in_own_process(side: str, folder: str, workers: int, pairs: int) -> dict:
 
 
 def main() -> None:
-    """Write the set, then both sides in turns, then our passes."""
+    """Write the set; measure both sides in turns, then our passes."""
     parser = turns.arguments(__doc__, warmup=0, repeats=3)
     parser.add_argument("--pairs", type=int, default=4000)
     parser.add_argument("--shards", type=int, default=8)

@@ -4,9 +4,9 @@
     python -m benchmarks.resume --web
 
 The first makes real shards and opens them as a run does: for the first time, and again from the
-run's index at several positions, each in a process of its own. `--web` is a simulation of one of
-1,024 hosts on 5 billion pairs in 500,000 shards: the index is really written and read, only the
-shards are not there.
+run's own manifest at several positions, each in a process of its own. `--web` is a simulation of
+one of 1,024 hosts on 5 billion pairs in 500,000 shards: index.json is really written and read, only
+the shards are not there.
 """
 
 import argparse
@@ -39,12 +39,15 @@ WINDOW = DataSection.window
 
 
 class Clock:
-    """Wall and CPU seconds since it was made, and the process's memory."""
+    """Measures wall and CPU seconds since it was made, and the process's memory."""
 
     def __init__(self) -> None:
+        self._start()
+
+    def _start(self) -> None:
         self._wall, self._cpu = time.perf_counter(), time.process_time()
 
-    def told(self, what: str, **more: object) -> None:
+    def report(self, what: str, **more: object) -> None:
         """Print one line and begin anew."""
         line = {
             "what": what,
@@ -54,16 +57,16 @@ class Clock:
             "MiB peak": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         }
         print(json.dumps(line | more), flush=True)
-        self.__init__()  # type: ignore[misc]
+        self._start()
 
 
 def resident_bytes() -> int:
-    """Memory of this process that is in RAM now."""
+    """Return the bytes of this process that are in RAM now."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def write_shards(folder: Path, shards: int, pairs: int) -> None:
-    """Shards of one small image each with its own key and caption."""
+    """Write shards of one small image each with its own key and caption."""
     out = io.BytesIO()
     Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(out, "JPEG")
     folder.mkdir(parents=True, exist_ok=True)
@@ -77,7 +80,7 @@ def write_shards(folder: Path, shards: int, pairs: int) -> None:
 
 
 def first_batch(folder: str, run: str, step: int) -> None:
-    """What a run does up to its first batch, and that batch."""
+    """Do what a run does up to its first batch, and fetch that batch."""
     tokenizer = make_tokenizer(tokenizer_spec("clip"))
     clock = Clock()
     log = SkipLog()
@@ -92,11 +95,11 @@ def first_batch(folder: str, run: str, step: int) -> None:
     ) as loader:
         batch = next(loader)
         assert batch["valid"].all()
-        clock.told(f"first batch at step {step:,}, {len(data.shards):,} shards")
+        clock.report(f"first batch at step {step:,}, {len(data.shards):,} shards")
 
 
 def web() -> None:
-    """One host of 1,024 from its index to its rows at a far step."""
+    """Measure one host of 1,024 from index.json to its rows at a far step."""
     with tempfile.TemporaryDirectory() as folder:
         clock = Clock()
         entries = {
@@ -104,32 +107,32 @@ def web() -> None:
         }
         write_manifest(folder, entries)
         size = os.path.getsize(f"{folder}/index.json")
-        clock.told("the index is written", MiB=round(size / 2**20, 1))
+        clock.report("the index is written", MiB=round(size / 2**20, 1))
         line = [sys.executable, "-m", "benchmarks.resume", "--host", folder]
         subprocess.run(line, check=True)
 
 
 def host(folder: str) -> None:
-    """As `web`, in a process that did not write the index."""
+    """Measure as `web` does, in a process that did not write index.json."""
     clock = Clock()
-    clock.told("imported")
+    clock.report("imported")
     pattern = f"{folder}/{{000000..{WEB_SHARDS - 1:06d}}}.tar"
-    share = ProcessShare(17, HOSTS)  # whose others find what the index says
+    share = ProcessShare(17, HOSTS)  # whose others find what it says
     (shards,) = open_sources(pattern, log=SkipLog(), cached_shards=128, share=share)
     pairs = sum(map(len, shards))
-    clock.told("the index is read and every shard known", pairs=f"{pairs:,}")
+    clock.report("the index is read and every shard known", pairs=f"{pairs:,}")
     fingerprint(shards)
-    clock.told("the data's fingerprint")
+    clock.report("the data's fingerprint")
     order = Order([len(shard) for shard in shards], seed=0, num_streams=STREAMS, window=WINDOW)
     mine = BatchOrder(order, batch_size=BATCH, part=BatchPart(17, HOSTS))
     ids, _ = mine.rows_at(1_000_000, 0, mine.rows)
-    clock.told("rows at step 1,000,000", rows=len(ids), shards=len(set(ids // WEB_PAIRS)))
+    clock.report("rows at step 1,000,000", rows=len(ids), shards=len(set(ids // WEB_PAIRS)))
     mine.rows_at(2_345_678, 0, mine.rows)
-    clock.told("rows at another step")
+    clock.report("rows at another step")
 
 
 def main() -> None:
-    """Each measurement in its own process."""
+    """Make each measurement in a process of its own."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shards", type=int, default=1000)
     parser.add_argument("--pairs", type=int, default=100)

@@ -49,7 +49,7 @@ def train_loader(
     log=None,
     **section,
 ):
-    """A training loader of tiny samples; `section` has fields of `config.data`."""
+    """Make a training loader of tiny samples; `section` has fields of `config.data`."""
     config = DataSection(**{"streams": 4, "window": 2, "threads": 2} | section)
     return make_train_loader(
         TrainingData([list(shards) for shards in sources], SkipLog() if log is None else log),
@@ -64,14 +64,14 @@ def train_loader(
 
 
 def eval_loader(shards, *, batch_size, shape=TINY, threads=0, **options):
-    """An evaluation loader of tiny samples."""
+    """Make an evaluation loader of tiny samples."""
     return make_eval_loader(
         shards, ToyTokenizer(), shape=shape, batch_size=batch_size, threads=threads, **options
     )
 
 
 def make_image(mode: str, width: int, height: int, seed: int = 0) -> Image.Image:
-    """An image with edges, gradients and noise, the same in every process."""
+    """Draw an image with edges, gradients and noise, the same in every process."""
     y, x = np.mgrid[0:height, 0:width].astype(np.int64)
     noise = (x * 7919 + y * 104729 + seed * 1299709) * 2654435761 % 2**32 // 2**26
     bands = [(x * k + y * (5 - k) + noise + 60 * ((x // 5 + y // 7) % 2)) % 256 for k in range(4)]
@@ -102,7 +102,7 @@ def digest(array: np.ndarray) -> str:
 
 
 def write_shards(folder, sizes, prefix="s", side=20):
-    """Shards by the genuine webdataset writer; sample k of all has caption `caption k`."""
+    """Write shards by the genuine webdataset writer; sample k of all has caption `caption k`."""
     paths, k = [], 0
     for s, size in enumerate(sizes):
         path = str(folder / f"{prefix}-{s:05d}.tar")

@@ -12,26 +12,26 @@ from clip_jax.config import default, resolve
 from clip_jax.sections import Config
 from clip_jax.tokenizers.train import train as train_tokenizer
 
-COLOURS = ("red", "green", "blue", "black")
+COLORS = ("red", "green", "blue", "black")
 SHAPES = ("square", "bar", "dot")
-NAMES = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
+NAMES = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
 _RGB = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 220), "black": (9, 9, 9)}
 
 
 def draw(label: int, rng: np.random.Generator) -> bytes:
-    """A 40-pixel PNG of one of the named things, somewhere on a noisy page."""
-    colour, shape = NAMES[label].split()
+    """Draw a 40-pixel PNG of one of the named things, somewhere on a noisy page."""
+    color, shape = NAMES[label].split()
     page = rng.integers(200, 256, (40, 40, 3)).astype(np.uint8)
     height, width = {"square": (16, 16), "bar": (6, 24), "dot": (6, 6)}[shape]
     top, left = rng.integers(2, 38 - height), rng.integers(2, 38 - width)
-    page[top : top + height, left : left + width] = _RGB[colour]
+    page[top : top + height, left : left + width] = _RGB[color]
     out = io.BytesIO()
     Image.fromarray(page).save(out, "PNG")
     return out.getvalue()
 
 
 def write_pairs(folder: Path, *, shards: int = 2, samples: int = 48) -> str:
-    """Shards, `names.txt`, and the data pattern that names them."""
+    """Write shards and `names.txt`; return the data pattern that names the shards."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     for shard in range(shards):
@@ -51,14 +51,14 @@ def write_pairs(folder: Path, *, shards: int = 2, samples: int = 48) -> str:
 
 
 def write_data(folder: Path, **pairs: int) -> tuple[Path, str]:
-    """Pairs and a tokenizer `t.model` of their names; (folder, the data pattern)."""
+    """Write pairs and a tokenizer `t.model` of their names; return (folder, the data pattern)."""
     pattern = write_pairs(folder, **pairs)
     train_tokenizer(str(folder / "names.txt"), str(folder / "t.model"), 280)
     return folder, pattern
 
 
 def tiny_config(data: tuple[Path, str], **changes) -> Config:
-    """A run of the model "tiny" on `write_data`'s; `train__loss="sigmoid"` sets a field."""
+    """Return a run of the model "tiny" on `write_data`'s; `train__loss="sigmoid"` sets a field."""
     folder, pattern = data
     c = default()
     c.model.name = "tiny"
@@ -81,6 +81,6 @@ def tiny_config(data: tuple[Path, str], **changes) -> Config:
 
 
 def run_losses(workdir: str | Path) -> list[tuple[int, float]]:
-    """(step, loss) of every step that a run told of."""
+    """Return (step, loss) of every step in a run's metrics."""
     lines = (Path(workdir) / "metrics.jsonl").read_text().splitlines()
     return [(line["step"], line["loss"]) for line in map(json.loads, lines)]

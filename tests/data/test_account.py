@@ -121,7 +121,7 @@ def test_a_mixture_through_the_loader(tmp_path):
 
 
 def bomb(side):
-    """A PNG header of side x side pixels with hardly any bytes behind it."""
+    """Return a PNG header of side x side pixels with hardly any bytes behind it."""
     head = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
 
     def chunk(kind, body):
@@ -142,7 +142,7 @@ DAMAGES = {
 
 
 def damaged_shards(folder, shards, each):
-    """Shards in which one sample in five is of each damage, and one is good."""
+    """Write shards in which one sample in five is of each damage, and one is good."""
     for s in range(shards):
         with tarfile.open(folder / f"d-{s:03d}.tar", "w") as tar:
             for k in range(each):
@@ -154,7 +154,7 @@ def damaged_shards(folder, shards, each):
                     tar.addfile(member, io.BytesIO(body))
 
 
-def test_a_thousand_damaged_pictures_are_counted_exactly_and_listed_once(tmp_path):
+def test_a_thousand_damaged_images_are_counted_exactly_and_listed_once(tmp_path):
     damaged_shards(tmp_path, 5, 250)
     log = SkipLog(tmp_path / "run" / "skipped.jsonl", max_fraction=1.0)
     shards = open_shards([str(p) for p in sorted(tmp_path.glob("*.tar"))])
@@ -236,7 +236,7 @@ def test_a_jpeg_is_decoded_just_large_enough():
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK"])
-def test_jpegs_of_other_colours_and_damaged_ones_are_pillows(mode):
+def test_jpegs_of_other_colors_and_damaged_ones_are_pillows(mode):
     decode = make_decode(16, CROPS)
     data = encode(make_image(mode, 64, 64), "JPEG")
     assert decode(data).tobytes() == decode_image(data).tobytes()
@@ -248,7 +248,7 @@ def test_jpegs_of_other_colours_and_damaged_ones_are_pillows(mode):
         assert ours.value.cause == pillows.value.cause
 
 
-def test_mirrored_and_grey_by_chance_without_moving_the_crop():
+def test_mirrored_and_gray_by_chance_without_moving_the_crop():
     image = make_image("RGB", 40, 30)
 
     def made(seed, **changes):
@@ -257,9 +257,9 @@ def test_mirrored_and_grey_by_chance_without_moving_the_crop():
 
     plain = [made(seed) for seed in range(40)]
     assert all((made(s, flip=1.0) == plain[s][:, ::-1]).all() for s in range(40))
-    grey = [made(s, grayscale=0.5) for s in range(40)]
-    are_grey = [bool((g == g[..., :1]).all()) for g in grey]
-    assert 8 <= sum(are_grey) <= 32  # binomial(40, 1/2) is outside with 1e-4
-    for g, p, is_grey in zip(grey, plain, are_grey, strict=True):
+    gray = [made(s, grayscale=0.5) for s in range(40)]
+    are_gray = [bool((g == g[..., :1]).all()) for g in gray]
+    assert 8 <= sum(are_gray) <= 32  # binomial(40, 1/2) is outside with 1e-4
+    for g, p, is_gray in zip(gray, plain, are_gray, strict=True):
         expected = Image.fromarray(p).convert("L")
-        np.testing.assert_array_equal(g[..., 0], np.asarray(expected) if is_grey else p[..., 0])
+        np.testing.assert_array_equal(g[..., 0], np.asarray(expected) if is_gray else p[..., 0])

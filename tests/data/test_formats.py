@@ -58,7 +58,7 @@ def test_every_format_gives_the_same_pairs(kind, tmp_path):
 
 
 def test_a_parquet_file_is_opened_twice(tmp_path):
-    """For training and for evaluation, say: the images that one has spooled serve the other."""
+    """The images that were spooled for training, say, serve the evaluation."""
     path = str(write_parquet(tmp_path))
     images = [read_all(open_shards([path]))[0]["image"] for _ in range(2)]
     np.testing.assert_array_equal(*images)
@@ -120,12 +120,12 @@ def test_class_folders_give_labels_and_sentences(tmp_path):
 
 
 def test_columns_by_name_and_relative_to_another_folder(tmp_path):
-    (tmp_path / "pictures").mkdir()
-    write_images(tmp_path / "pictures")
+    (tmp_path / "images").mkdir()
+    write_images(tmp_path / "images")
     (tmp_path / "t.csv").write_text("where,words\np0.png,hello\n")
     with pytest.raises(UserError, match=r"t.csv#image=COLUMN"):
         open_shards([f"{tmp_path}/t.csv"])
-    root = tmp_path / "pictures"
+    root = tmp_path / "images"
     (shard,) = open_shards(expand(f"{tmp_path}/t.csv#image=where&caption=words&root={root}"))
     with Handles() as handles:
         assert shard.image(0, handles) == IMAGES[0]
@@ -239,7 +239,7 @@ def test_examples_hold_bytes_floats_and_signed_integers():
 
 @pytest.fixture
 def memory(monkeypatch):
-    """fsspec's file system in memory, and no pauses between tries."""
+    """Return fsspec's file system in memory; there are no pauses between tries."""
     monkeypatch.setattr(remote, "PAUSE", 0.0)
     fs = fsspec.filesystem("memory")
     fs.store.clear()

@@ -44,7 +44,7 @@ def test_eval_transform_equals_torchvisions_recorded_output(case):
 
 
 def test_every_mode_equals_open_clips_recorded_output():
-    """Made and held to open_clip itself by tests/parity/test_images_parity.py."""
+    """tests/parity/test_images_parity.py makes them, and holds open_clip itself to them."""
     golden = json.loads((Path(__file__).parents[1] / "golden" / "preprocess.json").read_text())
     assert len(golden) == 120
     for mode, width, height, n, resize_mode, interpolation, fill, digest in golden:
@@ -67,7 +67,7 @@ def test_eval_transform_always_fills_its_square(width, height, n, resize_mode):
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 80), st.integers(1, 64))
 def test_a_square_is_the_same_in_every_mode(side, n):
-    """Nothing to crop, pad or distort."""
+    """There is nothing to crop, pad or distort."""
     image = make_image("RGB", side, side)
     modes = ("shortest", "longest", "squash")
     shortest, *others = (eval_transform(image, n, Preprocess(mode, fill=9)) for mode in modes)
@@ -75,13 +75,13 @@ def test_a_square_is_the_same_in_every_mode(side, n):
         np.testing.assert_array_equal(other, shortest)
 
 
-def test_padding_has_the_fill_colour_and_the_odd_pixel_below():
+def test_padding_has_the_fill_color_and_the_odd_pixel_below():
     out = eval_transform(make_image("L", 40, 19), 40, Preprocess("longest", fill=77))
     assert (out[:10] == 77).all() and (out[29:] == 77).all()
     np.testing.assert_array_equal(out[10:29, :, 0], np.asarray(make_image("L", 40, 19)))
 
 
-def test_a_thread_thin_picture_is_refused_before_squashing_it():
+def test_a_thread_thin_image_is_refused_before_squashing_it():
     """Pillow widens first: 100,000 rows of 224 would stand between its two passes."""
     with pytest.raises(ImageError, match="too_large"):
         eval_transform(make_image("L", 1, 100_000), 224, Preprocess("squash"), max_pixels=10**7)
@@ -92,7 +92,7 @@ def test_a_thread_thin_picture_is_refused_before_squashing_it():
     )
 
 
-def test_a_thread_thin_picture_is_refused_before_it_grows():
+def test_a_thread_thin_image_is_refused_before_it_grows():
     with pytest.raises(ImageError, match="too_large"):
         eval_transform(make_image("L", 1, 5000), 224, max_pixels=10**7)
 
@@ -107,7 +107,7 @@ def test_decoding_gives_the_pixels_of_the_file(fmt):
         np.testing.assert_array_equal(np.asarray(decoded), np.asarray(image))
 
 
-def test_exif_does_not_turn_the_picture():
+def test_exif_does_not_turn_the_image():
     exif = Image.Exif()
     exif[0x0112] = 6  # "turn right"
     assert decode_image(encode(make_image("RGB", 40, 30), "JPEG", exif=exif)).size == (40, 30)
@@ -126,7 +126,7 @@ def test_stubs_are_refused(data):
 
 
 @pytest.mark.parametrize("fmt", ["JPEG", "PNG", "WEBP"])
-def test_a_cut_file_is_never_a_picture(fmt):
+def test_a_cut_file_is_never_an_image(fmt):
     data = encode(make_image("RGB", 40, 30), fmt)
     last = len(data) - 12  # behind it are no pixels: PNG's end chunk, JPEG's end mark
     causes = [cause(data[:n]) for n in range(0, last, 7)]
@@ -146,7 +146,7 @@ def test_no_bytes_raise_anything_but_image_error(fmt, data):
 
 @pytest.mark.parametrize("error", [TypeError, AttributeError, SyntaxError, struct.error])
 def test_whatever_pillow_raises_is_the_images_fault(monkeypatch, error):
-    """As its readers do on damaged chunks, by their version."""
+    """What its readers raise on damaged chunks depends on their version."""
 
     def fail(*args):
         raise error("of a chunk")

@@ -17,7 +17,7 @@ from data_cases import ToyTokenizer, encode, eval_loader, make_image, train_load
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clip_jax.data import sample_reader as rows_module
+from clip_jax.data import sample_reader
 from clip_jax.data.filters import FilteredShard
 from clip_jax.data.loader import bucket_length, trim_to_bucket
 from clip_jax.data.order import BatchPart
@@ -28,13 +28,13 @@ from clip_jax.errors import UserError
 
 
 @pytest.fixture(scope="module")
-def indexes(tmp_path_factory):
+def shards(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards")
     return open_shards(data_cases.write_shards(folder, [13, 9, 2, 16, 10], side=12))
 
 
-def take(indexes, count, **changes):
-    with train_loader(indexes, **({"seed": 11} | changes)) as loader:
+def take(shards, count, **changes):
+    with train_loader(shards, **({"seed": 11} | changes)) as loader:
         return list(itertools.islice(loader, count))
 
 
@@ -45,8 +45,8 @@ def assert_same(batches, others):
             np.testing.assert_array_equal(batch[name], other[name], err_msg=name)
 
 
-def test_shapes_types_and_contents(indexes):
-    batch = take(indexes, 1)[0]
+def test_shapes_types_and_contents(shards):
+    batch = take(shards, 1)[0]
     assert set(batch) == {"image", "text", "caption_id", "valid", "key"}
     assert batch["image"].shape == (16, 8, 8, 3) and batch["image"].dtype == np.uint8
     assert batch["text"].shape == (16, 16) and batch["text"].dtype == np.int32
@@ -58,48 +58,48 @@ def test_shapes_types_and_contents(indexes):
         np.testing.assert_array_equal(batch["text"][row], ToyTokenizer()([caption], 16)[0])
 
 
-def test_no_sample_is_lost_or_repeated_in_an_epoch(indexes):
+def test_no_sample_is_lost_or_repeated_in_an_epoch(shards):
     # 50 samples in 2 streams of 25, 5 of each a batch: an epoch is 5 steps.
-    batches = take(indexes, 10, streams=2, batch_size=10)
+    batches = take(shards, 10, streams=2, batch_size=10)
     for epoch in (batches[:5], batches[5:]):
         assert Counter(key for batch in epoch for key in batch["key"]).most_common(1)[0][1] == 1
         assert sum(len(batch["key"]) for batch in epoch) == 50
 
 
-def test_threads_cache_and_chunks_change_nothing(indexes, monkeypatch):
-    plain = take(indexes, 9, threads=0)
-    assert_same(take(indexes, 9, threads=3), plain)
-    assert_same(take(indexes, 9, cache_bytes=1 << 20), plain)
-    assert_same(take(indexes, 9, cache_bytes=2000), plain)  # holds a few images only
+def test_threads_cache_and_chunks_change_nothing(shards, monkeypatch):
+    plain = take(shards, 9, threads=0)
+    assert_same(take(shards, 9, threads=3), plain)
+    assert_same(take(shards, 9, cache_bytes=1 << 20), plain)
+    assert_same(take(shards, 9, cache_bytes=2000), plain)  # holds a few images only
     monkeypatch.setattr("clip_jax.data.loader.CHUNK_ROWS", 3)
-    assert_same(take(indexes, 9), plain)
+    assert_same(take(shards, 9), plain)
 
 
-def test_any_step_can_be_the_first(indexes):
-    whole = take(indexes, 12)
+def test_any_step_can_be_the_first(shards):
+    whole = take(shards, 12)
     for step in (1, 5, 11):
-        assert_same(take(indexes, 12 - step, start_step=step), whole[step:])
+        assert_same(take(shards, 12 - step, start_step=step), whole[step:])
 
 
-def test_a_far_step_needs_no_walk_to_it(indexes):
+def test_a_far_step_needs_no_walk_to_it(shards):
     """A walk of a million million steps would never end."""
-    first = take(indexes, 1, start_step=10**12)
-    assert_same(take(indexes, 2, start_step=10**12 - 1)[1:], first)
+    first = take(shards, 1, start_step=10**12)
+    assert_same(take(shards, 2, start_step=10**12 - 1)[1:], first)
 
 
 @pytest.mark.parametrize("hosts", [2, 4])
-def test_hosts_hold_contiguous_rows_of_the_same_global_batch(indexes, hosts):
-    whole = take(indexes, 5)
-    parts = [take(indexes, 5, part=BatchPart(h, hosts)) for h in range(hosts)]
+def test_hosts_hold_contiguous_rows_of_the_same_global_batch(shards, hosts):
+    whole = take(shards, 5)
+    parts = [take(shards, 5, part=BatchPart(h, hosts)) for h in range(hosts)]
     for step, batch in enumerate(whole):
         for name in ("image", "text", "caption_id", "valid", "key"):
             joined = np.concatenate([np.asarray(part[step][name]) for part in parts])
             np.testing.assert_array_equal(joined, np.asarray(batch[name]))
 
 
-def test_crops_differ_between_epochs_and_seeds(indexes):
-    def pictures(**changes):
-        batches = take(indexes, 10, streams=2, batch_size=10, crop_scale=(0.3, 1.0), **changes)
+def test_crops_differ_between_epochs_and_seeds(shards):
+    def images(**changes):
+        batches = take(shards, 10, streams=2, batch_size=10, crop_scale=(0.3, 1.0), **changes)
         return [
             {
                 k: image.tobytes()
@@ -109,8 +109,8 @@ def test_crops_differ_between_epochs_and_seeds(indexes):
             for part in (batches[:5], batches[5:])
         ]
 
-    first, second = pictures()
-    other, _ = pictures(seed=12)
+    first, second = images()
+    other, _ = images(seed=12)
     for again in (second, other):
         assert again.keys() == first.keys()
         assert sum(again[key] != first[key] for key in first) > 40
@@ -141,7 +141,7 @@ BAD = {
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory):
-    """Good samples with one of every bad kind among them, and two of odd but good kinds."""
+    """Return good samples with one of every bad kind among them, and two of odd but good kinds."""
     members = []
     for k, (cause, sample) in enumerate(BAD.items()):
         members += [(f"g{k}.png", GOOD), (f"g{k}.txt", b"good"), (f"g{k}.url", b"http://x")]
@@ -180,13 +180,13 @@ def test_of_several_lines_one_is_chosen_by_chance_and_again_the_same(mixed):
 
 
 def test_a_shard_that_changes_under_the_run_is_counted(tmp_path):
-    index = write_tar(tmp_path / "x.tar", [("a.png", GOOD), ("a.txt", b"x")])
-    with train_loader(index, streams=1, batch_size=1, threads=0) as loader:
+    shards = write_tar(tmp_path / "x.tar", [("a.png", GOOD), ("a.txt", b"x")])
+    with train_loader(shards, streams=1, batch_size=1, threads=0) as loader:
         assert next(loader)["valid"].all()
-        with open(index[0].path, "ab") as file:
+        with open(shards[0].path, "ab") as file:
             file.write(b"more")
         assert not next(loader)["valid"].any()
-        os.remove(index[0].path)
+        os.remove(shards[0].path)
         assert not next(loader)["valid"].any()
         assert loader.skipped == {"shard_changed": 1, "read_failed": 1}
 
@@ -198,11 +198,11 @@ def test_no_row_leaves_a_file_open(mixed):
 
 
 @pytest.mark.parametrize("batch_size, hosts", [(7, 1), (50, 1), (64, 2), (12, 4)])
-def test_evaluation_sees_every_sample_once_in_order(indexes, batch_size, hosts):
+def test_evaluation_sees_every_sample_once_in_order(shards, batch_size, hosts):
     per_host = []
     for host in range(hosts):
         part = BatchPart(host, hosts)
-        with eval_loader(indexes, batch_size=batch_size, part=part, threads=2) as loader:
+        with eval_loader(shards, batch_size=batch_size, part=part, threads=2) as loader:
             batches = list(loader)
             assert len(batches) == loader.num_steps == -(-50 // batch_size)
             assert not loader.skipped
@@ -224,8 +224,8 @@ def test_evaluation_sees_every_sample_once_in_order(indexes, batch_size, hosts):
 def test_evaluation_needs_no_caption_where_there_is_a_label(tmp_path):
     members = [("a.png", GOOD), ("a.cls", b"3\n"), ("b.png", GOOD), ("c.png", GOOD)]
     members += [("c.cls", b"many"), ("d.png", GOOD), ("d.txt", b"one\ntwo"), ("e.cls", b"1")]
-    index = write_tar(tmp_path / "x.tar", members)
-    with eval_loader(index, batch_size=8) as loader:
+    shards = write_tar(tmp_path / "x.tar", members)
+    with eval_loader(shards, batch_size=8) as loader:
         batch = next(loader)
         assert batch["valid"].tolist() == [True, False, False, True, False] + [False] * 3
         assert batch["label"].tolist() == [3, -1, -1, -1, -1, -1, -1, -1]
@@ -242,23 +242,23 @@ def test_evaluation_needs_no_caption_where_there_is_a_label(tmp_path):
         ({"streams": 64, "batch_size": 64}, r"config\.data\.streams to at most 50"),
     ],
 )
-def test_impossible_numbers(indexes, changes, text):
+def test_impossible_numbers(shards, changes, text):
     with pytest.raises(UserError, match=text):
-        train_loader(indexes, **changes)
+        train_loader(shards, **changes)
 
 
-def test_a_fault_of_our_own_is_not_counted_away(indexes):
+def test_a_fault_of_our_own_is_not_counted_away(shards):
     class Broken(ToyTokenizer):
         def __call__(self, texts, context_length=77):
             raise KeyError("tokenizer")
 
-    loader = train_loader(indexes, tokenizer=Broken())
+    loader = train_loader(shards, tokenizer=Broken())
     with loader, pytest.raises(KeyError, match="tokenizer"):
         next(loader)
 
 
 class BrokenShard(FilteredShard):
-    """A shard whose captions end with an error."""
+    """A shard whose captions raise an error."""
 
     def __init__(self, shard, error):
         super().__init__(shard)
@@ -269,8 +269,8 @@ class BrokenShard(FilteredShard):
 
 
 @pytest.mark.parametrize("error", [TypeError, AttributeError, NameError])
-def test_a_programming_error_in_a_reader_is_no_bad_sample(indexes, error):
-    loader = train_loader([BrokenShard(indexes[0], error("ours"))])
+def test_a_programming_error_in_a_reader_is_no_bad_sample(shards, error):
+    loader = train_loader([BrokenShard(shards[0], error("ours"))])
     with loader, pytest.raises(error, match="ours"):
         next(loader)
 
@@ -283,15 +283,15 @@ def test_a_programming_error_in_a_reader_is_no_bad_sample(indexes, error):
         (ValueError("a library's"), "broken"),
     ],
 )
-def test_a_fault_of_the_data_is_a_bad_sample(indexes, error, cause):
-    with train_loader([BrokenShard(indexes[0], error)]) as loader:
+def test_a_fault_of_the_data_is_a_bad_sample(shards, error, cause):
+    with train_loader([BrokenShard(shards[0], error)]) as loader:
         assert not next(loader)["valid"].any()
         assert loader.skipped == {cause: 16}
 
 
-def test_closing_ends_the_threads(indexes):
+def test_closing_ends_the_threads(shards):
     others = set(threading.enumerate())
-    with train_loader(indexes) as loader:
+    with train_loader(shards) as loader:
         next(loader)
         threads = set(threading.enumerate()) - others
     assert threads
@@ -302,7 +302,7 @@ def test_closing_ends_the_threads(indexes):
         next(loader)
 
 
-def test_an_interrupted_program_ends_at_once_and_quietly(indexes):
+def test_an_interrupted_program_ends_at_once_and_quietly(shards):
     """With many batches in the queue, which Python would otherwise finish before it ends."""
     code = f"""
 import sys
@@ -311,7 +311,7 @@ from data_cases import train_loader
 from clip_jax.data import loader
 from clip_jax.data.sources import open_shards
 loader.PREFETCH_BATCHES = 5000
-shards = open_shards({[index.path for index in indexes]!r})
+shards = open_shards({[shard.path for shard in shards]!r})
 with train_loader(shards, batch_size=400, window=8) as batches:
     next(batches)
     raise KeyboardInterrupt
@@ -343,7 +343,7 @@ def test_a_row_without_an_end_token_is_not_cut():
 
 
 def test_the_cache_respects_its_bound():
-    cache = rows_module._ImageCache(1000)
+    cache = sample_reader._ImageCache(1000)
     for k in range(5):
         cache.put(k, make_image("RGB", 10, 10))
     assert [cache.get(k) is not None for k in range(5)] == [True, True, False, False, False]

@@ -37,7 +37,7 @@ ENTRIES = st.builds(
 @settings(max_examples=50, deadline=None)
 @given(st.dictionaries(st.text(min_size=1), ENTRIES, max_size=5))
 def test_what_is_written_is_read(tmp_path_factory, entries):
-    folder = tmp_path_factory.mktemp("index")
+    folder = tmp_path_factory.mktemp("manifest")
     write_manifest(folder, entries)
     assert read_manifest(folder) == entries
     write_manifest("memory://bucket/x", entries)
@@ -91,7 +91,7 @@ def batches(shards, count=4, **changes):
 
 @pytest.fixture
 def reads(monkeypatch):
-    """The shards whose headers were read, in order."""
+    """Return the shards whose headers were read, in order."""
     read = []
     original = dataset.open_shard
 
@@ -157,8 +157,8 @@ def test_an_index_beside_remote_shards_spares_fetching_them(tmp_path, monkeypatc
         fs.rm("/set", recursive=True)
 
 
-def test_a_shard_that_is_not_as_promised_loses_its_rows_and_moves_no_other(tmp_path):
-    """Missing, damaged, and replaced by one with another count; also after a restart."""
+def test_a_shard_that_is_not_as_counted_loses_its_rows_and_moves_no_other(tmp_path):
+    """One is missing, one damaged, one replaced by one with another count; the run is a second."""
     paths = [Path(p) for p in data_cases.write_shards(tmp_path, [8] * 6)]
     run = str(tmp_path / "run")
     pattern = f"{tmp_path}/s-{{00000..00005}}.tar"
@@ -199,14 +199,14 @@ def test_a_file_of_another_size_is_counted_again(tmp_path, reads):
 
 
 def together(parts, call):
-    """`call(share)` in as many threads, whose gather waits for all, as processes' does."""
-    barrier, told = threading.Barrier(parts), {}
+    """Run `call(share)` in as many threads, whose gather waits for all, as processes' does."""
+    barrier, values_of = threading.Barrier(parts), {}
 
     def share(part):
         def gather(value):
-            told[part] = json.loads(json.dumps(value))
+            values_of[part] = json.loads(json.dumps(value))
             barrier.wait(20)
-            values = [told[k] for k in range(parts)]
+            values = [values_of[k] for k in range(parts)]
             barrier.wait(20)
             return values
 
@@ -237,8 +237,8 @@ def test_processes_share_the_counting_and_see_the_same_shards(tmp_path, reads):
     assert [p.name for p in (tmp_path / "run").glob("skipped*")] == ["skipped.jsonl"]
 
 
-def test_processes_with_other_indexes_use_none(tmp_path, reads):
-    """A copy of the data on each machine, and an index beside one of them."""
+def test_processes_with_different_manifests_use_none(tmp_path, reads):
+    """There is a copy of the data on each machine, and a manifest beside one of them."""
     for copy in "ab":
         (tmp_path / copy).mkdir()
         data_cases.write_shards(tmp_path / copy, [4, 5])
@@ -250,7 +250,7 @@ def test_processes_with_other_indexes_use_none(tmp_path, reads):
         )[0],
     )
     assert [[len(s) for s in shards] for shards in found] == [[4, 5]] * 2
-    # The first process had counted its part before it heard of the other's index.
+    # The first process had counted its part before it heard of the other's manifest.
     assert sorted(set(reads)) == names(2)
 
 

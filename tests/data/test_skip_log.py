@@ -20,7 +20,7 @@ from clip_jax.data.skip_log import SkipLog
 
 
 def one_epoch(shards, log, batch_size=8):
-    """Every row of one pass: (keys, which of them are ok)."""
+    """Return every row of one pass: (keys, which of them are valid)."""
     keys, good = [], []
     with train_loader(shards, log=log, batch_size=batch_size, window=8, repeat=False) as loader:
         for batch in loader:
@@ -31,10 +31,12 @@ def one_epoch(shards, log, batch_size=8):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """A real HTTP server on a folder of four shards: `failures` says how many tries of a file it
-    answers with an error, `asked` counts them all."""
+    """Serve a folder of four shards over HTTP, with errors for a file's first `failures` requests.
+
+    `requests` counts all of them.
+    """
     data_cases.write_shards(tmp_path, [4] * 4)
-    failures, asked, lock = Counter(), Counter(), threading.Lock()
+    failures, requests, lock = Counter(), Counter(), threading.Lock()
 
     class Handler(SimpleHTTPRequestHandler):
         def __init__(self, *args):
@@ -43,8 +45,8 @@ def server(tmp_path, monkeypatch):
         def do_GET(self):
             name = Path(self.path).name
             with lock:
-                asked[name] += 1
-                fails = asked[name] <= failures[name]
+                requests[name] += 1
+                fails = requests[name] <= failures[name]
             if fails:
                 self.send_error(503)
             else:
@@ -58,48 +60,48 @@ def server(tmp_path, monkeypatch):
         thread = threading.Thread(target=http.serve_forever)
         thread.start()
         pattern = f"http://127.0.0.1:{http.server_port}/s-{{00000..00003}}.tar"
-        yield pattern, failures, asked
+        yield pattern, failures, requests
         http.shutdown()
         thread.join()
     remote.CACHE.close()
 
 
 def test_a_server_that_fails_at_first_loses_nothing(server):
-    pattern, failures, asked = server
+    pattern, failures, requests = server
     failures["s-00001.tar"] = remote.TRIES - 1
     log = SkipLog()
     (shards,) = open_sources(pattern, log=log, cached_shards=8)
     keys, good = one_epoch(shards, log)
     assert len(set(keys)) == 16 and good.all() and not log.shard_counts
     # With the last, good try; each shard is fetched once for all its samples.
-    assert asked["s-00001.tar"] == remote.TRIES and asked["s-00002.tar"] == 1
+    assert requests["s-00001.tar"] == remote.TRIES and requests["s-00002.tar"] == 1
 
 
 def test_a_server_that_always_fails_loses_the_shard_and_names_it(server, tmp_path):
-    pattern, failures, asked = server
+    pattern, failures, requests = server
     failures["s-00001.tar"] = 10**6
     log = SkipLog(tmp_path / "skipped.jsonl")
     (shards,) = open_sources(pattern, log=log, cached_shards=8)
     assert [len(shard) for shard in shards] == [4] * 3
-    assert log.shard_counts == {"shard_unreadable": 1} and asked["s-00001.tar"] == remote.TRIES
+    assert log.shard_counts == {"shard_unreadable": 1} and requests["s-00001.tar"] == remote.TRIES
     (line,) = (tmp_path / "skipped.jsonl").read_text().splitlines()
     assert json.loads(line)["name"].endswith("/s-00001.tar") and "503" in line
 
 
-def test_a_promised_shard_that_a_server_does_not_give_is_passed_over(server, tmp_path):
-    """With an index nothing is fetched at the start; the fault comes in the middle of a run."""
-    pattern, failures, asked = server
+def test_a_listed_shard_that_a_server_does_not_give_is_passed_over(server, tmp_path):
+    """With a manifest nothing is fetched at the start; the fault comes in the middle of a run."""
+    pattern, failures, requests = server
     paths = sorted(tmp_path.glob("*.tar"))
     write_manifest(tmp_path, {path.name: ShardEntry(4, path.stat().st_size) for path in paths})
     failures["s-00002.tar"] = 10**6
     log = SkipLog(tmp_path / "skipped.jsonl")
     (shards,) = open_sources(pattern, log=log, cached_shards=8)
-    assert not asked.keys() - {"index.json"}
+    assert not requests.keys() - {"index.json"}
     keys, good = one_epoch(shards, log)
     assert len(keys) == 16 and log.counts == {"shard_unreadable": 4}
     assert {key.partition("/")[0] for key in np.array(keys)[~good]} == {"s-00002.tar"}
     # All tries once, and then the shard's other samples are passed over at once.
-    assert asked["s-00002.tar"] == remote.TRIES
+    assert requests["s-00002.tar"] == remote.TRIES
     (line,) = (tmp_path / "skipped.jsonl").read_text().splitlines()
     assert json.loads(line)["name"] == "s-00002.tar"
 

@@ -22,27 +22,27 @@ from clip_jax.errors import UserError
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory):
+def paths(tmp_path_factory):
     return data_cases.write_shards(tmp_path_factory.mktemp("shards"), [7, 1, 12])
 
 
-def read(index, place):
-    with open(index.path, "rb") as file:
+def read(shard, place):
+    with open(shard.path, "rb") as file:
         file.seek(place[0])
         return file.read(place[1])
 
 
-def test_patterns_name_the_same_shards(shards):
-    folder = os.path.dirname(shards[0])
+def test_patterns_name_the_same_shards(paths):
+    folder = os.path.dirname(paths[0])
     for pattern in (
         f"{folder}/s-{{00000..00002}}.tar",
         f"{folder}/s-*.tar",
         folder,
-        "::".join(shards),
+        "::".join(paths),
         f"{folder}/s-0000{{0,1,2}}.tar",
-        f"{folder}/s-{{00000..00001}}.tar::{shards[2]}",
+        f"{folder}/s-{{00000..00001}}.tar::{paths[2]}",
     ):
-        assert sources.expand(pattern) == shards
+        assert sources.expand(pattern) == paths
 
 
 def test_braces():
@@ -68,8 +68,8 @@ def test_braces():
         ("::a.tar", "empty part"),
     ],
 )
-def test_patterns_that_cannot_be_meant(shards, pattern, text):
-    folder = os.path.dirname(shards[0])
+def test_patterns_that_cannot_be_meant(paths, pattern, text):
+    folder = os.path.dirname(paths[0])
     os.makedirs(f"{folder}/empty", exist_ok=True)
     with open(f"{folder}/z.tar.gz", "wb") as file:
         file.write(gzip.compress(b"x"))
@@ -77,30 +77,30 @@ def test_patterns_that_cannot_be_meant(shards, pattern, text):
         sources.expand(pattern.format(folder=folder))
 
 
-def test_the_index_finds_what_webdataset_finds(shards):
-    indexes = sources.open_shards(shards)
-    assert [len(index) for index in indexes] == [7, 1, 12]
-    for index in indexes:
-        with open(index.path, "rb") as file:
-            members = [m | {"__url__": index.path} for m in tar_file_iterator(file)]
+def test_a_shard_finds_what_webdataset_finds(paths):
+    shards = sources.open_shards(paths)
+    assert [len(shard) for shard in shards] == [7, 1, 12]
+    for shard in shards:
+        with open(shard.path, "rb") as file:
+            members = [m | {"__url__": shard.path} for m in tar_file_iterator(file)]
         samples = list(group_by_keys(members))
-        assert len(samples) == len(index)
+        assert len(samples) == len(shard)
         for i, sample in enumerate(samples):
-            assert sample["__key__"] == index.key(i)
-            assert sample["png"] == read(index, index.member(i, "png"))
+            assert sample["__key__"] == shard.key(i)
+            assert sample["png"] == read(shard, shard.member(i, "png"))
             for suffix in ("txt", "cls", "json"):
-                assert sample[suffix] == read(index, index.member(i, suffix))
+                assert sample[suffix] == read(shard, shard.member(i, suffix))
 
 
 def test_sharded_writer_and_compound_names(tmp_path):
     with webdataset.ShardWriter(str(tmp_path / "w-%03d.tar"), maxcount=2, verbose=0) as writer:
         for k in range(5):
             writer.write({"__key__": f"dir.v1/{k}", "JPG": b"x", "seg.png": b"y", "txt": "t"})
-    indexes = sources.open_shards(sources.expand(str(tmp_path)))
-    assert [len(index) for index in indexes] == [2, 2, 1]
-    assert indexes[0].key(1) == "dir.v1/1"
-    assert read(indexes[0], indexes[0].member(1, "jpg")) == b"x"
-    assert indexes[0].ignored == 2  # `seg.png` is another suffix than `png`
+    shards = sources.open_shards(sources.expand(str(tmp_path)))
+    assert [len(shard) for shard in shards] == [2, 2, 1]
+    assert shards[0].key(1) == "dir.v1/1"
+    assert read(shards[0], shards[0].member(1, "jpg")) == b"x"
+    assert shards[0].ignored == 2  # `seg.png` is another suffix than `png`
 
 
 def tar_of(path, names, **options):
@@ -114,22 +114,22 @@ def tar_of(path, names, **options):
 
 def test_incomplete_samples_keep_their_place_and_are_named(tmp_path):
     names = ["a.jpg", "a.txt", "b.txt", "c.png", ".hidden", "README", "d.npy", "e.webp", "e.json"]
-    index = reader.open_shard(tar_of(tmp_path / "x.tar", names))
-    assert [index.key(i) for i in range(len(index))] == ["a", "b", "c", "d", "e"]
-    assert index.ignored == 3
-    assert index.incomplete() == {"no_image": ["b", "d"], "no_caption": ["c", "d"]}
+    shard = reader.open_shard(tar_of(tmp_path / "x.tar", names))
+    assert [shard.key(i) for i in range(len(shard))] == ["a", "b", "c", "d", "e"]
+    assert shard.ignored == 3
+    assert shard.incomplete() == {"no_image": ["b", "d"], "no_caption": ["c", "d"]}
 
 
 def test_a_key_that_comes_back_is_a_new_sample(tmp_path):
-    index = reader.open_shard(tar_of(tmp_path / "x.tar", ["a.jpg", "a.txt", "a.jpg", "a.txt"]))
-    assert len(index) == 2
+    shard = reader.open_shard(tar_of(tmp_path / "x.tar", ["a.jpg", "a.txt", "a.jpg", "a.txt"]))
+    assert len(shard) == 2
 
 
 @pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
 def test_long_and_foreign_names(tmp_path, form):
     names = ["d" * 90 + "/" + "k" * 60 + ".jpg", "é/日本.jpg"]
-    index = reader.open_shard(tar_of(tmp_path / "x.tar", names, format=form))
-    assert [index.key(i) for i in range(2)] == [name.removesuffix(".jpg") for name in names]
+    shard = reader.open_shard(tar_of(tmp_path / "x.tar", names, format=form))
+    assert [shard.key(i) for i in range(2)] == [name.removesuffix(".jpg") for name in names]
 
 
 @given(st.text(st.sampled_from("ab./"), max_size=12))
@@ -141,20 +141,20 @@ def test_split_name(name):
 
 
 @pytest.fixture(scope="module")
-def plain(shards):
-    """One shard's bytes, and its index."""
-    with open(shards[2], "rb") as file:
-        return file.read(), reader.open_shard(shards[2])
+def plain(paths):
+    """Return one shard's bytes, and the shard."""
+    with open(paths[2], "rb") as file:
+        return file.read(), reader.open_shard(paths[2])
 
 
-def index_bytes(folder, data):
+def open_bytes(folder, data):
     path = folder / "x.tar"
     path.write_bytes(data)
     return reader.open_shard(str(path))
 
 
-def same(index, other):
-    return index.digest() == other.digest()
+def same(shard, other):
+    return shard.digest() == other.digest()
 
 
 def test_every_flipped_header_bit_is_noticed_or_harmless(tmp_path, plain):
@@ -167,11 +167,11 @@ def test_every_flipped_header_bit_is_noticed_or_harmless(tmp_path, plain):
         mutant = bytearray(data)
         mutant[at] ^= 1 << rng.randrange(8)
         try:
-            index = index_bytes(tmp_path, mutant)
+            shard = open_bytes(tmp_path, mutant)
         except UserError as e:
             assert "cut or damaged at byte" in str(e)
         else:
-            assert same(index, whole)
+            assert same(shard, whole)
 
 
 def test_a_header_flip_in_every_header_is_an_error(tmp_path, plain):
@@ -182,7 +182,7 @@ def test_a_header_flip_in_every_header_is_an_error(tmp_path, plain):
         mutant = bytearray(data)
         mutant[offset + 3] ^= 4
         with pytest.raises(UserError, match=f"damaged at byte {offset}"):
-            index_bytes(tmp_path, mutant)
+            open_bytes(tmp_path, mutant)
 
 
 def test_every_cut_is_an_error(tmp_path, plain):
@@ -191,7 +191,7 @@ def test_every_cut_is_an_error(tmp_path, plain):
     rng = random.Random(1)
     for size in [0, 1, 511, 512, 513, end, end + 100, *(rng.randrange(end) for _ in range(80))]:
         with pytest.raises(UserError, match="damaged at byte"):
-            index_bytes(tmp_path, data[:size])
+            open_bytes(tmp_path, data[:size])
 
 
 def test_zeros_in_the_middle_garbage_behind_and_unwritten_tails(tmp_path, plain):
@@ -205,7 +205,7 @@ def test_zeros_in_the_middle_garbage_behind_and_unwritten_tails(tmp_path, plain)
         data[:middle] + bytes(3 << 20),
     ):
         with pytest.raises(UserError, match="damaged at byte"):
-            index_bytes(tmp_path, bad)
+            open_bytes(tmp_path, bad)
 
 
 @settings(max_examples=60, deadline=None)
@@ -217,7 +217,7 @@ def test_no_bytes_raise_anything_else(tmp_path_factory, plain, data):
         raw[at : at + 8] = data.draw(st.binary(min_size=8, max_size=8))
     folder = tmp_path_factory.mktemp("fuzz")
     try:
-        index_bytes(folder, raw)
+        open_bytes(folder, raw)
     except UserError:
         pass
     finally:
@@ -226,40 +226,40 @@ def test_no_bytes_raise_anything_else(tmp_path_factory, plain, data):
 
 def test_compressed_and_missing_shards(tmp_path, plain):
     with pytest.raises(UserError, match="compressed with gzip"):
-        index_bytes(tmp_path, gzip.compress(plain[0]))
+        open_bytes(tmp_path, gzip.compress(plain[0]))
     with pytest.raises(UserError, match="cannot be read: No such file"):
         reader.open_shard(str(tmp_path / "nowhere.tar"))
 
 
 def test_side_files_hold_the_shard_to_its_count(tmp_path, plain):
     data, _ = plain
-    index = index_bytes(tmp_path, data)
+    shard = open_bytes(tmp_path, data)
     side = tmp_path / "x.tar.index.json"
-    reader.write_side_file(index)
-    assert same(reader.open_shard(index.path), index)
+    reader.write_side_file(shard)
+    assert same(reader.open_shard(shard.path), shard)
 
     record = json.loads(side.read_text())
     side.write_text(json.dumps(record | {"samples": 13}))
     with pytest.raises(UserError, match="samples 12, and its side file says 13"):
-        reader.open_shard(index.path)
+        reader.open_shard(shard.path)
     side.write_text(json.dumps(record | {"members": "0"}))
     with pytest.raises(UserError, match="members"):
-        reader.open_shard(index.path)
+        reader.open_shard(shard.path)
     side.write_text("[]")
     with pytest.raises(UserError, match="is damaged"):
-        reader.open_shard(index.path)
+        reader.open_shard(shard.path)
 
 
-def test_fingerprint_tells_data_sets_apart(shards):
-    indexes = sources.open_shards(shards)
-    whole = sources.fingerprint(indexes)
-    assert whole == sources.fingerprint(sources.open_shards(shards))
-    assert whole != sources.fingerprint(indexes[:2]) != sources.fingerprint(indexes[1:])
+def test_fingerprint_tells_data_sets_apart(paths):
+    shards = sources.open_shards(paths)
+    whole = sources.fingerprint(shards)
+    assert whole == sources.fingerprint(sources.open_shards(paths))
+    assert whole != sources.fingerprint(shards[:2]) != sources.fingerprint(shards[1:])
 
 
-def test_the_index_is_lean(tmp_path):
+def test_the_table_of_members_is_lean(tmp_path):
     names = [f"{k:09d}.{suffix}" for k in range(300) for suffix in ("jpg", "json", "txt")]
-    index = reader.open_shard(tar_of(tmp_path / "x.tar", names))
-    tables = sum(table.nbytes for table in index.members.values())
-    assert (tables + len(index.key_bytes) + index.key_ends.nbytes) / len(index) == 3 * 8 + 9 + 4
-    assert all(table.dtype == np.uint32 for table in index.members.values())
+    shard = reader.open_shard(tar_of(tmp_path / "x.tar", names))
+    tables = sum(table.nbytes for table in shard.members.values())
+    assert (tables + len(shard.key_bytes) + shard.key_ends.nbytes) / len(shard) == 3 * 8 + 9 + 4
+    assert all(table.dtype == np.uint32 for table in shard.members.values())
