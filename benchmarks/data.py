@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from benchmarks import turns
+from benchmarks import interleaved
 
 WORDS = ("photo", "old", "red", "temple", "quiet", "lake", "flowers", "under", "blue", "sky")
 BATCH = 256
@@ -195,7 +195,7 @@ def in_own_process(side: str, folder: str, workers: int, pairs: int) -> dict:
 
 def main() -> None:
     """Write the set; measure both sides in turns, then our passes."""
-    parser = turns.arguments(__doc__, warmup=0, repeats=3)
+    parser = interleaved.arguments(__doc__, warmup=0, repeats=3)
     parser.add_argument("--pairs", type=int, default=4000)
     parser.add_argument("--shards", type=int, default=8)
     parser.add_argument("--workers", type=int, default=2)
@@ -219,15 +219,15 @@ def main() -> None:
     passes = in_own_process("passes", folder, args.workers, args.pairs)
     rows = [
         {"side": side}
-        | {key: turns.spread([r[key] for r in rounds]) for key in rounds[0] if key != "side"}
+        | {key: interleaved.spread([r[key] for r in rounds]) for key in rounds[0] if key != "side"}
         for side, rounds in found.items()
     ]
     rates = {side: [r["pairs/s"] for r in rounds] for side, rounds in found.items()}
-    turns.report(
+    interleaved.report(
         "data",
         args,
         rows,
-        times_as_many_pairs=turns.ratio(rates["ours"], rates["open_clip"]),
+        times_as_many_pairs=interleaved.ratio(rates["ours"], rates["open_clip"]),
         our_MiB_after_each_pass=passes["MiB after each pass"],
     )
 
