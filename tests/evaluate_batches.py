@@ -1,4 +1,4 @@
-"""The evaluation of batches in memory, as `evaluation.run` does it with those of a loader."""
+"""Evaluate batches in memory as `evaluation.run` does those of a loader."""
 
 import dataclasses
 from typing import Any

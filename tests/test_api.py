@@ -1,4 +1,4 @@
-"""Tests of the public API on random weights and on a work folder."""
+"""Test the public API on random weights and on a work folder."""
 
 import numpy as np
 import pytest
@@ -131,11 +131,11 @@ def test_description_of_a_work_folder(tmp_path):
             "tiny", VIT, TokenizerSpec("sentencepiece", str(tokenizer)), config={"seed": 1}
         ),
     )
-    found = read_description(folder)
+    description = read_description(folder)
     spec = TokenizerSpec("sentencepiece", str(folder / "tokenizer.model"))
-    assert found == RunDescription("tiny", VIT, spec, config={"seed": 1})
+    assert description == RunDescription("tiny", VIT, spec, config={"seed": 1})
     # Writing what was read must not copy the file onto itself.
-    write_description(folder, found)
+    write_description(folder, description)
     assert (folder / "tokenizer.model").read_bytes() == b"model"
 
 

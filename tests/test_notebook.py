@@ -1,4 +1,4 @@
-"""The notebook runs from top to bottom."""
+"""Test that the notebook runs from top to bottom."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Bootstrap intervals: how far a figure could be off by the choice of the images alone.
+"""Compute bootstrap intervals: how far a figure could be off by the choice of the images alone.
 
 They are percentile intervals of 95 % from 1,000 resamples (Efron and Tibshirani 1993, chapter 13),
 and say nothing of another training seed or another data set.

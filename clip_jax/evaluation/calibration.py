@@ -1,4 +1,4 @@
-"""The expected calibration error: whether probabilities mean what they say."""
+"""Compute the expected calibration error: whether probabilities mean what they say."""
 
 import numpy as np
 from jaxtyping import Bool, Float

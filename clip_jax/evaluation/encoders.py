@@ -1,4 +1,4 @@
-"""A model as the evaluators take it, and what all of them do with it.
+"""Define a model as the evaluators take it, and what all of them do with it.
 
 They call the encoders on blocks of one size, so that one program is compiled, and compare unit
 vectors on the host.

@@ -1,4 +1,4 @@
-"""Features kept in a folder, so that nothing is encoded twice.
+"""Keep features in a folder, so that nothing is encoded twice.
 
 Parts are stored as they are made: an evaluation that was killed goes on at its last part, and one
 with other tasks or prompts encodes no image again. Folders are named by the data and the weights.

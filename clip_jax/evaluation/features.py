@@ -1,4 +1,4 @@
-"""The features of a data set: what every task is computed from, made part by part.
+"""Compute the features of a data set part by part; every task is computed from them.
 
 A part is some batches' features and what is known of their images.
 """

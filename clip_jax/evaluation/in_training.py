@@ -1,4 +1,4 @@
-"""Evaluation while a run trains: the same tasks on parameters that change."""
+"""Evaluate while a run trains: the same tasks on parameters that change."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Classification by the nearest training images: k-nearest neighbors in cosine similarity."""
+"""Classify by the nearest training images: k-nearest neighbors in cosine similarity."""
 
 import functools
 

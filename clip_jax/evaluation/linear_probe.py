@@ -1,4 +1,4 @@
-"""Linear probe: multinomial logistic regression by L-BFGS on frozen features, over a mesh.
+"""Fit a linear probe: multinomial logistic regression by L-BFGS on frozen features, over a mesh.
 
 The minimum is scikit-learn's `LogisticRegression`'s: C * sum of cross-entropies + |W|^2 / 2, the
 bias left alone. The way there is shorter. CLIP's features lie in a narrow cone, so the loss is

@@ -1,4 +1,4 @@
-"""Plots: a model's guesses under example images, captions under images, and training's curves."""
+"""Draw a model's guesses under example images, captions under images, and training curves."""
 
 import json
 import math

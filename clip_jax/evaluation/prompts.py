@@ -1,4 +1,4 @@
-"""Class names and prompt templates: those of the paper, which are shipped, and those of files.
+"""Load class names and prompt templates: those of the paper, which are shipped, and those of files.
 
 `prompt_data/` holds open_clip's names and templates of ImageNet and CLIP_benchmark's of the other
 data sets of the CLIP paper; `prompt_data/NOTICE` says under which licenses.

@@ -1,4 +1,4 @@
-"""What an evaluation leaves in its folder: results in CLIP_benchmark's form, and the confusions."""
+"""Write what an evaluation leaves in its folder: results as CLIP_benchmark has them, confusions."""
 
 import csv
 import json

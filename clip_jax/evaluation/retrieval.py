@@ -1,4 +1,4 @@
-"""Image-text retrieval: recall at k in both directions, one block of scores at a time."""
+"""Measure image-text retrieval: recall at k in both directions, one block of scores at a time."""
 
 import dataclasses
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""The cosines of the images of a batch with their own captions."""
+"""Compute the cosines of the images of a batch with their own captions."""
 
 from collections.abc import Mapping
 from typing import Any

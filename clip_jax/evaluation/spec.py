@@ -1,4 +1,4 @@
-"""What to evaluate: the config's section, and what only the command can say."""
+"""Define what to evaluate: the config's section, and what only the command can say."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The tasks: each computes figures from features, and how sure they are."""
+"""Run the tasks: each computes figures from features, and how sure they are."""
 
 import contextlib
 import dataclasses

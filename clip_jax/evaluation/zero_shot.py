@@ -1,4 +1,4 @@
-"""Zero-shot classification (CLIP paper, section 3.1): images against the embeddings of names."""
+"""Classify zero-shot (CLIP paper, section 3.1): images against the embeddings of names."""
 
 import functools
 from collections.abc import Sequence

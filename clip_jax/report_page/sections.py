@@ -1,4 +1,4 @@
-"""The sections of the page, each made from runs; one that no run has anything for is empty."""
+"""Make the sections of the page, each from runs; one that no run has anything for is empty."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Charts as SVG text, colored by the page's style sheet, so that they follow dark and light."""
+"""Draw charts as SVG text, colored by the page's style sheet, which follows dark and light."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Zero-shot, retrieval and plots against plain definitions, with encoders of a few lines."""
+"""Test zero-shot, retrieval and plots against plain definitions, with encoders of a few lines."""
 
 import functools
 import json
@@ -127,7 +127,7 @@ def test_class_embeddings_do_not_depend_on_batches():
 def test_zero_shot_metrics_are_the_definition(num_classes, count, seed):
     rng = np.random.default_rng(seed)
     z_image_BD, class_MD = (unit_rows(rng.normal(size=(n, 8))) for n in (count, num_classes))
-    labels_B = rng.integers(0, num_classes, count)
+    label_B = rng.integers(0, num_classes, count)
     top_Bk, share_Bk = map(
         np.asarray, top_classes(z_image_BD, class_MD, 10.0, k=min(5, num_classes))
     )
@@ -137,16 +137,16 @@ def test_zero_shot_metrics_are_the_definition(num_classes, count, seed):
     share_BM = np.exp(logits_BM) / np.exp(logits_BM).sum(axis=1, keepdims=True)
     np.testing.assert_allclose(share_Bk, np.take_along_axis(share_BM, top_Bk, 1), rtol=1e-4)
 
-    found = zero_shot_metrics(top_Bk, labels_B, num_classes=num_classes)
-    right_B = order_BM[:, 0] == labels_B
-    assert found["acc1"] == pytest.approx(right_B.mean())
+    metrics = zero_shot_metrics(top_Bk, label_B, num_classes=num_classes)
+    right_B = order_BM[:, 0] == label_B
+    assert metrics["acc1"] == pytest.approx(right_B.mean())
     if num_classes < 5:
-        assert math.isnan(found["acc5"])
+        assert math.isnan(metrics["acc5"])
     else:
-        in_five = [label in order for label, order in zip(labels_B, order_BM[:, :5], strict=True)]
-        assert found["acc5"] == pytest.approx(np.mean(in_five))
-    recalls = [right_B[labels_B == m].mean() for m in np.unique(labels_B)]
-    assert found["mean_per_class_recall"] == pytest.approx(np.mean(recalls))
+        in_five = [label in order for label, order in zip(label_B, order_BM[:, :5], strict=True)]
+        assert metrics["acc5"] == pytest.approx(np.mean(in_five))
+    class_recalls = [right_B[label_B == m].mean() for m in np.unique(label_B)]
+    assert metrics["mean_per_class_recall"] == pytest.approx(np.mean(class_recalls))
 
 
 def test_equal_classes_come_in_order():
@@ -162,13 +162,13 @@ def plain_recalls(z_image, z_text, image_of_text, captions, ks):
         {captions[t] for t in np.flatnonzero(image_of_text == i)} for i in range(len(z_image))
     ]
     right = np.array([[c in image_captions for image_captions in captions_of] for c in captions])
-    found = {}
+    metrics = {}
     for direction, s, r in (("image", scores, right), ("text", scores.T, right.T)):
         order = np.argsort(-s, axis=1, kind="stable")
         for k in ks:
             hits = np.take_along_axis(r, order[:, :k], 1).any(axis=1)
-            found[f"{direction}_retrieval_recall@{k}"] = hits.mean()
-    return found
+            metrics[f"{direction}_retrieval_recall@{k}"] = hits.mean()
+    return metrics
 
 
 @settings(max_examples=25, deadline=None)

@@ -1,4 +1,4 @@
-"""Probes, neighbors, intervals, calibration, and features over a mesh, stored and found again."""
+"""Test probes, neighbors, intervals, calibration, and features over a mesh and in their store."""
 
 import dataclasses
 import functools
@@ -142,14 +142,14 @@ def test_c_is_the_best_of_what_the_search_tried():
 def test_neighbors_vote_as_defined(rows, train, k, seed):
     rng = np.random.default_rng(seed)
     (z_BD, _), (x_ND, y_N) = clusters(rng, rows), clusters(rng, train)
-    found = knn_votes(z_BD, x_ND, y_N, num_classes=4, k=k)
+    actual = knn_votes(z_BD, x_ND, y_N, num_classes=4, k=k)
     cosine = z_BD.astype(np.float64) @ x_ND.T
     order = np.argsort(-cosine, axis=1)[:, :k]
     near = np.take_along_axis(cosine, order, 1)
     votes = np.exp((near - near[:, :1]) / 0.07)
     expected = [[v[y_N[o] == m].sum() for m in range(4)] for v, o in zip(votes, order, strict=True)]
     # exp(x / 0.07) makes 14 times the rounding of a float32 cosine.
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_learning_tasks_tell_clusters_apart_and_refuse_to_guess():
@@ -289,8 +289,8 @@ def test_a_prime_number_of_images_on_eight_devices_counts_each_once(tmp_path):
     assert [r["images"] for r in results] == [37, 37]
     alone = toy_encoders(identity="b")
     expected = run_evaluation(alone, spec, folder=tmp_path / "alone", progress=False).results
-    for ours, theirs in zip(results, expected, strict=True):
-        assert ours["metrics"] == pytest.approx(theirs["metrics"], abs=1e-6)
+    for split, single in zip(results, expected, strict=True):
+        assert split["metrics"] == pytest.approx(single["metrics"], abs=1e-6)
     written = json.loads((tmp_path / "out" / "eval.json").read_text())
     assert [a["template"] for a in written["ablation"]] == ["{}", "a {}", "all 2 together"]
     assert written["ablation"][2]["acc1"] == pytest.approx(results[0]["metrics"]["acc1"])
@@ -341,7 +341,7 @@ def test_an_evaluation_that_was_killed_goes_on_at_its_last_part(tmp_path):
     resumed = run(batches_from, tmp_path)
     assert seen == [4, 5]
     chex.assert_trees_all_equal(vars(resumed), vars(whole))
-    # A part that was damaged is made again.
+    # A part that was damaged is encoded again.
     part = tmp_path / "part-00001.npz"
     data = part.read_bytes()
     flipped = data[:300] + bytes([data[300] ^ 255]) + data[301:]

@@ -1,4 +1,4 @@
-"""Zero-shot and retrieval numbers against open_clip and CLIP_benchmark themselves."""
+"""Test zero-shot, retrieval and probe numbers against open_clip and CLIP_benchmark themselves."""
 
 import numpy as np
 import pytest
@@ -173,10 +173,10 @@ def test_linear_probe(c):
     )
     expected = theirs.decision_function(z[2000:])
     # Logits up to 10 of float32 sums, at a minimum that is known to a gradient of 1e-6.
-    found = ours.logits(z[2000:])
-    centered = [x - x.mean(axis=1, keepdims=True) for x in (found, expected)]
+    logits = ours.logits(z[2000:])
+    centered = [x - x.mean(axis=1, keepdims=True) for x in (logits, expected)]
     np.testing.assert_allclose(*centered, atol=1e-2)
     # Far enough from sure that a wrong probe would show.
-    accuracy = (found.argmax(axis=1) == label[2000:]).mean()
+    accuracy = (logits.argmax(axis=1) == label[2000:]).mean()
     assert 0.3 < accuracy < 0.95
     assert abs(accuracy - theirs.score(z[2000:], label[2000:])) <= 0.002

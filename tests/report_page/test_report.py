@@ -1,4 +1,4 @@
-"""The report page: what it shows, and how it looks in a browser."""
+"""Test the report page: what it shows, and how it looks in a browser."""
 
 import importlib.util
 import json
@@ -122,11 +122,11 @@ def test_a_page_without_data_or_without_training(runs, tmp_path):
 @given(st.floats(-1e9, 1e9), st.floats(-1e9, 1e9))
 def test_ticks_span_the_numbers_and_are_few(a, b):
     low, high = min(a, b), max(a, b)
-    found = ticks(low, high)
-    span = found[-1] - found[0]
-    assert found == sorted(set(found)) and 2 <= len(found) <= 8
+    values = ticks(low, high)
+    span = values[-1] - values[0]
+    assert values == sorted(set(values)) and 2 <= len(values) <= 8
     # An end that is nearer than that to a tick is at the tick, on a page.
-    assert found[0] <= low + 1e-6 * span and found[-1] >= high - 1e-6 * span
+    assert values[0] <= low + 1e-6 * span and values[-1] >= high - 1e-6 * span
 
 
 def test_a_curve_has_a_gap_where_a_number_is_not_finite():
@@ -158,8 +158,8 @@ def test_nothing_overlaps_in_a_browser(runs, tmp_path, width):
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert "CONSOLE" not in done.stderr
-    found = json.loads(re.search("<title>(.*?)</title>", done.stdout).group(1))
-    assert found["boxes"] > 50 and found["wrong"] == []
+    probed = json.loads(re.search("<title>(.*?)</title>", done.stdout).group(1))
+    assert probed["boxes"] > 50 and probed["wrong"] == []
 
 
 def test_a_plane_is_mapped_as_it_is():
