@@ -15,17 +15,17 @@ from clip_jax.pretrained.work_folder import RunDescription, write_description
 from clip_jax.training.checkpoint import Checkpoints
 from clip_jax.training.state import TrainState
 
-FOLDER = "best"
+BEST_DIRNAME = "best"
 
 
-class Best:
+class BestCheckpoint:
     """Keeps the state with the highest value of a metric, the earliest of equal ones."""
 
     def __init__(self, workdir: Path, metric: str, description: RunDescription) -> None:
         self._metric = metric
-        self._checkpoints = Checkpoints(workdir / FOLDER)
+        self._checkpoints = Checkpoints(workdir / BEST_DIRNAME)
         if is_first():
-            write_description(workdir / FOLDER, description)
+            write_description(workdir / BEST_DIRNAME, description)
         meta = self._checkpoints.latest_meta()
         self._value = None if meta is None else meta["metrics"].get(metric)
 
@@ -52,12 +52,12 @@ class Best:
         self._value = value
         self._checkpoints.save(state, step, fingerprint, metrics=dict(metrics))
         print_on_main(
-            f"step {step} is the best so far: {self._metric} {value:.4g}, kept in {FOLDER}/"
+            f"step {step} is the best so far: {self._metric} {value:.4g}, kept in {BEST_DIRNAME}/"
         )
 
-    def __enter__(self) -> "Best":
+    def __enter__(self) -> "BestCheckpoint":
         return self
 
     def __exit__(self, *exc: object) -> None:
-        """Wait for what is being saved, and let go."""
+        """Wait for what is being saved, and close the checkpoints."""
         self._checkpoints.close()

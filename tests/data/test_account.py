@@ -32,7 +32,7 @@ from clip_jax.data.skip_log import MIN_ROWS, SkipLog
 from clip_jax.data.sources import open_shards
 from clip_jax.errors import UserError
 from clip_jax.sections import DataSection
-from clip_jax.training.run_logger import SkipLimit
+from clip_jax.training.skip_limit import SkipLimit
 
 CROPS = DataSection()
 

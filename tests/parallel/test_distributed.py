@@ -24,7 +24,7 @@ from clip_jax.models.zoo import model_config
 from clip_jax.parallel import cluster, distributed
 from clip_jax.parallel.mesh import AXES, batch_part, make_mesh
 from clip_jax.sections import OptimSection, TrainSection
-from clip_jax.training import trainer
+from clip_jax.training import batch_feed, trainer
 from clip_jax.training.optimizer import make_optimizer
 from clip_jax.training.state import device_bytes, make_state, state_shapes
 
@@ -390,7 +390,7 @@ def test_batches_are_announced_before_the_step_before_them(processes, monkeypatc
             return self.batch * 10
 
     got = []
-    for batch, said in trainer.announced(iter(range(9)), 3, Said):
+    for batch, said in batch_feed.announced(iter(range(9)), 3, Said):
         events.append(f"step {batch}")
         got.append((batch, said))
     assert got == [(0, 0), (1, 10), (2, 20)]  # and no batch beyond the last is taken

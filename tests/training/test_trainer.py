@@ -24,7 +24,7 @@ from clip_jax.models import zoo
 from clip_jax.pretrained.work_folder import RunDescription
 from clip_jax.tools.evaluate import evaluate_workdir, evaluation_text
 from clip_jax.training import run_logger, trainer
-from clip_jax.training.best_checkpoint import Best
+from clip_jax.training.best_checkpoint import BestCheckpoint
 from clip_jax.training.checkpoint import Checkpoints
 from clip_jax.training.state import TrainState
 
@@ -92,9 +92,9 @@ def test_the_best_is_kept_over_a_restart_and_a_wrong_metric_is_named(tmp_path, c
     about = RunDescription("tiny", VIT, None, Preprocess(), config={})
     one = {"x": jnp.ones(2)}
     states = {step: TrainState(jnp.int32(step), one, {}, one, {}) for step in (1, 2, 3)}
-    with Best(tmp_path, "acc1", about) as best:
+    with BestCheckpoint(tmp_path, "acc1", about) as best:
         best.offer(states[1], 1, {"acc1": 0.5}, {})
-    with Best(tmp_path, "acc1", about) as best:
+    with BestCheckpoint(tmp_path, "acc1", about) as best:
         best.offer(states[2], 2, {"acc1": 0.5}, {})
         best.offer(states[3], 3, {"acc1": 0.6}, {})
         with pytest.raises(UserError, match="'acc1'; the evaluations during the run measure acc5"):
@@ -105,14 +105,14 @@ def test_the_best_is_kept_over_a_restart_and_a_wrong_metric_is_named(tmp_path, c
 
 def stop_at(monkeypatch, step, number=signal.SIGTERM):
     """Raise a signal while the metrics of a step are read."""
-    original = run_logger.RunLogger.step
+    original = run_logger.RunLogger.log_step
 
     def spy(self, at, *args):
         if at == step:
             signal.raise_signal(number)
         return original(self, at, *args)
 
-    monkeypatch.setattr(run_logger.RunLogger, "step", spy)
+    monkeypatch.setattr(run_logger.RunLogger, "log_step", spy)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(data, uninterrupted, tmp_
     class Killed(BaseException):
         pass
 
-    original = run_logger.RunLogger.step
+    original = run_logger.RunLogger.log_step
 
     def die(self, at, *args):
         if at == 8:
@@ -145,7 +145,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(data, uninterrupted, tmp_
         return original(self, at, *args)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(run_logger.RunLogger, "step", die)
+        patch.setattr(run_logger.RunLogger, "log_step", die)
         main.run(make_config(data), str(tmp_path))
     assert run_losses(tmp_path)[-1][0] == 7
     assert main.run(make_config(data), str(tmp_path)) == 0

@@ -299,7 +299,7 @@ def test_a_tag_says_how_a_bare_file_was_trained(data, short, tmp_path, monkeypat
         monkeypatch.setitem(zoo.MODELS, name, sizes)
     kind = Preprocess("squash", "bilinear", (0.4, 0.5, 0.6), (0.3, 0.2, 0.1))
     monkeypatch.setitem(tags.TAGS, "tiny", "plain quick*")
-    monkeypatch.setitem(tags._OTHERS, ("tiny", "quick"), kind)
+    monkeypatch.setitem(tags._EXCEPTIONS, ("tiny", "quick"), kind)
     convert(str(short), str(tmp_path), to="open_clip")
     bare = (tmp_path / "open_clip_model.safetensors").rename(tmp_path / "bare.safetensors")
 
