@@ -203,6 +203,16 @@ def test_mistakes_on_the_command_line(tmp_path, flags, message):
         evaluate.main(["--model", str(tmp_path), "--data", "none.tar", *flags])
 
 
+def test_eval_json_has_the_names_of_earlier_versions():
+    spec = spec_of("x.tar", neighbors=5)
+    names = (
+        "data", "classnames", "templates", "ablate", "tasks", "train_data", "val_data",
+        "batch_size", "dataset", "pretrained", "neighbours", "shots", "confuse_equal_captions",
+    )  # fmt: skip
+    assert tuple(spec.to_json()) == names
+    assert spec.to_json()["neighbours"] == 5 and spec.tasks == EvalSection().tasks
+
+
 def test_nothing_is_encoded_before_a_mistake_is_named(tmp_path):
     write_shards(tmp_path, [5], side=SIDE)
     encoders, seen = over_eight_devices()
