@@ -12,6 +12,7 @@ from absl import flags
 from clip_jax.config import resolve
 from clip_jax.errors import UserError, run_command
 from clip_jax.host_memory import keep_freed_memory
+from clip_jax.parallel.limits import LIMITS, Limits
 from clip_jax.sections import Config
 from clip_jax.tools.config_flags import parse
 
@@ -27,12 +28,18 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "This process among them,
 _DEVICE_IDS = flags.DEFINE_list(
     "local_device_ids", None, "The machine's GPUs that this process drives; all by default."
 )
-_INIT = flags.DEFINE_integer("init_seconds", 300, "Wait for all processes to join.", 1)
+_INIT = flags.DEFINE_integer("init_seconds", LIMITS.init, "Wait for all processes to join.", 1)
 _HEARTBEAT = flags.DEFINE_integer(
-    "heartbeat_seconds", 60, "A process without a sign of life for so long counts as dead.", 1
+    "heartbeat_seconds",
+    LIMITS.heartbeat,
+    "A process without a sign of life for so long counts as dead.",
+    1,
 )
 _HANG = flags.DEFINE_integer(
-    "hang_seconds", 1800, "Longest step of several processes, compiling included; 0: any.", 0
+    "hang_seconds",
+    LIMITS.hang,
+    "Longest step of several processes, compiling included; 0: any.",
+    0,
 )
 
 
@@ -42,17 +49,17 @@ def join() -> None:
     Raises:
       UserError: a flag is wrong, or the others cannot be reached.
     """
-    from clip_jax.parallel import distributed
+    from clip_jax.parallel import cluster
 
     ids = _DEVICE_IDS.value
     if ids is not None and not all(i.isdigit() for i in ids):
         raise UserError(f"--local_device_ids {','.join(ids)}: numbers with commas, such as 0,1")
-    distributed.join(
+    cluster.join(
         _COORDINATOR.value,
         _NUM_PROCESSES.value,
         _PROCESS_ID.value,
         None if ids is None else [int(i) for i in ids],
-        distributed.Limits(init=_INIT.value, heartbeat=_HEARTBEAT.value, hang=_HANG.value),
+        Limits(init=_INIT.value, heartbeat=_HEARTBEAT.value, hang=_HANG.value),
     )
 
 
@@ -65,9 +72,9 @@ def main() -> int:
     if workdir is None and not _DRY_RUN.value:
         raise UserError("--workdir is missing; for example --workdir runs/emoji")
     join()
-    from clip_jax.parallel import distributed
+    from clip_jax.parallel.watchdog import ending_together
 
-    with distributed.ending_together():
+    with ending_together():
         if workdir is None or _DRY_RUN.value:
             print_dry_run(config)
             return 0

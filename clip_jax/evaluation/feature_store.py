@@ -27,10 +27,10 @@ from clip_jax.evaluation.features import (
     FeatureSet,
     concatenate,
     encode_parts,
-    gather_json,
 )
 from clip_jax.evaluation.zero_shot import class_embeddings
 from clip_jax.files import atomic_write
+from clip_jax.parallel.distributed import gather
 from clip_jax.progress_bar import progress_bar
 
 PART_ROWS = 8192
@@ -105,7 +105,7 @@ def encode_dataset(
       UserError: features are not finite, or no image could be used.
     """
     parts = read_parts(folder)
-    parts = parts[: min(gather_json(len(parts)))]  # as far as every process sees them
+    parts = parts[: min(gather(len(parts)))]  # as far as every process sees them
     start = len(parts) * batches_per_part
     batches = batches_from(start)
     steps = getattr(batches, "num_steps", None)
@@ -141,7 +141,7 @@ def encode_classes(
 ) -> Float32[np.ndarray, "M D"]:
     """Return the classes' embeddings, computed once for these weights, names and prompts."""
     path = None if store is None else class_file(store, encoders, class_names, templates)
-    if path is not None and all(gather_json(path.exists())):
+    if path is not None and all(gather(path.exists())):
         return np.load(path, allow_pickle=False)
     class_MD = class_embeddings(
         encoders.encode_text,

@@ -5,17 +5,16 @@ A part is some batches' features and what is known of their images.
 
 import dataclasses
 import itertools
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jaxtyping import Float32, Int32, Int64
 
 from clip_jax.evaluation.encoders import Encoders, encode_padded, unit_rows
+from clip_jax.parallel.distributed import gather
 
 T = TypeVar("T")
 Batch = Mapping[str, Any]
@@ -97,7 +96,7 @@ def encode_parts(
             for step, batch in enumerate(group, number * batches_per_part)
         ]
         now = Counter(skipped())
-        counts = sum((Counter(c) for c in gather_json(dict(now - before))), Counter())
+        counts = sum((Counter(c) for c in gather(dict(now - before))), Counter())
         before = now
         on_part(number, dataclasses.replace(concatenate(features), skipped=dict(counts)))
 
@@ -146,17 +145,5 @@ def _gather_rows(batch: Batch) -> Batch:
         return batch
     local = {name: batch[name] for name in ("captions", "key")}
     local |= {name: batch[name].tolist() for name in ("valid", "label")}
-    shares = gather_json(local)
+    shares = gather(local)
     return {name: [row for share in shares for row in share[name]] for name in local}
-
-
-def gather_json(value: Any) -> list[Any]:
-    """Every process's value, in the order of the processes, on all of them."""
-    if jax.process_count() == 1:
-        return [value]
-    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    sizes = np.asarray(multihost_utils.process_allgather(np.array([len(data)]))).ravel()
-    padded = np.zeros(sizes.max(), np.uint8)
-    padded[: len(data)] = data
-    rows = np.asarray(multihost_utils.process_allgather(padded)).reshape(len(sizes), -1)
-    return [json.loads(row[:n].tobytes()) for row, n in zip(rows, sizes, strict=True)]

@@ -1,34 +1,78 @@
-"""Who the processes of a run are: what the flags and a cluster's environment say of it."""
+"""Joining the processes of a run, which flags or the environment of a cluster name."""
 
+import os
 import socket
 import time
 import warnings
-from collections.abc import Callable, Mapping
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
-from jax._src import clusters
+import jax
 
 from clip_jax.errors import UserError, short
+from clip_jax.parallel import watchdog
+from clip_jax.parallel.jax_internals import cluster_kinds, coordinator_address
+from clip_jax.parallel.limits import LIMITS, Limits
 
 T = TypeVar("T")
 
 
-def wait_for(address: str, seconds: float) -> None:
-    """Until something listens at HOST:PORT; its last OSError when nothing does in time."""
-    host, _, port = address.rpartition(":")
-    end = time.monotonic() + seconds
-    while True:
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-            return
-        except OSError:
-            if time.monotonic() > end:
-                raise
-            time.sleep(0.2)
+def join(
+    coordinator: str | None = None,
+    processes: int | None = None,
+    index: int | None = None,
+    device_ids: Sequence[int] | None = None,
+    limits: Limits = LIMITS,
+) -> None:
+    """Join the run's other processes, before any device is started; alone, do nothing.
+
+    Without arguments the environment says who they are: JAX knows SLURM, Open MPI, TPU pods and
+    Kubernetes jobs.
+
+    Args:
+      coordinator: HOST:PORT of process 0.
+      processes: their number.
+      index: this process's number.
+      device_ids: the GPUs of the machine that this process drives; None is all of them, or those
+        that JAX gives it.
+      limits: how long the processes wait for each other.
+
+    Raises:
+      UserError: the arguments are half of what is needed, or the others cannot be reached.
+    """
+    check_flags(coordinator, processes, index)
+    if processes == 1 or (processes is None and detected_processes() < 2):
+        return
+    if coordinator is not None and device_ids is None:
+        device_ids = []  # all of the machine's
+    elif device_ids is None and alone_on_its_machine(os.environ):
+        # JAX would take one device a process under SLURM and Open MPI; ours drives them all.
+        device_ids = []
+    # JAX's own notifier would swallow SIGTERM; `signals.py` and the host loop handle it.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        if coordinator is not None and index:
+            wait_for(coordinator, limits.init)  # JAX's own wait ends in an abort with a stack
+        jax.distributed.initialize(
+            coordinator,
+            processes,
+            index,
+            device_ids,
+            initialization_timeout=limits.init,
+            # Ours comes first, with a sentence; JAX's aborts with a stack.
+            heartbeat_timeout_seconds=limits.heartbeat + 30,
+        )
+    except Exception as error:  # gRPC's, the socket's, a cluster's own
+        where = coordinator_address() or coordinator or "unknown"
+        raise UserError(
+            f"not all processes joined within {limits.init} s (coordinator {where}): start all of "
+            f"them, and let them reach process 0 at that port ({short(error)[:300]})"
+        ) from None
+    watchdog.start(limits)
 
 
 def check_flags(coordinator: str | None, processes: int | None, index: int | None) -> None:
-    """Raises UserError where the flags are half of what is needed, or say what cannot be."""
+    """Raise UserError if the flags are half of what is needed, or say what cannot be."""
     given = {"--coordinator": coordinator, "--num_processes": processes, "--process_id": index}
     if processes == 1 and coordinator is None:
         return
@@ -49,22 +93,43 @@ def check_flags(coordinator: str | None, processes: int | None, index: int | Non
         )
 
 
+def wait_for(address: str, seconds: float) -> None:
+    """Wait until something listens at HOST:PORT.
+
+    Raises:
+      OSError: nothing does in time; it is the error of the last try.
+    """
+    host, _, port = address.rpartition(":")
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        except OSError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.2)
+
+
 def detected_processes() -> int:
-    """The processes that the cluster's environment speaks of; 1 without a cluster."""
-    return _ask_cluster(lambda kind: kind.get_process_count(), alone=1)
+    """Return the number of processes by the cluster's environment; 1 without a cluster."""
+    return _ask_cluster(lambda kind: kind.get_process_count(), without=1)
 
 
 def detected_place() -> tuple[int, int]:
-    """(this process, processes) by the cluster's environment; (0, 1) without a cluster."""
+    """Return (this process, processes) by the cluster's environment; (0, 1) without a cluster."""
     return _ask_cluster(
-        lambda kind: (kind.get_process_id(), kind.get_process_count()), alone=(0, 1)
+        lambda kind: (kind.get_process_id(), kind.get_process_count()), without=(0, 1)
     )
 
 
-def _ask_cluster(question: Callable[[type[clusters.ClusterEnv]], T], *, alone: T) -> T:
-    """What the cluster's interface answers; `alone` without a cluster."""
-    kinds = [kind for kind in clusters.ClusterEnv._cluster_types if not kind.opt_in_only_method]
-    for kind in kinds:
+def _ask_cluster(question: Callable[[Any], T], *, without: T) -> T:
+    """Return the answer of the cluster's interface, or `without` where there is no cluster.
+
+    Raises:
+      UserError: there is one, and its interface fails.
+    """
+    for kind in cluster_kinds():
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Kubernetes without its package
@@ -76,11 +141,11 @@ def _ask_cluster(question: Callable[[type[clusters.ClusterEnv]], T], *, alone: T
                 f"({short(error)[:300]}); give --coordinator, --num_processes and --process_id, or "
                 "--num_processes 1 for a run by itself"
             ) from None
-    return alone
+    return without
 
 
 def alone_on_its_machine(environment: Mapping[str, str]) -> bool:
-    """Whether SLURM or Open MPI started one process a machine."""
+    """Return whether SLURM or Open MPI started one process a machine."""
     if "OMPI_COMM_WORLD_LOCAL_SIZE" in environment:
         return environment["OMPI_COMM_WORLD_LOCAL_SIZE"] == "1"
     return environment.get("SLURM_NTASKS") == environment.get("SLURM_STEP_NUM_NODES", "")

@@ -6,7 +6,7 @@ import numpy as np
 
 from clip_jax.data.loader import Loader
 from clip_jax.data.skip_log import SkipLog
-from clip_jax.parallel import distributed
+from clip_jax.parallel import distributed, watchdog
 
 
 class SkipLimit:
@@ -33,7 +33,7 @@ class SkipLimit:
         """
         self._totals += counts[self._counted].sum(axis=0, dtype=np.int64)
         if self._log.is_too_much(*map(int, self._totals)):
-            distributed.about_to_fail()
+            watchdog.about_to_fail()
             raise self._log.too_much(*gather_skipped(self._part, self._loader))
 
 

@@ -14,7 +14,7 @@ from clip_jax.data.sources import fingerprint
 from clip_jax.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED, UserError
 from clip_jax.evaluation.in_training import Evaluator
 from clip_jax.files import make_folder
-from clip_jax.parallel import distributed
+from clip_jax.parallel import distributed, watchdog
 from clip_jax.parallel.mesh import batch_part
 from clip_jax.pretrained.work_folder import RunDescription, write_description
 from clip_jax.sections import Config
@@ -79,7 +79,7 @@ def train(config: Config, workdir: str) -> int:
         code = train_loop(run, data, state, steps, checkpoints, identity, folder)
     finally:
         checkpoints.close()
-    distributed.stand_by()
+    watchdog.stand_by()
     return code
 
 
@@ -273,7 +273,7 @@ class Trainer:
 
     def dispatch(self, batch: PlacedBatch) -> DispatchedStep:
         """Hand the next step to the devices, and do not wait for it."""
-        distributed.rearm()
+        watchdog.rearm()
         self.state, metrics = self.train_step(self.state, batch.arrays)
         self.logger.data_wait.dispatched(metrics)
         distributed.settle(metrics)

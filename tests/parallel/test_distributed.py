@@ -16,12 +16,13 @@ import jax
 import numpy as np
 import pytest
 from pairs import run_losses
-from run_tiny import ROOT, environment, log, one, start_two, two, write_experiment
+from run_tiny import ROOT, environment, free_port, log, one, start_two, two, write_experiment
 
 from clip_jax.errors import EXIT_ERROR, EXIT_TERMINATED, EXIT_USAGE, UserError
 from clip_jax.models.clip import CLIP, init_variables
 from clip_jax.models.zoo import model_config
-from clip_jax.parallel import cluster, distributed
+from clip_jax.parallel import cluster, distributed, watchdog
+from clip_jax.parallel.limits import Limits
 from clip_jax.parallel.mesh import AXES, batch_part, make_mesh
 from clip_jax.sections import OptimSection, TrainSection
 from clip_jax.training import batch_feed, trainer
@@ -220,6 +221,50 @@ def test_nobody_there_is_one_line(experiment, tmp_path):
     assert line.startswith("error: not all processes joined within 2 s (coordinator localhost:1)")
 
 
+GATHER = """
+import sys
+from clip_jax.parallel import cluster, distributed, jax_internals
+from clip_jax.parallel.watchdog import ending_together
+
+index = int(sys.argv[2])
+cluster.join(sys.argv[1], 2, index)
+with ending_together():
+    big = distributed.gather({"name": "\\u00e9", "text": chr(97 + index) * 20_000_000})
+    assert [(x["name"], x["text"][0], len(x["text"])) for x in big] == [
+        ("\\u00e9", "a", 20_000_000), ("\\u00e9", "b", 20_000_000)
+    ]
+    for number in range(12):
+        assert distributed.gather(number + index) == [number, number + 1]
+    assert distributed.from_first(index) == 0
+    client = jax_internals.coordination_client()
+    kept = client.key_value_dir_get("clip_jax/shared/")
+    assert sum(len(value) for _, value in kept) < 100, kept
+    assert not jax_internals.devices_started()
+print("gathered")
+"""
+
+
+def test_values_of_many_megabytes_are_gathered_before_devices_start_and_then_forgotten():
+    address = f"localhost:{free_port()}"
+    lines = [[sys.executable, "-c", GATHER, address, str(index)] for index in range(2)]
+    processes = [
+        subprocess.Popen(
+            line, cwd=ROOT, env=environment(1), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        for line in lines
+    ]
+    for process in processes:
+        out, _ = process.communicate(timeout=300)
+        assert process.returncode == 0 and b"gathered" in out, out.decode()
+
+
+def test_processes_that_have_not_joined_are_refused_not_taken_for_one(monkeypatch):
+    assert distributed.gather("x") == ["x"]
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    with pytest.raises(UserError, match=r"counts 4 processes .*jax.distributed.initialize"):
+        distributed.gather("x")
+
+
 @pytest.mark.slow
 def test_a_big_model_is_made_in_parts():
     """ViT-L/14 over 8 devices: the program that makes it holds an eighth, and little on top."""
@@ -253,7 +298,7 @@ def test_a_big_model_is_made_in_parts():
 )
 def test_half_given_flags_are_one_line(flags, message):
     with pytest.raises(UserError, match=message) as caught:
-        distributed.join(*flags)
+        cluster.join(*flags)
     assert "\n" not in str(caught.value)
 
 
@@ -265,11 +310,9 @@ def joined(monkeypatch):
         if name.startswith(("SLURM_", "OMPI_", "TPU_", "KUBERNETES_")):
             monkeypatch.delenv(name)
     monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: calls.append(a))
-    monkeypatch.setattr(distributed, "wait_for", lambda address, seconds: None)
-    monkeypatch.setattr(distributed, "_arm", lambda: None)
-    monkeypatch.setattr(distributed, "_watch", lambda: None)
+    monkeypatch.setattr(cluster, "wait_for", lambda address, seconds: None)
+    monkeypatch.setattr(watchdog, "start", lambda limits: None)
     monkeypatch.setattr(jax.config, "update", lambda *a: None)
-    monkeypatch.setattr(distributed, "_limits", distributed.Limits())
     return calls
 
 
@@ -306,17 +349,17 @@ MPI = {
 def test_who_joins_comes_from_the_environment(environment, calls, joined, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    distributed.join()
+    cluster.join()
     assert joined == calls
 
 
 def test_flags_go_before_the_environment(joined, monkeypatch):
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
-    distributed.join(processes=1)
+    cluster.join(processes=1)
     assert joined == []
-    distributed.join("node0:1", 2, 1)
-    distributed.join("node0:1", 2, 1, [0, 1])
+    cluster.join("node0:1", 2, 1)
+    cluster.join("node0:1", 2, 1, [0, 1])
     assert joined == [("node0:1", 2, 1, []), ("node0:1", 2, 1, [0, 1])]
 
 
@@ -332,7 +375,7 @@ def test_a_strange_cluster_is_one_line(joined, monkeypatch):
     for name, value in (SLURM | {"SLURM_NTASKS": "many"}).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=r"looks like SlurmCluster .*--num_processes 1"):
-        distributed.join()
+        cluster.join()
 
 
 class Device:
@@ -402,14 +445,14 @@ def test_batches_are_announced_before_the_step_before_them(processes, monkeypatc
 
 def test_a_process_counts_as_dead_after_the_heartbeat_only(monkeypatch):
     posted = []
-    monkeypatch.setattr(distributed, "_post", posted.append)
-    monkeypatch.setattr(distributed, "_limits", distributed.Limits(heartbeat=10))
+    monkeypatch.setattr(watchdog, "_post", posted.append)
+    monkeypatch.setattr(watchdog, "_limits", Limits(heartbeat=10))
     heard: dict[str, tuple[str, float]] = {}
     rng = random.Random(0)
     for now in range(40):
         # Process 1 is late by up to 9 s, process 2 stops at 20.
         late = str(now - rng.randrange(9)) if now % 9 == 0 else heard.get("alive/1", ("0",))[0]
-        distributed._post_silent([("alive/1", late), ("alive/2", str(min(now, 20)))], heard, now)
+        watchdog._post_silent([("alive/1", late), ("alive/2", str(min(now, 20)))], heard, now)
         assert bool(posted) == (now > 30)
     assert all(word.startswith("process 2 of 1 has given no sign of life") for word in posted)
 
