@@ -1,4 +1,4 @@
-"""The same model in open_clip and in clip_jax, from the same weights, for benchmarks.
+"""One model in open_clip and in clip_jax, from the same weights, for benchmarks.
 
 open_clip makes its random weights; they travel through a file into `clip_jax.load`. The images
 are random uint8, the captions `captions.make_captions`, and each library tokenizes for itself.
@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import benchmarks.first  # noqa: F401
+import benchmarks.process_setup  # noqa: F401
 
 # isort: split
 import jax
@@ -52,10 +52,10 @@ class Batch:
 
     Attributes:
       images: uint8 [B, H, W, 3].
-      tokens: int32, trimmed to the bucket of the longest caption, as clip_jax's loader does.
+      tokens: int32 [B, L], trimmed to the bucket of the longest caption, as clip_jax's loader does.
       torch_images: uint8 [B, 3, H, W], on the device.
       torch_tokens: int64 [B, context], on the device.
-      tokens_a_caption: mean number of tokens, start and end included.
+      tokens_a_caption: the mean number of tokens, start and end included.
     """
 
     images: np.ndarray
@@ -66,7 +66,7 @@ class Batch:
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, batch: int) -> None:
-    """What a comparison of models takes."""
+    """Add the flags of a comparison of models."""
     parser.add_argument("--model", default="ViT-B-32-quickgelu", help="open_clip's name, or tiny")
     parser.add_argument("--batch", type=int, default=batch, help="pairs")
     parser.add_argument("--device", choices=["cpu", "gpu"], default="cpu")
@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, batch: int) -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile (on a GPU always)")
 
 
-def set_up(options: argparse.Namespace) -> None:
+def configure_devices(options: argparse.Namespace) -> None:
     """Choose the device and use every core, before either library computes anything."""
     if options.device == "cpu":
         jax.config.update("jax_platforms", "cpu")
@@ -87,12 +87,12 @@ def set_up(options: argparse.Namespace) -> None:
 
 
 def make_models(options: argparse.Namespace) -> tuple[torch.nn.Module, LoadedCLIP]:
-    """(open_clip's model on its device, clip_jax's from the same weights)."""
+    """Return (open_clip's model on its device, clip_jax's from the same weights)."""
     cfg = dict(TINY if options.model == "tiny" else open_clip.get_model_config(options.model))
     model = open_clip.CLIP(**cfg)
     with tempfile.TemporaryDirectory() as folder:
-        about = {"model_cfg": cfg, "preprocess_cfg": {}}
-        (Path(folder) / "open_clip_config.json").write_text(json.dumps(about))
+        config = {"model_cfg": cfg, "preprocess_cfg": {}}
+        (Path(folder) / "open_clip_config.json").write_text(json.dumps(config))
         torch.save(model.state_dict(), Path(folder) / "open_clip_pytorch_model.bin")
         loaded = clip_jax.load(folder)
         jax.block_until_ready(loaded.params)
@@ -100,7 +100,7 @@ def make_models(options: argparse.Namespace) -> tuple[torch.nn.Module, LoadedCLI
 
 
 def make_batch(options: argparse.Namespace, loaded: LoadedCLIP) -> Batch:
-    """Random images and real-length captions."""
+    """Return random images and captions of real length."""
     size = loaded.config.vision.image_size
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (options.batch, size, size, 3), dtype=np.uint8)
@@ -120,18 +120,19 @@ def make_batch(options: argparse.Namespace, loaded: LoadedCLIP) -> Batch:
 
 
 def prepare(options: argparse.Namespace) -> tuple[torch.nn.Module, LoadedCLIP, Batch]:
-    """A process set up, both models and the batch; what a side does not need it lets go of."""
-    set_up(options)
+    """Configure the process; return both models and the batch, for a side to keep its own of."""
+    configure_devices(options)
     model, loaded = make_models(options)
     return model, loaded, make_batch(options, loaded)
 
 
 def torch_device(options: argparse.Namespace) -> str:
+    """Return PyTorch's name of the device."""
     return "cuda" if options.device == "gpu" else "cpu"
 
 
 def torch_normalized(images_BCHW: torch.Tensor) -> torch.Tensor:
-    """uint8 to what open_clip's models take."""
+    """Return uint8 images as open_clip's models take them."""
     shape = (1, 3, 1, 1)
     mean = torch.tensor(IMAGE_MEAN, device=images_BCHW.device).reshape(shape)
     std = torch.tensor(IMAGE_STD, device=images_BCHW.device).reshape(shape)
@@ -139,41 +140,36 @@ def torch_normalized(images_BCHW: torch.Tensor) -> torch.Tensor:
 
 
 def torch_precision(options: argparse.Namespace) -> contextlib.AbstractContextManager:
-    """open_clip's `--precision amp_bf16`, or nothing."""
+    """Return the context of open_clip's `--precision amp_bf16`, or one that does nothing."""
     if options.dtype == "float32":
         return contextlib.nullcontext()
     return torch.autocast(torch_device(options), dtype=torch.bfloat16)
 
 
 def torch_compiled(options: argparse.Namespace, function: Callable) -> Callable:
-    """`torch.compile` where it is asked for."""
-    wanted = options.compile or options.device == "gpu"
-    return torch.compile(function) if wanted else function
-
-
-def torch_wait(options: argparse.Namespace) -> None:
-    """Until a GPU has done what was asked of it."""
-    if options.device == "gpu":
-        torch.cuda.synchronize()
+    """Apply `torch.compile` under `--compile`, and always on a GPU."""
+    compiled = options.compile or options.device == "gpu"
+    return torch.compile(function) if compiled else function
 
 
 def torch_optimizer(model: torch.nn.Module, learning_rate: float) -> torch.optim.Optimizer:
-    """AdamW with open_clip's two groups (`open_clip_train/main.py`): no decay on gains and biases.
+    """Return AdamW with open_clip's two groups (`open_clip_train/main.py`): no decay on gains
+    and biases.
 
     `fused` is PyTorch's fastest form, on a CPU as on a GPU.
     """
-    plain, decayed = [], []
+    undecayed, decayed = [], []
     for name, p in model.named_parameters():
         gain = p.ndim < 2 or any(part in name for part in ("bn", "ln", "bias", "logit_scale"))
-        (plain if gain else decayed).append(p)
-    groups = [{"params": plain, "weight_decay": 0.0}, {"params": decayed, "weight_decay": 0.2}]
+        (undecayed if gain else decayed).append(p)
+    groups = [{"params": undecayed, "weight_decay": 0.0}, {"params": decayed, "weight_decay": 0.2}]
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
 
 def make_torch_step(
     options: argparse.Namespace, model: torch.nn.Module, batch: Batch
 ) -> Callable[[], float]:
-    """A training step as `open_clip_train/train.py` has it; returns the loss."""
+    """Return a training step as `open_clip_train/train.py` has it, which returns the loss."""
     optimizer = torch_optimizer(model, 1e-5)
     forward, loss_fn = torch_compiled(options, model.train()), open_clip.ClipLoss()
 

@@ -195,7 +195,7 @@ def in_own_process(side: str, folder: str, workers: int, pairs: int) -> dict:
 
 def main() -> None:
     """Write the set; measure both sides in turns, then our passes."""
-    parser = interleaved.arguments(__doc__, warmup=0, repeats=3)
+    parser = interleaved.make_parser(__doc__, warmup=0, repeats=3)
     parser.add_argument("--pairs", type=int, default=4000)
     parser.add_argument("--shards", type=int, default=8)
     parser.add_argument("--workers", type=int, default=2)

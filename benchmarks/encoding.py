@@ -18,30 +18,30 @@ import numpy as np
 import torch
 
 from benchmarks import compare_open_clip
-from benchmarks.interleaved import arguments, ratio, report, seconds, spread, take_turns
-from benchmarks.subprocess_calls import Calls, apart
+from benchmarks.interleaved import make_parser, ratio, report, seconds, spread, time_interleaved
+from benchmarks.subprocess_calls import Calls, in_subprocess
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Prints one table."""
-    parser = arguments(__doc__, warmup=1, repeats=7)
+    """Measure and print one table."""
+    parser = make_parser(__doc__, warmup=1, repeats=7)
     compare_open_clip.add_arguments(parser, batch=32)
     options = parser.parse_args(argv)
-    torch_calls, _ = apart(torch_side, options)
+    torch_calls, _ = in_subprocess(torch_side, options)
     _, loaded, batch = compare_open_clip.prepare(options)
     images, tokens = jax.device_put(batch.images), jax.device_put(batch.tokens)
-    whole = jax.device_put(np.asarray(batch.torch_tokens.cpu(), np.int32))
+    untrimmed = jax.device_put(np.asarray(batch.torch_tokens.cpu(), np.int32))
     calls = {
         ("image", "clip_jax"): lambda: np.asarray(loaded.encode_image(images)),
         ("image", "open_clip"): torch_calls["image"],
         ("text", "clip_jax"): lambda: np.asarray(loaded.encode_text(tokens)),
-        ("text", "untrimmed"): lambda: np.asarray(loaded.encode_text(whole)),
+        ("text", "untrimmed"): lambda: np.asarray(loaded.encode_text(untrimmed)),
         ("text", "open_clip"): torch_calls["text"],
     }
-    first, features = {}, {}
+    first_seconds, features = {}, {}
     for key, call in calls.items():
-        first[key] = seconds(lambda key=key, call=call: features.__setitem__(key, call()))
-    times = take_turns(calls, warmup=options.warmup, repeats=options.repeats)
+        first_seconds[key] = seconds(lambda key=key, call=call: features.__setitem__(key, call()))
+    times = time_interleaved(calls, warmup=options.warmup, repeats=options.repeats)
     rows = [
         {
             "encodes": what,
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
             "largest difference": float(
                 np.abs(features[what, name] - features[what, "open_clip"]).max()
             ),
-            "first call, s": first[what, name],
+            "first call, s": first_seconds[what, name],
         }
         for what, name in calls
     ]
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def torch_side(options: argparse.Namespace) -> tuple[Calls, None]:
-    """open_clip's encoders of one batch, features as numpy arrays."""
+    """Return open_clip's encoders of one batch, which return features as numpy arrays."""
     model, _, batch = compare_open_clip.prepare(options)
     forward_image = compare_open_clip.torch_compiled(options, model.eval().encode_image)
     forward_text = compare_open_clip.torch_compiled(options, model.encode_text)

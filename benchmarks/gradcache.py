@@ -12,23 +12,23 @@ import argparse
 import jax
 
 from benchmarks import compare_open_clip
-from benchmarks.interleaved import arguments, ratio, report, spread, take_turns
+from benchmarks.interleaved import make_parser, ratio, report, spread, time_interleaved
 from benchmarks.runs import Stepper, make_run
-from benchmarks.subprocess_calls import Calls, apart
+from benchmarks.subprocess_calls import Calls, in_subprocess
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Prints one table."""
-    parser = arguments(__doc__, warmup=1, repeats=3)
+    """Measure and print one table."""
+    parser = make_parser(__doc__, warmup=1, repeats=3)
     compare_open_clip.add_arguments(parser, batch=64)
     parser.add_argument("--microbatches", type=int, default=8)
     options = parser.parse_args(argv)
     calls, activations, losses = {}, {}, {}
     for name, size in (("plain", 0), ("gradcache", options.batch // options.microbatches)):
-        made, (activations[name], gradients) = apart(step_of, options, size)
-        calls[name] = made["step"]
+        step_calls, (activations[name], gradients) = in_subprocess(make_step_call, options, size)
+        calls[name] = step_calls["step"]
         losses[name] = calls[name]()
-    times = take_turns(calls, warmup=options.warmup, repeats=options.repeats)
+    times = time_interleaved(calls, warmup=options.warmup, repeats=options.repeats)
     rows = [
         {
             "step": name,
@@ -43,8 +43,10 @@ def main(argv: list[str] | None = None) -> None:
     report("gradcache", options, rows, gradients_MB=gradients / 1e6)
 
 
-def step_of(options: argparse.Namespace, microbatch_size: int) -> tuple[Calls, tuple[int, int]]:
-    """A step, its activations' bytes and its gradients'."""
+def make_step_call(
+    options: argparse.Namespace, microbatch_size: int
+) -> tuple[Calls, tuple[int, int]]:
+    """Return a step, the bytes of its activations, and those of its gradients."""
     _, loaded, batch = compare_open_clip.prepare(options)
     gradients = sum(x.nbytes for x in jax.tree.leaves(loaded.params))
     run = make_run(options, loaded, batch.images, batch.tokens, microbatch_size=microbatch_size)

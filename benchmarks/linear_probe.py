@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.interleaved import arguments, ratio, report, seconds, spread, take_turns
-from benchmarks.subprocess_calls import Calls, apart
+from benchmarks.interleaved import make_parser, ratio, report, seconds, spread, time_interleaved
+from benchmarks.subprocess_calls import Calls, in_subprocess
 
 TEST_ROWS = 10_000
 
@@ -20,19 +20,19 @@ TEST_ROWS = 10_000
 def make_features(
     rows: int, width: int, classes: int, noise: float, *, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Unit features [rows, width] and labels [rows]: class centers in noise, on a common offset."""
+    """Draw unit features [rows, width] and labels [rows]: class centers in noise, on an offset."""
     rng = np.random.default_rng(seed)
     spread_D = 1 / np.sqrt(1 + np.arange(width))
-    centres_MD = rng.normal(size=(classes, width)) * spread_D
+    centers_MD = rng.normal(size=(classes, width)) * spread_D
     label_B = rng.integers(classes, size=rows)
-    z_BD = centres_MD[label_B] + noise * rng.normal(size=(rows, width)) * spread_D
+    z_BD = centers_MD[label_B] + noise * rng.normal(size=(rows, width)) * spread_D
     z_BD += 4 * rng.normal(size=width) / np.sqrt(width) * np.linalg.norm(spread_D)
     z_BD /= np.linalg.norm(z_BD, axis=1, keepdims=True)
     return z_BD.astype(np.float32), label_B
 
 
 def our_side(options: argparse.Namespace, noise: float, c: float) -> tuple[Calls, None]:
-    """A fit on the first `options.rows`, and what it says of the rows behind."""
+    """Return the fit on the first `options.rows`, and its (steps, accuracy) on the rows behind."""
     from clip_jax.evaluation.linear_probe import Probe, fit
 
     z_BD, label_B = make_features(options.rows + TEST_ROWS, options.width, options.classes, noise)
@@ -41,16 +41,16 @@ def our_side(options: argparse.Namespace, noise: float, c: float) -> tuple[Calls
     def fit_once() -> None:
         probes.append(fit(z_BD[:rows], label_B[:rows], num_classes=options.classes, c=c))
 
-    def said() -> tuple[int, float]:
+    def evaluate() -> tuple[int, float]:
         probe: Probe = probes[-1]
         guess_B = probe.logits(z_BD[rows:]).argmax(axis=1)
         return probe.steps, float((guess_B == label_B[rows:]).mean())
 
-    return {"fit": fit_once, "said": said}, None
+    return {"fit": fit_once, "evaluate": evaluate}, None
 
 
 def reference_side(options: argparse.Namespace, noise: float, c: float) -> tuple[Calls, None]:
-    """The same of scikit-learn."""
+    """Return the same of scikit-learn."""
     from sklearn.linear_model import LogisticRegression
 
     z_BD, label_B = make_features(options.rows + TEST_ROWS, options.width, options.classes, noise)
@@ -59,27 +59,27 @@ def reference_side(options: argparse.Namespace, noise: float, c: float) -> tuple
     def fit_once() -> None:
         reference.fit(z_BD[:rows], label_B[:rows])
 
-    def said() -> tuple[int, float]:
+    def evaluate() -> tuple[int, float]:
         return int(reference.n_iter_[0]), float(reference.score(z_BD[rows:], label_B[rows:]))
 
-    return {"fit": fit_once, "said": said}, None
+    return {"fit": fit_once, "evaluate": evaluate}, None
 
 
 def compare(options: argparse.Namespace, noise: float, c: float) -> dict[str, Any]:
-    """Fits of both in turns, and what they say of other rows."""
-    ours, _ = apart(our_side, options, noise, c)
-    theirs, _ = apart(reference_side, options, noise, c)
-    first = seconds(ours["fit"])
+    """Time interleaved fits of both, and measure their accuracy on other rows."""
+    ours, _ = in_subprocess(our_side, options, noise, c)
+    theirs, _ = in_subprocess(reference_side, options, noise, c)
+    first_seconds = seconds(ours["fit"])
     calls = {"clip_jax": ours["fit"], "scikit-learn": theirs["fit"]}
-    times = take_turns(calls, warmup=options.warmup, repeats=options.repeats)
-    (steps, accuracy), (their_steps, their_accuracy) = ours["said"](), theirs["said"]()
+    times = time_interleaved(calls, warmup=options.warmup, repeats=options.repeats)
+    (steps, accuracy), (their_steps, their_accuracy) = ours["evaluate"](), theirs["evaluate"]()
     return {
         "noise": noise,
         "C": c,
         "clip_jax, s": spread(times["clip_jax"]),
         "scikit-learn, s": spread(times["scikit-learn"]),
         "faster": ratio(times["scikit-learn"], times["clip_jax"]),
-        "first fit, s": first,
+        "first fit, s": first_seconds,
         "steps": f"{steps}, {their_steps}",
         "accuracy": f"{accuracy:.2%}",
         "scikit-learn's": f"{their_accuracy:.2%}",
@@ -87,8 +87,8 @@ def compare(options: argparse.Namespace, noise: float, c: float) -> dict[str, An
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Fits of both in turns at a few C and a few amounts of noise: seconds, steps, accuracies."""
-    parser = arguments(__doc__, warmup=0, repeats=3)
+    """Measure at a few C and a few amounts of noise, and print one table."""
+    parser = make_parser(__doc__, warmup=0, repeats=3)
     parser.add_argument("--rows", type=int, default=50_000)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--classes", type=int, default=100)

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.interleaved import arguments, ratio, report, spread, take_turns
+from benchmarks.interleaved import make_parser, ratio, report, spread, time_interleaved
 from clip_jax.losses import LOSSES, make_loss
 
 DEVICES = 8
@@ -27,7 +27,7 @@ FLOP_ROWS = 1024
 
 
 def make_inputs(rows: int, features: int, dtype: str) -> tuple:
-    """Random unit features, a scale and a bias as at the start of training, all rows valid."""
+    """Return random unit features, a scale and a bias as in a fresh model, and all rows valid."""
     rng = np.random.default_rng(0)
     z_image_BD, z_text_BD = rng.normal(size=(2, rows, features))
     z_image_BD, z_text_BD = (
@@ -40,20 +40,21 @@ def make_inputs(rows: int, features: int, dtype: str) -> tuple:
 
 
 def make_mesh(devices: int) -> Mesh:
+    """Return a mesh of the first devices, along one axis."""
     return Mesh(np.array(jax.devices()[:devices]), ("data",))
 
 
 def two_block(mesh: Mesh) -> Callable:
-    """Each device's images against all texts, and its texts against all images (softmax)."""
+    """Return softmax of each device's images against all texts, and texts against all images."""
 
     def direction(a_bD, b_bD, scale):
         b_BD = jax.lax.all_gather(b_bD, "data", tiled=True)
         logits_bB = scale * jnp.einsum(
             "bD,BD->bB", a_bD, b_BD, precision="highest", preferred_element_type=jnp.float32
         )
-        own_b = jax.lax.axis_index("data") * len(a_bD) + jnp.arange(len(a_bD))
-        own_logit_b = jnp.take_along_axis(logits_bB, own_b[:, None], axis=1)[:, 0]
-        return jnp.mean(jax.nn.logsumexp(logits_bB, axis=1) - own_logit_b)
+        positive_b = jax.lax.axis_index("data") * len(a_bD) + jnp.arange(len(a_bD))
+        positive_logit_b = jnp.take_along_axis(logits_bB, positive_b[:, None], axis=1)[:, 0]
+        return jnp.mean(jax.nn.logsumexp(logits_bB, axis=1) - positive_logit_b)
 
     def local(z_image_bD, z_text_bD, scale):
         mean = (
@@ -67,9 +68,9 @@ def two_block(mesh: Mesh) -> Callable:
 
 
 def losses_on(mesh: Mesh, options: argparse.Namespace) -> dict[str, Callable]:
-    """The forms by name, each as inputs -> loss."""
+    """Return the forms by name, each as inputs -> loss."""
 
-    def ours(form: str) -> Callable:
+    def loss_of(form: str) -> Callable:
         loss_fn = make_loss(
             options.loss,
             mesh=mesh,
@@ -80,26 +81,26 @@ def losses_on(mesh: Mesh, options: argparse.Namespace) -> dict[str, Callable]:
         )
         return lambda *inputs: loss_fn(*inputs).loss
 
-    forms = {form: ours(form) for form in ("dense", "tiled")}
+    forms = {form: loss_of(form) for form in ("dense", "tiled")}
     return forms | ({"two-block": two_block(mesh)} if options.loss == "softmax" else {})
 
 
-def compiled(loss: Callable, inputs: tuple, mesh: Mesh) -> jax.stages.Compiled:
-    """Value and gradients of features, scale and bias, rows split over the mesh."""
+def compile_gradient(loss: Callable, inputs: tuple, mesh: Mesh) -> jax.stages.Compiled:
+    """Compile value and gradients of features, scale and bias, rows split over the mesh."""
     r, a = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
     step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3)), in_shardings=(r, r, a, a, r, r))
     return step.lower(*inputs).compile()
 
 
 def count_flops(options: argparse.Namespace) -> list[dict]:
-    """FLOPs of a device's program across 8, and over the two-block form's."""
+    """Count the FLOPs of one device's program of 8, also over the two-block form's."""
     if len(jax.devices()) < DEVICES or options.loss != "softmax":
         return []
     mesh = make_mesh(DEVICES)
     inputs = make_inputs(FLOP_ROWS, options.features, options.dtype)
     forms = losses_on(mesh, options)
     del forms["dense"]  # the compiler would split it as it likes
-    programs = {name: compiled(loss, inputs, mesh) for name, loss in forms.items()}
+    programs = {name: compile_gradient(loss, inputs, mesh) for name, loss in forms.items()}
     flops = {name: program.cost_analysis()["flops"] for name, program in programs.items()}
     return [
         {
@@ -112,7 +113,7 @@ def count_flops(options: argparse.Namespace) -> list[dict]:
 
 
 def torch_loss(inputs: tuple) -> Callable[[], float] | None:
-    """open_clip's ClipLoss with its gradients, None where it is not installed."""
+    """Return open_clip's ClipLoss with its gradients; None where it is not installed."""
     try:
         from benchmarks.compare_open_clip import open_clip, torch
     except ImportError:
@@ -132,11 +133,13 @@ def torch_loss(inputs: tuple) -> Callable[[], float] | None:
 
 
 def measure(rows: int, options: argparse.Namespace, forms: list[str]) -> list[dict]:
-    """A row for each form at this N."""
+    """Return a row for each form at this N."""
     mesh = make_mesh(1)
     inputs = make_inputs(rows, options.features, options.dtype)
     losses = losses_on(mesh, options)
-    programs = {name: compiled(losses[name], inputs, mesh) for name in forms if name in losses}
+    programs = {
+        name: compile_gradient(losses[name], inputs, mesh) for name in forms if name in losses
+    }
     calls: dict[str, Callable] = {
         name: (lambda program=program: float(jax.block_until_ready(program(*inputs))[0]))
         for name, program in programs.items()
@@ -145,20 +148,22 @@ def measure(rows: int, options: argparse.Namespace, forms: list[str]) -> list[di
     calls |= {} if torch_call is None else {"open_clip": torch_call}
     values = {name: call() for name, call in calls.items()}
     repeats = options.repeats if len(calls) > 1 else min(options.repeats, 2)
-    times = take_turns(calls, warmup=0 if len(calls) == 1 else options.warmup, repeats=repeats)
+    warmup = options.warmup if len(calls) > 1 else 0
+    times = time_interleaved(calls, warmup=warmup, repeats=repeats)
     table = []
     for name in calls:
         row = {"rows": rows, "form": name, "ms": spread(times[name]).scaled(1e3)}
         row["over dense"] = str(ratio(times[name], times["dense"])) if "dense" in times else ""
-        known = name in programs
-        memory = programs[name].memory_analysis().temp_size_in_bytes / 1e6 if known else ""
+        memory: float | str = ""
+        if name in programs:
+            memory = programs[name].memory_analysis().temp_size_in_bytes / 1e6
         table.append(row | {"MB": memory, "loss": f"{values[name]:.7f}"})
     return table
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Prints two tables."""
-    parser = arguments(__doc__, warmup=1, repeats=5)
+    """Measure and print two tables."""
+    parser = make_parser(__doc__, warmup=1, repeats=5)
     parser.add_argument("--rows", type=int, nargs="+", default=[1024, 4096, 8192])
     parser.add_argument("--beyond", type=int, nargs="*", default=[32768])
     parser.add_argument("--features", type=int, default=512)

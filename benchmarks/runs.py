@@ -1,4 +1,4 @@
-"""clip_jax's own training step over a loaded model, wired as the trainer wires it."""
+"""clip_jax's own training step over a loaded model, built as the trainer builds it."""
 
 import argparse
 import dataclasses
@@ -20,10 +20,10 @@ class Run(NamedTuple):
     """A training run at its start.
 
     Attributes:
-      components: the parts of it.
+      components: its mesh, model, optimizer and the layout of its state.
       step: jitted, not compiled yet.
       state: the loaded weights and a fresh optimizer; the step takes its memory.
-      batch: on the device.
+      batch: its arrays, on the device.
     """
 
     components: RunComponents
@@ -39,7 +39,7 @@ def make_run(
     tokens: np.ndarray,
     **train: Any,
 ) -> Run:
-    """A run with AdamW on one batch; `train` overrides fields of `config.train`."""
+    """Return a run with AdamW on one batch; `train` overrides fields of `config.train`."""
     rows = len(images)
     values = default()
     values.train.update({"steps": 1000, "batch_size": rows} | train)
@@ -47,14 +47,14 @@ def make_run(
     values.model.dtype = options.dtype
     values.optim.learning_rate = 1e-5
     config = resolve(values)
-    run = build_run(config, config.train.steps)
+    parts = build_run(config, config.train.steps)
     # The run's own model with the loaded one's sizes, which are open_clip's.
-    model = run.model.clone(config=loaded.config)
-    shapes = state_shapes(model, run.optimizer, run.mesh, config.train)
-    run = dataclasses.replace(run, model=model, shapes=shapes)
+    model = parts.model.clone(config=loaded.config)
+    shapes = state_shapes(model, parts.optimizer, parts.mesh, config.train)
+    parts = dataclasses.replace(parts, model=model, shapes=shapes)
     # The step takes its state's memory: the loaded weights stay, it gets a copy.
     params = jax.tree.map(jnp.copy, loaded.params)
-    state = init_state(model, run.optimizer, shapes, config.train, seed=0).replace(params=params)
+    state = init_state(model, parts.optimizer, shapes, config.train, seed=0).replace(params=params)
     # Laid out as the step returns it, or the second call would compile again.
     state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, shapes))
     batch = {
@@ -63,17 +63,17 @@ def make_run(
         "caption_id": np.arange(rows, dtype=np.uint32),
         "valid": np.ones(rows, bool),
     }
-    return Run(run, make_step(run), state, place_batch(batch, run.mesh))
+    return Run(parts, make_step(parts), state, place_batch(batch, parts.mesh))
 
 
 class Stepper:
-    """Calls a step over and over on one batch, each time with the state it left."""
+    """A step that is called over and over on one batch, each time with the state it left."""
 
     def __init__(self, run: Run, step: Any = None):
         """`step` may be the run's, compiled already."""
         self.step, self.state, self.batch = step or run.step, run.state, run.batch
 
     def __call__(self) -> float:
-        """One step, waited for; the loss."""
+        """Take one step, wait for it, and return the loss."""
         self.state, metrics = jax.block_until_ready(self.step(self.state, self.batch))
         return float(metrics["loss"])

@@ -1,10 +1,10 @@
-"""Where the time of a training step goes: its parts, compiled and timed one by one.
+"""Parts of a training step, compiled and timed one by one: where its time goes.
 
     python -m benchmarks.step_parts --batch 32
 
 Each part is a program of its own: a tower forward, a tower forward and backward, the loss with its
-gradients, the update. A backward pass is the difference of two of them. The parts take turns with
-the whole step, and what they leave unexplained of it is printed: near 0, the shares can be
+gradients, the update. A backward pass is the difference of two of them. The parts are interleaved
+with the whole step, and what they leave unexplained of it is printed: near 0, the shares can be
 trusted. Utilization is of the matrix products' rate, measured in every round.
 """
 
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from benchmarks import compare_open_clip
-from benchmarks.interleaved import arguments, report, spread, take_turns
+from benchmarks.interleaved import make_parser, report, spread, time_interleaved
 from benchmarks.runs import Run, Stepper, make_run
 from clip_jax.data.images import IMAGE_MEAN, IMAGE_STD
 from clip_jax.losses import make_loss
@@ -27,7 +27,7 @@ from clip_jax.training.step import compiler_options, normalize_images, unit_rang
 
 
 def tower_calls(run: Run) -> dict[str, tuple]:
-    """{part: (function, arguments)} of both towers, forward alone and with the backward pass."""
+    """Return {part: (function, arguments)} of both towers, forward and with the backward pass."""
     model, params = run.components.model, run.state.params
     stats = run.state.batch_stats
 
@@ -45,18 +45,18 @@ def tower_calls(run: Run) -> dict[str, tuple]:
         ("text tower", texts, run.batch["text"]),
     ):
 
-        def pulled(params, x, z_BD, encode=encode):
+        def forward_backward(params, x, z_BD, encode=encode):
             return jax.vjp(lambda p: encode(p, x), params)[1](z_BD)
 
         # A gradient of the features' own size and kind, as the loss would hand it down.
         z_BD = jax.random.normal(jax.random.key(0), jax.eval_shape(encode, params, x).shape)
         calls[f"{name} forward"] = jax.jit(encode), (params, x)
-        calls[f"{name} both ways"] = jax.jit(pulled), (params, x, z_BD)
+        calls[f"{name} both ways"] = jax.jit(forward_backward), (params, x, z_BD)
     return calls
 
 
 def loss_call(run: Run) -> tuple:
-    """(function, arguments) of the loss and its gradients on random unit features."""
+    """Return (function, arguments) of the loss and its gradients on random unit features."""
     loss_fn = make_loss(
         "softmax",
         mesh=run.components.mesh,
@@ -70,13 +70,13 @@ def loss_call(run: Run) -> tuple:
     def loss(*inputs):
         return loss_fn(*inputs).loss
 
-    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
-    b = run.batch
-    return step, (*z, jnp.float32(14), jnp.float32(0), b["valid"], b["caption_id"])
+    loss_and_grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
+    scale, bias = jnp.float32(14), jnp.float32(0)
+    return loss_and_grads, (*z, scale, bias, run.batch["valid"], run.batch["caption_id"])
 
 
 class Updater:
-    """The optimizer's update of its own copy of the parameters, their memory given away."""
+    """The optimizer's update of its own copy of the parameters, whose memory it donates."""
 
     def __init__(self, run: Run):
         optimizer = run.components.optimizer
@@ -89,15 +89,15 @@ class Updater:
         options = compiler_options(jax.default_backend())
         self.step = jax.jit(update, donate_argnums=(1, 2), compiler_options=options)
         self.grads = jax.tree.map(jnp.ones_like, params)
-        self.kept = optimizer.init(params), params
+        self.state = optimizer.init(params), params
 
     def __call__(self) -> None:
-        self.kept = jax.block_until_ready(self.step(self.grads, *self.kept))
+        self.state = jax.block_until_ready(self.step(self.grads, *self.state))
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Prints one table."""
-    parser = arguments(__doc__, warmup=1, repeats=5)
+    """Measure and print one table."""
+    parser = make_parser(__doc__, warmup=1, repeats=5)
     compare_open_clip.add_arguments(parser, batch=32)
     options = parser.parse_args(argv)
     _, loaded, batch = compare_open_clip.prepare(options)
@@ -111,18 +111,18 @@ def main(argv: list[str] | None = None) -> None:
     whole = Run(run.components, run.step, jax.tree.map(jnp.copy, run.state), run.batch)
     calls["whole step"] = Stepper(whole)
     rates: list[float] = []
-    known = peak_flops(jax.devices()[0].device_kind, options.dtype)
-    calls["matmul"] = lambda: rates.append(known or measure_matmul_flops(options.dtype))
-    times = take_turns(calls, warmup=options.warmup, repeats=options.repeats)
+    published_peak = peak_flops(jax.devices()[0].device_kind, options.dtype)
+    calls["matmul"] = lambda: rates.append(published_peak or measure_matmul_flops(options.dtype))
+    times = time_interleaved(calls, warmup=options.warmup, repeats=options.repeats)
     peak = statistics.median(rates[options.warmup :])
     rows = shares(times)
     flops = {"image tower": image_flops(loaded.config)}
     flops["text tower"] = text_flops(loaded.config, batch.tokens.shape[1])
     for row in rows:
-        tower, _, way = row["part"].rpartition(" ")
+        tower, _, direction = row["part"].rpartition(" ")
         if tower in flops:
-            work = options.batch * flops[tower] * (1 if way == "forward" else 2)
-            row["utilisation"] = work / row["s"].median / peak
+            operations = options.batch * flops[tower] * (1 if direction == "forward" else 2)
+            row["utilization"] = operations / row["s"].median / peak
     report(
         "step_parts",
         options,
@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def shares(times: dict[str, list[float]]) -> list[dict]:
-    """A row for each part: its seconds, and its share of the whole step's."""
+    """Return a row for each part: its seconds, and its share of the whole step's."""
     parts = {}
     for tower in ("image tower", "text tower"):
         forward, both_ways = times[f"{tower} forward"], times[f"{tower} both ways"]

@@ -5,7 +5,7 @@
 The captions are made up to look like the web's: words drawn by rank (Zipf) from the merges, which
 are sorted by frequency, in three spellings, one in twenty unknown to the merges, with punctuation
 and numbers; one caption in ten has an accent, a curly quote, an emoji or an HTML entity. The two
-tokenizers take turns, so that whatever else the machine does falls on both. "fresh" is a new
+tokenizers are interleaved, so that whatever else the machine does falls on both. "fresh" is a new
 tokenizer on its first batch (making it is counted apart), "warm" the same batch again.
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from benchmarks.interleaved import arguments, ratio, report, spread, take_turns
+from benchmarks.interleaved import make_parser, ratio, report, spread, time_interleaved
 from clip_jax.tokenizers import make_clip_tokenizer
 from clip_jax.tokenizers.clip_bpe import END_OF_WORD, read_merges
 from clip_jax.typing import Tokenizer
@@ -35,7 +35,7 @@ ENDS = ("", "", "", ".", "!", ", 2019", " (4K)", " - Stock Photo", " | Etsy", " 
 
 
 def make_captions(number: int, seed: int = 0) -> list[str]:
-    """Captions of 3 to 25 words, the same for the same seed."""
+    """Return captions of 3 to 25 words, the same for the same seed."""
     rng = random.Random(seed)
     pairs = (a + b for a, b in read_merges())
     words = [w.removesuffix(END_OF_WORD) for w in pairs if w.endswith(END_OF_WORD)]
@@ -53,8 +53,8 @@ def make_captions(number: int, seed: int = 0) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Prints one table."""
-    parser = arguments(__doc__, warmup=0, repeats=5)
+    """Measure and print one table."""
+    parser = make_parser(__doc__, warmup=0, repeats=5)
     parser.add_argument("--captions", type=int, default=10_000)
     options = parser.parse_args(argv)
     makers: dict[str, Callable[[], Tokenizer]] = {"clip_jax": make_clip_tokenizer}
@@ -65,17 +65,21 @@ def main(argv: list[str] | None = None) -> None:
     else:
         makers["open_clip"] = open_clip.tokenizer.SimpleTokenizer
     captions = make_captions(options.captions)
-    made, tokens = {}, {}
+    tokenizers, tokens = {}, {}
     calls = {}
     for name, make in makers.items():
-        calls[name, "make"] = lambda name=name, make=make: made.__setitem__(name, make())
+        calls[name, "make"] = lambda name=name, make=make: tokenizers.__setitem__(name, make())
         for state in ("fresh", "warm"):
-            calls[name, state] = lambda name=name: tokens.__setitem__(name, made[name](captions))
-    times = take_turns(calls, warmup=options.warmup, repeats=options.repeats)
+            calls[name, state] = lambda name=name: tokens.__setitem__(
+                name, tokenizers[name](captions)
+            )
+    times = time_interleaved(calls, warmup=options.warmup, repeats=options.repeats)
     rows = []
     for state in ("make", "fresh", "warm"):
-        row = {"": state} | {f"{name}, ms": spread(times[name, state]).scaled(1e3) for name in made}
-        if "open_clip" in made:
+        row = {"": state} | {
+            f"{name}, ms": spread(times[name, state]).scaled(1e3) for name in tokenizers
+        }
+        if "open_clip" in tokenizers:
             row["times faster"] = ratio(times["open_clip", state], times["clip_jax", state])
         rows.append(row)
     same = all(np.array_equal(np.asarray(t), tokens["clip_jax"]) for t in tokens.values())

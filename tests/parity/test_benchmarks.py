@@ -1,4 +1,4 @@
-"""Every benchmark runs at a tiny size, and what can be checked of its numbers is right."""
+"""Tests that every benchmark runs at a tiny size, and of what can be checked in its numbers."""
 
 import json
 import os
@@ -15,7 +15,7 @@ TINY = ["--model", "tiny", "--batch", "8", "--repeats", "1", "--warmup", "0"]
 
 
 def run(folder, name, *arguments):
-    """A benchmark by its command, on the devices a user has: its JSON file, and what it prints."""
+    """Run a benchmark on the devices a user has; return its JSON file and what it prints."""
     done = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{name}", *arguments, "--out", str(folder)],
         cwd=ROOT,

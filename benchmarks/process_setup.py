@@ -1,4 +1,4 @@
-"""What has to be done before JAX or PyTorch starts a thread: `both` imports this first."""
+"""Settings from before JAX or PyTorch starts a thread: `compare_open_clip` imports this first."""
 
 import os
 
