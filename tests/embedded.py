@@ -20,10 +20,10 @@ SIDE = 12
 
 
 def write_tiny_model(folder: Path, tokenizer: Path, seed: int = 0) -> Path:
-    """A work folder with random weights and this SentencePiece tokenizer."""
+    """Write a work folder with random weights and this SentencePiece tokenizer."""
     spec = TokenizerSpec("sentencepiece", str(tokenizer))
-    made = make_tokenizer(spec)
-    text = dataclasses.replace(VIT.text, vocab_size=made.vocab_size, eot_id=made.eot_id)
+    loaded = make_tokenizer(spec)
+    text = dataclasses.replace(VIT.text, vocab_size=loaded.vocab_size, eot_id=loaded.eot_id)
     config = dataclasses.replace(VIT, text=text)
     folder.mkdir(parents=True)
     variables = jax.jit(lambda: init_variables(CLIP(config), seed))()
@@ -34,7 +34,7 @@ def write_tiny_model(folder: Path, tokenizer: Path, seed: int = 0) -> Path:
 
 
 def toy_encoders(dim: int = 8, after: int | None = None) -> Encoders:
-    """Encoders of linear maps; the image's ends like a killed process after so many batches."""
+    """Make encoders of linear maps; with `after`, images end like a kill after so many batches."""
     rng = np.random.default_rng(0)
     pixels = rng.normal(size=(SIDE * SIDE * 3, dim)).astype(np.float32)
     words = rng.normal(size=(100, dim)).astype(np.float32)

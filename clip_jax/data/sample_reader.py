@@ -123,13 +123,14 @@ class SampleReader:
             # Drawn even for one caption, so that a crop does not depend on their number.
             choice = 0 if self.evaluation else int(rng.random() * len(captions))
             caption = captions[choice] if captions else ""
-            rows.image[row] = self._transform(self._image(shard, i, sample, handles), rng)
+            image_HWC = self._transform(self._image(shard, i, sample, handles), rng)
         except PROGRAMMING_ERRORS:
             raise
         except Exception as e:
             # The libraries that read records and tables have types of their own.
             rows.skipped.append((sample_cause(e), rows.key[row], str(e)))
             return ""
+        rows.image[row] = image_HWC
         rows.valid[row] = True
         rows.label[row] = label
         rows.captions[row] = captions

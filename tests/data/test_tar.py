@@ -28,7 +28,7 @@ def archive(names, form, **fields):
 
 
 def both(data):
-    """(plain reader, tarfile): their members, or None where one declines."""
+    """Return the members by (the plain reader, tarfile), None where one declines."""
     with open(os.memfd_create("tar"), "w+b") as file:
         file.write(data)
         file.flush()
