@@ -18,29 +18,36 @@ from clip_jax.tools.config_flags import parse
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and results.")
 _DRY_RUN = flags.DEFINE_bool(
-    "dry_run", False, "Print the config, parameters, mesh and bytes per device, and exit."
+    "dry-run", False, "Print the config, parameters, mesh and bytes per device, and exit."
 )
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "HOST:PORT of process 0; SLURM, Open MPI and TPU pods need no such flags."
 )
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "This process among them, from 0.")
+_NUM_PROCESSES = flags.DEFINE_integer("num-processes", None, "Processes of the run.")
+_PROCESS_ID = flags.DEFINE_integer("process-id", None, "This process among them, from 0.")
 _DEVICE_IDS = flags.DEFINE_list(
-    "local_device_ids", None, "The machine's GPUs that this process drives; all by default."
+    "local-device-ids", None, "The machine's GPUs that this process drives; all by default."
 )
-_INIT = flags.DEFINE_integer("init_seconds", LIMITS.init, "Wait for all processes to join.", 1)
+_INIT = flags.DEFINE_integer("init-seconds", LIMITS.init, "Wait for all processes to join.", 1)
 _HEARTBEAT = flags.DEFINE_integer(
-    "heartbeat_seconds",
+    "heartbeat-seconds",
     LIMITS.heartbeat,
     "A process without a sign of life for so long counts as dead.",
     1,
 )
 _HANG = flags.DEFINE_integer(
-    "hang_seconds",
+    "hang-seconds",
     LIMITS.hang,
     "Longest step of several processes, compiling included; 0: any.",
     0,
 )
+
+# The spellings of earlier versions.
+for _name in (
+    *("dry-run", "num-processes", "process-id", "local-device-ids"),
+    *("init-seconds", "heartbeat-seconds", "hang-seconds"),
+):
+    flags.DEFINE_alias(_name.replace("-", "_"), _name)
 
 
 def join() -> None:
@@ -53,7 +60,7 @@ def join() -> None:
 
     ids = _DEVICE_IDS.value
     if ids is not None and not all(i.isdigit() for i in ids):
-        raise UserError(f"--local_device_ids {','.join(ids)}: numbers with commas, such as 0,1")
+        raise UserError(f"--local-device-ids {','.join(ids)}: numbers with commas, such as 0,1")
     cluster.join(
         _COORDINATOR.value,
         _NUM_PROCESSES.value,

@@ -109,7 +109,7 @@ def start_two(
     port, processes = free_port(), []
     for index in range(2):
         line = [sys.executable, "-m", "clip_jax.main", "--coordinator", f"localhost:{port}"]
-        line += ["--num_processes", "2", "--process_id", str(index)]
+        line += ["--num-processes", "2", "--process-id", str(index)]
         with log(workdir, index).open("w") as out:
             process = subprocess.Popen(
                 [*line, *command(experiment, workdir, *args, *(second if index else ()))],

@@ -138,6 +138,10 @@ def command(*args: str) -> subprocess.CompletedProcess:
         (["--config.train.steps=abc"], "invalid literal for int"),
         (["--workdri=x"], "Unknown command line flag 'workdri'"),
         (["surplus"], "unexpected argument 'surplus'"),
+        (["--num-processes=2", "--dry-run"], "--coordinator and --process-id are missing"),
+        # As earlier versions spelled them.
+        (["--process_id=1", "--dry_run"], "--coordinator and --num-processes are missing"),
+        (["--local_device_ids=a", "--dry_run"], "--local-device-ids a: numbers with commas"),
         ([], "--workdir is missing"),
     ],
 )

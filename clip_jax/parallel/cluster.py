@@ -73,7 +73,7 @@ def join(
 
 def check_flags(coordinator: str | None, processes: int | None, index: int | None) -> None:
     """Raise UserError if the flags are half of what is needed, or say what cannot be."""
-    given = {"--coordinator": coordinator, "--num_processes": processes, "--process_id": index}
+    given = {"--coordinator": coordinator, "--num-processes": processes, "--process-id": index}
     if processes == 1 and coordinator is None:
         return
     missing = [flag for flag, value in given.items() if value is None]
@@ -89,7 +89,7 @@ def check_flags(coordinator: str | None, processes: int | None, index: int | Non
         raise UserError(f"--coordinator {coordinator} is not HOST:PORT, such as node0:9876")
     if not 0 <= index < processes:
         raise UserError(
-            f"--process_id {index} is not among --num_processes {processes}: they count from 0"
+            f"--process-id {index} is not among --num-processes {processes}: they count from 0"
         )
 
 
@@ -138,8 +138,8 @@ def _ask_cluster(question: Callable[[Any], T], *, without: T) -> T:
         except Exception as error:  # whatever the cluster's interface raises
             raise UserError(
                 f"this looks like {kind.__name__} and its processes cannot be counted "
-                f"({short(error)[:300]}); give --coordinator, --num_processes and --process_id, or "
-                "--num_processes 1 for a run by itself"
+                f"({short(error)[:300]}); give --coordinator, --num-processes and --process-id, or "
+                "--num-processes 1 for a run by itself"
             ) from None
     return without
 

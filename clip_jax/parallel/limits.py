@@ -5,13 +5,13 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Seconds until a process gives up.
+    """Seconds until a process gives up; `clip_jax.main` has a flag for each.
 
     Attributes:
-      init: waiting for all processes to join.
-      heartbeat: without a sign of life until a process counts as dead.
-      hang: in one step until a process prints its stacks and ends; 0 is never. A first step
-        compiles, which takes minutes for a big model.
+      init: waiting for all processes to join (`--init-seconds`).
+      heartbeat: without a sign of life until a process counts as dead (`--heartbeat-seconds`).
+      hang: in one step until a process prints its stacks and ends; 0 is never (`--hang-seconds`).
+        A first step compiles, which takes minutes for a big model.
     """
 
     init: int = 300

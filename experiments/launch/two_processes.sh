@@ -18,7 +18,7 @@ export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=${DEVICE
 
 pids=()
 for index in 0 1; do
-    "$python" -m clip_jax.main --coordinator "$address" --num_processes 2 --process_id "$index" "$@" &
+    "$python" -m clip_jax.main --coordinator "$address" --num-processes 2 --process-id "$index" "$@" &
     pids+=($!)
 done
 

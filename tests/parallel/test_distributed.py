@@ -178,7 +178,7 @@ def test_what_one_process_cannot_read_both_set_aside(experiment, whole, tmp_path
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_the_other(experiment, tmp_path, victim):
     workdir = tmp_path / "run"
-    args = ("--config.train.steps=100000", "--heartbeat_seconds=3", "--config.mesh.fsdp=4")
+    args = ("--config.train.steps=100000", "--heartbeat-seconds=3", "--config.mesh.fsdp=4")
     processes = start_two(experiment, workdir, *args)
     wait_for(log(workdir, 0), "step      5/100000", processes)
     processes[victim].send_signal(signal.SIGKILL)
@@ -214,7 +214,7 @@ def test_a_mistake_in_one_process_ends_both_with_its_line(experiment, tmp_path):
 @pytest.mark.slow
 def test_nobody_there_is_one_line(experiment, tmp_path):
     # Process 1, and no process 0.
-    flags = ["--coordinator=localhost:1", "--num_processes=2", "--process_id=1", "--init_seconds=2"]
+    flags = ["--coordinator=localhost:1", "--num-processes=2", "--process-id=1", "--init-seconds=2"]
     done = one(experiment, tmp_path / "run", "--config.train.steps=1", *flags, devices=1)
     assert done.returncode == EXIT_USAGE, done.stderr
     line = told(done.stderr)[-1]
@@ -289,10 +289,10 @@ def test_a_big_model_is_made_in_parts():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("node0:1", None, None), "--num_processes and --process_id are missing"),
+        (("node0:1", None, None), "--num-processes and --process-id are missing"),
         ((None, 2, 0), "--coordinator is missing"),
         (("node0", 2, 0), "--coordinator node0 is not HOST:PORT"),
-        (("node0:1", 2, 2), "--process_id 2 is not among --num_processes 2"),
+        (("node0:1", 2, 2), "--process-id 2 is not among --num-processes 2"),
         (("node0:1", 2, -1), "they count from 0"),
     ],
 )
@@ -374,7 +374,7 @@ def test_a_coordinator_is_waited_for_until_it_listens():
 def test_a_strange_cluster_is_one_line(joined, monkeypatch):
     for name, value in (SLURM | {"SLURM_NTASKS": "many"}).items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=r"looks like SlurmCluster .*--num_processes 1"):
+    with pytest.raises(UserError, match=r"looks like SlurmCluster .*--num-processes 1"):
         cluster.join()
 
 

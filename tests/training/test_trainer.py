@@ -412,7 +412,7 @@ def test_command_line_to_the_end(data, tmp_path):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "eval.json").exists()
     done = call(
-        "clip_jax.main", "--config=experiments/emoji.py", "--dry_run",
+        "clip_jax.main", "--config=experiments/emoji.py", "--dry-run",
         f"--config.data.tokenizer={folder}/t.model",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
