@@ -229,6 +229,21 @@ def test_a_strange_record_is_never_another_error(data):
         assert e.cause == "broken_record"
 
 
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x0a\x02\x08\x05",  # a number for the map entry
+        b"\x0a\x04\x0a\x02\x08\x05",  # for the name
+        b"\x0a\x04\x0a\x02\x10\x05",  # for the feature
+        b"\x0a\x06\x0a\x04\x12\x02\x08\x05",  # for the list
+        b"\x0a\x08\x0a\x06\x12\x04\x0a\x02\x08\x05",  # for a value of bytes
+    ],
+)
+def test_a_number_in_the_place_of_bytes_is_a_broken_record(data):
+    with pytest.raises(BadSampleError, match="a number in the place of bytes"):
+        records.parse_example(data)
+
+
 def test_examples_hold_bytes_floats_and_signed_integers():
     data = example({"a": b"x", "b": 0.5, "c": -3})
     assert records.parse_example(data) == {"a": [b"x"], "b": [0.5], "c": [-3]}

@@ -1,9 +1,15 @@
-"""TFRecord and ArrayRecord files of `tf.train.Example`, read without TensorFlow."""
+"""TFRecord and ArrayRecord files of `tf.train.Example`, read without TensorFlow.
+
+The wire format of an Example: field 1 holds Features, whose field 1 is a map entry of a name and
+a Feature, which is one of bytes (1), floats (2, packed) or integers (3, packed). It is read here:
+`tensorflow_datasets.proto` has the message too, but its map loses the order of the features, and
+so the bytes of what is written from them.
+"""
 
 import os
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +28,7 @@ from clip_jax.data.shards import (
     parse_label,
 )
 from clip_jax.errors import short
+from clip_jax.protobuf import BYTES, fields, varints
 
 IMAGE_FEATURES = ("image", "image/encoded", "jpg", "jpeg", "png", "webp", "image_bytes", "img")
 CAPTION_FEATURES = ("caption", "text", "txt", "title", "captions", "caption/text", "image/caption")
@@ -31,22 +38,58 @@ _MASK_DELTA = 0xA282EAD8
 
 
 def parse_example(data: bytes) -> dict[str, list[Any]]:
-    """Return feature name -> its values, which are bytes, floats or integers; names are sorted.
+    """Return feature name -> its values: bytes, floats or integers.
 
     Raises:
       BadSampleError: `broken_record`, for whatever is wrong with the bytes.
     """
-    from tensorflow_datasets.proto import tf_example_pb2  # needs a second, and no TensorFlow
-
     try:
-        example = tf_example_pb2.Example.FromString(data)
-    except Exception as e:  # protobuf's own, which is no dependency by itself
+        features: dict[str, list[Any]] = {}
+        for _, wire, body in fields(data, wanted=1):
+            if wire == BYTES:
+                for _, _, entry in fields(body, wanted=1):
+                    name, values = _map_entry(_view(entry))
+                    features[name] = values
+        return features
+    except (IndexError, ValueError) as e:
         raise BadSampleError("broken_record", f"not a tf.train.Example ({short(e)})") from e
-    features: dict[str, list[Any]] = {}
-    for name, feature in sorted(example.features.feature.items()):  # a map has no order
-        kind = feature.WhichOneof("kind")
-        features[name] = list(getattr(feature, kind).value) if kind else []
-    return features
+
+
+def _map_entry(entry: memoryview) -> tuple[str, list[Any]]:
+    name = ""
+    values: list[Any] = []
+    for number, _, body in fields(entry):
+        if number == 1:
+            name = str(_view(body), "utf-8")
+        elif number == 2:
+            for kind, _, value_list in fields(_view(body)):
+                values += _VALUES[kind](_view(value_list)) if kind in _VALUES else []
+    return name, values
+
+
+def _view(value: int | memoryview) -> memoryview:
+    """Return the bytes of a field; raise ValueError if it is a number."""
+    if isinstance(value, int):
+        raise ValueError("a number in the place of bytes")
+    return value
+
+
+def _bytes_list(body: memoryview) -> list[bytes]:
+    return [bytes(_view(value)) for _, _, value in fields(body, wanted=1)]
+
+
+def _float_list(body: memoryview) -> list[float]:
+    # Packed or one by one, the bytes of a float are the same.
+    parts = [_view(value) for _, _, value in fields(body, wanted=1)]
+    return np.frombuffer(b"".join(parts), "<f4").tolist()
+
+
+def _int_list(body: memoryview) -> list[int]:
+    values = [v for _, _, value in fields(body, wanted=1) for v in varints(value)]
+    return [v - (1 << 64) if v >> 63 else v for v in values]
+
+
+_VALUES: dict[int, Callable[[Any], list[Any]]] = {1: _bytes_list, 2: _float_list, 3: _int_list}
 
 
 def masked_crc(data: bytes) -> int:
