@@ -24,7 +24,7 @@ class ModelSection:
     """The model that is trained."""
 
     name: str = "ViT-B/32"
-    """A row of `clip_jax.list_models()`."""
+    """A name of `clip_jax.list_models()`."""
     dtype: str = "float32"
     """Of activations and matrix products, float32 or bfloat16; parameters stay float32."""
     init_from: str = ""

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from tiny import SIGLIP, TEXT, TINY
 
-from clip_jax.models.clip import CLIP, init_variables
+from clip_jax.models.clip import CLIP, init_variables, variable_shapes
 from clip_jax.typing import path_name
 
 # As the others, with three blocks where they have two: a stack of one would hide its axis.
@@ -46,7 +46,6 @@ def first_variables(config):
 def random_variables(config, seed=0):
     """Return variables of a config, with biases that are not zero and gains that are not one."""
     rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(lambda: init_variables(CLIP(config), 0))
     bound = {"kernel": 0.1, "embedding": 0.1}
 
     def draw(path, x):
@@ -54,7 +53,7 @@ def random_variables(config, seed=0):
         x = rng.uniform(-1, 1, x.shape).astype(np.float32) * bound.get(name, 0.2)
         return jnp.asarray(x + (name in ("scale", "var", "gamma")))
 
-    return jax.tree_util.tree_map_with_path(draw, shapes)
+    return jax.tree_util.tree_map_with_path(draw, variable_shapes(CLIP(config)))
 
 
 def weighted_sum(features):

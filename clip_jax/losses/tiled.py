@@ -117,12 +117,12 @@ class Tile(NamedTuple):
 
     @property
     def unmasked_rc(self) -> Bool[Array, "r c"]:
-        """The positives and the negatives."""
+        """Return the mask of the positives and the negatives."""
         return self.positive_rc | self.negative_rc
 
     @property
     def negative_logits_rc(self) -> Float[Array, "r c"]:
-        """The logits of the negatives, NEG_INF elsewhere."""
+        """Return the logits of the negatives, NEG_INF elsewhere."""
         return jnp.where(self.negative_rc, self.logits_rc, NEG_INF)
 
 

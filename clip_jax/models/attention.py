@@ -185,4 +185,5 @@ def attend_padded(
 
 
 def _pad_to_even(x_BLNK: Array) -> Array:
+    """Return sequences with a row of zeros behind them where their length is odd."""
     return jnp.pad(x_BLNK, ((0, 0), (0, x_BLNK.shape[1] % 2), (0, 0), (0, 0)))

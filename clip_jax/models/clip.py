@@ -92,6 +92,7 @@ class CLIP(nn.Module):
             self.logit_bias = self.param("logit_bias", constant(c.init_logit_bias), ())
 
     def _image_tower(self) -> nn.Module:
+        """Return the image tower of the config's kind."""
         c = self.config
         towers = {
             ViTConfig: VisionTransformer,
@@ -150,6 +151,11 @@ def init_variables(model: CLIP, seed: int) -> dict[str, Any]:
     # A flax loop draws other numbers for its layers than the layers by themselves.
     variables = dict(unrolled(model).init(jax.random.key(seed), images_BHWC, tokens_BL))
     return stack_layers(variables) if model.scan else variables
+
+
+def variable_shapes(model: CLIP) -> dict[str, Any]:
+    """Return the shapes of a model's variables, without allocating any."""
+    return jax.eval_shape(lambda: init_variables(model, 0))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -51,12 +51,7 @@ class ConvNet(nn.Module):
         valid_B: Bool[Array, " B"] | None = None,
         patch_ids_Bl: None = None,
     ) -> Float[Array, "B D"]:
-        """Return features of normalized images, not of unit length.
-
-        With `train` the statistics of the batch's valid rows are used (all are where `valid_B` is
-        None), and the running ones updated where the caller makes `batch_stats` mutable.
-        `patch_ids_Bl` is of the transformers: there are no patches to choose here.
-        """
+        """Return features of normalized images, with the arguments of `ModifiedResNet`."""
         del patch_ids_Bl
         mask = statistics_mask(valid_B)
         stage = remat_block(ConvNet._stage, self.exec_config, (2, 4))

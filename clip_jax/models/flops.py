@@ -29,6 +29,7 @@ def _one_query(length: int, width: int, mlp_width: int) -> int:
 
 
 def _vit(c: ViTConfig, embed_dim: int, num_patches: int | None) -> int:
+    """Count the operations of a vision transformer, of which `num_patches` are seen."""
     # All patches are projected before some are left out.
     total = 2 * c.grid_size**2 * 3 * c.patch_size**2 * c.width
     patches = c.grid_size**2 if num_patches is None else num_patches
@@ -41,6 +42,7 @@ def _vit(c: ViTConfig, embed_dim: int, num_patches: int | None) -> int:
 
 
 def _convnet(c: ConvNetConfig, embed_dim: int) -> int:
+    """Count the operations of a convolutional tower."""
     side = c.image_size // c.patch_size
     total = 2 * side**2 * 3 * c.patch_size**2 * c.features[0]
     for fan_in, out in itertools.pairwise(c.features):
@@ -50,6 +52,7 @@ def _convnet(c: ConvNetConfig, embed_dim: int) -> int:
 
 
 def _resnet(c: ResNetConfig, embed_dim: int) -> int:
+    """Count the operations of a modified ResNet."""
     side = c.image_size // 2
     half = c.width // 2
     total = 2 * side**2 * 9 * (3 * half + half * half + half * c.width)

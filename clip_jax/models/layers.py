@@ -109,6 +109,7 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        """Return rows of mean 0 and variance 1, times the gain, plus the bias."""
         # In two passes: flax's fast variance, E[x^2] - E[x]^2, cancels where the mean is large.
         x32 = x.astype(jnp.float32)
         deviation = x32 - jnp.mean(x32, axis=-1, keepdims=True)
@@ -182,6 +183,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        """Return the features of each row, the width as before."""
         width = x.shape[-1]
         h = nn.Dense(
             self.mlp_width,
@@ -208,6 +210,7 @@ class LayerScale(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        """Return the features times their gains."""
         gamma_D = self.param("gamma", nn.initializers.constant(self.initial), (x.shape[-1],))
         return x * gamma_D.astype(x.dtype)
 

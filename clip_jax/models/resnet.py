@@ -64,6 +64,7 @@ class Bottleneck(nn.Module):
 
     @nn.compact
     def __call__(self, x_BHWC: Array, train: bool, mask: Array | None) -> Array:
+        """Return the block's output; `mask` as `statistics_mask` makes it."""
         fan_in, out = x_BHWC.shape[-1], self.width * EXPANSION
 
         def norm(name: str, *, zero_scale: bool = False) -> nn.BatchNorm:
@@ -94,6 +95,7 @@ class AttentionPool(nn.Module):
 
     @nn.compact
     def __call__(self, x_BHWD: Array) -> Float[Array, "B D"]:
+        """Return the projected features of each feature map."""
         batch, height, width, features = x_BHWD.shape
         x_BLD = x_BHWD.reshape(batch, height * width, features)
         x_BLD = jnp.concatenate([x_BLD.mean(axis=1, keepdims=True), x_BLD], axis=1)

@@ -44,6 +44,7 @@ def _block_numbers(blocks: dict[str, Any]) -> list[int]:
 
 
 def _stack_blocks(blocks: dict[str, Any]) -> dict[str, Any]:
+    """Return a transformer's blocks but the last as one stack."""
     *first, last = _block_numbers(blocks)
     if not first:  # one block, or stacked already
         return blocks
@@ -52,6 +53,7 @@ def _stack_blocks(blocks: dict[str, Any]) -> dict[str, Any]:
 
 
 def _unstack_blocks(blocks: dict[str, Any]) -> dict[str, Any]:
+    """Return a transformer's stack as blocks by themselves."""
     if STACK not in blocks:
         return blocks
     (last,) = _block_numbers(blocks)

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from clip_jax.models.clip import CLIP, CLIPConfig
+from clip_jax.models.clip import CLIP, CLIPConfig, variable_shapes
 from clip_jax.models.convnet import ConvNetConfig
 from clip_jax.models.flops import image_flops, text_flops
 from clip_jax.models.resnet import ResNetConfig
@@ -56,21 +55,20 @@ def parity_case(config: CLIPConfig) -> str | None:
 
 def parameter_counts(config: CLIPConfig) -> tuple[int, int]:
     """Count the parameters of the image and of the text tower, by shapes alone."""
-    return _count_tower(config.vision, config.embed_dim), _count_tower(
-        config.text, config.embed_dim
-    )
+    embed_dim = config.embed_dim
+    return _count_tower(config.vision, embed_dim), _count_tower(config.text, embed_dim)
 
 
 @functools.cache
 def _count_tower(
     tower: ViTConfig | ResNetConfig | ConvNetConfig | TextConfig, embed_dim: int
 ) -> int:
+    """Count the parameters of one tower."""
     if isinstance(tower, ViTConfig | TextConfig):
         # The blocks are of one size: trace the first alone, and count it for each of the others.
         params = _tower_shapes(dataclasses.replace(tower, layers=1), embed_dim)
-        return _count_tree(params) + (tower.layers - 1) * _count_tree(
-            params["transformer"]["resblocks_0"]
-        )
+        block = params["transformer"]["resblocks_0"]
+        return _count_tree(params) + (tower.layers - 1) * _count_tree(block)
     return _count_tree(_tower_shapes(tower, embed_dim))
 
 
@@ -83,14 +81,11 @@ def _tower_shapes(
         name, config = "text", CLIPConfig(embed_dim, ConvNetConfig(8, 4, (1, 1)), tower)
     else:
         name, config = "visual", CLIPConfig(embed_dim, tower, text)
-    size = config.vision.image_size
-    images_BHWC = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-    tokens_BL = jax.ShapeDtypeStruct((1, config.text.context_length), jnp.int32)
-    shapes = jax.eval_shape(CLIP(config).init, jax.random.key(0), images_BHWC, tokens_BL)
-    return shapes["params"][name]
+    return variable_shapes(CLIP(config))["params"][name]
 
 
 def _count_tree(params: dict[str, Any]) -> int:
+    """Count the parameters of a tree of shapes."""
     return sum(math.prod(x.shape) for x in jax.tree.leaves(params))
 
 

@@ -127,6 +127,7 @@ class TextTransformer(nn.Module):
         return self._project(x_BD) if c.project else x_BD
 
     def _project(self, x_BD: Float[Array, "B W"]) -> Float[Array, "B D"]:
+        """Return features of the tower's width projected to the shared space."""
         width = self.config.width
         shape = (width, self.embed_dim)
         projection_DD = self.param("text_projection", normal(width**-0.5), shape)

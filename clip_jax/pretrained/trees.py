@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from clip_jax.models.clip import CLIP, CLIPConfig, init_variables
+from clip_jax.models.clip import CLIP, CLIPConfig, variable_shapes
 from clip_jax.typing import path_name
 
 STATISTICS = ("mean", "var")  # the leaves of the collection batch_stats
@@ -17,8 +17,7 @@ STATISTICS = ("mean", "var")  # the leaves of the collection batch_stats
 @functools.lru_cache(maxsize=16)
 def array_shapes(config: CLIPConfig) -> dict[str, tuple[int, ...]]:
     """Return the shape of every parameter and batch statistic by its path; allocate nothing."""
-    shapes = jax.eval_shape(lambda: init_variables(CLIP(config), 0))
-    leaves = jax.tree_util.tree_leaves_with_path(shapes)
+    leaves = jax.tree_util.tree_leaves_with_path(variable_shapes(CLIP(config)))
     return {path_name(path[1:]): leaf.shape for path, leaf in leaves}
 
 

@@ -44,15 +44,18 @@ QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes
 
 
 def make_mesh(shape):
+    """Return a mesh of so many devices along data, fsdp and tensor."""
     devices = np.array(jax.devices()[: math.prod(shape)]).reshape(shape)
     return Mesh(devices, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 
 
 def unit_rows(x):
+    """Return rows scaled to unit length."""
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
 def make_batch(mask, rows=ROWS, features=FEATURES, seed=0):
+    """Return random unit features, valid rows and caption ids; `mask` is one of MASKS."""
     rng = np.random.default_rng(seed)
     z_image, z_text = (unit_rows(rng.normal(size=(rows, features))) for _ in range(2))
     valid, caption_id = np.ones(rows, bool), np.arange(rows, dtype=np.uint32) + 2**31
@@ -353,6 +356,7 @@ def test_saved_cosines_change_nothing(name, save_cosines, shape):
 
 
 def chosen(rows: int, batch_size: int, features: int = 512, platform: str = "cpu") -> Tiling:
+    """Return the tiling that the rule chooses."""
     return choose_tiling(rows, batch_size, features, platform, tile_size=0)
 
 

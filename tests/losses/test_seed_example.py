@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clip_jax.losses.dense import cosines, softmax_loss
+from clip_jax.models.clip import unit_length
 
 IMAGES = [[0.9, 0.1, 0.0], [0.0, 0.8, 0.3], [0.1, 0.0, 0.95], [0.7, 0.3, 0.1]]
 TEXTS = [[0.85, 0.15, 0.05], [0.05, 0.75, 0.35], [0.15, 0.05, 0.9], [0.6, 0.4, 0.2]]
@@ -20,21 +21,16 @@ COSINES = [
 ]
 
 ALL = jnp.ones(4, bool)
-
-
-def unit_rows(x):
-    return x / np.linalg.norm(x, axis=1, keepdims=True)
+Z_IMAGE, Z_TEXT = (unit_length(jnp.array(x)) for x in (IMAGES, TEXTS))
 
 
 def test_cosines_are_those_by_hand():
-    cosine_BB = cosines(jnp.float32(unit_rows(IMAGES)), jnp.float32(unit_rows(TEXTS)), ALL)
+    cosine_BB = cosines(Z_IMAGE, Z_TEXT, ALL)
     np.testing.assert_allclose(cosine_BB, COSINES, atol=5.1e-5)  # half of the fourth decimal
 
 
 def test_each_image_is_nearest_its_own_text_the_fourth_by_a_hair():
-    cosine_BB = np.array(
-        cosines(jnp.float32(unit_rows(IMAGES)), jnp.float32(unit_rows(TEXTS)), ALL)
-    )
+    cosine_BB = np.array(cosines(Z_IMAGE, Z_TEXT, ALL))
     np.testing.assert_array_equal(np.argmax(cosine_BB, axis=1), [0, 1, 2, 3])
     assert 0 < cosine_BB[3, 3] - cosine_BB[3, 0] < 0.004
     negatives = cosine_BB[:3] - np.eye(4)[:3] * 2
@@ -42,10 +38,11 @@ def test_each_image_is_nearest_its_own_text_the_fourth_by_a_hair():
 
 
 def test_a_higher_scale_makes_the_loss_care_about_the_near_pair():
-    features = jnp.float32(unit_rows(IMAGES)), jnp.float32(unit_rows(TEXTS))
     bias = jnp.float32(0)
     for scale in (1.0, 10.0, 100.0):
-        output = softmax_loss(*features, jnp.float32(scale), bias, valid_B=ALL, caption_id_B=None)
+        output = softmax_loss(
+            Z_IMAGE, Z_TEXT, jnp.float32(scale), bias, valid_B=ALL, caption_id_B=None
+        )
         logits = scale * np.array(COSINES)
         rows = np.log(np.exp(logits).sum(1)) - np.diagonal(logits)
         columns = np.log(np.exp(logits).sum(0)) - np.diagonal(logits)

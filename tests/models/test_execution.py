@@ -95,6 +95,7 @@ def test_a_choice_that_does_not_exist_is_a_user_error():
 
 
 def random_heads(seed, batch, queries, keys, heads=2, size=8):
+    """Return random queries, keys and values, large enough for logits of some tens."""
     rng = np.random.default_rng(seed)
     shapes = [(batch, rows, heads, size) for rows in (queries, keys, keys)]
     return [jnp.asarray(3 * rng.standard_normal(shape), jnp.float32) for shape in shapes]

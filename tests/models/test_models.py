@@ -23,7 +23,7 @@ from tiny import CONVNET, RESNET, SIGLIP, TEXT, TINY, VIT
 
 from clip_jax.errors import UserError
 from clip_jax.models import table
-from clip_jax.models.clip import CLIP, init_variables, unit_length
+from clip_jax.models.clip import CLIP, unit_length, variable_shapes
 from clip_jax.models.flops import image_flops, text_flops
 from clip_jax.models.layers import LayerNorm, gelu, gelu_tanh, quick_gelu
 from clip_jax.models.text import TextTransformer, end_positions
@@ -64,19 +64,20 @@ PUBLISHED = {
 
 
 @functools.cache
-def variable_shapes(name):
-    return jax.eval_shape(lambda: init_variables(CLIP(MODELS[name]), 0))
+def full_size_shapes(name):
+    """Return the shapes of a full-size model's variables."""
+    return variable_shapes(CLIP(MODELS[name]))
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameter_count_is_the_originals(name):
-    counts = parameter_counts(variable_shapes(name)["params"])
+    counts = parameter_counts(full_size_shapes(name)["params"])
     image, text = PUBLISHED[name]
     assert (counts["image"], counts["text"], counts["other"]) == (image, text, 1)
 
 
 def test_vit_b32_total():
-    assert parameter_counts(variable_shapes("ViT-B/32")["params"])["total"] == 151_277_313
+    assert parameter_counts(full_size_shapes("ViT-B/32")["params"])["total"] == 151_277_313
 
 
 @pytest.mark.parametrize("name", FULL_DEPTH)
@@ -85,12 +86,12 @@ def test_full_size_shapes(name):
     model, size = CLIP(config), config.vision.image_size
     image, text = jax.eval_shape(
         model.apply,
-        variable_shapes(name),
+        full_size_shapes(name),
         jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32),
         jax.ShapeDtypeStruct((2, 16), jnp.int32),
     )
     assert image.shape == text.shape == (2, config.embed_dim)
-    counts = parameter_counts(variable_shapes(name)["params"])
+    counts = parameter_counts(full_size_shapes(name)["params"])
     assert (counts["image"], counts["text"]) == table.parameter_counts(config)
     assert counts["other"] == 1 + (config.init_logit_bias is not None)
 
@@ -158,6 +159,7 @@ def test_a_config_that_does_not_fit_is_a_user_error(make, message):
 
 
 def leaf_std(params, *path):
+    """Return the standard deviation of one array of a tree."""
     for name in path:
         params = params[name]
     return float(jnp.std(params))
@@ -263,6 +265,7 @@ def test_end_position_is_the_first_end_token():
 
 @pytest.fixture(scope="module", params=list(TINY))
 def tiny(request):
+    """Return (config, variables, images, tokens) of each family's tiny model."""
     config = TINY[request.param]
     rng = np.random.default_rng(0)
     variables = first_variables(config)
@@ -391,7 +394,7 @@ def test_flops_agree_with_the_compilers_count(name):
         vision = dataclasses.replace(config.vision, activation="quick_gelu")
         config = dataclasses.replace(config, vision=vision)
     model, size = CLIP(config), config.vision.image_size
-    variables, length = variable_shapes(name), config.text.context_length
+    variables, length = full_size_shapes(name), config.text.context_length
 
     def counted(method, *shape, dtype):
         x = jax.ShapeDtypeStruct(shape, dtype)

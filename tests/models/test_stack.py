@@ -14,7 +14,7 @@ from model_cases import (
 )
 from tiny import VIT
 
-from clip_jax.models.clip import CLIP, init_variables, unrolled
+from clip_jax.models.clip import CLIP, unrolled, variable_shapes
 from clip_jax.models.stack import stack_layers, unstack_layers
 from clip_jax.parallel.mesh import make_mesh
 from clip_jax.parallel.sharding import partition_spec, tree_shardings
@@ -26,7 +26,7 @@ from clip_jax.training.state import TrainState
 def test_a_stacked_model_has_the_stacked_parameters(name):
     config = DEEP[name]
     model = CLIP(config, scan=True)
-    plain = jax.eval_shape(lambda: init_variables(unrolled(model), 0))
+    plain = variable_shapes(unrolled(model))
     size, length = config.vision.image_size, config.text.context_length
     arrays = jnp.zeros((1, size, size, 3)), jnp.zeros((1, length), jnp.int32)
     stacked = jax.eval_shape(model.init, jax.random.key(0), *arrays)
