@@ -15,14 +15,11 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 
 CHECKED = (
-    "models",
-    "losses",
-    "data",
-    "evaluation",
-    "training.device_augment",
-    "training.step",
-    "pretrained.resize",
+    *("models", "losses", "data", "pretrained", "evaluation", "embeddings", "tools"),
+    *("report_page.load_run", "report_page.select_examples"),
+    *("training.device_augment", "training.step"),
 )
+"""The rooms that have array types: they are checked at every call, at trace time under jit."""
 
 
 def check_devices() -> None:
@@ -36,7 +33,6 @@ def check_devices() -> None:
 
 
 check_devices()
-# The array types in signatures are checked at every call (at trace time under jit).
 install_import_hook(
     [f"clip_jax.{room}" for room in CHECKED],
     "beartype.beartype",

@@ -1,11 +1,13 @@
 """The training step of a tiny model: made, run, or compiled without arrays."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from model_cases import make_tokens
+from tiny import VIT
 
 from clip_jax.data.images import Preprocess
 from clip_jax.losses import make_loss
@@ -140,3 +142,28 @@ def compile_step(
     batch = batch_shapes(mesh, config, pairs)
     compiled = step.lower(shapes, batch).compile()
     return CompiledStep(config, shapes, batch, compiled, parse_program(compiled.as_text()))
+
+
+PAIRS = 160  # no other dimension is that long
+LOOPED = {"scan": True, "remat": "blocks"}
+FORMS = {
+    "fsdp": ((2, 4, 1), {}),
+    "fsdp and tensor": ((2, 2, 2), {}),
+    # More rows than a tower is wide: of fewer, the compiler gathers the one row of each that the
+    # last block's query is read at, instead of summing its matrix's gradient, which is larger then.
+    "fsdp, looped, micro-batches": ((1, 8, 1), LOOPED | {"microbatch_size": 80}),
+}
+
+
+def shallow(config, layers):
+    """The same model with so many blocks in each tower."""
+    towers = {name: getattr(config, name) for name in ("vision", "text")}
+    return dataclasses.replace(
+        config, **{k: dataclasses.replace(v, layers=layers) for k, v in towers.items()}
+    )
+
+
+@functools.cache
+def step_of(form: str) -> CompiledStep:
+    mesh_shape, how = FORMS[form]
+    return compile_step(shallow(VIT, 3 if "scan" in how else 1), mesh_shape, pairs=PAIRS, **how)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from conftest import CHECKED
 
 PACKAGE = Path(__file__).parent.parent / "clip_jax"
 
@@ -123,3 +124,10 @@ def test_importing_every_room_starts_no_device():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_array_types_are_checked_where_there_are_any(path):
+    module = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    if "from jaxtyping import" in path.read_text() and module != "typing":
+        assert any(f"{module}.".startswith(f"{room}.") for room in CHECKED)

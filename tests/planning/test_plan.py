@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from steps import compile_step
-from test_compiled import step_of
+from steps import compile_step, step_of
 from tiny import RESNET, VIT
 
 from clip_jax.config import default, resolve

@@ -1,14 +1,12 @@
 """What travels between devices in the compiled step, and how often it computes."""
 
-import dataclasses
-import functools
 import math
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
-from steps import CompiledStep, compile_step
+from steps import FORMS, PAIRS, compile_step, shallow, step_of
 from tiny import TINY, VIT
 
 from clip_jax.losses import make_loss
@@ -23,30 +21,7 @@ from clip_jax.training.optimizer import make_optimizer, make_schedule
 from clip_jax.training.state import device_bytes, state_shapes
 from clip_jax.typing import path_name
 
-PAIRS = 160  # no other dimension is that long
-LOOPED = {"scan": True, "remat": "blocks"}
-FORMS = {
-    "fsdp": ((2, 4, 1), {}),
-    "fsdp and tensor": ((2, 2, 2), {}),
-    # More rows than a tower is wide: of fewer, the compiler gathers the one row of each that the
-    # last block's query is read at, instead of summing its matrix's gradient, which is larger then.
-    "fsdp, looped, micro-batches": ((1, 8, 1), LOOPED | {"microbatch_size": 80}),
-}
 SLOW = ("fsdp and tensor", "fsdp, looped, micro-batches")
-
-
-def shallow(config, layers):
-    """The same model with so many blocks in each tower."""
-    towers = {name: getattr(config, name) for name in ("vision", "text")}
-    return dataclasses.replace(
-        config, **{k: dataclasses.replace(v, layers=layers) for k, v in towers.items()}
-    )
-
-
-@functools.cache
-def step_of(form: str) -> CompiledStep:
-    mesh_shape, how = FORMS[form]
-    return compile_step(shallow(VIT, 3 if "scan" in how else 1), mesh_shape, pairs=PAIRS, **how)
 
 
 def forms(*names):
