@@ -27,7 +27,12 @@ from clip_jax.sections import EvalSection
 from clip_jax.tokenizers import TokenizerSpec, make_tokenizer, spec_digest, tokenizer_from_file
 from clip_jax.training.checkpoint import tree_digests
 from clip_jax.training.step import make_encoders, normalize_images, unit_range
-from clip_jax.training.warm_start import place_arrays, read_source, restore_run, variable_shapes
+from clip_jax.training.warm_start import (
+    place_arrays,
+    read_source,
+    restore_run,
+    sharded_variable_shapes,
+)
 from clip_jax.typing import Tokenizer
 
 TEXT_BATCH = 256
@@ -242,11 +247,13 @@ def load(
         spec = tokenizer_from_file(tokenizer, tokenizer_family(checkpoint.config))
     if checkpoint.arrays:
         checkpoint = resize_checkpoint(checkpoint, image_size, context_length)
-        variables = place_arrays(checkpoint.arrays, variable_shapes(checkpoint.config, mesh))
+        variables = place_arrays(
+            checkpoint.arrays, sharded_variable_shapes(checkpoint.config, mesh)
+        )
     elif image_size or context_length:
         raise UserError(f"{path} is a run: its sizes are its own; convert it first")
     else:
-        variables = restore_run(path, variable_shapes(checkpoint.config, mesh))
+        variables = restore_run(path, sharded_variable_shapes(checkpoint.config, mesh))
     return LoadedCLIP(
         checkpoint.name,
         checkpoint.config,

@@ -1,4 +1,4 @@
-"""The memory of a CPU run: what one step gives back, the next one takes again.
+"""The memory of a run on CPUs: what one step gives back, the next one takes again.
 
 XLA on a CPU allocates a step's activations anew every time. glibc answers a request of that size
 with pages fresh from the kernel and gives them back afterwards, so that every step writes to
@@ -18,7 +18,7 @@ MADV_HUGEPAGE, HUGE_PAGE = 14, 2**21
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep what it frees, for itself; whether that could be arranged.
+    """Let this process keep what it frees; return whether that could be arranged.
 
     Call before threads start: memory is kept in one arena, and a thread stays in its own. Where
     glibc is not the C library, or JAX has an accelerator, nothing is done.
@@ -54,6 +54,6 @@ def use_huge_pages(libc: ctypes.CDLL, size: int) -> None:
 
 
 def has_accelerator_plugin() -> bool:
-    """Whether JAX may run on something other than the CPU; starts no backend to find out."""
+    """Return whether JAX may run on something else than the CPU; no backend is started."""
     plugins = importlib.metadata.entry_points(group="jax_plugins")
     return bool(plugins) or importlib.util.find_spec("libtpu") is not None

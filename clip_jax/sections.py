@@ -77,7 +77,7 @@ class TrainSection:
 
 @dataclasses.dataclass(frozen=True)
 class OptimSection:
-    """AdamW with decoupled decay, warm-up and cosine (paper, section 2.5 and table 18)."""
+    """The optimizer: AdamW, warm-up and cosine by default (paper, section 2.5 and table 18)."""
 
     name: str = "adamw"
     """"adamw", "lion", "adafactor" or "muon": see `training.optimizer` for the numbers."""
@@ -144,7 +144,7 @@ class DataSection:
 
 @dataclasses.dataclass(frozen=True)
 class MeshSection:
-    """Devices along each axis; their product is the number of devices."""
+    """The number of devices along each axis; their product is the number of all devices."""
 
     data: int = may_change(-1)
     """Copies of the model; -1 takes the devices the other axes leave."""
@@ -156,7 +156,7 @@ class MeshSection:
 
 @dataclasses.dataclass(frozen=True)
 class EvalSection:
-    """Evaluation at a run's end and, every `every` steps, during it; empty `data` means none."""
+    """The evaluation at a run's end and, every `every` steps, during it; no `data` means none."""
 
     data: str = may_change("")
     """Tar shards, named like `data.train`; classification needs their .cls members."""
@@ -194,6 +194,7 @@ class Config:
     """A whole experiment."""
 
     seed: int = 0
+    """Fixes the first parameters, the order of samples, crops, and all other random numbers."""
     model: ModelSection = ModelSection()
     train: TrainSection = TrainSection()
     optim: OptimSection = OptimSection()

@@ -36,8 +36,13 @@ Scalar = Float[Array, ""]
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """Where a leaf lies in a tree of parameters, its names joined by slashes: visual/proj."""
+    """Return the path of a leaf of a tree, its names joined by slashes: visual/proj."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def leaves_by_path(tree: Any) -> dict[str, Any]:
+    """Return every leaf of a tree by its path, as `path_name` has it."""
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 @runtime_checkable
@@ -49,9 +54,9 @@ class Tokenizer(Protocol):
     pad_id: int
 
     def __call__(self, texts: Sequence[str], context_length: int = 77) -> np.ndarray:
-        """Token ids, int32 [batch, context_length]; a text too long keeps its end token."""
+        """Return token ids, int32 [batch, context_length]; a text too long keeps its end token."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of one row of ids, up to its end token."""
+        """Return the text of one row of ids, up to its end token."""
         ...

@@ -13,7 +13,7 @@ from experiments import clipa_l16_short
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """What differs from the first half."""
+    """Return the first half, with what differs."""
     c = clipa_l16_short.get_config()
     c.model.init_from = "runs/clipa_l16_short"
     c.model.image_size = 224

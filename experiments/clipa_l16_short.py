@@ -17,7 +17,7 @@ from experiments import paper
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """The paper's settings for a ViT, with CLIPA's differences."""
+    """Return the paper's settings for a ViT, with CLIPA's differences."""
     c = paper.vit_config()
     c.model.name = "ViT-L-16"
     c.model.image_size = 96

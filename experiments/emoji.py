@@ -17,7 +17,7 @@ from clip_jax.config import default
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """What differs from the defaults."""
+    """Return the defaults, with what differs."""
     c = default()
     c.model.name = "ConvNet-48"
     c.train.steps = 2000

@@ -17,7 +17,7 @@ from experiments import emoji_vit
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """What differs from the emoji run with a Vision Transformer."""
+    """Return the emoji run of a Vision Transformer, with what differs."""
     c = emoji_vit.get_config()
     c.model.init_from = "runs/emoji_clipa_short"
     c.train.steps = 150

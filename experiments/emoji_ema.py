@@ -11,7 +11,7 @@ from experiments import emoji_vit
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """What differs from the emoji run with a Vision Transformer."""
+    """Return the emoji run of a Vision Transformer, with what differs."""
     c = emoji_vit.get_config()
     c.train.ema_decay = 0.99
     return c

@@ -12,7 +12,7 @@ from experiments import emoji_vit
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """What differs from the emoji run with a Vision Transformer."""
+    """Return the emoji run of a Vision Transformer, with what differs."""
     c = emoji_vit.get_config()
     c.model.patch_dropout = 0.5
     return c

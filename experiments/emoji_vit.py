@@ -15,7 +15,7 @@ from experiments import emoji
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """What differs from the emoji run."""
+    """Return the emoji run, with what differs."""
     c = emoji.get_config()
     c.model.name = "ViT-48"
     c.train.steps = 1000

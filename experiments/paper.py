@@ -1,4 +1,4 @@
-"""What all nine models of the paper share (Radford et al. 2021, section 2.5 and table 18).
+"""The settings that all nine models of the paper share (Radford et al. 2021, 2.5 and table 18).
 
 Not an experiment of its own: `experiments/vit_b32.py` and the others state their differences.
 
@@ -24,7 +24,7 @@ from clip_jax.config import default
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """The shared part; point `config.data.train` at your shards."""
+    """Return the shared part; point `config.data.train` at your shards."""
     c = default()
     c.model.dtype = "bfloat16"
     c.train.epochs = 32.0
@@ -41,7 +41,7 @@ def get_config() -> ml_collections.ConfigDict:
 
 
 def resnet_config() -> ml_collections.ConfigDict:
-    """The shared part with the ResNets' Adam."""
+    """Return the shared part with the ResNets' Adam."""
     c = get_config()
     c.optim.beta2 = 0.999
     c.optim.eps = 1e-8
@@ -49,7 +49,7 @@ def resnet_config() -> ml_collections.ConfigDict:
 
 
 def vit_config() -> ml_collections.ConfigDict:
-    """The shared part with the ViTs' Adam."""
+    """Return the shared part with the ViTs' Adam."""
     c = get_config()
     c.optim.beta2 = 0.98
     c.optim.eps = 1e-6

@@ -13,7 +13,7 @@ from experiments import paper
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """The paper's settings for RN101."""
+    """Return the paper's settings for RN101."""
     c = paper.resnet_config()
     c.model.name = "RN101"
     c.optim.learning_rate = 5e-4

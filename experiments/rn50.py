@@ -13,7 +13,7 @@ from experiments import paper
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """The paper's settings for RN50."""
+    """Return the paper's settings for RN50."""
     c = paper.resnet_config()
     c.model.name = "RN50"
     c.optim.learning_rate = 5e-4

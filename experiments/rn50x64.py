@@ -13,7 +13,7 @@ from experiments import paper
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """The paper's settings for RN50x64."""
+    """Return the paper's settings for RN50x64."""
     c = paper.resnet_config()
     c.model.name = "RN50x64"
     c.optim.learning_rate = 3.6e-4

@@ -13,7 +13,7 @@ from experiments import paper
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """The paper's settings for ViT-B/16."""
+    """Return the paper's settings for ViT-B/16."""
     c = paper.vit_config()
     c.model.name = "ViT-B/16"
     c.optim.learning_rate = 5e-4

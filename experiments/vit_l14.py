@@ -13,7 +13,7 @@ from experiments import paper
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """The paper's settings for ViT-L/14."""
+    """Return the paper's settings for ViT-L/14."""
     c = paper.vit_config()
     c.model.name = "ViT-L/14"
     c.optim.learning_rate = 4e-4

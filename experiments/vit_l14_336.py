@@ -14,7 +14,7 @@ from experiments import paper
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """The paper's fine-tuning at 336 pixels."""
+    """Return the paper's fine-tuning at 336 pixels."""
     c = paper.vit_config()
     c.model.name = "ViT-L/14@336px"
     c.model.init_from = "runs/vit_l14"

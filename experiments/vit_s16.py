@@ -17,7 +17,7 @@ from clip_jax.config import default
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """The paper's optimizer at a batch one GPU holds."""
+    """Return the paper's optimizer at a batch one GPU holds."""
     c = default()
     c.model.name = "ViT-S/16"
     c.model.dtype = "bfloat16"

@@ -1,1 +1,1 @@
-"""Several devices and several processes: the mesh, where arrays lie, who speaks."""
+"""Several devices and processes: the mesh, the place of arrays, and what processes exchange."""

@@ -15,7 +15,7 @@ BATCH_AXES = ("data", "fsdp")
 
 
 def make_mesh(*, data: int, fsdp: int, tensor: int) -> Mesh:
-    """A mesh over all devices; `data` -1 takes what the other axes leave.
+    """Make a mesh over all devices; `data` -1 takes what the other axes leave.
 
     Raises:
       UserError: the product is not the number of devices.
@@ -34,17 +34,17 @@ def make_mesh(*, data: int, fsdp: int, tensor: int) -> Mesh:
 
 
 def mesh_text(shape: Mapping[str, int]) -> str:
-    """data=32 x fsdp=8 x tensor=1; `shape` is a mesh's."""
+    """Return the shape of a mesh as data=32 x fsdp=8 x tensor=1."""
     return " x ".join(f"{axis}={shape[axis]}" for axis in AXES)
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """In how many parts the rows of a batch are split."""
+    """Return in how many parts the rows of a batch are split."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def check_batch_size(name: str, batch_size: int, mesh: Mesh) -> None:
-    """Raises UserError when the mesh does not divide a batch evenly; `name` is its field's."""
+    """Raise UserError if the mesh does not divide a batch evenly; `name` is the config's field."""
     shards = batch_shards(mesh)
     if batch_size % shards:
         raise UserError(
@@ -55,7 +55,7 @@ def check_batch_size(name: str, batch_size: int, mesh: Mesh) -> None:
 
 
 def batch_part(mesh: Mesh) -> tuple[int, int]:
-    """Which part of a global batch this process loads, of how many.
+    """Return which part of a global batch this process loads, and of how many.
 
     Processes whose devices hold the same rows (an axis that splits no rows spans them) load the
     same part.
@@ -77,6 +77,6 @@ def batch_part(mesh: Mesh) -> tuple[int, int]:
 
 
 def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Each process's rows of a batch, as global arrays split over the batch axes."""
+    """Make global arrays, split over the batch axes, of each process's rows of a batch."""
     sharding = NamedSharding(mesh, P(BATCH_AXES))
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}

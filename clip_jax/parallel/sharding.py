@@ -1,4 +1,4 @@
-"""Where every parameter lies: one table from its path to a PartitionSpec.
+"""The place of every parameter: one table from its path to a PartitionSpec.
 
 Modules know nothing of meshes. A row that names an axis which does not divide the dimension
 leaves that dimension whole. Where `fsdp` is then not used, it splits the largest dimension it
@@ -43,7 +43,7 @@ FACTORED = re.compile(r"(^|/)v_(row|col)/")
 
 
 def partition_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
-    """The first row that matches, without the axes that do not divide their dimension.
+    """Return the first row that matches, without the axes that do not divide their dimension.
 
     Blocks in a loop have their parameters stacked; the axis of layers stays whole, because every
     device needs every layer.
@@ -68,14 +68,14 @@ def partition_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
 
 
 def tree_shardings(tree: Any, mesh: Mesh) -> Any:
-    """A NamedSharding for every array (or shape) of a tree."""
+    """Return a NamedSharding for every array (or shape) of a tree."""
     return jax.tree_util.tree_map_with_path(
         lambda path, x: NamedSharding(mesh, partition_spec(path_name(path), x.shape, mesh)), tree
     )
 
 
 def with_whole_table(params: Params, mesh: Mesh) -> Params:
-    """Parameters whose token embedding is gathered before it is read.
+    """Gather the token embedding of parameters before it is read; return the parameters.
 
     Read while its features are split, it would give every device those features of all the
     batch's tokens, to be exchanged afterwards.
@@ -89,11 +89,12 @@ def with_whole_table(params: Params, mesh: Mesh) -> Params:
 
 
 def rows_stay_split(mesh: Mesh) -> Callable[..., Any]:
-    """For `flax.linen.intercept_methods`: what any module returns keeps its rows split.
+    """Make an interceptor for `flax.linen.intercept_methods` that keeps rows split.
 
-    Left to itself, the partitioner meets a batch and a matrix that are both split over `fsdp`, and
-    may split the features of the activations instead of gathering the matrix: then activations
-    travel, which are far larger. Other dimensions stay free, for `tensor`.
+    It holds for what any module returns. Left to itself, the partitioner meets a batch and a matrix
+    that are both split over `fsdp`, and may split the features of the activations instead of
+    gathering the matrix: then activations travel, which are far larger. Other dimensions stay free,
+    for `tensor`.
     """
 
     def split(x: Any) -> Any:

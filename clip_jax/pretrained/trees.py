@@ -4,11 +4,10 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from clip_jax.models.clip import CLIP, CLIPConfig, variable_shapes
-from clip_jax.typing import path_name
+from clip_jax.typing import leaves_by_path
 
 STATISTICS = ("mean", "var")  # the leaves of the collection batch_stats
 
@@ -17,8 +16,13 @@ STATISTICS = ("mean", "var")  # the leaves of the collection batch_stats
 @functools.lru_cache(maxsize=16)
 def array_shapes(config: CLIPConfig) -> dict[str, tuple[int, ...]]:
     """Return the shape of every parameter and batch statistic by its path; allocate nothing."""
-    leaves = jax.tree_util.tree_leaves_with_path(variable_shapes(CLIP(config)))
-    return {path_name(path[1:]): leaf.shape for path, leaf in leaves}
+    shapes = variable_shapes(CLIP(config))
+    return {path: leaf.shape for path, leaf in by_path(shapes).items()}
+
+
+def by_path(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the leaves of {"params": ..., "batch_stats": ...} by their paths in those."""
+    return {k: v for tree in variables.values() for k, v in leaves_by_path(tree).items()}
 
 
 def to_variables(arrays: Mapping[str, Any]) -> dict[str, Any]:
@@ -35,8 +39,5 @@ def to_variables(arrays: Mapping[str, Any]) -> dict[str, Any]:
 
 def from_variables(params: Any, batch_stats: Any) -> dict[str, np.ndarray]:
     """Return every array by its path, on the host, float32."""
-    leaves = [
-        *jax.tree_util.tree_leaves_with_path(params),
-        *jax.tree_util.tree_leaves_with_path(batch_stats),
-    ]
-    return {path_name(path): np.asarray(leaf, np.float32) for path, leaf in leaves}
+    leaves = by_path({"params": params, "batch_stats": batch_stats})
+    return {path: np.asarray(leaf, np.float32) for path, leaf in leaves.items()}

@@ -16,7 +16,7 @@ _CONFIG = config_flags.DEFINE_config_file(
 
 
 def parse(argv: Sequence[str]) -> ml_collections.ConfigDict:
-    """The experiment's config with its overrides.
+    """Parse the flags; return the experiment's config with its overrides.
 
     Raises:
       UserError: a flag, a config key or the experiment file is wrong.
@@ -41,7 +41,7 @@ def parse(argv: Sequence[str]) -> ml_collections.ConfigDict:
 
 
 def _reason(error: Exception, argv: Sequence[str]) -> str:
-    """One line on why the flags could not be parsed."""
+    """Return one line on why the flags could not be parsed."""
     text = str(error).strip()
     in_file = "Traceback" in text or not isinstance(error, flags.Error)
     if not in_file:

@@ -1,1 +1,1 @@
-"""A run: its step, its state, its loop, and what it leaves behind."""
+"""Training: the step, the state, the host loop, and the files of a run."""

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from clip_jax.errors import UserError
+from clip_jax.errors import UserError, short
 from clip_jax.models.stack import stack_layers, unstack_layers
 from clip_jax.parallel.distributed import (
     from_first,
@@ -38,10 +38,10 @@ from clip_jax.parallel.distributed import (
 )
 from clip_jax.pretrained.work_folder import CHECKPOINT_DIRNAME
 from clip_jax.training.state import TrainState
-from clip_jax.typing import path_name
+from clip_jax.typing import leaves_by_path
 
 FORMAT = 1
-QUARANTINE = "quarantine"
+QUARANTINE_DIRNAME = "quarantine"
 
 
 @jax.jit
@@ -50,7 +50,7 @@ def _digests(tree: Any) -> list[jax.Array]:
 
 
 def _digest(x: jax.Array) -> jax.Array:
-    """A uint32 over an array's raw bits, the same however it is sharded.
+    """Compute a uint32 over an array's raw bits, the same however it is sharded.
 
     The sum of bits weighted by odd numbers, modulo 2^32: a change of any one element changes
     it, since an odd number has an inverse.
@@ -68,13 +68,22 @@ def _digest(x: jax.Array) -> jax.Array:
 
 
 def tree_digests(tree: Any) -> dict[str, int]:
-    """A digest for every array of a tree, by its path."""
-    names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-    return {n: int(d) for n, d in zip(names, jax.device_get(_digests(tree)), strict=True)}
+    """Compute a digest of every array of a tree, by its path."""
+    digests = jax.device_get(_digests(tree))
+    return {path: int(d) for path, d in zip(leaves_by_path(tree), digests, strict=True)}
 
 
 class Checkpoints:
-    """The checkpoints of a work folder. Saving is asynchronous; `close` waits for it."""
+    """The checkpoints of a work folder. Saving is asynchronous; `close` waits for it.
+
+    Attributes:
+      folder: the folder that holds them.
+
+    Args:
+      workdir: the work folder.
+      keep: how many of the newest checkpoints stay.
+      read_only: save nothing, and leave damaged checkpoints where they are.
+    """
 
     def __init__(self, workdir: str | Path, *, keep: int = 1, read_only: bool = False) -> None:
         self.folder = Path(workdir).absolute() / CHECKPOINT_DIRNAME
@@ -90,21 +99,21 @@ class Checkpoints:
             cleanup_tmp_directories=not self._read_only,
             create=not self._read_only,
             read_only=self._read_only,
-            multiprocessing_options=self._processes(),
+            multiprocessing_options=self._multiprocessing(),
         )
         return ocp.CheckpointManager(self.folder, options=options)
 
-    def _processes(self) -> ocp.options.MultiprocessingOptions:
+    def _multiprocessing(self) -> ocp.options.MultiprocessingOptions:
         if process_count() == 1 or not self._read_only:
             return ocp.options.MultiprocessingOptions()
         # Reading waits for nobody, so that one process may do it alone.
-        me = process_index()
+        index = process_index()
         return ocp.options.MultiprocessingOptions(
-            primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"reader_{me}"
+            primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"reader_{index}"
         )
 
     def steps(self) -> list[int]:
-        """Steps with a committed checkpoint, newest first."""
+        """Return the steps with a committed checkpoint, newest first."""
         self._manager.wait_until_finished()
         return sorted(self._manager.all_steps(), reverse=True)
 
@@ -116,8 +125,13 @@ class Checkpoints:
         *,
         metrics: dict[str, float] | None = None,
     ) -> None:
-        """Start saving the state after `step` updates, and what an evaluation of it found; a step
-        saved already is left alone.
+        """Start saving the state after `step` updates; a step that is saved already is left alone.
+
+        Args:
+          state: the state.
+          step: the number of its updates.
+          fingerprint: of the run.
+          metrics: of an evaluation of this state.
 
         Raises:
           UserError: the disk has no room for it.
@@ -139,7 +153,7 @@ class Checkpoints:
         )
 
     def require_room(self, state: TrainState) -> None:
-        """Raises UserError when the disk has no room for one more checkpoint of this size.
+        """Raise UserError if the disk has no room for one more checkpoint of this size.
 
         Orbax finds that out in many threads at once, and ends in pages of their errors.
         """
@@ -152,7 +166,7 @@ class Checkpoints:
             )
 
     def restore(self, shapes: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-        """The newest undamaged state, laid out as `shapes`, and its meta; None without any.
+        """Restore the newest undamaged state, laid out as `shapes`, and its meta; None without any.
 
         Damaged checkpoints are moved into `quarantine/` and named on the way.
 
@@ -160,10 +174,10 @@ class Checkpoints:
           UserError: there were checkpoints and none of them is whole, or they hold the arrays of
             another model or optimizer.
         """
-        found = self._restore(_items(shapes))
-        if found is None:
+        restored = self._restore(_items(shapes))
+        if restored is None:
             return None
-        items, meta = found
+        items, meta = restored
         state = TrainState(
             step=items["train"]["step"],
             params=items["model"]["params"],
@@ -174,18 +188,18 @@ class Checkpoints:
         return state, meta
 
     def restore_model(self, shapes: Any) -> tuple[Any, dict[str, Any]] | None:
-        """The newest undamaged `{"params", "batch_stats"}` and its meta.
+        """Restore the newest undamaged `{"params", "batch_stats"}` and its meta; None without any.
 
-        The moving averages where the run keeps them: they are what it is trained for.
+        They are the moving averages where the run keeps them: that is what it is trained for.
         """
         meta = self.latest_meta()
         averaged = meta is not None and any(name.startswith("ema/") for name in meta["digests"])
         item = "ema" if averaged else "model"
-        found = self._restore({item: shapes})
-        return None if found is None else (found[0][item], found[1])
+        restored = self._restore({item: shapes})
+        return None if restored is None else (restored[0][item], restored[1])
 
     def latest_meta(self) -> dict[str, Any] | None:
-        """The meta item of the newest checkpoint that has a readable one."""
+        """Return the meta item of the newest checkpoint that has a readable one."""
         metas = (self._read_meta(step) for step in self.steps())
         meta = next((meta for meta in metas if meta is not None), None)
         return meta if self._read_only else from_first(meta)
@@ -197,38 +211,38 @@ class Checkpoints:
         except (OSError, ValueError, AttributeError):
             return None
 
-    def _as_saved(self, meta: dict[str, Any], shapes: dict[str, Any]) -> dict[str, Any]:
-        """The shapes in the layout of the checkpoint: blocks stacked or one by one."""
+    def _saved_layout(self, meta: dict[str, Any], shapes: dict[str, Any]) -> dict[str, Any]:
+        """Return the shapes in the layout of the checkpoint: blocks stacked or one by one.
+
+        Raises:
+          UserError: it holds other arrays.
+        """
         saved = frozenset(name for name in meta["digests"] if name.split("/")[0] in shapes)
-        found = _with_names(shapes, saved)
-        if _names(found) != saved:
+        layout = _with_names(shapes, saved)
+        if _names(layout) != saved:
             raise UserError(
                 f"the checkpoints in {self.folder} hold other arrays than this model and "
-                f"optimizer have, the first is {min(saved ^ _names(found))}; choose another "
+                f"optimizer have, the first is {min(saved ^ _names(layout))}; choose another "
                 "--workdir"
             )
-        return found
+        return layout
 
     def _restore(self, shapes: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:
         # What one process cannot read none restores: they agree before they go on together.
         together = not all(x.sharding.is_fully_addressable for x in jax.tree.leaves(shapes))
         steps = from_first(self.steps()) if together else self.steps()
         for step in steps:
-            fault: str | None
             meta = from_first(self._read_meta(step)) if together else self._read_meta(step)
             if meta is None:
-                fault = "its meta item is missing or unreadable"
-            else:
-                as_saved = self._as_saved(meta, shapes)
-                items, fault = self._try_read(step, as_saved)
-                if together:
-                    fault = next((f for f in gather(fault) if f), None)
-                if fault is None:
-                    fault = _first_difference(items, meta["digests"])
+                self._quarantine(step, "its meta item is missing or unreadable")
+                continue
+            items, fault = self._try_read(step, self._saved_layout(meta, shapes))
+            if together:
+                fault = next((f for f in gather(fault) if f), None)
+            fault = fault or _first_difference(items, meta["digests"])
             if fault is None:
-                assert meta is not None
-                return _laid_out_as(items, shapes), meta
-            self._set_aside(step, fault)
+                return _lay_out(items, shapes), meta
+            self._quarantine(step, fault)
         if steps:
             raise UserError(
                 f"none of the {len(steps)} checkpoints in {self.folder} can be read; "
@@ -237,23 +251,24 @@ class Checkpoints:
         return None
 
     def _try_read(self, step: int, shapes: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
-        """The items, or why they cannot be read."""
+        """Read the items of a checkpoint; return them, or why they cannot be read."""
         # The handler, not the manager: that one waits for all processes, and one may have failed.
         handler = ocp.StandardCheckpointHandler()
         try:
-            found = {
+            items = {
                 name: handler.restore(
                     self.folder / str(step) / name, args=ocp.args.StandardRestore(tree)
                 )
                 for name, tree in shapes.items()
             }
-            return found, None
+            return items, None
         except Exception as error:  # Orbax raises many kinds for a damaged file
-            return {}, f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            return {}, short(error)[:200]
         finally:
             handler.close()
 
-    def _set_aside(self, step: int, fault: str) -> None:
+    def _quarantine(self, step: int, fault: str) -> None:
+        """Move a damaged checkpoint away, and name it."""
         if self._read_only:
             print_on_main(f"checkpoint {step} is damaged and left out ({fault})")
             return
@@ -264,7 +279,7 @@ class Checkpoints:
         self._manager = self._open()
 
     def _rename(self, step: int, fault: str) -> None:
-        target = self.folder.parent / QUARANTINE / str(step)
+        target = self.folder.parent / QUARANTINE_DIRNAME / str(step)
         target.parent.mkdir(exist_ok=True)
         number = 0
         while target.exists():
@@ -274,7 +289,7 @@ class Checkpoints:
         print_on_main(f"checkpoint {step} is damaged and moved to {target} ({fault})")
 
     def close(self) -> None:
-        """Wait for what is being saved, and let go."""
+        """Wait for what is being saved, and close the folder."""
         self._manager.wait_until_finished()
         self._manager.close()
 
@@ -288,11 +303,11 @@ def _items(state: TrainState) -> dict[str, Any]:
 
 
 def _names(tree: Any) -> frozenset[str]:
-    return frozenset(path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree))
+    return frozenset(leaves_by_path(tree))
 
 
 def _with_names(items: dict[str, Any], names: frozenset[str]) -> dict[str, Any]:
-    """The items, each part's blocks stacked or one by one, whichever has these names."""
+    """Return the items, each part's blocks stacked or one by one, whichever has these names."""
 
     def layout(item: str, key: str, part: Any) -> Any:
         forms = (part, stack_layers(part), unstack_layers(part))
@@ -304,8 +319,8 @@ def _with_names(items: dict[str, Any], names: frozenset[str]) -> dict[str, Any]:
     }
 
 
-def _laid_out_as(items: dict[str, Any], shapes: dict[str, Any]) -> dict[str, Any]:
-    """The items in the layout and the shardings of `shapes`."""
+def _lay_out(items: dict[str, Any], shapes: dict[str, Any]) -> dict[str, Any]:
+    """Return the items in the layout and the shardings of `shapes`."""
     names = _names(shapes)
     if _names(items) == names:
         return items
@@ -314,9 +329,10 @@ def _laid_out_as(items: dict[str, Any], shapes: dict[str, Any]) -> dict[str, Any
 
 
 def _first_difference(items: dict[str, Any], digests: dict[str, int]) -> str | None:
-    found = tree_digests(items)
+    """Return which array differs from what was saved, if one does."""
+    actual = tree_digests(items)
     expected = {k: v for k, v in digests.items() if k.split("/")[0] in items}
-    for name in sorted(found.keys() | expected.keys()):
-        if found.get(name) != expected.get(name):
+    for name in sorted(actual.keys() | expected.keys()):
+        if actual.get(name) != expected.get(name):
             return f"{name} differs from what was saved"
     return None

@@ -1,4 +1,4 @@
-"""How fast a run goes against what the device can do, and where its numbers are written."""
+"""The rates of a run, the peaks of devices that they are compared to, and the files of metrics."""
 
 import collections
 import json
@@ -63,15 +63,15 @@ PEAKS = {
 
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:
-    """The published dense matrix rate of a device, FLOP/s.
+    """Return the published dense matrix rate of a device, FLOP/s.
 
     Args:
       device_kind: as `jax.devices()[0].device_kind` has it, "NVIDIA A100-SXM4-80GB" say.
       dtype: "bfloat16" or "float32".
 
     Returns:
-      None where it is not known: another dtype, a device not in `PEAKS`, a slice of a GPU (MIG),
-      a CPU (see `measure_matmul_flops`).
+      The rate, or None where it is not known: another dtype, a device not in `PEAKS`, a slice of a
+      GPU (MIG), a CPU (see `measure_matmul_flops`).
     """
     if re.search(r"\bMIG\b", device_kind):
         return None
@@ -83,9 +83,9 @@ def peak_flops(device_kind: str, dtype: str) -> float | None:
 
 
 def measure_matmul_flops(dtype: str, *, size: int = 768, seconds: float = 0.1) -> float:
-    """The rate of one square matrix product on the first local device, FLOP/s: the best of many.
+    """Measure one square matrix product on the first local device, FLOP/s: the best of many.
 
-    A stand-in for a peak where none is published; other work on the machine lowers it. Takes
+    It stands in for a peak where none is published; other work on the machine lowers it. It takes
     about `seconds`, and compiling.
     """
     device = jax.local_devices()[0]
@@ -105,23 +105,27 @@ def measure_matmul_flops(dtype: str, *, size: int = 768, seconds: float = 0.1) -
 class Throughput:
     """Pairs per second and time left, from the times at which steps were done.
 
-    The first step told is where the clock starts: its own duration, compilation included, counts
-    nowhere. Rates are over the last `window` reports, so that a pause is forgotten again.
+    The first step that is reported is where the clock starts: its own duration, compilation
+    included, counts nowhere. Rates are over the last `window` reports, so that a pause is forgotten
+    again.
+
+    Attributes:
+      pairs_per_step: the pairs of a global batch.
+      steps: the number of the last step.
     """
 
-    def __init__(self, *, pairs_per_step: int, steps: int, window: int = 50):
-        """`steps` is the last step's number; at most `window` + 1 reports are remembered."""
+    def __init__(self, *, pairs_per_step: int, steps: int, window: int = 50) -> None:
         self.pairs_per_step = pairs_per_step
         self.steps = steps
         self._reports: collections.deque[tuple[int, float]] = collections.deque(maxlen=window + 1)
 
     def report(self, step: int, now: float) -> None:
-        """Step `step` was done at `now`, seconds on any clock; not every step need be told."""
+        """Take in when a step was done, seconds on any clock; not every step need be reported."""
         self._reports.append((step, now))
 
     @property
     def steps_per_second(self) -> float | None:
-        """None until two different steps were told."""
+        """The rate; None until two different steps were reported."""
         if len(self._reports) < 2:
             return None
         (step, start), (last, now) = self._reports[0], self._reports[-1]
@@ -129,13 +133,13 @@ class Throughput:
 
     @property
     def pairs_per_second(self) -> float | None:
-        """Over all devices; None until two different steps were told."""
+        """The rate over all devices; None until two different steps were reported."""
         rate = self.steps_per_second
         return None if rate is None else rate * self.pairs_per_step
 
     @property
     def seconds_left(self) -> float | None:
-        """Until step `steps` at the present rate; None until two different steps were told."""
+        """The time until step `steps` at the present rate; None until two steps were reported."""
         rate = self.steps_per_second
         return None if rate is None else max(self.steps - self._reports[-1][0], 0) / rate
 
@@ -144,7 +148,7 @@ class DataWait:
     """The share of time in which the devices had nothing to do, for want of the next batch.
 
     A wait for a batch while a step still runs costs nothing: only what comes after the step's end
-    counts. Use it as a context manager around the fetching of a batch.
+    counts. It is a context manager around the fetching of a batch.
     """
 
     def __init__(self) -> None:
@@ -154,7 +158,7 @@ class DataWait:
         self._waited = 0.0
 
     def dispatched(self, outputs: Any) -> None:
-        """A step that gives `outputs` was handed to the devices."""
+        """Take in that a step with these outputs was handed to the devices."""
         self._ended = self._pool.submit(_when_ready, outputs)
 
     def __enter__(self) -> "DataWait":
@@ -170,14 +174,14 @@ class DataWait:
         self._waited += max(0.0, now - idle_since)
 
     def share(self) -> float:
-        """In 0..1, since it was asked for the last time."""
+        """Return the share, in 0..1, since the call before."""
         now = time.perf_counter()
         share = self._waited / max(now - self._since, 1e-9)
         self._since, self._waited = now, 0.0
         return share
 
     def close(self) -> None:
-        """End its thread, which may be waiting for a step."""
+        """End the thread, which may be waiting for a step."""
         self._pool.shutdown(wait=False)
 
 
@@ -193,38 +197,37 @@ class MetricsWriter:
     digit that distinguishes them, so two runs compare to the last bit. JSON has no NaN: the
     strings "NaN", "Infinity" and "-Infinity" stand for those, and `float()` reads them back.
     Every line is handed to the operating system at once, so killing the process loses none.
+
+    Args:
+      workdir: the folder of the files.
+      resume_step: the step of the checkpoint that a run is resumed from. Lines with a later step
+        are dropped, for those steps come again. None starts the file afresh.
+
+    Raises:
+      UserError: a line before the last is not of this program. A last line that was cut off in the
+        middle of writing is dropped.
     """
 
-    def __init__(self, workdir: str | os.PathLike, *, resume_step: int | None = None):
-        """Opens the files in `workdir`, which is made if it is not there.
-
-        Args:
-          resume_step: the step of the checkpoint a run goes on from. Lines with a later step are
-            dropped, for those steps come again. None starts the file afresh.
-
-        Raises:
-          UserError: a line before the last is not one of ours. A last line that was cut off in
-            the middle of writing is dropped.
-        """
+    def __init__(self, workdir: str | os.PathLike, *, resume_step: int | None = None) -> None:
         workdir = Path(workdir)
         self.path = workdir / "metrics.jsonl"
-        kept = [] if resume_step is None else read_lines_until(self.path, resume_step)
+        lines = [] if resume_step is None else read_lines_until(self.path, resume_step)
         with atomic_write(self.path) as partial:
-            partial.write_text("".join(kept), encoding="utf-8")
+            partial.write_text("".join(lines), encoding="utf-8")
         self._file = self.path.open("a", encoding="utf-8")
         # TensorBoard forgets what earlier files of the folder say from this step on.
         purge_step = 0 if resume_step is None else resume_step + 1
         self._board = SummaryWriter(str(workdir), purge_step=purge_step)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Appends one line; numbers go to TensorBoard too.
+        """Append one line; numbers go to TensorBoard too.
 
         Args:
           step: the step the numbers belong to.
           metrics: numbers, 0-d arrays (fetched from the device here), strings, or lists and
             dicts of these, by name.
         """
-        line = {"step": int(step)} | {name: plain(value) for name, value in metrics.items()}
+        line = {"step": int(step)} | {name: to_json(value) for name, value in metrics.items()}
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
         for name, value in metrics.items():
@@ -234,7 +237,7 @@ class MetricsWriter:
                 self._board.add_scalar(name, number, int(step))
 
     def close(self) -> None:
-        """Writes what TensorBoard still holds back, and closes both."""
+        """Write what TensorBoard still holds back, and close both files."""
         self._file.close()
         self._board.close()
 
@@ -245,12 +248,12 @@ class MetricsWriter:
         self.close()
 
 
-def plain(value: Any) -> Any:
-    """A value as JSON can hold it: Python numbers for arrays, strings for non-finite floats."""
+def to_json(value: Any) -> Any:
+    """Return a value as JSON can hold it: numbers for arrays, strings for non-finite floats."""
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): to_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [to_json(item) for item in value]
     if hasattr(value, "item"):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
@@ -259,9 +262,13 @@ def plain(value: Any) -> Any:
 
 
 def read_lines_until(path: Path, step: int) -> list[str]:
-    """The lines of a metrics file up to and with a step; none if there is no file."""
+    """Return the lines of a metrics file up to and with a step; none if there is no file.
+
+    Raises:
+      UserError: a line before the last is not of this program.
+    """
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    kept = []
+    lines_until = []
     for number, line in enumerate(lines, start=1):
         try:
             if not line.endswith(b"\n"):
@@ -276,8 +283,8 @@ def read_lines_until(path: Path, step: int) -> list[str]:
                 "move the file away to go on without the old numbers"
             ) from None
         if line_step <= step:
-            kept.append(text)
-    return kept
+            lines_until.append(text)
+    return lines_until
 
 
 def progress_line(
@@ -287,7 +294,7 @@ def progress_line(
     pairs_per_s: float | None,
     seconds_left: float | None,
 ) -> str:
-    """One line on a run; what is not in `metrics`, or None, is left out.
+    """Return one line on a run; what is not in `metrics`, or None, is left out.
 
     `metrics` may hold "loss", "scale", "image_accuracy", "text_accuracy", "learning_rate",
     "mfu" and "data_wait"; accuracies, mfu and data_wait are fractions.
@@ -307,12 +314,12 @@ def progress_line(
     parts += shown("learning_rate", "lr {:.1e}")
     parts += [] if pairs_per_s is None else [f"{pairs_per_s:,.0f} pairs/s"]
     parts += shown("mfu", "mfu {:.0f} %", 100.0) + shown("data_wait", "data wait {:.0f} %", 100.0)
-    parts += [] if seconds_left is None else [f"left {clock(seconds_left)}"]
+    parts += [] if seconds_left is None else [f"left {format_duration(seconds_left)}"]
     return "  ".join(parts)
 
 
-def clock(seconds: float) -> str:
-    """3:12, 1:02:03, or 2 d 1:02:03."""
+def format_duration(seconds: float) -> str:
+    """Return a time as 3:12, 1:02:03, or 2 d 1:02:03."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)

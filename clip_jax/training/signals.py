@@ -7,14 +7,22 @@ from types import FrameType
 
 
 class StopRequest:
-    """The signal that asked the run to stop; 0 while none has."""
+    """A request to stop.
+
+    Attributes:
+      signal: the number of the signal that made it; 0 while none has.
+    """
 
     signal = 0
 
 
 @contextmanager
 def catch_signals(callback: Callable[[str], None]) -> Iterator[StopRequest]:
-    """Turn the first Ctrl-C or SIGTERM into a request; a second one ends the process."""
+    """Turn the first Ctrl-C or SIGTERM into a request; a second one ends the process.
+
+    Args:
+      callback: takes a line on the signal when it comes.
+    """
     request = StopRequest()
     before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
 

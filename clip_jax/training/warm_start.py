@@ -27,7 +27,7 @@ from clip_jax.models.clip import CLIPConfig
 from clip_jax.parallel.sharding import partition_spec
 from clip_jax.pretrained.load import Checkpoint, read_checkpoint, tokenizer_family
 from clip_jax.pretrained.resize import resize_checkpoint
-from clip_jax.pretrained.trees import array_shapes, to_variables
+from clip_jax.pretrained.trees import array_shapes, by_path, to_variables
 from clip_jax.pretrained.work_folder import (
     CHECKPOINT_DIRNAME,
     WEIGHTS_FILENAME,
@@ -39,15 +39,14 @@ from clip_jax.sections import Config
 from clip_jax.tokenizers import TokenizerSpec, make_tokenizer, tokenizer_from_file
 from clip_jax.training.checkpoint import Checkpoints
 from clip_jax.training.state import TrainState, make_state, state_mesh
-from clip_jax.typing import path_name
 
 Reader = Callable[[], Any]
 """Reads an array: numpy's from a file, jax's from a run."""
 
 THREADS = min(8, os.cpu_count() or 1)
 POSITIONS = re.compile(r"positional_embedding$")
-# What the arrays' shapes do not tell, and a run must agree with its checkpoint about.
-ALIKE = ("vision.pool", "text.pool", "text.causal")
+COMPARED_FIELDS = ("vision.pool", "text.pool", "text.causal")
+"""What the arrays' shapes do not tell, and a run must agree with its checkpoint about."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,19 +67,18 @@ def read_source(path: str, model: str | None) -> SourceCheckpoint:
 
     Args:
       path: what `clip_jax.load` takes.
-      model: decides where a bare file does not say what it is; a run's own, or None.
+      model: decides where a bare file does not say what it is.
 
     Raises:
       UserError: nothing there can be read.
     """
     if not is_work_folder(path):
         return SourceCheckpoint(path, read_checkpoint(path, model))
-    about = read_description(path)
+    run = read_description(path)
     weights = Path(path) / WEIGHTS_FILENAME
-    arrays = read_weights(weights, about.model) if weights.is_file() else {}
+    arrays = read_weights(weights, run.model) if weights.is_file() else {}
     return SourceCheckpoint(
-        path,
-        Checkpoint(about.model_name, about.model, arrays, about.preprocess, about.tokenizer),
+        path, Checkpoint(run.model_name, run.model, arrays, run.preprocess, run.tokenizer)
     )
 
 
@@ -100,22 +98,23 @@ def source_tokenizer(source: SourceCheckpoint, given: str) -> TokenizerSpec:
     Raises:
       UserError: there is none, or the config's is another than the checkpoint was trained with.
     """
-    own, text = source.checkpoint.tokenizer, source.checkpoint.config.text
+    source_spec, text = source.checkpoint.tokenizer, source.checkpoint.config.text
     if given == "clip":
-        if own is None:
+        if source_spec is None:
             raise UserError(
                 f"{source.path} came without its tokenizer; give config.data.tokenizer the path of "
                 "its tokenizer.json or SentencePiece .model"
             )
-        return own
+        return source_spec
     spec = tokenizer_from_file(given, tokenizer_family(source.checkpoint.config))
     tokenizer = make_tokenizer(spec)
-    if own is None:
+    if source_spec is None:
         ends_alike = text.pool != "end" or tokenizer.eot_id == text.eot_id
         fits = tokenizer.vocab_size <= text.vocab_size and ends_alike
         advice = "give the one it was trained with"
     else:
-        fits = own.file is not None and Path(own.file).read_bytes() == Path(given).read_bytes()
+        file = source_spec.file
+        fits = file is not None and Path(file).read_bytes() == Path(given).read_bytes()
         advice = 'leave it at "clip" to take the checkpoint\'s own'
     if not fits:
         raise UserError(
@@ -123,7 +122,7 @@ def source_tokenizer(source: SourceCheckpoint, given: str) -> TokenizerSpec:
             f"{tokenizer.eot_id}) is not the tokenizer of {source.path} ({text.vocab_size:,} "
             f"entries, end token {text.eot_id}); {advice}"
         )
-    return own or spec
+    return source_spec or spec
 
 
 def warm_start_sizes(source: SourceCheckpoint, sizes: CLIPConfig) -> CLIPConfig:
@@ -132,29 +131,38 @@ def warm_start_sizes(source: SourceCheckpoint, sizes: CLIPConfig) -> CLIPConfig:
     Raises:
       UserError: they do not match what the run asks for.
     """
-    own = source.checkpoint.config
+    source_sizes = source.checkpoint.config
     # `source_tokenizer` has checked the vocabulary; a text tower may have room for more.
-    text = dataclasses.replace(sizes.text, vocab_size=own.text.vocab_size, eot_id=own.text.eot_id)
+    text = dataclasses.replace(
+        sizes.text, vocab_size=source_sizes.text.vocab_size, eot_id=source_sizes.text.eot_id
+    )
     sizes = dataclasses.replace(sizes, text=text)
-    resized_own = dataclasses.replace(
-        own,
-        vision=dataclasses.replace(own.vision, image_size=sizes.vision.image_size),
-        text=dataclasses.replace(own.text, context_length=sizes.text.context_length),
+    run_sizes = dataclasses.replace(
+        source_sizes,
+        vision=dataclasses.replace(source_sizes.vision, image_size=sizes.vision.image_size),
+        text=dataclasses.replace(source_sizes.text, context_length=sizes.text.context_length),
         init_logit_scale=sizes.init_logit_scale,
         init_logit_bias=sizes.init_logit_bias,
     )
-    found, wanted = (
-        {**array_shapes(config), **{field: _field(config, field) for field in ALIKE}}
-        for config in (resized_own, sizes)
+    check_source_matches(source, run_sizes, sizes)
+    return run_sizes
+
+
+def check_source_matches(
+    source: SourceCheckpoint, run_sizes: CLIPConfig, sizes: CLIPConfig
+) -> None:
+    """Raise UserError if a model made from a checkpoint differs from the one that is asked for."""
+    actual, expected = (
+        {**array_shapes(config), **{field: _field(config, field) for field in COMPARED_FIELDS}}
+        for config in (run_sizes, sizes)
     )
-    for name in sorted(found.keys() | wanted.keys()):
-        if found.get(name) != wanted.get(name):
+    for name in sorted(actual.keys() | expected.keys()):
+        if actual.get(name) != expected.get(name):
             raise UserError(
                 f"{source.path} holds {source.checkpoint.name}, which is not the model that "
-                f"config.model.name says: {name} is {_show(found.get(name))} and there "
-                f"{_show(wanted.get(name))}; give config.model.name the checkpoint's model"
+                f"config.model.name says: {name} is {_show(actual.get(name))} and there "
+                f"{_show(expected.get(name))}; give config.model.name the checkpoint's model"
             )
-    return resized_own
 
 
 def _field(config: CLIPConfig, name: str) -> Any:
@@ -233,12 +241,12 @@ def read_run_arrays(path: str, config: CLIPConfig, mesh: Mesh | None) -> dict[st
     Raises:
       UserError: there is no checkpoint.
     """
-    variables = restore_run(path, variable_shapes(config, mesh))
+    variables = restore_run(path, sharded_variable_shapes(config, mesh))
     arrays = by_path(variables)
-    return {name: functools.partial(_as_read, name, array) for name, array in arrays.items()}
+    return {name: functools.partial(_read_restored, name, array) for name, array in arrays.items()}
 
 
-def _as_read(name: str, array: jax.Array) -> np.ndarray | jax.Array:
+def _read_restored(name: str, array: jax.Array) -> np.ndarray | jax.Array:
     # Positions may be interpolated, on the host.
     return np.asarray(array) if POSITIONS.search(name) else array
 
@@ -251,15 +259,15 @@ def restore_run(path: str | Path, shapes: Mapping[str, Any]) -> dict[str, Any]:
     """
     checkpoints = Checkpoints(path, read_only=True)
     try:
-        found = checkpoints.restore_model(shapes)
+        restored = checkpoints.restore_model(shapes)
     finally:
         checkpoints.close()
-    if found is None:
+    if restored is None:
         raise UserError(f"{path} has no checkpoint yet; train until the first one is saved")
-    return found[0]
+    return restored[0]
 
 
-def variable_shapes(config: CLIPConfig, mesh: Mesh | None) -> dict[str, Any]:
+def sharded_variable_shapes(config: CLIPConfig, mesh: Mesh | None) -> dict[str, Any]:
     """Return ShapeDtypeStructs of a model's variables with their shardings; nothing is allocated.
 
     They lie on the first device, or over a mesh by the rules of `sharding`; positions are whole
@@ -276,12 +284,6 @@ def variable_shapes(config: CLIPConfig, mesh: Mesh | None) -> dict[str, Any]:
 
     shapes = array_shapes(config)
     return to_variables({path: struct(path, shape) for path, shape in shapes.items()})
-
-
-def by_path(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the leaves of {"params", "batch_stats"} by their paths in them."""
-    leaves = jax.tree_util.tree_leaves_with_path(variables)
-    return {path_name(path[1:]): leaf for path, leaf in leaves}
 
 
 def place_arrays(

@@ -26,7 +26,7 @@ from clip_jax.training.optimizer import (
     muon_matrix,
 )
 from clip_jax.training.state import state_shapes
-from clip_jax.typing import path_name
+from clip_jax.typing import leaves_by_path
 
 
 def test_adamw_equals_the_formula():
@@ -115,10 +115,6 @@ SMALL = dataclasses.replace(
 )
 
 
-def flat(tree):
-    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
 def random_like(tree, seed):
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32), tree)
@@ -205,10 +201,10 @@ def test_muon_orthogonalises_the_matrix_a_kernel_is(path, shape, matrix):
     params = traverse_util.unflatten_dict({path: jnp.zeros(shape)}, sep="/")
     gradient = random_like(params, 1)
     (update,) = updates_of("muon", params, [gradient])
-    g_IO = np.asarray(flat(gradient)[path], np.float64).reshape(matrix)
+    g_IO = np.asarray(leaves_by_path(gradient)[path], np.float64).reshape(matrix)
     want = -0.2 * np.sqrt(max(matrix)) * newton_schulz(g_IO).reshape(shape)
     # Twenty float32 products of numbers up to 1.
-    np.testing.assert_allclose(flat(update)[path], want, atol=2e-5)
+    np.testing.assert_allclose(leaves_by_path(update)[path], want, atol=2e-5)
     # So large is an update of Adam: singular values come out between 0.7 and 1.2.
     assert 0.1 < np.sqrt(np.mean(want**2)) < 0.25
 
@@ -216,13 +212,13 @@ def test_muon_orthogonalises_the_matrix_a_kernel_is(path, shape, matrix):
 @pytest.mark.parametrize("name", TINY)
 def test_muon_leaves_embeddings_heads_and_vectors_to_adam(name):
     params = jax.eval_shape(lambda: init_variables(CLIP(TINY[name]), 0))["params"]
-    hidden = {path for path in flat(params) if muon_matrix(path) is not None}
+    hidden = {path for path in leaves_by_path(params) if muon_matrix(path) is not None}
     inputs = {"visual/conv1/kernel"}
     heads = {"visual/attnpool/c_proj/kernel"}
-    assert hidden == {p for p in flat(params) if p.endswith("/kernel")} - inputs - heads
+    assert hidden == {p for p in leaves_by_path(params) if p.endswith("/kernel")} - inputs - heads
     state = make_optimizer(lambda s: 1.0, OptimSection(name="muon"))
-    adam = flat(jax.eval_shape(state.init, params)[1].inner_states["adam"].inner_state.nu)
-    assert set(adam) == set(flat(params)) - hidden
+    adam = leaves_by_path(jax.eval_shape(state.init, params)[1].inner_states["adam"].inner_state.nu)
+    assert set(adam) == set(leaves_by_path(params)) - hidden
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -252,7 +248,7 @@ def test_stacked_layers_are_updated_as_single_ones(optimizer):
     jax.tree.map(equal, got, [stacked(w) for w in want])
     # And the state: a checkpoint's layers can be stacked or taken apart.
     init = make_optimizer(lambda s: 1.0, OptimSection(name=optimizer)).init
-    names = [flat(jax.eval_shape(init, params)) for params in (stacked(single), single)]
+    names = [leaves_by_path(jax.eval_shape(init, params)) for params in (stacked(single), single)]
     assert set(names[0]) == {re.sub(r"resblocks_\d+", "resblocks", name) for name in names[1]}
 
 
@@ -262,9 +258,9 @@ def test_without_a_gradient_only_the_decay_is_left(optimizer):
     made = make_optimizer(lambda s: 0.1, OptimSection(name=optimizer, weight_decay=0.5))
     zero = jax.tree.map(np.zeros_like, params)
     updates, _ = jax.jit(lambda: made.update(zero, made.init(params), params))()
-    mask = flat(decay_mask(params))
-    for path, update in flat(updates).items():
-        want = -0.1 * 0.5 * flat(params)[path] if mask[path] else np.zeros(update.shape)
+    mask = leaves_by_path(decay_mask(params))
+    for path, update in leaves_by_path(updates).items():
+        want = -0.1 * 0.5 * leaves_by_path(params)[path] if mask[path] else np.zeros(update.shape)
         np.testing.assert_allclose(update, want, rtol=1e-6)
 
 
@@ -297,9 +293,9 @@ def test_every_optimizer_learns_alike_on_any_mesh(optimizer):
 def test_the_optimizers_state_is_split_as_the_parameters_are(optimizer):
     made = make_optimizer(lambda s: 1.0, OptimSection(name=optimizer))
     state = state_shapes(CLIP(VIT), made, make_mesh(data=2, fsdp=2, tensor=2), TrainSection())
-    params = flat(state.params)
+    params = leaves_by_path(state.params)
     as_large = 0
-    for name, leaf in flat(state.opt_state).items():
+    for name, leaf in leaves_by_path(state.opt_state).items():
         param = next((params[p] for p in params if name.endswith("/" + p)), None)
         if param is not None and leaf.shape == param.shape:
             assert leaf.sharding.is_equivalent_to(param.sharding, leaf.ndim), name
@@ -315,7 +311,7 @@ def test_the_optimizers_state_is_split_as_the_parameters_are(optimizer):
 def test_a_frozen_tower_stays_as_it_is(optimizer):
     mesh = make_mesh(data=8, fsdp=1, tensor=1)
     state, step = make_all(SMALL, mesh, optimizer=optimizer, freeze="image")
-    assert not any("visual" in name for name in flat(state.opt_state))
+    assert not any("visual" in name for name in leaves_by_path(state.opt_state))
     before = jax.device_get(state.params)
     for _ in range(2):  # the first has a learning rate of 0
         state, _ = step(state, place_batch(make_batch(SMALL), mesh))
