@@ -44,7 +44,7 @@ def get_config():
 
 
 def write_experiment(folder: Path, **pairs) -> Path:
-    """Data, a tokenizer, and an experiment file that names them."""
+    """Write data, a tokenizer, and an experiment file that names them; return the last."""
     _, pattern = write_data(folder, **pairs)
     path = folder / "experiment.py"
     text = _EXPERIMENT.replace("{pattern}", pattern).replace("{folder}", str(folder))
@@ -59,35 +59,35 @@ def free_port() -> int:
 
 
 def environment(devices: int) -> dict[str, str]:
-    """Of a process with this many virtual devices; the tests' cache of programs is shared."""
+    """Return the environment of a process with this many devices; it shares the tests' cache."""
     flags = f"{QUICK} --xla_force_host_platform_device_count={devices}"
     # Unbuffered, so that a test can wait for a line.
-    made = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
+    values = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
     # pytest says where the tests' helpers lie; a user's process knows only the package.
-    return {key: value for key, value in made.items() if not key.startswith("PYTEST")}
+    return {key: value for key, value in values.items() if not key.startswith("PYTEST")}
 
 
 def command(experiment: Path, workdir: Path, *args: str) -> list[str]:
     return ["--config", str(experiment), "--workdir", str(workdir), *args]
 
 
-def one(
+def run_one(
     experiment: Path, workdir: Path, *args: str, devices: int = 8
 ) -> subprocess.CompletedProcess:
-    """One process to its end."""
-    return module("clip_jax.main", *command(experiment, workdir, *args), devices=devices)
+    """Run one process to its end."""
+    return run_module("clip_jax.main", *command(experiment, workdir, *args), devices=devices)
 
 
-def module(name: str, *args: str, devices: int = 8) -> subprocess.CompletedProcess:
-    """Another command to its end."""
+def run_module(name: str, *args: str, devices: int = 8) -> subprocess.CompletedProcess:
+    """Run another command to its end."""
     line = [sys.executable, "-m", name, *args]
     return subprocess.run(line, cwd=ROOT, env=environment(devices), capture_output=True, text=True)
 
 
-def two(
+def run_two(
     experiment: Path, workdir: Path, *args: str, devices: int = 4
 ) -> subprocess.CompletedProcess:
-    """Two processes, as `two_processes.sh` starts them, to their end."""
+    """Run two processes, as `two_processes.sh` starts them, to their end."""
     extra = {"PYTHON": sys.executable, "DEVICES": str(devices), "PORT": str(free_port())}
     return subprocess.run(
         ["bash", str(TWO), *command(experiment, workdir, *args)],
@@ -102,7 +102,7 @@ def two(
 def start_two(
     experiment: Path, workdir: Path, *args: str, second: tuple[str, ...] = (), devices: int = 2
 ) -> list[subprocess.Popen]:
-    """Two processes that a test can signal one by one; their output is in `workdir`.N.log.
+    """Start two processes that a test can signal one by one; each writes to `workdir`.N.log.
 
     `second` are arguments of the second process only.
     """

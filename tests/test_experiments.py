@@ -5,7 +5,7 @@ import importlib
 import shutil
 from pathlib import Path
 
-import jax
+import chex
 import numpy as np
 import pytest
 from pairs import run_losses, write_data
@@ -22,7 +22,7 @@ FRESH = ["flip", "siglip", "lion", "adafactor", "muon", "ema"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Data, a tokenizer and a tiny model; the runs that others start from come to lie here."""
+    """Return a folder of data and a tokenizer; the runs that others start from come to lie here."""
     made, _ = write_data(tmp_path_factory.mktemp("experiments"))
     text = dataclasses.replace(VIT.text, layers=1, context_length=16)
     vision = dataclasses.replace(VIT.vision, layers=1)
@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
 
 
 def train_experiment(name, folder, *, steps):
-    """Run `experiments/emoji_NAME.py` in little; its losses."""
+    """Run `experiments/emoji_NAME.py` on a tiny model; return its losses."""
     c = importlib.import_module(f"experiments.emoji_{name}").get_config()
     c.model.name = "tiny"
     c.train.steps = steps
@@ -68,7 +68,7 @@ def test_tuning_goes_on_from_another_run(folder):
         assert np.mean(losses[-4:]) < 0.8 * np.mean(first[:4])
     before = clip_jax.load(folder / "emoji_vit").params
     after = clip_jax.load(folder / "emoji_lit").params
-    jax.tree.map(np.testing.assert_array_equal, before["visual"], after["visual"])
+    chex.assert_trees_all_equal(before["visual"], after["visual"])
     assert clip_jax.load(folder / "emoji_finetune").config.vision.image_size == 64
 
 

@@ -16,7 +16,16 @@ import jax
 import numpy as np
 import pytest
 from pairs import run_losses
-from run_tiny import ROOT, environment, free_port, log, one, start_two, two, write_experiment
+from run_tiny import (
+    ROOT,
+    environment,
+    free_port,
+    log,
+    run_one,
+    run_two,
+    start_two,
+    write_experiment,
+)
 
 from clip_jax.errors import EXIT_ERROR, EXIT_TERMINATED, EXIT_USAGE, UserError
 from clip_jax.models.clip import CLIP, init_variables
@@ -43,23 +52,23 @@ def assert_same_losses(a, b, rtol):
     np.testing.assert_allclose([x for _, x in a], [x for _, x in b], rtol=rtol)
 
 
-def told(text: str) -> list[str]:
-    """The lines of a process, without Gloo's about its own connections."""
+def lines_of(text: str) -> list[str]:
+    """Return the lines of a process, without Gloo's about its own connections."""
     return [line for line in text.splitlines() if line and not line.startswith("[Gloo]")]
 
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(experiment, tmp_path):
-    done = two(experiment, tmp_path / "two", FSDP, "--config.train.steps=3")
+    done = run_two(experiment, tmp_path / "two", FSDP, "--config.train.steps=3")
     assert done.returncode == 0, done.stderr
     # Process 0 alone speaks: every line is there once.
-    lines = told(done.stdout)
+    lines = lines_of(done.stdout)
     assert [line for line in lines if line.startswith("step 3/3")] == lines[-1:]
     assert max(collections.Counter(lines).values()) == 1, lines
-    assert not told(done.stderr)
+    assert not lines_of(done.stderr)
     assert len(list((tmp_path / "two").glob("events.out.tfevents.*"))) == 1
 
-    alone = one(experiment, tmp_path / "one", FSDP, "--config.train.steps=3")
+    alone = run_one(experiment, tmp_path / "one", FSDP, "--config.train.steps=3")
     assert alone.returncode == 0, alone.stderr
     # The same programs with sums between devices in another order.
     assert_same_losses(tmp_path / "two", tmp_path / "one", 1e-5)
@@ -68,10 +77,10 @@ def test_two_processes_train_as_one(experiment, tmp_path):
 @pytest.mark.slow
 def test_fifty_steps_on_two_processes_one_process_and_one_device(experiment, tmp_path):
     steps = "--config.train.steps=50"
-    done = two(experiment, tmp_path / "two", FSDP, steps)
+    done = run_two(experiment, tmp_path / "two", FSDP, steps)
     assert done.returncode == 0, done.stderr
-    assert one(experiment, tmp_path / "eight", FSDP, steps).returncode == 0
-    assert one(experiment, tmp_path / "one", steps, devices=1).returncode == 0
+    assert run_one(experiment, tmp_path / "eight", FSDP, steps).returncode == 0
+    assert run_one(experiment, tmp_path / "one", steps, devices=1).returncode == 0
     # Float32 sums in another order, carried on over 50 steps.
     assert_same_losses(tmp_path / "two", tmp_path / "eight", 1e-5)
     assert_same_losses(tmp_path / "two", tmp_path / "one", 1e-5)
@@ -82,11 +91,11 @@ def test_two_processes_evaluate_as_one(experiment, tmp_path):
     """During the run and at its end; every process takes part, and the report follows."""
     data = ["--config.eval.data", str(experiment.parent / "00001.tar")]
     data += ["--config.eval.classnames", str(experiment.parent / "names.txt")]
-    done = two(
+    done = run_two(
         experiment, tmp_path / "two", "--config.train.steps=3", "--config.eval.every=2", *data
     )
     assert done.returncode == 0, done.stderr
-    lines = told(done.stdout)
+    lines = lines_of(done.stdout)
     assert lines[-1].startswith("report: ") and max(collections.Counter(lines).values()) == 1
     assert sum(line.startswith("step 2 evaluated:") for line in lines) == 1
 
@@ -107,7 +116,7 @@ def test_two_processes_evaluate_as_one(experiment, tmp_path):
 
 
 def wait_for(path: Path, text: str, processes: list[subprocess.Popen]) -> None:
-    """Until a log holds a text; a process that ends before is a failure."""
+    """Wait until a log holds a text; a process that ends before is a failure."""
     while text not in path.read_text():
         if any(process.poll() is not None for process in processes):
             pytest.fail(f"ended before {text!r}: {path.read_text()}")
@@ -115,9 +124,9 @@ def wait_for(path: Path, text: str, processes: list[subprocess.Popen]) -> None:
 
 
 def outcome(processes: list[subprocess.Popen], workdir: Path) -> tuple[list[int], list[list[str]]]:
-    """Exit codes and lines of both processes, when they have ended."""
+    """Return exit codes and lines of both processes, when they have ended."""
     codes = [process.wait(timeout=200) for process in processes]
-    return codes, [told(log(workdir, i).read_text()) for i in range(2)]
+    return codes, [lines_of(log(workdir, i).read_text()) for i in range(2)]
 
 
 RUN = ("--config.mesh.fsdp=4", "--config.train.steps=40", "--config.checkpoint.every=10")
@@ -155,7 +164,7 @@ def test_sigterm_on_one_of_two_saves_one_step_in_both(experiment, whole, tmp_pat
     assert codes == [0, 0] and f"going on from step {step} of {workdir}" in lines[0], lines
     assert run_losses(workdir) == run_losses(whole)
     # One process with other devices: float32 sums in another order, over the steps that are left.
-    assert one(experiment, other, *RUN[1:], devices=2).returncode == 0
+    assert run_one(experiment, other, *RUN[1:], devices=2).returncode == 0
     assert_same_losses(other, whole, 1e-5)
 
 
@@ -215,9 +224,9 @@ def test_a_mistake_in_one_process_ends_both_with_its_line(experiment, tmp_path):
 def test_nobody_there_is_one_line(experiment, tmp_path):
     # Process 1, and no process 0.
     flags = ["--coordinator=localhost:1", "--num-processes=2", "--process-id=1", "--init-seconds=2"]
-    done = one(experiment, tmp_path / "run", "--config.train.steps=1", *flags, devices=1)
+    done = run_one(experiment, tmp_path / "run", "--config.train.steps=1", *flags, devices=1)
     assert done.returncode == EXIT_USAGE, done.stderr
-    line = told(done.stderr)[-1]
+    line = lines_of(done.stderr)[-1]
     assert line.startswith("error: not all processes joined within 2 s (coordinator localhost:1)")
 
 
@@ -304,7 +313,7 @@ def test_half_given_flags_are_one_line(flags, message):
 
 @pytest.fixture
 def joined(monkeypatch):
-    """What `join` hands to JAX, in an environment without a cluster."""
+    """Return the arguments that `join` hands to JAX, in an environment without a cluster."""
     calls = []
     for name in list(os.environ):
         if name.startswith(("SLURM_", "OMPI_", "TPU_", "KUBERNETES_")):
@@ -384,7 +393,7 @@ class Device:
 
 
 def fake_mesh(processes: int, each: int, data: int, fsdp: int, tensor: int) -> SimpleNamespace:
-    """What `batch_part` reads of a mesh: JAX's own takes devices that exist only."""
+    """Make what `batch_part` reads of a mesh: JAX's own takes devices that exist only."""
     devices = np.array([Device(i // each) for i in range(processes * each)], object)
     shape = dict(zip(AXES, (data, fsdp, tensor), strict=True))
     return SimpleNamespace(devices=devices.reshape(data, fsdp, tensor), shape=shape)
@@ -424,7 +433,7 @@ def test_batches_are_announced_before_the_step_before_them(processes, monkeypatc
     monkeypatch.setattr(distributed, "process_count", lambda: processes)
     events = []
 
-    class Said:
+    class FakeAnnouncement:
         def __init__(self, batch):
             events.append(f"announce {batch}")
             self.batch = batch
@@ -433,9 +442,9 @@ def test_batches_are_announced_before_the_step_before_them(processes, monkeypatc
             return self.batch * 10
 
     got = []
-    for batch, said in batch_feed.announced(iter(range(9)), 3, Said):
+    for batch, answer in batch_feed.announced(iter(range(9)), 3, FakeAnnouncement):
         events.append(f"step {batch}")
-        got.append((batch, said))
+        got.append((batch, answer))
     assert got == [(0, 0), (1, 10), (2, 20)]  # and no batch beyond the last is taken
     first = [("announce", 0), ("step", 0), ("announce", 1), ("step", 1), ("announce", 2)]
     ahead = [("announce", 0), ("announce", 1), ("step", 0), ("announce", 2), ("step", 1)]

@@ -243,18 +243,18 @@ def test_a_run_trains_on_what_its_model_kept(tmp_path):
     """Through the commands: train, filter with that run, train on what was kept, both ways."""
     experiment = run_tiny.write_experiment(tmp_path / "data", shards=2, samples=64)
     steps = ("--config.train.epochs=1", "--config.data.repeat=False")
-    done = run_tiny.one(experiment, tmp_path / "run", *steps, devices=2)
+    done = run_tiny.run_one(experiment, tmp_path / "run", *steps, devices=2)
     assert done.returncode == 0, done.stderr
     source = str(tmp_path / "data" / "{00000..00001}.tar")
     line = [source, "--model", str(tmp_path / "run"), "--out", str(tmp_path / "f")]
     for flags, kept in ((["--top", "0.5"], "kept 50.0%: 64 pairs"), ([], "kept 100.0%: 128 pairs")):
-        done = run_tiny.module("clip_jax.data.filter", *line, *flags, devices=2)
+        done = run_tiny.run_module("clip_jax.data.filter", *line, *flags, devices=2)
         assert kept in done.stdout, done.stderr
     least = min(similarities(tmp_path / "f" / "top-0.5"))
     where = f"--config.data.filter=similarity>={least!r}"
     for name, data in (("shards", ["top-0.5"]), ("field", ["all", where])):
         line = [f"--config.data.train={tmp_path}/f/{data[0]}", *data[1:], *steps]
-        done = run_tiny.one(experiment, tmp_path / name, *line, devices=2)
+        done = run_tiny.run_one(experiment, tmp_path / name, *line, devices=2)
         assert done.returncode == 0, done.stderr
         assert "step 4/4" in done.stdout  # one pass of 64 pairs in batches of 16
 

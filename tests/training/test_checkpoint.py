@@ -3,6 +3,7 @@
 import random
 import shutil
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,11 +37,6 @@ def state(shapes):
     return state.replace(opt_state=jax.tree.map(lambda x: x + 1, state.opt_state))
 
 
-def assert_same_bits(a, b):
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_array_equal(np.asarray(x), np.asarray(y), strict=True)
-
-
 def test_restores_the_same_bits_on_another_mesh(tmp_path, state):
     saver = Checkpoints(tmp_path, keep=2)
     for step in (1, 2, 3):
@@ -52,7 +48,7 @@ def test_restores_the_same_bits_on_another_mesh(tmp_path, state):
     restored, meta = reader.restore(other)
     reader.close()
     assert meta["step"] == 3 and meta["fingerprint"] == {"config.seed": 0}
-    assert_same_bits(restored, state.replace(step=jnp.int32(3)))
+    chex.assert_trees_all_equal(restored, state.replace(step=jnp.int32(3)), strict=True)
     for x, shape in zip(jax.tree.leaves(restored), jax.tree.leaves(other), strict=True):
         assert x.sharding.is_equivalent_to(shape.sharding, x.ndim)
 
@@ -95,7 +91,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(
     restored, meta = reader.restore(shapes)
     assert meta["step"] == 1 and reader.steps() == [1]
     reader.close()
-    assert_same_bits(restored, state.replace(step=jnp.int32(1)))
+    chex.assert_trees_all_equal(restored, state.replace(step=jnp.int32(1)), strict=True)
     assert (tmp_path / "quarantine" / "2").is_dir()
     assert "checkpoint 2 is damaged and moved to" in capsys.readouterr().out
 

@@ -1,4 +1,4 @@
-"""What travels between devices in the compiled step, and how often it computes."""
+"""The compiled step: what travels between devices, and how often it computes."""
 
 import math
 
@@ -66,7 +66,7 @@ def test_no_logits_travel(form):
 
 
 def as_matrices(shape: tuple[int, ...]) -> list[tuple[int, int]]:
-    """The matrices a kernel of more axes may be multiplied as: its first axes merged, its last."""
+    """Return the matrices a kernel may be multiplied as: its first axes merged, and its last."""
     return [(math.prod(shape[:at]), math.prod(shape[at:])) for at in range(1, len(shape))]
 
 
@@ -166,7 +166,7 @@ def test_an_axis_that_divides_nothing_leaves_the_array_whole():
 
 
 def two_block_loss(mesh, *, recompute):
-    """The usual form: both modalities gathered, and a [b, B] block for each direction."""
+    """Make the usual form: both modalities gathered, and a [b, B] block for each direction."""
 
     def some_rows(rows, z_all_BD, scale):
         z_rD, own_r = rows

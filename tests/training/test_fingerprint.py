@@ -43,7 +43,7 @@ def all_fields() -> list[str]:
 
 
 def another(value):
-    """A value of the same type."""
+    """Return another value of the same type."""
     if isinstance(value, bool):
         return not value
     if isinstance(value, str):

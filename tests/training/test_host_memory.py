@@ -1,4 +1,4 @@
-"""Freed memory that a process keeps."""
+"""A process keeps the memory that it frees."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""A real run that is killed again and again sees the samples that it would have seen anyway."""
+"""A run that is killed again and again sees the samples that it would have seen anyway."""
 
 import json
 import os
@@ -23,7 +23,7 @@ FLAGS = (
 
 
 def keys_of(workdir: Path) -> dict[int, list[str]]:
-    """Step -> the keys of its rows; every part of a step stands in the files exactly once."""
+    """Return the keys of every step's rows; each part of a step is in the files exactly once."""
     parts: dict[int, dict[int, list[str]]] = {}
     for path in sorted(workdir.glob("keys-*.jsonl")):
         for line in map(json.loads, path.read_text().splitlines()):
@@ -38,7 +38,7 @@ def keys_of(workdir: Path) -> dict[int, list[str]]:
 
 
 def start(experiment: Path, workdir: Path, processes: int, *flags: str) -> list[subprocess.Popen]:
-    """The same command on two devices, of one process or of two."""
+    """Start the same command on two devices, of one process or of two."""
     if processes == 2:
         return start_two(experiment, workdir, *FLAGS, *flags, devices=1)
     line = [sys.executable, "-m", "clip_jax.main"]
@@ -48,7 +48,7 @@ def start(experiment: Path, workdir: Path, processes: int, *flags: str) -> list[
 
 
 def kill_somewhere(processes: list[subprocess.Popen], workdir: Path, rng: random.Random) -> None:
-    """At a random moment: mostly some steps after the first new one, now and then before it."""
+    """Kill a run at a random moment: mostly soon after its first new step, at times before it."""
     files = list(workdir.glob("keys-*.jsonl"))
     before = sum(path.stat().st_size for path in files)
     end = time.monotonic() + (rng.uniform(0, 5) if rng.random() < 0.2 else 120)

@@ -1,4 +1,4 @@
-"""Rates, and the files a run writes."""
+"""Rates of a run, and the files that it writes."""
 
 import json
 import math
@@ -150,7 +150,7 @@ def test_a_foreign_line_is_named(tmp_path):
 
 
 def tensorboard_records(path):
-    """The raw events of a TFRecord file: length, its checksum, the event, its checksum."""
+    """Return the events of a TFRecord file: length, its checksum, the event, its checksum."""
     data, records = path.read_bytes(), []
     while data:
         (length,) = struct.unpack("<Q", data[:8])
@@ -186,7 +186,7 @@ def test_progress_line():
 
 
 def test_only_the_wait_after_a_steps_end_is_a_wait_for_data(monkeypatch):
-    """Against a clock that the test moves: a step ends at 10, 20, ... as told."""
+    """The test moves the clock: a step ends at 10, 20 and so on."""
     now = [0.0]
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
     wait = DataWait()

@@ -5,6 +5,7 @@ import math
 import re
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -121,7 +122,7 @@ def random_like(tree, seed):
 
 
 def updates_of(name, params, gradients, **changes):
-    """The updates of several steps at a learning rate of 1, without decay."""
+    """Return the updates of several steps at a learning rate of 1, without decay."""
     optimizer = make_optimizer(lambda s: 1.0, OptimSection(name=name, weight_decay=0.0, **changes))
 
     def run(gradients):
@@ -179,7 +180,7 @@ def test_adafactors_state_is_small():
 
 
 def newton_schulz(g_IO):
-    """Five steps of Jordan's quintic iteration, in float64."""
+    """Compute five steps of Jordan's quintic iteration, in float64."""
     x = g_IO / np.linalg.norm(g_IO)
     for _ in range(5):
         a = x @ x.T
@@ -315,6 +316,6 @@ def test_a_frozen_tower_stays_as_it_is(optimizer):
     before = jax.device_get(state.params)
     for _ in range(2):  # the first has a learning rate of 0
         state, _ = step(state, place_batch(make_batch(SMALL), mesh))
-    jax.tree.map(np.testing.assert_array_equal, before["visual"], state.params["visual"])
+    chex.assert_trees_all_equal(before["visual"], state.params["visual"])
     changed = state.params["text"]["text_projection"] != before["text"]["text_projection"]
     assert bool(changed.any())

@@ -1,5 +1,6 @@
 """The step: the same on every mesh, nothing applied that is not finite, and it learns."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -79,7 +80,7 @@ def test_bad_rows_do_not_count(config):
         state, metrics = step(state, place_batch(b, mesh))
         results.append((jax.device_get(state), float(metrics["loss"])))
     assert results[0][1] == results[1][1]
-    jax.tree.map(np.testing.assert_array_equal, results[0][0], results[1][0])
+    chex.assert_trees_all_equal(results[0][0], results[1][0])
 
 
 @pytest.mark.parametrize("where", ["parameter", "moment"])
@@ -98,7 +99,7 @@ def test_what_is_not_finite_is_not_applied(where, value):
     before = jax.device_get(state)
     after, metrics = step(state, place_batch(make_batch(RESNET), mesh))
     assert not bool(metrics["finite"])
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), jax.device_get(after), before)
+    chex.assert_trees_all_equal(jax.device_get(after), before)
 
 
 def test_bfloat16_trains():

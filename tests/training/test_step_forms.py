@@ -1,5 +1,6 @@
 """Ways to take a step: micro-batches, a frozen tower, moving averages."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,7 +32,7 @@ def test_micro_batches_give_the_whole_batchs_losses(where, loss):
 
 
 def linear_features(params, batch_stats, rows):
-    """Towers of one matrix each, and a statistic that counts the rows it saw."""
+    """Run towers of one matrix each, with a statistic that counts the rows it saw."""
 
     def unit(x):
         return x / jnp.linalg.norm(x, axis=1, keepdims=True)
@@ -42,7 +43,7 @@ def linear_features(params, batch_stats, rows):
 
 @pytest.mark.parametrize("microbatch_size", [4, 16])
 def test_the_gradient_is_the_whole_batchs_to_rounding(microbatch_size):
-    """Every leaf, temperature and frozen parts included, rows that are not ok among them."""
+    """Every leaf, temperature and frozen parts included, rows that are not valid among them."""
     from clip_jax.losses import make_loss
 
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
@@ -67,7 +68,7 @@ def test_the_gradient_is_the_whole_batchs_to_rounding(microbatch_size):
     want, got = (jax.jit(g)(trained, frozen, start, rows) for g in (whole, cached))
     assert float(want[1]) == float(got[1]) == B
     # Sums of 16 rows of order one, in another order.
-    jax.tree.map(lambda w, g: np.testing.assert_allclose(g, w, rtol=2e-6, atol=1e-7), want, got)
+    chex.assert_trees_all_close(got, want, rtol=2e-6, atol=1e-7)
 
 
 @pytest.mark.slow
@@ -106,7 +107,7 @@ def test_a_frozen_tower_stays_bit_for_bit_and_the_other_learns(freeze, microbatc
         state, metrics = step(state, place_batch(make_batch(CONVNET), mesh))
     after = jax.device_get(state)
     frozen, other = ("visual", "text") if freeze == "image" else ("text", "visual")
-    jax.tree.map(np.testing.assert_array_equal, before.params[frozen], after.params[frozen])
+    chex.assert_trees_all_equal(before.params[frozen], after.params[frozen])
     same = jax.tree.map(np.array_equal, before.params[other], after.params[other])
     assert not all(jax.tree.leaves(same)) and bool(metrics["finite"])
     # A locked image tower runs as in evaluation; a trained one updates its statistics.
@@ -137,11 +138,7 @@ def test_moving_averages_follow_the_parameters():
         new = jax.device_get(state.params)
         want = jax.tree.map(lambda a, b: 0.75 * a + 0.25 * b, want, new)
     # Three roundings of a convex sum.
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8),
-        jax.device_get(state.ema["params"]),
-        want,
-    )
+    chex.assert_trees_all_close(state.ema["params"], want, rtol=1e-6, atol=1e-8)
     moved = jax.tree.map(
         lambda a, b: np.array_equal(a, b), state.ema["batch_stats"], state.batch_stats
     )
@@ -156,7 +153,7 @@ def test_what_is_not_finite_does_not_reach_the_averages():
     before = jax.device_get(state.ema)
     state, metrics = step(state, place_batch(make_batch(VIT), mesh))
     assert not bool(metrics["finite"])
-    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(state.ema))
+    chex.assert_trees_all_equal(before, jax.device_get(state.ema))
 
 
 def test_averages_are_saved_and_are_what_a_run_is_loaded_as(tmp_path):
@@ -169,7 +166,7 @@ def test_averages_are_saved_and_are_what_a_run_is_loaded_as(tmp_path):
     saver = Checkpoints(tmp_path)
     saver.save(state, 1, {})
     restored, _ = saver.restore(shapes)
-    jax.tree.map(np.testing.assert_array_equal, restored, state)
+    chex.assert_trees_all_equal(restored, state)
     model, _ = saver.restore_model({"params": shapes.params, "batch_stats": shapes.batch_stats})
     saver.close()
-    jax.tree.map(np.testing.assert_array_equal, model, state.ema)
+    chex.assert_trees_all_equal(model, state.ema)

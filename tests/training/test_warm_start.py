@@ -70,7 +70,7 @@ def losses(workdir):
 
 @pytest.fixture(scope="module")
 def short(data, tmp_path_factory):
-    """A run on small images and short captions, with images of its own kind."""
+    """Train on small images and short captions; the run has a preprocessing of its own."""
     workdir = tmp_path_factory.mktemp("short")
     config = tiny_config(data, model__image_size=16, model__context_length=8)
     assert main.run(config, str(workdir)) == 0
@@ -79,8 +79,8 @@ def short(data, tmp_path_factory):
     return workdir
 
 
-def placed(source, sizes, mesh, scan=False):
-    """The variables of a run's first step, as arrays by path and where they lie."""
+def place(source, sizes, mesh, scan=False):
+    """Place the variables of a run's first step; check that they lie as the state does."""
     model = CLIP(sizes, scan=scan)
     shapes = state_shapes(model, optax.sgd(1.0), mesh, TrainSection())
     wanted = {"params": shapes.params, "batch_stats": shapes.batch_stats}
@@ -93,7 +93,7 @@ def placed(source, sizes, mesh, scan=False):
 
 
 def start_of(run):
-    """The variables of a run's first step."""
+    """Return the variables of a run's first step."""
     wanted = {"params": run.shapes.params, "batch_stats": run.shapes.batch_stats}
     return place_source(run.source, run.model.config, wanted, run.mesh)
 
@@ -103,7 +103,7 @@ def test_a_published_file_is_placed_bit_for_bit(name):
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     source = read_source(str(FILES[name]), "any")
     sizes = warm_start_sizes(source, source.checkpoint.config)
-    got = from_variables(*placed(source, sizes, mesh).values())
+    got = from_variables(*place(source, sizes, mesh).values())
     clip = clip_jax.load(FILES[name])
     want = from_variables(clip.params, clip.batch_stats)
     assert got.keys() == want.keys()
@@ -122,7 +122,7 @@ def test_layers_are_stacked_for_a_scan():
     source = dataclasses.replace(
         source, checkpoint=dataclasses.replace(source.checkpoint, config=config, arrays=readers)
     )
-    got = placed(source, config, make_mesh(data=8, fsdp=1, tensor=1), scan=True)
+    got = place(source, config, make_mesh(data=8, fsdp=1, tensor=1), scan=True)
     stack = got["params"]["text"]["transformer"]["resblocks"]["mlp"]["c_fc"]["kernel"]
     for layer in range(2):
         path = f"text/transformer/resblocks_{layer}/mlp/c_fc/kernel"
@@ -208,13 +208,13 @@ def test_the_first_loss_is_that_of_the_weights(data, short, tmp_path):
     assert losses(tmp_path / "again")[0] < losses(short)[0]
 
 
-def test_a_run_that_goes_on_needs_its_origin_no_more(data, short, tmp_path, capsys):
-    origin = tmp_path / "origin"
-    shutil.copytree(short, origin)
-    config = tiny_config(data, model__init_from=str(origin), train__steps=2)
+def test_a_run_that_is_resumed_needs_its_source_no_more(data, short, tmp_path, capsys):
+    source = tmp_path / "source"
+    shutil.copytree(short, source)
+    config = tiny_config(data, model__init_from=str(source), train__steps=2)
     assert main.run(config, str(tmp_path / "run")) == 0
-    shutil.rmtree(origin)
-    longer = tiny_config(data, model__init_from=str(origin), train__steps=3)
+    shutil.rmtree(source)
+    longer = tiny_config(data, model__init_from=str(source), train__steps=3)
     assert main.run(longer, str(tmp_path / "run")) == 0
     assert "going on from step 2" in capsys.readouterr().out
     assert read_description(tmp_path / "run").preprocess.mean == (0.4, 0.5, 0.6)
