@@ -31,7 +31,7 @@ def make_features(
     return z_BD.astype(np.float32), label_B
 
 
-def our_side(options: argparse.Namespace, noise: float, c: float) -> tuple[Calls, None]:
+def probe_side(options: argparse.Namespace, noise: float, c: float) -> tuple[Calls, None]:
     """Return the fit on the first `options.rows`, and its (steps, accuracy) on the rows behind."""
     from clip_jax.evaluation.linear_probe import Probe, fit
 
@@ -49,7 +49,7 @@ def our_side(options: argparse.Namespace, noise: float, c: float) -> tuple[Calls
     return {"fit": fit_once, "evaluate": evaluate}, None
 
 
-def reference_side(options: argparse.Namespace, noise: float, c: float) -> tuple[Calls, None]:
+def sklearn_side(options: argparse.Namespace, noise: float, c: float) -> tuple[Calls, None]:
     """Return the same of scikit-learn."""
     from sklearn.linear_model import LogisticRegression
 
@@ -67,12 +67,13 @@ def reference_side(options: argparse.Namespace, noise: float, c: float) -> tuple
 
 def compare(options: argparse.Namespace, noise: float, c: float) -> dict[str, Any]:
     """Time interleaved fits of both, and measure their accuracy on other rows."""
-    ours, _ = in_subprocess(our_side, options, noise, c)
-    theirs, _ = in_subprocess(reference_side, options, noise, c)
-    first_seconds = seconds(ours["fit"])
-    calls = {"clip_jax": ours["fit"], "scikit-learn": theirs["fit"]}
+    probe_calls, _ = in_subprocess(probe_side, options, noise, c)
+    sklearn_calls, _ = in_subprocess(sklearn_side, options, noise, c)
+    first_seconds = seconds(probe_calls["fit"])
+    calls = {"clip_jax": probe_calls["fit"], "scikit-learn": sklearn_calls["fit"]}
     times = time_interleaved(calls, warmup=options.warmup, repeats=options.repeats)
-    (steps, accuracy), (their_steps, their_accuracy) = ours["evaluate"](), theirs["evaluate"]()
+    steps, accuracy = probe_calls["evaluate"]()
+    sklearn_steps, sklearn_accuracy = sklearn_calls["evaluate"]()
     return {
         "noise": noise,
         "C": c,
@@ -80,9 +81,9 @@ def compare(options: argparse.Namespace, noise: float, c: float) -> dict[str, An
         "scikit-learn, s": spread(times["scikit-learn"]),
         "faster": ratio(times["scikit-learn"], times["clip_jax"]),
         "first fit, s": first_seconds,
-        "steps": f"{steps}, {their_steps}",
+        "steps": f"{steps}, {sklearn_steps}",
         "accuracy": f"{accuracy:.2%}",
-        "scikit-learn's": f"{their_accuracy:.2%}",
+        "scikit-learn's": f"{sklearn_accuracy:.2%}",
     }
 
 

@@ -70,7 +70,7 @@ class Stepper:
     """A step that is called over and over on one batch, each time with the state it left."""
 
     def __init__(self, run: Run, step: Any = None):
-        """`step` may be the run's, compiled already."""
+        """Start from the run's state; `step` may be its step, compiled already."""
         self.step, self.state, self.batch = step or run.step, run.state, run.batch
 
     def __call__(self) -> float:

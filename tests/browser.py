@@ -1,4 +1,4 @@
-"""Pages in a real browser: where one is, and what is wrong with how a page lies."""
+"""A real browser, and a check of how a page is laid out in it."""
 
 import shutil
 
@@ -6,7 +6,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 def probe(selector: str) -> str:
-    """A JavaScript function: how many boxes of the selector there are, and what is `wrong`.
+    """Return a JavaScript function: how many boxes the selector has, and what is `wrong`.
 
     Wrong is what runs out of the page, lies on a neighbor that it does not hold, or is an image
     that did not load.

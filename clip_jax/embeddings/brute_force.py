@@ -46,7 +46,7 @@ def inner_products(
     rows_BD: Float[np.ndarray, "B D"], query_D: Float32[np.ndarray, " D"]
 ) -> Float64[np.ndarray, " B"]:
     """Return the inner products in float64; a row's does not depend on the rows beside it."""
-    # A matrix product would sum a row in another order at another place of the block.
+    # A matrix product would sum a row in another order at another position in the block.
     return (rows_BD.astype(np.float64) * query_D.astype(np.float64)).sum(axis=1)
 
 

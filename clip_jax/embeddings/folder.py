@@ -33,7 +33,7 @@ _EXTENSIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class EmbeddingInfo:
-    """What a folder's embeddings are made of; the contents of its `embedding.json`.
+    """Source and settings of a folder's embeddings, the contents of its `embedding.json`.
 
     Attributes:
       model, architecture, tokenizer: what `clip_jax.load` was given; empty is nothing.

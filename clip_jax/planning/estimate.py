@@ -68,7 +68,7 @@ class Change(NamedTuple):
     Attributes:
       field: the field of the config, "train.microbatch_size" say.
       value: what to set it to.
-      memory: the bytes that a device's step then takes, where they can be told.
+      memory: the bytes that a device's step then takes, where they can be estimated.
     """
 
     field: str

@@ -54,7 +54,7 @@ class Instruction(NamedTuple):
 
     @property
     def op_name(self) -> str:
-        """Where in the Python program it comes from; empty where the compiler made it."""
+        """The path of scopes that it was traced in; empty where the compiler made it."""
         match = re.search(r'op_name="((?:[^"\\]|\\.)*)"', self.attributes)
         return match.group(1).replace("\\'", "'") if match else ""
 

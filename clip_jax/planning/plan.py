@@ -12,7 +12,7 @@ from clip_jax.training.setup import steps_of_run
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a run would take on so many devices of a kind.
+    """The plan of a run on so many devices of a kind.
 
     Attributes:
       config: the run.

@@ -21,7 +21,7 @@ from clip_jax.training.state import parameter_counts
 
 @dataclasses.dataclass(frozen=True)
 class StepCosts:
-    """What the compiled step of a run takes; bytes and operations are one device's.
+    """Costs of a run's compiled step; bytes and operations are one device's.
 
     Attributes:
       mesh: the number of devices along each axis.

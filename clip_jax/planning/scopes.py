@@ -1,4 +1,4 @@
-"""Which part of the step an instruction of the compiled program belongs to."""
+"""Parts of the step, by the scopes in the names of its compiled instructions."""
 
 import re
 

@@ -14,11 +14,11 @@ NOTES = """\
 The compiler's: memory, operations and collectives, of the real step partitioned for this mesh and
 compiled for CPUs. A CPU computes bfloat16 products in float32 and fuses less, so that a GPU or TPU
 needs less for activations; it also sums gradients with all-reduce where those use reduce-scatter.
-Reckoned: seconds, from published rates; temporaries by kind, from the scopes in the program."""
+Estimated: seconds, from published rates; temporaries by kind, from the scopes in the program."""
 
 
 def plan_text(plan: Plan) -> str:
-    """Return the whole plan as text."""
+    """Return a plan as text."""
     lines = [
         *_head(plan),
         "",

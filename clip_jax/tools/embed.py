@@ -39,11 +39,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @dataclasses.dataclass(frozen=True)
 class EmbedResult:
-    """What one call of the command made.
+    """The outcome of one call of the command.
 
     Attributes:
       folder: the embeddings.
-      info: what they are made of.
+      info: their source and settings.
       parts: the numbers of the parts that this process made.
       skipped: how many samples could not be used, by cause; None while parts are missing.
     """
@@ -155,9 +155,9 @@ def result_text(result: EmbedResult) -> str:
     return line
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Parse the flags, embed, and print what was made; return the exit code."""
-    print(result_text(embed_source(parse(None))))
+    print(result_text(embed_source(parse(argv))))
     return 0
 
 

@@ -110,10 +110,10 @@ def main() -> int:
     config = resolve(parse_config([sys.argv[0], *rest]))
     if args.devices is None:
         raise UserError("--devices is missing; for example --devices 256 --device h100")
-    made = plan(config, args.devices, args.device, utilization=args.utilization, pairs=args.pairs)
+    result = plan(config, args.devices, args.device, utilization=args.utilization, pairs=args.pairs)
     from clip_jax.planning.text import plan_text
 
-    print(plan_text(made))
+    print(plan_text(result))
     return 0
 
 

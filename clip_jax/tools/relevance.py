@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SIDE = 448
-"""About the pixels of a side of the image in the PNG."""
+"""The pixels of a side of the image in the PNG, rounded to a multiple of the model's size."""
 OPACITY = 0.65
 """Of the map's color where it is largest."""
 
@@ -71,7 +71,7 @@ def open_image(path: str) -> "Image.Image":
 
 @dataclasses.dataclass(frozen=True)
 class RelevanceMap:
-    """What in an image a caption is about.
+    """The relevance of an image's patches to a caption.
 
     Attributes:
       pixels_HWC: the image as the model sees it, about `SIDE` pixels a side.
@@ -135,9 +135,9 @@ def map_text(result: RelevanceMap, caption: str, out: str) -> str:
     )
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Parse the flags, compute and write the map; return the exit code."""
-    args = parse(None)
+    args = parse(argv)
     result = relevance_map(
         args.model,
         args.image,

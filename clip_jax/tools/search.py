@@ -32,7 +32,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--using",
         default="auto",
-        help="auto, exact, or faiss, whose index is kept in DIR; auto: faiss from 50,000 rows on",
+        help="auto, exact, or faiss, whose index is stored in DIR; auto: faiss from 50,000 rows on",
     )
     parser.add_argument("--model", help="where the model that made DIR lies now")
     parser.add_argument("--architecture", help='of a bare file: "NAME" or "NAME:TAG"')
@@ -152,9 +152,9 @@ def hits_json(hits: Sequence["Hit"]) -> str:
     return json.dumps(rows, indent=1, ensure_ascii=False, default=str)
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Parse the flags, then search and print, or serve; return the exit code."""
-    args = parse(None)
+    args = parse(argv)
     if args.top < 1:
         raise UserError(f"--top is {args.top}; it must be at least 1")
     if args.serve:

@@ -40,7 +40,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def damage(folder: Path) -> None:
-    """A shard more, with two samples that cannot be used and one without a caption."""
+    """Add a shard with two samples that cannot be used and one without a caption."""
     with webdataset.TarWriter(str(folder / "s-00009.tar")) as writer:
         writer.write({"__key__": "x0", "png": b"no image", "txt": "broken"})
         writer.write({"__key__": "x1", "png": encode(make_image("RGB", 15, 12), "PNG")})
@@ -63,20 +63,20 @@ def make(data, folder, *, after=None, **process):
 
 
 @pytest.fixture(scope="module")
-def whole(data, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole") / "out"
+def finished(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished") / "out"
     assert make(data, folder) == [0, 1, 2, 3]
     info = toy_info(data)
     assert info.samples - finish_folder(folder, info).total() == 54
     return folder
 
 
-def test_rows_are_the_encoders_and_the_metadata_names_them(data, whole):
+def test_rows_are_the_encoders_and_the_metadata_names_them(data, finished):
     encoders, shards = toy_encoders(), open_images(data)
-    images, texts = open_embeddings(whole), open_embeddings(whole, "text")
+    images, texts = open_embeddings(finished), open_embeddings(finished, "text")
     assert [p.name for p in images.paths] == [f"img_emb_{i}.npy" for i in range(4)]
     assert images.parts[0].dtype == np.float16 and len(images) == len(texts) == 54
-    assert len(files(whole)) == 4 * 4 + 2
+    assert len(files(finished)) == 4 * 4 + 2
     z_image, z_text = images.rows(np.arange(54)), texts.rows(np.arange(54))
     for row in (0, 15, 16, 29, 30, 52):
         metadata = images.metadata(row)
@@ -94,8 +94,8 @@ def test_rows_are_the_encoders_and_the_metadata_names_them(data, whole):
     assert sum(map(len, shards)) == 56
 
 
-def test_what_cannot_be_used_is_listed_with_its_cause(whole):
-    lines = [json.loads(line) for line in (whole / "skipped.jsonl").read_text().splitlines()]
+def test_what_cannot_be_used_is_listed_with_its_cause(finished):
+    lines = [json.loads(line) for line in (finished / "skipped.jsonl").read_text().splitlines()]
     assert [(line["cause"], line["name"]) for line in lines] == [
         ("not_an_image", "s-00009.tar/x0"),
         ("no_image", "s-00009.tar/x2"),
@@ -103,7 +103,7 @@ def test_what_cannot_be_used_is_listed_with_its_cause(whole):
 
 
 @pytest.mark.parametrize("after", [0, 1, 3, 6])
-def test_stopped_anywhere_it_goes_on_to_the_same_bytes(data, whole, tmp_path, after):
+def test_stopped_anywhere_it_goes_on_to_the_same_bytes(data, finished, tmp_path, after):
     folder = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         make(data, folder, after=after)
@@ -116,32 +116,32 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bytes(data, whole, tmp_path, af
         open_embeddings(folder)
     assert make(data, folder) == list(range(after // 2, 4))
     finish_folder(folder, toy_info(data))
-    assert files(folder) == files(whole)
+    assert files(folder) == files(finished)
 
 
-def test_damaged_and_missing_files_of_a_part_are_made_again(data, whole, tmp_path):
+def test_damaged_and_missing_files_of_a_part_are_made_again(data, finished, tmp_path):
     folder = tmp_path / "out"
     make(data, folder)
     part_path(folder, "img_emb", 1, 4).write_bytes(
-        part_path(whole, "img_emb", 1, 4).read_bytes()[:99]
+        part_path(finished, "img_emb", 1, 4).read_bytes()[:99]
     )
     part_path(folder, "metadata", 3, 4).unlink()
     with pytest.raises(UserError, match="2 of 4 parts are complete"):
         open_embeddings(folder)
     assert make(data, folder) == [1, 3]
     finish_folder(folder, toy_info(data))
-    assert files(folder) == files(whole)
+    assert files(folder) == files(finished)
 
 
-def test_processes_make_parts_of_their_own_and_the_last_one_finishes(data, whole, tmp_path):
+def test_processes_make_parts_of_their_own_and_the_last_one_finishes(data, finished, tmp_path):
     folder = tmp_path / "out"
-    made = []
+    numbers = []
     for index in (2, 0, 1):
         assert finish_folder(folder, toy_info(data)) is None
-        made += make(data, folder, process_index=index, process_count=3)
-    assert sorted(made) == [0, 1, 2, 3]
+        numbers += make(data, folder, process_index=index, process_count=3)
+    assert sorted(numbers) == [0, 1, 2, 3]
     finish_folder(folder, toy_info(data))
-    assert files(folder) == files(whole)
+    assert files(folder) == files(finished)
 
 
 @given(st.integers(0, 60), st.integers(1, 20))
@@ -158,12 +158,12 @@ def test_consecutive_runs_have_gaps_between_them(numbers):
     assert all(a.stop < b.start for a, b in itertools.pairwise(runs))
 
 
-def test_another_model_or_source_is_refused_by_name(data, whole, tmp_path):
-    begin_folder(whole, toy_info(data, model="moved"))
+def test_another_model_or_source_is_refused_by_name(data, finished, tmp_path):
+    begin_folder(finished, toy_info(data, model="moved"))
     with pytest.raises(UserError, match=r"begun with another identity \(a, now b\)"):
-        begin_folder(whole, toy_info(data, identity="b"))
+        begin_folder(finished, toy_info(data, identity="b"))
     with pytest.raises(UserError, match=r"begun with another part_rows \(16, now 32\)"):
-        begin_folder(whole, toy_info(data, part_rows=32))
+        begin_folder(finished, toy_info(data, part_rows=32))
     (tmp_path / "img_emb").mkdir()
     with pytest.raises(UserError, match="holds something else"):
         begin_folder(tmp_path, toy_info(data))
@@ -172,15 +172,16 @@ def test_another_model_or_source_is_refused_by_name(data, whole, tmp_path):
         read_info(tmp_path)
 
 
-def test_a_folder_of_an_earlier_version_goes_on(data, whole, tmp_path):
+def test_a_folder_of_an_earlier_version_goes_on(data, finished, tmp_path):
     """Its file has other white space, and lacks what came later."""
     folder = tmp_path / "out"
     folder.mkdir()
     info = {k: v for k, v in dataclasses.asdict(toy_info(data)).items() if k != "texts"}
     (folder / "embedding.json").write_text(json.dumps(info, indent=2) + "\n")
     assert make(data, folder) == [0, 1, 2, 3] and finish_folder(folder, toy_info(data))
-    made, wanted = files(folder), files(whole)
-    assert made.pop("embedding.json") != wanted.pop("embedding.json") and made == wanted
+    resumed, expected = files(folder), files(finished)
+    assert resumed.pop("embedding.json") != expected.pop("embedding.json")
+    assert resumed == expected
 
 
 def test_numbers_have_the_digits_of_clip_retrieval():
@@ -233,8 +234,8 @@ def test_the_command_killed_three_times_leaves_the_same_bytes(tmp_path):
             stderr=subprocess.DEVNULL,
         )
 
-    assert start(tmp_path / "whole").wait() == 0
-    assert len(list((tmp_path / "whole/metadata").iterdir())) == 50
+    assert start(tmp_path / "finished").wait() == 0
+    assert len(list((tmp_path / "finished/metadata").iterdir())) == 50
     killed = tmp_path / "killed"
     for parts in (4, 17, 31):
         process = start(killed)
@@ -246,5 +247,5 @@ def test_the_command_killed_three_times_leaves_the_same_bytes(tmp_path):
         assert not (killed / "skipped.jsonl").exists()
     assert start(killed).wait() == 0
     assert {n: b for n, b in files(killed).items() if "partial" not in n} == files(
-        tmp_path / "whole"
+        tmp_path / "finished"
     )

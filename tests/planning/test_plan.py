@@ -50,7 +50,7 @@ def test_a_product_counts_as_the_compiler_counts_it(m, k, n):
 
 
 def convolve(x, kernel):
-    """Without padding, and with a stride of one: where the compiler's count is the same."""
+    """Convolve without padding and with a stride of one, where the compiler's count agrees."""
     numbers = ("NHWC", "HWIO", "NHWC")
     return jax.lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=numbers)
 
@@ -179,7 +179,7 @@ def test_memory_is_the_compilers():
 
 
 def first_convolution(c):
-    """Its input is the image, whose gradient nobody takes; a hand count of 3 x forward has it."""
+    """Count the gradient of the image, which nobody takes; a hand count of 3 x forward has it."""
     if isinstance(c, ResNetConfig):
         return 2 * (c.image_size // 2) ** 2 * 27 * c.width // 2
     return 2 * c.grid_size**2 * 3 * c.patch_size**2 * c.width

@@ -97,12 +97,12 @@ def test_faiss_finds_the_nearest_and_its_index_follows_the_embeddings(tmp_path):
     embeddings = write_rows(tmp_path, z, parts=3)
     searcher = Searcher(embeddings, "faiss")
     wanted = brute_force_search(embeddings.parts, query, 10)
-    found = faiss_search(open_index(embeddings), embeddings, query, 10)
-    same = [np.isin(w, f).mean() for w, f in zip(wanted[1], found[1], strict=True)]
+    faiss = faiss_search(open_index(embeddings), embeddings, query, 10)
+    same = [np.isin(w, f).mean() for w, f in zip(wanted[1], faiss[1], strict=True)]
     # 512 candidates of 9,000: of these 200 nearest it finds all here, and must find nearly all.
     assert np.mean(same) > 0.98
-    every = np.isin(found[1], wanted[1]) & (found[1] == wanted[1])
-    assert (found[0][every] == wanted[0][every]).all()
+    every = np.isin(faiss[1], wanted[1]) & (faiss[1] == wanted[1])
+    assert (faiss[0][every] == wanted[0][every]).all()
     assert searcher.search(query[:1], 1)[0][0].metadata["image_path"].count("/") == 1
     # Stored, and not built again.
     written = index_path(embeddings).stat().st_mtime_ns
@@ -153,22 +153,21 @@ def embedded(tmp_path_factory):
     return root
 
 
-def run(monkeypatch, capsys, *args):
-    monkeypatch.setattr(sys, "argv", ["search", *map(str, args)])
-    assert command.main() == 0
+def run(capsys, *args):
+    assert command.main([str(arg) for arg in args]) == 0
     return capsys.readouterr().out
 
 
-def test_the_command_finds_what_was_embedded(embedded, monkeypatch, capsys):
+def test_the_command_finds_what_was_embedded(embedded, capsys):
     row = 17
     with Handles() as handles:
         (shard, _) = open_images(str(embedded / "data"))
         (embedded / "one.png").write_bytes(shard.image(row, handles))
-    text = run(monkeypatch, capsys, embedded / "out", "--image", embedded / "one.png", "--json")
+    text = run(capsys, embedded / "out", "--image", embedded / "one.png", "--json")
     hits = json.loads(text)
     assert len(hits) == 10 and hits[0]["index"] == hits[0]["row"] == row
     assert hits[0]["caption"] == "green dot" and abs(hits[0]["score"] - 1) < 2**-11
-    text = run(monkeypatch, capsys, embedded / "out", "red bar", "--among", "text", "--top", 4)
+    text = run(capsys, embedded / "out", "red bar", "--among", "text", "--top", 4)
     lines = text.splitlines()
     assert len(lines) == 4 and all(line.endswith("red bar") for line in lines)
 
@@ -183,12 +182,12 @@ def test_a_model_that_was_named_from_another_folder_is_the_same(
     embed_command.embed_source(embed_command.parse(args))
     monkeypatch.chdir(tmp_path)
     shutil.copytree(embedded / "model", tmp_path / "moved")
-    text = run(monkeypatch, capsys, "out", "red bar")
-    assert text == run(monkeypatch, capsys, "out", "red bar", "--model", "moved")
+    text = run(capsys, "out", "red bar")
+    assert text == run(capsys, "out", "red bar", "--model", "moved")
     assert len(text.splitlines()) == 10
 
 
-def test_a_changed_model_and_wrong_queries_are_one_line(embedded, monkeypatch, capsys, tmp_path):
+def test_a_changed_model_and_wrong_queries_are_one_line(embedded, capsys, tmp_path):
     write_tiny_model(tmp_path / "other", embedded / "data/t.model", seed=1)
     out = str(embedded / "out")
     for args, message in (
@@ -201,19 +200,19 @@ def test_a_changed_model_and_wrong_queries_are_one_line(embedded, monkeypatch, c
         ([out, "red", "--serve"], "leave the query out"),
     ):
         with pytest.raises(UserError, match=message):
-            run(monkeypatch, capsys, *args)
+            run(capsys, *args)
     (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more IEND")
     with pytest.raises(UserError, match="cannot be used"):
-        run(monkeypatch, capsys, out, "--image", str(tmp_path / "bad.png"))
+        run(capsys, out, "--image", str(tmp_path / "bad.png"))
 
 
-def test_a_folder_of_clip_retrieval_needs_its_model_named(embedded, monkeypatch, capsys, tmp_path):
-    shutil.copytree(embedded / "out", tmp_path / "theirs")
-    (tmp_path / "theirs/embedding.json").unlink()
+def test_a_folder_of_clip_retrieval_needs_its_model_named(embedded, capsys, tmp_path):
+    shutil.copytree(embedded / "out", tmp_path / "clip_retrieval")
+    (tmp_path / "clip_retrieval/embedding.json").unlink()
     with pytest.raises(UserError, match="does not say what made it; give --model"):
-        run(monkeypatch, capsys, tmp_path / "theirs", "red bar")
-    text = run(monkeypatch, capsys, tmp_path / "theirs", "red bar", "--model", embedded / "model")
-    assert text == run(monkeypatch, capsys, embedded / "out", "red bar")
+        run(capsys, tmp_path / "clip_retrieval", "red bar")
+    text = run(capsys, tmp_path / "clip_retrieval", "red bar", "--model", embedded / "model")
+    assert text == run(capsys, embedded / "out", "red bar")
 
 
 def test_probabilities_are_the_softmax_of_scaled_cosines():
@@ -223,9 +222,9 @@ def test_probabilities_are_the_softmax_of_scaled_cosines():
     texts = encode_text_query(encoders, [f"a {label}" for label in labels])
     logits = encoders.scale * (texts @ z[0]).astype(np.float64)
     wanted = np.exp(logits - logits.max())
-    found = class_probabilities(encoders, z, labels, "a {}")
+    p = class_probabilities(encoders, z, labels, "a {}")
     # exp of logits up to 100, which float32 holds to 8e-6.
-    np.testing.assert_allclose(found, wanted / wanted.sum(), rtol=1e-4)
+    np.testing.assert_allclose(p, wanted / wanted.sum(), rtol=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -275,16 +274,16 @@ def test_the_server_answers_as_the_functions_do(address):
     assert status == 200 and len(hits) == 5
     assert "default-src 'none'" in headers["content-security-policy"]
     data = encode(make_image("RGB", SIDE, SIDE + 3, seed=4), "PNG")
-    status, found, _ = ask(address, "POST", "/search?top=1", data)
-    assert json.loads(found)["hits"][0]["row"] == 4
-    status, found, _ = ask(address, "GET", "/search?row=4&top=1")
-    assert json.loads(found)["hits"][0] == {
+    status, answer, _ = ask(address, "POST", "/search?top=1", data)
+    assert json.loads(answer)["hits"][0]["row"] == 4
+    status, answer, _ = ask(address, "GET", "/search?row=4&top=1")
+    assert json.loads(answer)["hits"][0] == {
         "row": 4, "score": pytest.approx(1, abs=2**-10), "caption": "caption 4",
         "path": "s-00000.tar/000004",
     }  # fmt: skip
-    status, found, _ = ask(address, "POST", "/classify?label=x&label=yy&template=a+{}", data)
+    status, answer, _ = ask(address, "POST", "/classify?label=x&label=yy&template=a+{}", data)
     wanted = class_probabilities(encoders, encode_image_query(encoders, data), ["x", "yy"], "a {}")
-    np.testing.assert_allclose(json.loads(found)["probabilities"], wanted, rtol=1e-5)
+    np.testing.assert_allclose(json.loads(answer)["probabilities"], wanted, rtol=1e-5)
     status, small, headers = ask(address, "GET", "/thumbnails/4")
     assert status == 200 and headers["content-type"] == "image/jpeg" and small[:2] == b"\xff\xd8"
     assert json.loads(ask(address, "GET", "/about")[1])["count"] == 30
@@ -316,7 +315,7 @@ def test_the_server_refuses_what_it_must(address):
 @pytest.mark.parametrize("width", [1200, 420])
 def test_the_page_works_in_a_browser(address, tmp_path, width, scheme):
     playwright = pytest.importorskip("playwright.sync_api")
-    (tmp_path / "asked.png").write_bytes(encode(make_image("RGB", SIDE, SIDE + 3, seed=9), "PNG"))
+    (tmp_path / "query.png").write_bytes(encode(make_image("RGB", SIDE, SIDE + 3, seed=9), "PNG"))
     with playwright.sync_playwright() as p:
         browser = p.chromium.launch(
             executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"], timeout=120_000
@@ -331,8 +330,8 @@ def test_the_page_works_in_a_browser(address, tmp_path, width, scheme):
         page.get_by_label("By words").fill("caption 3")
         page.get_by_role("button", name="Search").click()
         page.wait_for_selector("#status:has-text('20 nearest to “caption 3”')")
-        page.get_by_label("By an image").set_input_files(tmp_path / "asked.png")
-        page.wait_for_selector("#status:has-text('asked.png')")
+        page.get_by_label("By an image").set_input_files(tmp_path / "query.png")
+        page.wait_for_selector("#status:has-text('query.png')")
         assert page.locator(".hit .caption").first.inner_text() == "caption 9"
         page.get_by_role("button", name="more like it").nth(1).click()
         page.wait_for_selector("#status:has-text('caption')")
@@ -344,12 +343,12 @@ def test_the_page_works_in_a_browser(address, tmp_path, width, scheme):
         page.get_by_role("button", name="Name it", exact=True).click()
         page.wait_for_selector(".bar >> nth=2")
         page.wait_for_load_state("networkidle")
-        found = page.evaluate(probe("section, label, button, .hit, .frame, .bar, img"))
+        layout = page.evaluate(probe("section, label, button, .hit, .frame, .bar, img"))
         paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
         percents = [float(x.split()[0]) for x in page.locator(".probability").all_inner_texts()]
         browser.close()
     assert messages == []
-    assert found["boxes"] > 80 and found["wrong"] == []
+    assert layout["boxes"] > 80 and layout["wrong"] == []
     assert (paper == "rgb(20, 23, 27)") == (scheme == "dark")
     assert percents == sorted(percents, reverse=True) and abs(sum(percents) - 100) < 0.2
 
