@@ -22,12 +22,11 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt
+from jaxtyping import Array, Bool, Float, Int
 
 Params = dict[str, Any]
 """A nested dict of arrays, as `flax.linen.Module.init` returns it under "params"."""
 
-ImagesU8 = UInt[Array | np.ndarray, "B H W 3"]
 Images = Float[Array, "B H W 3"]
 Tokens = Int[Array | np.ndarray, "B L"]
 Features = Float[Array, "B D"]

@@ -241,12 +241,6 @@ class MetricsWriter:
         self._file.close()
         self._board.close()
 
-    def __enter__(self) -> "MetricsWriter":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
 
 def to_json(value: Any) -> Any:
     """Return a value as JSON can hold it: numbers for arrays, strings for non-finite floats."""

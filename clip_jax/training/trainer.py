@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 
 from clip_jax.data.dataset import TrainingData
-from clip_jax.data.sources import fingerprint
+from clip_jax.data.sources import fingerprint as data_fingerprint
 from clip_jax.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED, UserError
 from clip_jax.evaluation.in_training import Evaluator
 from clip_jax.files import make_folder
@@ -64,19 +64,23 @@ def train(config: Config, workdir: str) -> int:
         )
     run = build_run(config, steps, workdir)
     check_streams(config.data.streams, batch_part(run.mesh)[1])
-    identity = run_fingerprint(
-        config, run.model.config, run.tokenizer_spec, data=fingerprint(data.shards), pairs=pairs
+    fingerprint = run_fingerprint(
+        config,
+        run.model.config,
+        run.tokenizer_spec,
+        data=data_fingerprint(data.shards),
+        pairs=pairs,
     )
-    distributed.agree(identity | {"its config": dataclasses.asdict(config)})
+    distributed.agree(fingerprint | {"its config": dataclasses.asdict(config)})
     print_summary(run, data, pairs=pairs, steps=steps)
     checkpoints = Checkpoints(folder, keep=config.checkpoint.keep)
     try:
-        state = restore_or_init(run, checkpoints, identity, folder)
+        state = restore_or_init(run, checkpoints, fingerprint, folder)
         if distributed.is_first():
             write_description(folder, describe_run(run))
         if int(state.step) < steps:
             checkpoints.require_room(state)
-        code = train_loop(run, data, state, steps, checkpoints, identity, folder)
+        code = train_loop(run, data, state, steps, checkpoints, fingerprint, folder)
     finally:
         checkpoints.close()
     watchdog.stand_by()
@@ -113,7 +117,7 @@ def check_streams(streams: int, parts: int) -> None:
 
 
 def restore_or_init(
-    run: RunComponents, checkpoints: Checkpoints, identity: Fingerprint, folder: Path
+    run: RunComponents, checkpoints: Checkpoints, fingerprint: Fingerprint, folder: Path
 ) -> TrainState:
     """Restore the newest whole checkpoint, or make a fresh state.
 
@@ -125,7 +129,7 @@ def restore_or_init(
     meta = checkpoints.latest_meta()
     if meta is not None:
         saved = complete_fingerprint(meta["fingerprint"], folder)
-        check_fingerprint(saved, identity, folder)
+        check_fingerprint(saved, fingerprint, folder)
         restored = checkpoints.restore(run.shapes)
         if restored is not None:
             state, meta = restored
@@ -155,7 +159,7 @@ def train_loop(
     state: TrainState,
     steps: int,
     checkpoints: Checkpoints,
-    identity: Fingerprint,
+    fingerprint: Fingerprint,
     folder: Path,
 ) -> int:
     """Step from `state` to the end, a signal, or a loss that is not finite; return the exit code.
@@ -189,7 +193,7 @@ def train_loop(
             logger=logger,
             checkpoints=checkpoints,
             best=best,
-            identity=identity,
+            fingerprint=fingerprint,
             state=state,
             step=start,
         )
@@ -220,7 +224,7 @@ class Trainer:
       feed: places the batches.
       logger: takes the metrics.
       checkpoints, best: where states are saved; `best` is None where no metric is watched.
-      identity: the fingerprint of the run, saved with each state.
+      fingerprint: the fingerprint of the run, saved with each state.
       state: the state after `step` updates.
       step: the number of updates.
       pending: the newest step, while its metrics are not read.
@@ -236,7 +240,7 @@ class Trainer:
     logger: RunLogger
     checkpoints: Checkpoints
     best: BestCheckpoint | None
-    identity: Fingerprint
+    fingerprint: Fingerprint
     state: TrainState
     step: int
     pending: DispatchedStep | None = None
@@ -315,14 +319,14 @@ class Trainer:
         if self.best is None:
             return
         try:
-            self.best.offer(self.state, self.step, metrics, self.identity)
+            self.best.offer(self.state, self.step, metrics, self.fingerprint)
         except UserError:  # a metric that is not measured; no step shall be lost for it
             self.save()
             raise
 
     def save(self) -> None:
         """Start saving the state."""
-        self.checkpoints.save(self.state, self.step, self.identity)
+        self.checkpoints.save(self.state, self.step, self.fingerprint)
 
     def exit_code(self) -> int:
         """Return the process's exit code, and say how a run that was stopped goes on."""

@@ -1,5 +1,6 @@
 """Rates of a run, and the files that it writes."""
 
+import contextlib
 import json
 import math
 import struct
@@ -95,7 +96,7 @@ def test_throughput_of_a_clock_that_stands_is_unknown():
 
 
 def write(workdir, steps, **options):
-    with MetricsWriter(workdir, **options) as writer:
+    with contextlib.closing(MetricsWriter(workdir, **options)) as writer:
         for step in steps:
             writer.write(step, {"loss": jnp.float32(1 / (step + 1)), "rows": 7, "note": "a"})
     return (workdir / "metrics.jsonl").read_bytes()
@@ -110,7 +111,7 @@ def test_lines_hold_every_digit_and_valid_json(tmp_path):
         "down": -math.inf,
         "bad": {"truncated": np.int64(3)},
     }
-    with MetricsWriter(tmp_path / "new" / "run") as writer:
+    with contextlib.closing(MetricsWriter(tmp_path / "new" / "run")) as writer:
         writer.write(3, values)
         text = (tmp_path / "new" / "run" / "metrics.jsonl").read_text()  # flushed before close
 
