@@ -7,6 +7,7 @@ Captions come from a text feature, or from the class names of a label.
 import glob
 import os
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,10 @@ from clip_jax.data.formats.errors import unreadable
 from clip_jax.data.formats.options import Options
 from clip_jax.data.shards import BadSampleError, Handles, caption_values
 from clip_jax.errors import UserError, short
+
+# tfds imports its parts when they are first used, under locks of its own: two threads that do so
+# at once may wait for each other.
+_OPENING = threading.Lock()
 
 CAPTION_FEATURES = ("caption", "captions", "text", "title", "description")
 
@@ -175,19 +180,26 @@ def open_tfds(path: str, options: Options) -> TfdsShard:
     """
     name = path.removeprefix("tfds:")
     folder = find_folder(name)
+    with _OPENING:
+        source, info = _open_source(name, folder, options.split)
+    shown = f"tfds:{name if name[:1] != '/' else os.path.basename(folder)}#{options.split}"
+    size = int(info.splits[options.split].num_bytes)
+    return TfdsShard(shown, source, info.features, size, options)
+
+
+def _open_source(name: str, folder: str, split: str) -> tuple[Any, Any]:
+    """Return a split as tfds reads it, with its images encoded, and the set's info."""
     import tensorflow_datasets as tfds
 
     with _tfds_errors(name, folder):
         builder = tfds.builder_from_directory(folder)
-    features = builder.info.features
     decoders = {
-        n: tfds.decode.SkipDecoding() for n, f in features.items() if type(f).__name__ == "Image"
+        n: tfds.decode.SkipDecoding()
+        for n, f in builder.info.features.items()
+        if type(f).__name__ == "Image"
     }
     with _tfds_errors(name, folder):
-        source = builder.as_data_source(split=options.split, decoders=decoders)
-        size = builder.info.splits[options.split].num_bytes
-    shown = f"tfds:{name if name[:1] != '/' else os.path.basename(folder)}#{options.split}"
-    return TfdsShard(shown, source, features, int(size), options)
+        return builder.as_data_source(split=split, decoders=decoders), builder.info
 
 
 @contextmanager
