@@ -1,4 +1,4 @@
-"""Every row of the zoo against the modules that open_clip builds from its own configuration."""
+"""Every model of the zoo against the modules that open_clip builds from its own configuration."""
 
 import json
 import re
@@ -28,6 +28,7 @@ OURS = {name: f"{name}-gelu" if re.fullmatch(r"RN\d+(x\d+)?", name) else name fo
 
 
 def activation_of(module) -> str:
+    """Return our name of an activation's module."""
     if isinstance(module, open_clip.transformer.QuickGELU):
         return "quick_gelu"
     if isinstance(module, timm.layers.activations.GELUTanh):
@@ -36,17 +37,18 @@ def activation_of(module) -> str:
 
 
 def resnet_of(visual) -> ResNetConfig:
+    """Return the config of open_clip's ResNet, read from its modules."""
     stages = [visual.layer1, visual.layer2, visual.layer3, visual.layer4]
     size = int(np.ravel(visual.image_size)[0])
-    made = ResNetConfig(size, tuple(map(len, stages)), visual.conv3.out_channels)
-    assert visual.attnpool.num_heads == made.heads
-    return made
+    config = ResNetConfig(size, tuple(map(len, stages)), visual.conv3.out_channels)
+    assert visual.attnpool.num_heads == config.heads
+    return config
 
 
-def vit_of(visual, row: ViTConfig) -> ViTConfig:
-    """The config of an open_clip tower, read from its modules; `row` says the ratio's digits."""
+def vit_of(visual, entry: ViTConfig) -> ViTConfig:
+    """Return the config of open_clip's ViT, read from its modules, with the `entry`'s mlp_ratio."""
     block = visual.transformer.resblocks[0]
-    assert block.mlp.c_fc.out_features == row.mlp_width
+    assert block.mlp.c_fc.out_features == entry.mlp_width
     has_scale = not isinstance(block.ls_1, torch.nn.Identity)
     return ViTConfig(
         image_size=visual.image_size[0],
@@ -54,7 +56,7 @@ def vit_of(visual, row: ViTConfig) -> ViTConfig:
         width=visual.conv1.out_channels,
         layers=len(visual.transformer.resblocks),
         heads=block.attn.num_heads,
-        mlp_ratio=row.mlp_ratio,
+        mlp_ratio=entry.mlp_ratio,
         activation=activation_of(block.mlp.gelu),
         norm_eps=block.ln_1.eps,
         pool={"tok": "token", "avg": "average"}[visual.pool_type],
@@ -62,16 +64,16 @@ def vit_of(visual, row: ViTConfig) -> ViTConfig:
         class_token=visual.class_embedding is not None,
         pre_norm=not isinstance(visual.ln_pre, torch.nn.Identity),
         patch_bias=visual.conv1.bias is not None,
-        layer_scale=row.layer_scale if has_scale else None,
+        layer_scale=entry.layer_scale if has_scale else None,
         project=visual.proj is not None,
     )
 
 
-def timm_vit_of(trunk, row: ViTConfig) -> ViTConfig:
-    """The config of timm's tower, read from its modules."""
+def timm_vit_of(trunk, entry: ViTConfig) -> ViTConfig:
+    """Return the config of timm's tower, read from its modules."""
     block, pool = trunk.blocks[0], trunk.attn_pool
     for mlp in (block.mlp, pool.mlp):
-        assert mlp.fc1.out_features == row.mlp_width
+        assert mlp.fc1.out_features == entry.mlp_width
         assert activation_of(mlp.act) == activation_of(block.mlp.act)
     assert pool.num_heads == block.attn.num_heads and pool.pos_embed is None
     assert pool.norm.eps == trunk.norm.eps == block.norm1.eps
@@ -83,27 +85,27 @@ def timm_vit_of(trunk, row: ViTConfig) -> ViTConfig:
         width=trunk.embed_dim,
         layers=len(trunk.blocks),
         heads=block.attn.num_heads,
-        mlp_ratio=row.mlp_ratio,
+        mlp_ratio=entry.mlp_ratio,
         activation=activation_of(block.mlp.act),
         norm_eps=block.norm1.eps,
         pool=trunk.global_pool,
         class_token=trunk.cls_token is not None,
         pre_norm=not isinstance(trunk.norm_pre, identity),
         patch_bias=trunk.patch_embed.proj.bias is not None,
-        layer_scale=None if isinstance(block.ls1, identity) else row.layer_scale,
+        layer_scale=None if isinstance(block.ls1, identity) else entry.layer_scale,
         project=not isinstance(trunk.head, identity),
     )
 
 
-def text_of(model, row: TextConfig) -> TextConfig:
-    """The config of an open_clip text tower, read from its modules."""
+def text_of(model, entry: TextConfig) -> TextConfig:
+    """Return the config of open_clip's text tower, read from its modules."""
     text = getattr(model, "text", model)
     pool = text.pool_type if hasattr(text, "pool_type") else text.text_pool_type
     eos_id = text.eos_id if hasattr(text, "eos_id") else text.text_eos_id
     block, width = text.transformer.resblocks[0], text.token_embedding.embedding_dim
     projection = text.text_projection
-    assert block.mlp.c_fc.out_features == row.mlp_width
-    ends = {"argmax": text.vocab_size - 1, "eos": eos_id, "last": row.eot_id}
+    assert block.mlp.c_fc.out_features == entry.mlp_width
+    ends = {"argmax": text.vocab_size - 1, "eos": eos_id, "last": entry.eot_id}
     return TextConfig(
         width=width,
         layers=len(text.transformer.resblocks),
@@ -111,7 +113,7 @@ def text_of(model, row: TextConfig) -> TextConfig:
         context_length=text.context_length,
         vocab_size=text.vocab_size,
         eot_id=ends[pool],
-        mlp_ratio=row.mlp_ratio,
+        mlp_ratio=entry.mlp_ratio,
         activation=activation_of(block.mlp.gelu),
         norm_eps=block.ln_1.eps,
         causal=text.attn_mask is not None,
@@ -121,39 +123,39 @@ def text_of(model, row: TextConfig) -> TextConfig:
     )
 
 
-def config_of(model, row: CLIPConfig, init_logit_bias: float | None) -> CLIPConfig:
-    """The row of the zoo that an open_clip model is, read from its modules."""
+def config_of(model, entry: CLIPConfig, init_logit_bias: float | None) -> CLIPConfig:
+    """Return the entry of the zoo that an open_clip model is, read from its modules."""
     visual = model.visual
     vision: ViTConfig | ResNetConfig
     if isinstance(visual, open_clip.modified_resnet.ModifiedResNet):
         vision = resnet_of(visual)
     elif hasattr(visual, "trunk"):
         assert not len(visual.head)
-        vision = timm_vit_of(visual.trunk, row.vision)
+        vision = timm_vit_of(visual.trunk, entry.vision)
     else:
-        vision = vit_of(visual, row.vision)
-    text = text_of(model, row.text)
+        vision = vit_of(visual, entry.vision)
+    text = text_of(model, entry.text)
     bias = None if init_logit_bias is None else float(init_logit_bias)
-    return CLIPConfig(row.embed_dim, vision, text, row.init_logit_scale, bias)
+    return CLIPConfig(entry.embed_dim, vision, text, entry.init_logit_scale, bias)
 
 
 @pytest.mark.parametrize("name", COUNTS)
-def test_a_row_is_what_open_clip_builds_by_its_name(name):
-    """At full size, on a device that holds no numbers."""
+def test_an_entry_is_what_open_clip_builds_by_its_name(name):
+    """The model has its full size, on a device that holds no numbers."""
     options = open_clip.get_model_config(name)
     make = CustomTextCLIP if options.pop("custom_text", False) else open_clip.CLIP
     with torch.device("meta"):
         model = make(**options)
-    row = MODELS[OURS[name]]
-    assert options["embed_dim"] == row.embed_dim
-    assert config_of(model, row, options.get("init_logit_bias")) == row
+    entry = MODELS[OURS[name]]
+    assert options["embed_dim"] == entry.embed_dim
+    assert config_of(model, entry, options.get("init_logit_bias")) == entry
     image = sum(p.numel() for p in model.visual.parameters())
     others = 1 + (model.logit_bias is not None)
     text = sum(p.numel() for p in model.parameters()) - image - others
     assert [image, text] == COUNTS[name]
 
 
-def test_every_other_name_of_open_clip_is_left_out():
+def test_every_other_name_of_open_clip_is_refused():
     others = set(open_clip.list_models()) - set(COUNTS)
     assert others == set(GOLDEN["left_out"])
     assert all(unsupported_reason(name) for name in others)
