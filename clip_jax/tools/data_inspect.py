@@ -73,8 +73,8 @@ class FieldCount:
     """A field of the samples' records: how many have it, and the bounds of its numbers."""
 
     samples: int
-    low: float | None = None
-    high: float | None = None
+    low: int | float | None = None
+    high: int | float | None = None
 
 
 @dataclass(frozen=True)
