@@ -40,7 +40,16 @@ def make_batch(config, seed=0):
 HALF = Preprocess(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
 
-def make_parts(model, mesh, *, optimizer="adamw", jitter=False, patch_dropout=0.0, **train):
+def make_parts(
+    model,
+    mesh,
+    *,
+    optimizer="adamw",
+    jitter=False,
+    patch_dropout=0.0,
+    wrap_loss=lambda loss_fn: loss_fn,
+    **train,
+):
     """Return (optimizer, section, the state's shapes, step); `train` are the section's fields."""
     section = TrainSection(**{"loss_tile": 8, "mask_equal_captions": True} | train)
     optim = OptimSection(name=optimizer, learning_rate=1e-3, warmup_steps=5)
@@ -61,7 +70,14 @@ def make_parts(model, mesh, *, optimizer="adamw", jitter=False, patch_dropout=0.
         patches=model.config.vision.grid_size**2 if patch_dropout else 0,
     )
     step = make_train_step(
-        model, loss_fn, transformation, schedule, shapes, section, preprocess=HALF, draws=draws
+        model,
+        wrap_loss(loss_fn),
+        transformation,
+        schedule,
+        shapes,
+        section,
+        preprocess=HALF,
+        draws=draws,
     )
     return transformation, section, shapes, step
 

@@ -12,6 +12,7 @@ from clip_jax.config import default, known_keys, resolve, unknown_key_message
 from clip_jax.errors import UserError
 from clip_jax.models.zoo import MODELS
 from clip_jax.sections import Config
+from clip_jax.training.optimizer import SCALERS
 
 ROOT = Path(__file__).parent.parent
 EXPERIMENTS = sorted(p.name for p in (ROOT / "experiments").glob("*.py") if p.name != "paper.py")
@@ -70,7 +71,7 @@ def test_the_papers_hyper_parameters(file, model, learning_rate, beta2, eps):
         ("train", "batch_size", 100, "not a multiple of config.data.streams 8"),
         ("train", "loss", "hinge", "one of softmax, sigmoid"),
         ("train", "freeze", "both", 'one of "", image, text'),
-        ("optim", "name", "sgd", "one of adamw, lion, adafactor, muon"),
+        ("optim", "name", "sgd", f"one of {', '.join(SCALERS)}"),
         ("model", "dtype", "float16", "one of float32, bfloat16"),
         ("model", "attention", "flash", "one of auto, xla, cudnn"),
         ("model", "remat", "some", "one of none, dots, blocks, full"),

@@ -69,6 +69,12 @@ MOBILECLIP2 = Preprocess(interpolation="bilinear")  # 2: MobileCLIP2-S3 and -S4
 INCEPTION = Preprocess(mean=_HALF, std=_HALF)  # 1: ViT-L-14 laion2b_s32b_b82k
 
 
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+"""Names of images in archives, folders, tables and records: what `image_suffix` can tell."""
+IMAGE_KINDS = "JPEG, PNG or WebP"
+"""The same, for messages."""
+
+
 class ImageError(BadSampleError):
     """An image that cannot be used.
 

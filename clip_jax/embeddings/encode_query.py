@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float32
 
-from clip_jax.data.images import ImageError, decode_image, eval_transform
+from clip_jax.data.images import IMAGE_KINDS, ImageError, decode_image, eval_transform
 from clip_jax.embeddings.folder import Embeddings
 from clip_jax.errors import UserError
 from clip_jax.evaluation.encoders import Encoders, encode_padded, unit_rows
@@ -45,7 +45,7 @@ def encode_image_query(encoders: Encoders, data: bytes) -> Float32[np.ndarray, "
             image, encoders.image_size, encoders.preprocess, max_pixels=MAX_PIXELS
         )
     except ImageError as e:
-        raise UserError(f"the image cannot be used ({e}); give a JPEG, PNG or WebP") from None
+        raise UserError(f"the image cannot be used ({e}); give a {IMAGE_KINDS}") from None
     return unit_rows(encoders.encode_image(pixels_HWC[None]))
 
 

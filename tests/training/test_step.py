@@ -1,5 +1,7 @@
 """The step: the same on every mesh, nothing applied that is not finite, and it learns."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -126,3 +128,14 @@ def test_mesh_mistakes_name_the_numbers():
         make_mesh(data=3, fsdp=2, tensor=1)
     with pytest.raises(UserError, match=r"batch_size 100 is not a multiple .* = 8 .*: 96"):
         check_batch_size("config.train.batch_size", 100, make_mesh(data=-1, fsdp=1, tensor=1))
+
+
+def test_a_step_is_traced_once_for_each_length_of_captions():
+    mesh = one_device_mesh()
+    state, step = make_all(VIT, mesh, wrap_loss=functools.partial(chex.assert_max_traces, n=1))
+    batch = make_batch(VIT)
+    for _ in range(3):
+        state, _ = step(state, place_batch(batch, mesh))
+    trimmed = place_batch(batch | {"text": batch["text"][:, :8]}, mesh)
+    with pytest.raises(AssertionError, match="traced > 1 times"):
+        step(state, trimmed)

@@ -12,7 +12,7 @@ from typing import Any
 from clip_jax.data.formats.file_shard import FileShard
 from clip_jax.data.formats.options import Options
 from clip_jax.data.formats.remote import read_whole
-from clip_jax.data.formats.webdataset import IMAGE_SUFFIXES
+from clip_jax.data.images import IMAGE_SUFFIXES
 from clip_jax.data.shards import (
     MAX_IMAGE_BYTES,
     MAX_TEXT_BYTES,

@@ -20,6 +20,7 @@ from clip_jax.data.formats.errors import ShardError, damaged, unreadable
 from clip_jax.data.formats.file_shard import FileShard
 from clip_jax.data.formats.options import Options
 from clip_jax.data.formats.remote import is_url, open_local
+from clip_jax.data.images import IMAGE_SUFFIXES
 from clip_jax.data.shards import (
     MAX_IMAGE_BYTES,
     BadSampleError,
@@ -30,7 +31,7 @@ from clip_jax.data.shards import (
 from clip_jax.errors import short
 from clip_jax.protobuf import BYTES, fields, varints
 
-IMAGE_FEATURES = ("image", "image/encoded", "jpg", "jpeg", "png", "webp", "image_bytes", "img")
+IMAGE_FEATURES = ("image", "image/encoded", *IMAGE_SUFFIXES, "image_bytes", "img")
 CAPTION_FEATURES = ("caption", "text", "txt", "title", "captions", "caption/text", "image/caption")
 LABEL_FEATURES = ("label", "cls", "image/class/label", "class")
 

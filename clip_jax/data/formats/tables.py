@@ -19,6 +19,7 @@ from clip_jax.data.formats.errors import unreadable
 from clip_jax.data.formats.file_shard import FileShard
 from clip_jax.data.formats.options import Options
 from clip_jax.data.formats.remote import CACHE, RemoteError, is_url, open_local, read_whole
+from clip_jax.data.images import IMAGE_SUFFIXES
 from clip_jax.data.shards import (
     MAX_IMAGE_BYTES,
     BadSampleError,
@@ -30,7 +31,7 @@ from clip_jax.data.shards import (
 from clip_jax.errors import UserError, short
 
 IMAGE_COLUMNS = ("filepath", "file_name", "image_path", "path", "filename", "file", "image")
-BYTES_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes", "img")
+BYTES_COLUMNS = ("image", *IMAGE_SUFFIXES, "image_bytes", "bytes", "img")
 CAPTION_COLUMNS = ("title", "caption", "text", "captions", "txt", "alt_text")
 LABEL_COLUMNS = ("label", "cls", "class")
 

@@ -21,6 +21,7 @@ from jaxtyping import UInt32
 from clip_jax.data.formats import tar
 from clip_jax.data.formats.errors import ShardError, damaged, unreadable
 from clip_jax.data.formats.remote import RemoteError, is_url, open_local
+from clip_jax.data.images import IMAGE_SUFFIXES
 from clip_jax.data.shards import (
     MAX_IMAGE_BYTES,
     MAX_TEXT_BYTES,
@@ -33,7 +34,6 @@ from clip_jax.data.shards import (
 )
 from clip_jax.files import atomic_write
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 SUFFIXES = (*IMAGE_SUFFIXES, "txt", "json", "cls")
 SIDE_SUFFIX = ".index.json"
 """Of the file beside a shard that says what it must hold."""

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clip_jax.data.formats.webdataset import IMAGE_SUFFIXES
-from clip_jax.data.images import decode_image, image_suffix
+from clip_jax.data.images import IMAGE_SUFFIXES, decode_image, image_suffix
 from clip_jax.data.shards import BadSampleError, Handles, Shard
 from clip_jax.files import atomic_write
 
