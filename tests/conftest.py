@@ -3,6 +3,7 @@
 import os
 import tempfile
 
+from checked_rooms import CHECKED
 from jaxtyping import install_import_hook
 from quick import QUICK
 
@@ -12,14 +13,6 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 _CACHE = tempfile.TemporaryDirectory(prefix="clip_jax_test_programs_")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
-
-
-CHECKED = (
-    *("models", "losses", "data", "pretrained", "evaluation", "embeddings", "tools"),
-    *("report_page.load_run", "report_page.select_examples"),
-    *("training.device_augment", "training.step"),
-)
-"""The rooms that have array types: they are checked at every call, at trace time under jit."""
 
 
 def check_devices() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from conftest import CHECKED
+from checked_rooms import CHECKED
 
 PACKAGE = Path(__file__).parent.parent / "clip_jax"
 
