@@ -75,6 +75,7 @@ def losses_on(mesh: Mesh, options: argparse.Namespace) -> dict[str, Callable]:
             options.loss,
             mesh=mesh,
             batch_axes=("data",),
+            platform=mesh.devices.flat[0].platform,
             tile_size=options.tile_size,
             mask_equal_captions=False,
             form=form,

@@ -61,6 +61,7 @@ def loss_call(run: Run) -> tuple:
         "softmax",
         mesh=run.components.mesh,
         batch_axes=BATCH_AXES,
+        platform=run.components.model.target.platform,
         tile_size=0,
         mask_equal_captions=False,
     )
@@ -86,7 +87,7 @@ class Updater:
             return opt_state, optax.apply_updates(params, updates)
 
         params = jax.tree.map(jnp.copy, run.state.params)
-        options = compiler_options(jax.default_backend())
+        options = compiler_options(run.components.model.target.platform)
         self.step = jax.jit(update, donate_argnums=(1, 2), compiler_options=options)
         self.grads = jax.tree.map(jnp.ones_like, params)
         self.state = optimizer.init(params), params

@@ -19,7 +19,7 @@ from clip_jax.evaluation.zero_shot import class_embeddings
 from clip_jax.models.clip import CLIP, CLIPConfig, init_variables, unit_length
 from clip_jax.models.relevance import make_relevance
 from clip_jax.models.zoo import model_config
-from clip_jax.parallel.mesh import make_mesh
+from clip_jax.parallel.mesh import device_target, make_mesh
 from clip_jax.pretrained.load import tokenizer_family
 from clip_jax.pretrained.resize import resize_checkpoint
 from clip_jax.pretrained.tags import family_preprocess
@@ -67,9 +67,10 @@ class LoadedCLIP:
         self.preprocessing = preprocessing
         self.tokenizer_spec = tokenizer_spec
         self.tokenizer = None if tokenizer_spec is None else make_tokenizer(tokenizer_spec)
-        self._encode_image, self._encode_text = make_encoders(CLIP(config), preprocessing)
+        model = CLIP(config, target=device_target(jax.devices()[0]))
+        self._encode_image, self._encode_text = make_encoders(model, preprocessing)
         self._unit_length = jax.jit(unit_length)
-        self._relevance = jax.jit(make_relevance(CLIP(config)))
+        self._relevance = jax.jit(make_relevance(model))
 
     def known_tokenizer(self) -> Tokenizer:
         """Return the tokenizer.

@@ -38,10 +38,11 @@ class ModelSection:
     patch_dropout: float = 0.0
     """Share of a training image's patches that are left out (FLIP, arXiv:2212.00794)."""
     attention: str = may_change("auto")
-    """"xla", "cudnn" (NVIDIA GPUs), or "auto": cudnn where it can run, xla elsewhere."""
-    remat: str = may_change("none")
-    """What the backward pass computes again instead of keeping: "none", all but matrix products
-    ("dots"), the inside of every block ("blocks"), or whole towers ("full")."""
+    """"xla", "cudnn" (NVIDIA GPUs), "pallas" (TPUs), or "auto": what can run there, else xla."""
+    remat: str = may_change("auto")
+    """What the backward pass computes again instead of keeping: "none"; all but matrix products, in
+    blocks with a backward pass of their own ("minimal") or by JAX ("dots"); the inside of every
+    block ("blocks"); whole towers ("full"). "auto" is none on CPUs and minimal elsewhere."""
     scan: bool = may_change(False)
     """Compile a tower's block once and loop over it: for deep models; the same numbers."""
 

@@ -60,6 +60,7 @@ def make_parts(
         section.loss,
         mesh=mesh,
         batch_axes=BATCH_AXES,
+        platform=model.target.platform,
         tile_size=section.loss_tile,
         mask_equal_captions=section.mask_equal_captions,
     )

@@ -74,7 +74,7 @@ def test_the_papers_hyper_parameters(file, model, learning_rate, beta2, eps):
         ("optim", "name", "sgd", f"one of {', '.join(SCALERS)}"),
         ("model", "dtype", "float16", "one of float32, bfloat16"),
         ("model", "attention", "flash", "one of auto, xla, cudnn"),
-        ("model", "remat", "some", "one of none, dots, blocks, full"),
+        ("model", "remat", "some", "one of auto, none, minimal, dots, blocks, full"),
         ("data", "crop_scale", (0.5, 1.5), "0 < low <= high <= 1"),
         ("data", "crop_scale", (0.5,), "it takes 2"),
         ("mesh", "fsdp", 0, "config.mesh.fsdp is 0"),

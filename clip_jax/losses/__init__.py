@@ -49,6 +49,7 @@ def make_loss(
     *,
     mesh: Mesh,
     batch_axes: tuple[str, ...],
+    platform: str,
     tile_size: int,
     mask_equal_captions: bool,
     form: str = "tiled",
@@ -59,6 +60,7 @@ def make_loss(
       name: "softmax" (InfoNCE, CLIP) or "sigmoid" (SigLIP).
       mesh: the devices; rows are sharded over `batch_axes`, further axes hold copies.
       batch_axes: mesh axes whose product shards the batch, in the order of its PartitionSpec.
+      platform: of the devices that the program is traced for; the tile rule's.
       tile_size: most rows and most columns of the logits at a time. The batch is split into as few
         tiles as this allows, all of one size: a device's largest temporary is [tile, tile],
         float32. 0 chooses by the batch and the devices: `tiled.choose_tiling`.
@@ -81,7 +83,9 @@ def make_loss(
 
     dense, tile_loss = LOSSES[name]
     tiling_rule = functools.partial(choose_tiling, tile_size=tile_size)
-    tiled = make_tiled_loss(tile_loss, mesh=mesh, batch_axes=batch_axes, tiling_rule=tiling_rule)
+    tiled = make_tiled_loss(
+        tile_loss, mesh=mesh, batch_axes=batch_axes, platform=platform, tiling_rule=tiling_rule
+    )
 
     def loss_fn(z_image_BD, z_text_BD, scale, bias, valid_B, caption_id_B) -> LossOutput:
         ids = caption_id_B if mask_equal_captions else None

@@ -498,6 +498,7 @@ def make_tiled_loss(
     *,
     mesh: Mesh,
     batch_axes: tuple[str, ...],
+    platform: str,
     tiling_rule: Callable[[int, int, int, str], Tiling],
 ) -> Callable[..., LossOutput]:
     """Make a loss over global arrays whose rows are sharded over `batch_axes`, in that order.
@@ -510,6 +511,7 @@ def make_tiled_loss(
     Args:
       loss: what is computed of the tiles.
       mesh, batch_axes: the devices, and the axes whose product shards the rows.
+      platform: of the devices that the program is traced for, "cpu" or another.
       tiling_rule: (rows per device, batch size, features, platform) -> Tiling: `choose_tiling`.
 
     Returns:
@@ -518,7 +520,6 @@ def make_tiled_loss(
       evenly.
     """
     devices = math.prod(mesh.shape[axis] for axis in batch_axes)
-    platform = mesh.devices.flat[0].platform
 
     def loss_fn(z_image_BD, z_text_BD, scale, bias, valid_B, caption_id_B) -> LossOutput:
         batch_size, embed_dim = z_image_BD.shape

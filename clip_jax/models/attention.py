@@ -1,10 +1,11 @@
 """Attention, its kernel chosen when a program is traced.
 
-There are two kernels: XLA's, which makes the logits of all heads, and cuDNN's flash attention,
-which never holds them. cuDNN takes a causal mask and lengths of sequences, but no mask array at an
-odd length in training (jax 0.10, `jax/_src/cudnn/fused_attention_stablehlo.py`,
-check_is_flash_attention); 77, 197 and 257 are odd. So no mask array is ever made, and odd lengths
-get one more row, which the causal mask or the lengths hide.
+There are three kernels: XLA's, which makes the logits of all heads; on TPUs one of ours in Pallas,
+which holds whole sequences in fast memory; and cuDNN's flash attention on NVIDIA GPUs. cuDNN takes
+a causal mask and lengths of sequences, but no mask array at an odd length in training (jax 0.10,
+`jax/_src/cudnn/fused_attention_stablehlo.py`, check_is_flash_attention); 77, 197 and 257 are odd.
+So no mask array is ever made, and odd lengths get one more row, which the causal mask or the
+lengths hide.
 """
 
 import dataclasses
@@ -16,19 +17,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from clip_jax.errors import UserError
-
-
-@dataclasses.dataclass(frozen=True)
-class Accelerator:
-    """The kind of device that a program runs on.
-
-    Attributes:
-      platform: "cpu", "cuda", "rocm" or "tpu".
-      capability: an NVIDIA GPU's compute capability.
-    """
-
-    platform: str
-    capability: tuple[int, int] = (0, 0)
+from clip_jax.models.kernels.vmem import attention_fits
+from clip_jax.models.target import ONE_CPU, Target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +26,7 @@ class Kernel:
     """The kernel of one attention.
 
     Attributes:
-      name: "xla" or "cudnn".
+      name: "xla", "cudnn" or "pallas".
       note: the reason for xla, or cudnn's padding; empty where there is none.
     """
 
@@ -47,22 +37,12 @@ class Kernel:
         return f"{self.name} ({self.note})" if self.note else self.name
 
 
-def this_accelerator() -> Accelerator:
-    """Return the kind of the first device."""
-    device = jax.devices()[0]
-    if device.platform != "gpu":
-        return Accelerator(device.platform)
-    if "cuda" not in device.client.platform_version:
-        return Accelerator("rocm")
-    major, minor = device.compute_capability.split(".")
-    return Accelerator("cuda", (int(major), int(minor)))
-
-
 def choose_kernel(
     implementation: str,
-    accelerator: Accelerator,
+    target: Target,
     *,
     dtype: DTypeLike,
+    heads: int,
     head_size: int,
     queries: int,
     keys: int,
@@ -70,21 +50,28 @@ def choose_kernel(
     """Return the kernel of an attention of so many query and key rows; a function of these alone.
 
     Args:
-      implementation: "xla", "cudnn", or "auto": cudnn where it can run and saves memory.
-      accelerator: the kind of device.
+      implementation: "xla", "cudnn" (NVIDIA GPUs), "pallas" (TPUs), or "auto": on GPUs and TPUs
+        their own where it can run and saves memory.
+      target: the devices.
       dtype: of queries, keys and values.
-      head_size: features of one head.
+      heads, head_size: the number of heads, and the features of one.
       queries, keys: rows of a sequence.
 
     Raises:
-      UserError: "cudnn" is asked for where it cannot run.
+      UserError: "cudnn" or "pallas" is asked for where it cannot run.
     """
     if implementation == "xla":
         return Kernel("xla")
-    reason = _cudnn_unsupported_reason(accelerator, jnp.dtype(dtype), head_size)
-    if reason and implementation == "cudnn":
+    name = implementation
+    if implementation == "auto":
+        name = "pallas" if target.platform == "tpu" else "cudnn"
+    if name == "pallas":
+        reason = _pallas_unsupported_reason(target, jnp.dtype(dtype), heads, head_size, keys)
+    else:
+        reason = _cudnn_unsupported_reason(target, jnp.dtype(dtype), head_size)
+    if reason and implementation != "auto":
         raise UserError(
-            f'config.model.attention is "cudnn", which cannot run here: {reason}; '
+            f'config.model.attention is "{name}", which cannot run here: {reason}; '
             'choose "auto" or "xla"'
         )
     if reason:
@@ -92,20 +79,37 @@ def choose_kernel(
     if queries == 1:
         # Its logits are one row a head: there is nothing to save.
         return Kernel("xla", "one query")
+    if name == "pallas":
+        return Kernel("pallas") if queries == keys else Kernel("xla", "queries of other rows")
     odd = [length for length in dict.fromkeys((queries, keys)) if length % 2]
     return Kernel("cudnn", ", ".join(f"{length} padded to {length + 1}" for length in odd))
 
 
-def _cudnn_unsupported_reason(
-    accelerator: Accelerator, dtype: jnp.dtype, head_size: int
+def _pallas_unsupported_reason(
+    target: Target, dtype: jnp.dtype, heads: int, head_size: int, length: int
 ) -> str | None:
-    """Return why cuDNN's kernel cannot run, None where it can."""
-    largest = 256 if accelerator.capability >= (9, 0) else 128
-    version = ".".join(map(str, accelerator.capability))
+    """Return why the TPU's kernel cannot run, None where it can."""
     conditions = (
-        (accelerator.platform == "cuda", f"no NVIDIA GPU but {accelerator.platform}"),
+        (target.platform == "tpu", f"no TPU but {target.platform}"),
+        (dtype == jnp.bfloat16, f"{dtype} activations; it takes bfloat16"),
+        (head_size % 8 == 0, f"heads of {head_size} features, no multiple of 8"),
+        (target.splits_rows_alone, "heads are split over config.mesh.tensor"),
         (
-            accelerator.capability >= (8, 0),
+            attention_fits(length, heads * head_size, target.generation),
+            f"{length} rows do not fit in the fast memory of {target.generation}",
+        ),
+    )
+    return next((reason for holds, reason in conditions if not holds), None)
+
+
+def _cudnn_unsupported_reason(target: Target, dtype: jnp.dtype, head_size: int) -> str | None:
+    """Return why cuDNN's kernel cannot run, None where it can."""
+    largest = 256 if target.capability >= (9, 0) else 128
+    version = ".".join(map(str, target.capability))
+    conditions = (
+        (target.platform == "cuda", f"no NVIDIA GPU but {target.platform}"),
+        (
+            target.capability >= (8, 0),
             f"a GPU of compute capability {version}, below 8.0",
         ),
         (dtype.itemsize == 2, f"{dtype} activations; it takes bfloat16"),
@@ -123,6 +127,7 @@ def attend(
     is_causal: bool = False,
     key_lengths_B: Int[Array, " B"] | None = None,
     implementation: str = "auto",
+    target: Target = ONE_CPU,
 ) -> Float[Array, "B l N K"]:
     """Return softmax attention, scaled by K^-1/2; the softmax is in float32 whatever the dtype.
 
@@ -130,21 +135,25 @@ def attend(
       q_BLNK, k_BLNK, v_BLNK: queries, keys and values of N heads.
       is_causal: a query sees the keys up to its own position.
       key_lengths_B: how many leading keys the queries of each sequence see; None is all.
-      implementation: see `choose_kernel`.
+      implementation, target: see `choose_kernel`.
 
     Raises:
-      UserError: "cudnn" is asked for where it cannot run.
+      UserError: "cudnn" or "pallas" is asked for where it cannot run.
     """
     kernel = choose_kernel(
         implementation,
-        this_accelerator(),
+        target,
         dtype=q_BLNK.dtype,
+        heads=q_BLNK.shape[2],
         head_size=q_BLNK.shape[-1],
         queries=q_BLNK.shape[1],
         keys=k_BLNK.shape[1],
     )
     if kernel.name == "cudnn" and key_lengths_B is None:
         return attend_padded(q_BLNK, k_BLNK, v_BLNK, is_causal=is_causal, implementation="cudnn")
+    # A batch that the devices do not share equally is small: one to draw parameters with.
+    if kernel.name == "pallas" and key_lengths_B is None and len(q_BLNK) % target.batch_shards == 0:
+        return attend_short(q_BLNK, k_BLNK, v_BLNK, is_causal=is_causal, target=target)
     return jax.nn.dot_product_attention(
         q_BLNK,
         k_BLNK,
@@ -153,6 +162,25 @@ def attend(
         key_value_seq_lengths=key_lengths_B,
         implementation="xla",
     )
+
+
+def attend_short(
+    q_BLNK: Float[Array, "B L N K"],
+    k_BLNK: Float[Array, "B L N K"],
+    v_BLNK: Float[Array, "B L N K"],
+    *,
+    is_causal: bool,
+    target: Target,
+) -> Float[Array, "B L N K"]:
+    """Return attention by the TPU's kernel, which takes the heads of a row side by side."""
+    # Importing Pallas takes half a second, which other devices need not spend.
+    from clip_jax.models.kernels.attention import Heads, short_attention
+
+    batch, length, heads, head_size = q_BLNK.shape
+    rows = (x.reshape(batch, length, -1) for x in (q_BLNK, k_BLNK, v_BLNK))
+    no_bias_3D = jnp.zeros((3, heads * head_size), q_BLNK.dtype)
+    y_BLD = short_attention(*rows, no_bias_3D, Heads(heads, is_causal, target))
+    return y_BLD.reshape(q_BLNK.shape)
 
 
 def attend_padded(

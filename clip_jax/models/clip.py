@@ -11,11 +11,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from clip_jax.errors import UserError
-from clip_jax.models.attention import Accelerator, Kernel, choose_kernel
+from clip_jax.models.attention import Kernel, choose_kernel
 from clip_jax.models.convnet import ConvNet, ConvNetConfig
 from clip_jax.models.execution import ExecConfig, remat_tower
 from clip_jax.models.resnet import HEAD_SIZE, ModifiedResNet, ResNetConfig
 from clip_jax.models.stack import stack_layers
+from clip_jax.models.target import ONE_CPU, Target
 from clip_jax.models.text import TextConfig, TextTransformer
 from clip_jax.models.vit import VisionTransformer, ViTConfig
 
@@ -66,7 +67,7 @@ class CLIP(nn.Module):
 
     Attributes:
       config: the sizes.
-      pool_last_block, dtype, attention, remat, scan: how it is computed; see `ExecConfig`.
+      pool_last_block, dtype, attention, remat, scan, target: how it is computed; see `ExecConfig`.
     """
 
     config: CLIPConfig
@@ -75,11 +76,19 @@ class CLIP(nn.Module):
     attention: str = "auto"
     remat: str = "none"
     scan: bool = False
+    target: Target = ONE_CPU
 
     @property
     def exec_config(self) -> ExecConfig:
         """Return how both towers are computed."""
-        return ExecConfig(self.pool_last_block, self.dtype, self.attention, self.remat, self.scan)
+        return ExecConfig(
+            pool_last_block=self.pool_last_block,
+            dtype=self.dtype,
+            attention=self.attention,
+            remat=self.remat,
+            scan=self.scan,
+            target=self.target,
+        )
 
     def setup(self) -> None:
         c = self.config
@@ -149,7 +158,8 @@ def init_variables(model: CLIP, seed: int) -> dict[str, Any]:
     images_BHWC = jnp.zeros((1, size, size, 3))
     tokens_BL = jnp.zeros((1, length), jnp.int32)
     # A flax loop draws other numbers for its layers than the layers by themselves.
-    variables = dict(unrolled(model).init(jax.random.key(seed), images_BHWC, tokens_BL))
+    plain = unrolled(model).clone(target=ONE_CPU, attention="xla")
+    variables = dict(plain.init(jax.random.key(seed), images_BHWC, tokens_BL))
     return stack_layers(variables) if model.scan else variables
 
 
@@ -166,25 +176,25 @@ class AttentionKernels:
     text: Kernel
 
 
-def choose_kernels(
-    model: CLIP, accelerator: Accelerator, num_patches: int | None = None
-) -> AttentionKernels:
-    """Return the kernels of both towers; `num_patches` are seen of an image, None is all.
+def choose_kernels(model: CLIP, num_patches: int | None = None) -> AttentionKernels:
+    """Return the kernels of both towers on the model's target.
+
+    `num_patches`: how many are seen of an image; None is all.
 
     Raises:
       UserError: a tower cannot have the kernel that the model asks for.
     """
 
-    def kernel(head_size: int, queries: int, keys: int) -> Kernel:
-        sizes = {"head_size": head_size, "queries": queries, "keys": keys}
-        return choose_kernel(model.attention, accelerator, dtype=model.dtype, **sizes)
+    def kernel(heads: int, head_size: int, queries: int, keys: int) -> Kernel:
+        sizes = {"heads": heads, "head_size": head_size, "queries": queries, "keys": keys}
+        return choose_kernel(model.attention, model.target, dtype=model.dtype, **sizes)
 
     vision, text = model.config.vision, model.config.text
     image = None
     if isinstance(vision, ResNetConfig):
-        image = kernel(HEAD_SIZE, 1, vision.grid_size**2 + 1)
+        image = kernel(vision.heads, HEAD_SIZE, 1, vision.grid_size**2 + 1)
     if isinstance(vision, ViTConfig):
         length = vision.length if num_patches is None else num_patches + vision.class_token
-        image = kernel(vision.width // vision.heads, length, length)
+        image = kernel(vision.heads, vision.width // vision.heads, length, length)
     length = text.context_length
-    return AttentionKernels(image, kernel(text.width // text.heads, length, length))
+    return AttentionKernels(image, kernel(text.heads, text.width // text.heads, length, length))

@@ -15,10 +15,11 @@ from jax.extend.core import primitives
 from jax.typing import DTypeLike
 
 from clip_jax.errors import check_choice
+from clip_jax.models.target import ONE_CPU, Target
 
 DTYPES = ("float32", "bfloat16")
-ATTENTION = ("auto", "xla", "cudnn")
-REMAT = ("none", "dots", "blocks", "full")
+ATTENTION = ("auto", "xla", "cudnn", "pallas")
+REMAT = ("auto", "none", "minimal", "dots", "blocks", "full")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,13 +29,16 @@ class ExecConfig:
     Attributes:
       pool_last_block: compute each tower's last block at the pooled position alone.
       dtype: of activations and matrix products; parameters stay float32.
-      attention: "xla", "cudnn" (NVIDIA GPUs), or "auto": cudnn where it can run.
+      attention: "xla", "cudnn" (NVIDIA GPUs), "pallas" (TPUs), or "auto": what can run there.
       remat: what the backward pass computes again instead of keeping it; the later, the less
-        memory. "none"; all but matrix products and convolutions ("dots"); all inside a block
-        ("blocks"); whole towers, and their blocks once more while a tower is gone through
-        ("full"), so that one tower's blocks' inputs are there at a time.
+        memory. "none"; all but the matrix products of a transformer's blocks ("minimal", see
+        `models.minimal_block`); all but matrix products and convolutions ("dots"); all inside a
+        block ("blocks"); whole towers, and their blocks once more while a tower is gone through
+        ("full"), so that one tower's blocks' inputs are there at a time. "auto": "none" on CPUs,
+        "minimal" elsewhere.
       scan: a transformer's blocks but the last are one block in a loop, their parameters stacked
         (`models.stack`).
+      target: the devices that the program is traced for.
     """
 
     pool_last_block: bool = True
@@ -42,10 +46,17 @@ class ExecConfig:
     attention: str = "auto"
     remat: str = "none"
     scan: bool = False
+    target: Target = ONE_CPU
 
     def __post_init__(self) -> None:
         check_choice("attention", self.attention, ATTENTION)
         check_choice("remat", self.remat, REMAT)
+
+    @property
+    def is_minimal(self) -> bool:
+        """Whether the blocks of a transformer keep what spares their matrix products alone."""
+        is_auto = self.remat == "auto" and self.target.platform != "cpu"
+        return is_auto or self.remat == "minimal"
 
 
 DEFAULT_EXEC_CONFIG = ExecConfig()
@@ -80,7 +91,7 @@ def remat_block(
       in_scan: whether the block is the body of a loop. There the compiler cannot undo the
         recomputation by merging it with the forward pass, and need not be kept from it.
     """
-    if exec_config.remat == "none":
+    if exec_config.remat in ("auto", "none", "minimal"):
         return block
     saves_products = exec_config.remat == "dots"
     policy = products_saveable if saves_products else jax.checkpoint_policies.nothing_saveable
@@ -94,16 +105,19 @@ def remat_tower(
     return nn.remat(tower, static_argnums=static_argnums) if exec_config.remat == "full" else tower
 
 
+def dense_product(target: Target) -> Callable[..., Any]:
+    """Return the `dot_general` of dense layers: on a CPU `merged_product`, else JAX's own."""
+    return merged_product if target.platform == "cpu" else jax.lax.dot_general
+
+
 def merged_product(x: Any, kernel: Any, dimension_numbers: Any, **options: Any) -> Any:
-    """Return a dense layer's `dot_general`; on a CPU as a product of two matrices, axes merged.
+    """Return a dense layer's `dot_general` as a product of two matrices, axes merged.
 
     The sums are the same. A CPU's compiler gives two matrices to its library as they are,
     transposed for the gradients too. Of more axes it lays out a copy for the kernel's gradient, in
     a loop into which it fuses all that the operand was made of: the whole residual stream, once a
     layer.
     """
-    if jax.default_backend() != "cpu":
-        return jax.lax.dot_general(x, kernel, dimension_numbers, **options)
     (x_axes, kernel_axes), _ = dimension_numbers
     size = math.prod(x.shape[axis] for axis in x_axes)
     rows, columns = x.shape[: x_axes[0]], kernel.shape[len(kernel_axes) :]

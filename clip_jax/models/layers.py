@@ -6,11 +6,11 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from clip_jax.models.attention import attend
-from clip_jax.models.execution import ExecConfig, merged_product, remat_block
+from clip_jax.models.attention import attend, choose_kernel
+from clip_jax.models.execution import ExecConfig, dense_product, remat_block
+from clip_jax.models.minimal_block import BlockParts, residual_block
 
 Initializer = Callable[..., jax.Array]
 
@@ -102,6 +102,19 @@ def text_block_init(width: int, layers: int) -> BlockInit:
     )
 
 
+def layer_norm(
+    x: Array, scale_D: Float[Array, " D"], bias_D: Float[Array, " D"], epsilon: float
+) -> Array:
+    """Return layer normalization computed in float32, in the input's dtype."""
+    # In two passes: flax's fast variance, E[x^2] - E[x]^2, cancels where the mean is large.
+    x32 = x.astype(jnp.float32)
+    deviation = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(deviation), axis=-1, keepdims=True)
+    # In this order the factor of a row stays one number until it is multiplied.
+    y = deviation * jax.lax.rsqrt(variance + epsilon) * scale_D + bias_D
+    return y.astype(x.dtype)
+
+
 class LayerNorm(nn.Module):
     """Layer normalization computed in float32, returned in the input's dtype."""
 
@@ -110,15 +123,9 @@ class LayerNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Return rows of mean 0 and variance 1, times the gain, plus the bias."""
-        # In two passes: flax's fast variance, E[x^2] - E[x]^2, cancels where the mean is large.
-        x32 = x.astype(jnp.float32)
-        deviation = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-        variance = jnp.mean(jnp.square(deviation), axis=-1, keepdims=True)
         scale_D = self.param("scale", nn.initializers.ones, x.shape[-1:])
         bias_D = self.param("bias", nn.initializers.zeros, x.shape[-1:])
-        # In this order the factor of a row stays one number until it is multiplied.
-        y = deviation * jax.lax.rsqrt(variance + self.epsilon) * scale_D + bias_D
-        return y.astype(x.dtype)
+        return layer_norm(x, scale_D, bias_D, self.epsilon)
 
 
 class Attention(nn.Module):
@@ -141,14 +148,15 @@ class Attention(nn.Module):
 
         `key_lengths_B`: how many leading rows of `x_BLD` the queries see; None is all.
         """
-        width = x_BLD.shape[-1]
+        width, target = x_BLD.shape[-1], self.exec_config.target
+        product = dense_product(target)
 
         def project(name: str) -> nn.DenseGeneral:
             return nn.DenseGeneral(
                 (self.heads, width // self.heads),
                 kernel_init=self.block_init.attention_in,
                 dtype=self.exec_config.dtype,
-                dot_general=merged_product,
+                dot_general=product,
                 name=name,
             )
 
@@ -162,13 +170,14 @@ class Attention(nn.Module):
             is_causal=is_causal,
             key_lengths_B=key_lengths_B,
             implementation=self.exec_config.attention,
+            target=target,
         )
         return nn.DenseGeneral(
             width,
             axis=(-2, -1),
             kernel_init=self.block_init.attention_out,
             dtype=self.exec_config.dtype,
-            dot_general=merged_product,
+            dot_general=product,
             name="out_proj",
         )(y_BLNK)
 
@@ -179,26 +188,27 @@ class MLP(nn.Module):
     mlp_width: int
     activation: str
     block_init: BlockInit
-    dtype: DTypeLike
+    exec_config: ExecConfig
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Return the features of each row, the width as before."""
-        width = x.shape[-1]
+        width, dtype = x.shape[-1], self.exec_config.dtype
+        product = dense_product(self.exec_config.target)
         h = nn.Dense(
             self.mlp_width,
             kernel_init=self.block_init.c_fc,
             bias_init=self.block_init.mlp_bias(width),
-            dtype=self.dtype,
-            dot_general=merged_product,
+            dtype=dtype,
+            dot_general=product,
             name="c_fc",
         )(x)
         return nn.Dense(
             width,
             kernel_init=self.block_init.c_proj,
             bias_init=self.block_init.mlp_bias(self.mlp_width),
-            dtype=self.dtype,
-            dot_general=merged_product,
+            dtype=dtype,
+            dot_general=product,
             name="c_proj",
         )(ACTIVATIONS[self.activation](h))
 
@@ -242,6 +252,57 @@ class BlockConfig:
     layer_scale: float | None = None
 
 
+def block_parts(config: BlockConfig, exec_config: ExecConfig, shape: tuple[int, ...]) -> BlockParts:
+    """Return the parts of a block that keeps the least, for rows [B, L, D] of this shape."""
+    batch, length, width = shape
+    heads, target = config.heads, exec_config.target
+    kernel = choose_kernel(
+        exec_config.attention,
+        target,
+        dtype=exec_config.dtype,
+        heads=heads,
+        head_size=width // heads,
+        queries=length,
+        keys=length,
+    )
+
+    def attend_heads(q_BLD: Array, k_BLD: Array, v_BLD: Array, bias_3D: Array) -> Array:
+        q, k, v = (
+            (x + bias_3D[i].astype(x.dtype)).reshape(batch, length, heads, -1)
+            for i, x in enumerate((q_BLD, k_BLD, v_BLD))
+        )
+        y_BLNK = attend(
+            q,
+            k,
+            v,
+            is_causal=config.is_causal,
+            implementation=exec_config.attention,
+            target=target,
+        )
+        return y_BLNK.reshape(shape)
+
+    def norm(x: Array, scale_D: Array, bias_D: Array) -> tuple[Array, Array]:
+        return x, layer_norm(x, scale_D, bias_D, config.norm_eps)
+
+    activation, dtype = ACTIVATIONS[config.activation], exec_config.dtype
+    if kernel.name == "pallas" and batch % target.batch_shards == 0:
+        # Importing Pallas takes half a second, which other devices need not spend.
+        from clip_jax.models.kernels.attention import Heads, short_attention
+        from clip_jax.models.kernels.norm import Norm, residual_norm
+
+        fast_norm, spec = Norm(config.norm_eps, target), Heads(heads, config.is_causal, target)
+        return BlockParts(
+            lambda x, scale, bias: residual_norm(x, scale, bias, fast_norm),
+            lambda q, k, v, bias: short_attention(q, k, v, bias, spec),
+            activation,
+            dtype,
+            target,
+        )
+    # XLA's kernel would keep the probabilities.
+    attend_again = jax.checkpoint(attend_heads) if kernel.name == "xla" else attend_heads
+    return BlockParts(norm, attend_again, activation, dtype, target)
+
+
 class ResidualBlock(nn.Module):
     """Pre-LN attention and MLP, each with a residual connection."""
 
@@ -256,6 +317,10 @@ class ResidualBlock(nn.Module):
         rows through keys and values alone: its query, out-projection and MLP are its own.
         """
         c = self.config
+        # Parameters are drawn by the modules below.
+        if pool_index_B is None and self.exec_config.is_minimal and not self.is_initializing():
+            parts = block_parts(c, self.exec_config, x_BLD.shape)
+            return residual_block(parts, self.variables["params"], x_BLD)
         attention = Attention(c.heads, c.init, self.exec_config, name="attn")
         h_BLD = LayerNorm(c.norm_eps, name="ln_1")(x_BLD)
         if pool_index_B is None:
@@ -266,7 +331,7 @@ class ResidualBlock(nn.Module):
             y_BLD = attention(query_BLD, h_BLD, key_lengths_B=key_lengths_B)
             x_BLD = gather_rows(x_BLD, pool_index_B)
         x_BLD = x_BLD + self._scaled(y_BLD, "ls_1")
-        mlp = MLP(c.mlp_width, c.activation, c.init, self.exec_config.dtype, name="mlp")
+        mlp = MLP(c.mlp_width, c.activation, c.init, self.exec_config, name="mlp")
         y_BLD = mlp(LayerNorm(c.norm_eps, name="ln_2")(x_BLD))
         return x_BLD + self._scaled(y_BLD, "ls_2")
 

@@ -27,5 +27,5 @@ class MAPHead(nn.Module):
         probe_1D = self.param("probe", init, (1, width))
         probe_B1D = jnp.broadcast_to(probe_1D.astype(x_BLD.dtype), (batch, 1, width))
         x_B1D = Attention(c.heads, c.init, self.exec_config, name="attn")(probe_B1D, x_BLD)
-        mlp = MLP(c.mlp_width, c.activation, c.init, self.exec_config.dtype, name="mlp")
+        mlp = MLP(c.mlp_width, c.activation, c.init, self.exec_config, name="mlp")
         return (x_B1D + mlp(LayerNorm(c.norm_eps, name="ln")(x_B1D)))[:, 0]

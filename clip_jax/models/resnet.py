@@ -114,7 +114,13 @@ class AttentionPool(nn.Module):
 
         q_B1NK = project("q_proj")(x_BLD[:, :1])
         k_BLNK, v_BLNK = project("k_proj")(x_BLD), project("v_proj")(x_BLD)
-        y_B1NK = attend(q_B1NK, k_BLNK, v_BLNK, implementation=self.exec_config.attention)
+        y_B1NK = attend(
+            q_B1NK,
+            k_BLNK,
+            v_BLNK,
+            implementation=self.exec_config.attention,
+            target=self.exec_config.target,
+        )
         return nn.DenseGeneral(
             self.embed_dim,
             axis=(-2, -1),

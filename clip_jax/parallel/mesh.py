@@ -1,5 +1,7 @@
 """The device mesh: its axes, and how a host's batch is placed on it."""
 
+import dataclasses
+import re
 from collections.abc import Mapping
 
 import jax
@@ -8,6 +10,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from clip_jax.errors import UserError
+from clip_jax.models.target import Target
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -31,6 +34,43 @@ def make_mesh(*, data: int, fsdp: int, tensor: int) -> Mesh:
         )
     # Explicit axes, make_mesh's default, break linen's nn.Embed.
     return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+TPU_GENERATIONS = {
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "v7",
+}
+"""The names of TPUs by what their devices say they are."""
+
+
+def mesh_target(mesh: Mesh) -> Target:
+    """Return what a program over this mesh is traced for; its devices may be a topology's."""
+    several = mesh.size > 1
+    return dataclasses.replace(
+        device_target(mesh.devices.flat[0]),
+        mesh=mesh if several else None,
+        batch_axes=BATCH_AXES if several else (),
+    )
+
+
+def device_target(device: jax.Device) -> Target:
+    """Return what a program for one device is traced for."""
+    kind = device.device_kind
+    if device.platform == "tpu":
+        generation = TPU_GENERATIONS.get(kind, kind.removeprefix("TPU").strip())
+        return Target("tpu", generation)
+    if device.platform not in ("gpu", "cuda", "rocm"):
+        return Target(device.platform)
+    # AMD's have names, gfx90a say.
+    capability = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))
+    if capability is None:
+        return Target("rocm", kind)
+    return Target("cuda", kind, (int(capability[1]), int(capability[2])))
 
 
 def mesh_text(shape: Mapping[str, int]) -> str:

@@ -96,9 +96,9 @@ def advise(costs: StepCosts, config: Config, device: Device) -> list[Change]:
     microbatch = _microbatch(costs, config, usable - fixed, of_rows)
     if microbatch:
         changes.append(microbatch)
-    if config.model.remat in ("none", "dots"):
+    if config.model.remat in ("auto", "none", "minimal", "dots"):
         changes.append(Change("model.remat", "blocks"))
-    if not config.model.scan and config.model.remat != "none":
+    if not config.model.scan and config.model.remat not in ("auto", "none"):
         changes.append(Change("model.scan", True))
     return changes
 

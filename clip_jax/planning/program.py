@@ -86,12 +86,18 @@ def compile_run(config: Config, steps: int) -> StepCosts:
         ),
         flops=matmul_flops(program),
         needed_flops=tower_flops
-        + loss_flops(pairs, shards, sizes.embed_dim, tile_size=config.train.loss_tile),
+        + loss_flops(
+            pairs,
+            shards,
+            sizes.embed_dim,
+            platform=run.model.target.platform,
+            tile_size=config.train.loss_tile,
+        ),
         collectives=find_collectives(program, run.mesh.size),
     )
 
 
-def loss_flops(pairs: int, shards: int, embed_dim: int, *, tile_size: int) -> int:
+def loss_flops(pairs: int, shards: int, embed_dim: int, *, platform: str, tile_size: int) -> int:
     """Count one device's operations in the loss.
 
     They are those of the logits, of their products with both sides, and of the logits a second
@@ -99,5 +105,5 @@ def loss_flops(pairs: int, shards: int, embed_dim: int, *, tile_size: int) -> in
     rows and compute the loss each for itself. A `tile_size` of 0 is the rule's choice.
     """
     rows = pairs // shards
-    tiling = choose_tiling(rows, pairs, embed_dim, jax.default_backend(), tile_size=tile_size)
+    tiling = choose_tiling(rows, pairs, embed_dim, platform, tile_size=tile_size)
     return (3 if tiling.save_cosines else 4) * 2 * rows * pairs * embed_dim

@@ -19,7 +19,6 @@ from clip_jax.errors import UserError
 from clip_jax.evaluation.in_training import Evaluator, make_evaluator
 from clip_jax.evaluation.spec import EvalSpec
 from clip_jax.losses import make_loss
-from clip_jax.models.attention import this_accelerator
 from clip_jax.models.clip import CLIP, CLIPConfig, choose_kernels
 from clip_jax.models.convnet import ConvNetConfig
 from clip_jax.models.flops import train_flops_per_pair
@@ -32,6 +31,7 @@ from clip_jax.parallel.mesh import (
     batch_part,
     check_batch_size,
     make_mesh,
+    mesh_target,
 )
 from clip_jax.sections import Config, ModelSection
 from clip_jax.tokenizers import TokenizerSpec, make_tokenizer, tokenizer_spec
@@ -129,7 +129,14 @@ def build_run(config: Config, steps: int, workdir: str | None = None) -> RunComp
     tokenizer = make_tokenizer(spec)
     sizes = model_sizes(config, tokenizer, source)
     check_patch_dropout(config, sizes)
-    model = CLIP(sizes, dtype=jnp.dtype(m.dtype), attention=m.attention, remat=m.remat, scan=m.scan)
+    model = CLIP(
+        sizes,
+        dtype=jnp.dtype(m.dtype),
+        attention=m.attention,
+        remat=m.remat,
+        scan=m.scan,
+        target=mesh_target(mesh),
+    )
     schedule = make_schedule(config.optim, steps)
     optimizer = make_optimizer(schedule, config.optim)
     return RunComponents(
@@ -217,7 +224,7 @@ def pair_flops(run: RunComponents, length: int) -> int:
 
 def attention_kernels(run: RunComponents) -> str:
     """Return one line on what computes the attention of each tower on these devices."""
-    kernels = choose_kernels(run.model, this_accelerator(), count_kept_patches(run))
+    kernels = choose_kernels(run.model, count_kept_patches(run))
     causal = ", causal" if run.model.config.text.causal else ""
     return f"attention: image tower {kernels.image or 'none'}, text tower {kernels.text}{causal}"
 
@@ -229,6 +236,7 @@ def make_step(run: RunComponents) -> TrainStep:
         config.train.loss,
         mesh=run.mesh,
         batch_axes=BATCH_AXES,
+        platform=run.model.target.platform,
         tile_size=config.train.loss_tile,
         mask_equal_captions=config.train.mask_equal_captions,
     )

@@ -258,7 +258,7 @@ def make_train_step(
         step,
         donate_argnums=0,
         out_shardings=(shardings, None),
-        compiler_options=compiler_options(mesh.devices.flat[0].platform),
+        compiler_options=compiler_options(model.target.platform),
     )
 
 

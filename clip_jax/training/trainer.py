@@ -27,6 +27,7 @@ from clip_jax.training.fingerprint import (
     complete_fingerprint,
     run_fingerprint,
 )
+from clip_jax.training.kernel_check import with_checked_kernels
 from clip_jax.training.run_logger import RunLogger, print_summary
 from clip_jax.training.setup import (
     RunComponents,
@@ -72,6 +73,7 @@ def train(config: Config, workdir: str) -> int:
         pairs=pairs,
     )
     distributed.agree(fingerprint | {"its config": dataclasses.asdict(config)})
+    run = with_checked_kernels(run)
     print_summary(run, data, pairs=pairs, steps=steps)
     checkpoints = Checkpoints(folder, keep=config.checkpoint.keep)
     try:

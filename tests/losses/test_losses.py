@@ -91,6 +91,7 @@ def compiled(name, form, shape=(1, 1, 1), tile_size=1024, mask_equal_captions=Tr
         name,
         mesh=make_mesh(shape),
         batch_axes=BATCH_AXES,
+        platform="cpu",
         tile_size=tile_size,
         mask_equal_captions=mask_equal_captions,
         form=form,
@@ -297,7 +298,12 @@ def test_replicated_parameters_get_the_single_device_gradient(name, shape):
         return gradient(params, *batch)
 
     mesh = make_mesh(shape)
-    kwargs = {"mesh": mesh, "batch_axes": BATCH_AXES, "mask_equal_captions": True}
+    kwargs = {
+        "mesh": mesh,
+        "batch_axes": BATCH_AXES,
+        "platform": "cpu",
+        "mask_equal_captions": True,
+    }
     tiled = make_loss(name, tile_size=5, **kwargs)
     dense = make_loss(name, tile_size=5, form="dense", **kwargs)
     rows = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
@@ -307,7 +313,12 @@ def test_replicated_parameters_get_the_single_device_gradient(name, shape):
 def compile_shapes(name, mesh, rows, features, tile_size, **jit_options):
     """Compile a loss and its gradients for so many rows, without arrays."""
     loss_fn = make_loss(
-        name, mesh=mesh, batch_axes=BATCH_AXES, tile_size=tile_size, mask_equal_captions=True
+        name,
+        mesh=mesh,
+        batch_axes=BATCH_AXES,
+        platform="cpu",
+        tile_size=tile_size,
+        mask_equal_captions=True,
     )
     z = jax.ShapeDtypeStruct((rows, features), jnp.float32)
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
@@ -349,6 +360,7 @@ def test_saved_cosines_change_nothing(name, save_cosines, shape):
         tile_loss,
         mesh=make_mesh(shape),
         batch_axes=BATCH_AXES,
+        platform="cpu",
         tiling_rule=lambda *_: Tiling(2, save_cosines),
     )
     batch = make_batch("both")

@@ -20,25 +20,25 @@ from tiny import SIGLIP, VIT
 
 from clip_jax.errors import UserError
 from clip_jax.models.attention import (
-    Accelerator,
     Kernel,
     attend,
     attend_padded,
     choose_kernel,
-    this_accelerator,
 )
 from clip_jax.models.clip import CLIP, AttentionKernels, choose_kernels
 from clip_jax.models.execution import ExecConfig
 from clip_jax.models.flops import image_flops
 from clip_jax.models.stack import stack_layers
+from clip_jax.models.target import Target
 from clip_jax.models.zoo import MODELS
 
-AMPERE, HOPPER = Accelerator("cuda", (8, 0)), Accelerator("cuda", (9, 0))
-CPU = Accelerator("cpu")
+AMPERE = Target("cuda", capability=(8, 0))
+HOPPER = Target("cuda", capability=(9, 0))
+CPU, TPU = Target(), Target("tpu", "v5e")
 
 
 @pytest.mark.parametrize(
-    ("accelerator", "dtype", "head_size", "queries", "keys", "kernel"),
+    ("target", "dtype", "head_size", "queries", "keys", "kernel"),
     [
         (AMPERE, "bfloat16", 64, 50, 50, "cudnn"),
         (AMPERE, "float16", 64, 77, 77, "cudnn (77 padded to 78)"),
@@ -51,41 +51,52 @@ CPU = Accelerator("cpu")
         (HOPPER, "float32", 64, 50, 50, "xla (float32 activations; it takes bfloat16)"),
         (HOPPER, "bfloat16", 64, 1, 50, "xla (one query)"),
         (
-            Accelerator("cuda", (7, 5)),
+            Target("cuda", capability=(7, 5)),
             *("bfloat16", 64, 50, 50),
             "xla (a GPU of compute capability 7.5, below 8.0)",
         ),
-        (Accelerator("rocm"), "bfloat16", 64, 50, 50, "xla (no NVIDIA GPU but rocm)"),
-        (Accelerator("tpu"), "bfloat16", 64, 50, 50, "xla (no NVIDIA GPU but tpu)"),
+        (Target("rocm"), "bfloat16", 64, 50, 50, "xla (no NVIDIA GPU but rocm)"),
+        (TPU, "bfloat16", 64, 50, 50, "pallas"),
+        (TPU, "bfloat16", 80, 257, 257, "pallas"),
+        (TPU, "float32", 64, 50, 50, "xla (float32 activations; it takes bfloat16)"),
+        (TPU, "bfloat16", 60, 50, 50, "xla (heads of 60 features, no multiple of 8)"),
+        (
+            Target("tpu", "v4"),
+            *("bfloat16", 64, 577, 577),
+            "xla (577 rows do not fit in the fast memory of v4)",
+        ),
         (CPU, "bfloat16", 64, 50, 50, "xla (no NVIDIA GPU but cpu)"),
     ],
 )
 def test_the_kernel_is_a_function_of_device_type_and_sizes(
-    accelerator, dtype, head_size, queries, keys, kernel
+    target, dtype, head_size, queries, keys, kernel
 ):
-    sizes = {"dtype": dtype, "head_size": head_size, "queries": queries, "keys": keys}
-    assert str(choose_kernel("auto", accelerator, **sizes)) == kernel
-    assert str(choose_kernel("xla", accelerator, **sizes)) == "xla"
+    rows = {"queries": queries, "keys": keys}
+    sizes = {"dtype": dtype, "heads": 12, "head_size": head_size, **rows}
+    assert str(choose_kernel("auto", target, **sizes)) == kernel
+    assert str(choose_kernel("xla", target, **sizes)) == "xla"
     if kernel.startswith("cudnn") or queries == 1:
-        assert str(choose_kernel("cudnn", accelerator, **sizes)) == kernel
+        assert str(choose_kernel("cudnn", target, **sizes)) == kernel
         return
-    with pytest.raises(UserError, match=r'"cudnn", which cannot run here: .*; choose "auto" or'):
-        choose_kernel("cudnn", accelerator, **sizes)
+    impossible = "pallas" if kernel != "pallas" else "cudnn"
+    message = rf'"{impossible}", which cannot run here: .*; choose "auto" or'
+    with pytest.raises(UserError, match=message):
+        choose_kernel(impossible, target, **sizes)
 
 
 def test_each_tower_has_a_kernel_of_its_own():
     config = MODELS["ViT-L/14"]
-    model = CLIP(config, dtype=jnp.bfloat16)
+    model = CLIP(config, dtype=jnp.bfloat16, target=HOPPER)
     padded = Kernel("cudnn", "77 padded to 78")
-    kernels = choose_kernels(model, HOPPER)
+    kernels = choose_kernels(model)
     assert kernels == AttentionKernels(Kernel("cudnn", "257 padded to 258"), padded)
-    assert choose_kernels(model, HOPPER, 128).image == Kernel("cudnn", "129 padded to 130")
-    resnet = CLIP(MODELS["RN50"], dtype=jnp.bfloat16)
-    kernels = choose_kernels(resnet, HOPPER)
+    assert choose_kernels(model, 128).image == Kernel("cudnn", "129 padded to 130")
+    resnet = CLIP(MODELS["RN50"], dtype=jnp.bfloat16, target=HOPPER)
+    kernels = choose_kernels(resnet)
     assert kernels == AttentionKernels(Kernel("xla", "one query"), padded)
-    assert choose_kernels(CLIP(MODELS["ConvNet-48"]), CPU).image is None
+    assert choose_kernels(CLIP(MODELS["ConvNet-48"])).image is None
     with pytest.raises(UserError, match="cannot run here: no NVIDIA GPU but cpu;"):
-        choose_kernels(CLIP(config, attention="cudnn"), this_accelerator())
+        choose_kernels(CLIP(config, attention="cudnn"))
 
 
 def test_a_choice_that_does_not_exist_is_a_user_error():

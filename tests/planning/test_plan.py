@@ -203,7 +203,7 @@ def test_a_resnets_operations_and_memory():
 
 def check_operations(step, config, pairs, **options):
     hand = pairs * train_flops_per_pair(config, config.text.context_length, **options)
-    hand += loss_flops(pairs, 1, config.embed_dim, tile_size=16)
+    hand += loss_flops(pairs, 1, config.embed_dim, platform="cpu", tile_size=16)
     if options.get("freeze") != "image":
         hand -= pairs * first_convolution(config.vision)
     # 2 %: products with a vector, which the compiler turns into sums, are not counted as products.
@@ -222,9 +222,13 @@ def test_dropped_patches_are_not_counted():
 
 
 def test_kept_cosines_are_not_computed_again():
-    chosen, computed_again = (loss_flops(4096, 1, 512, tile_size=n) for n in (0, 1024))
+    chosen, computed_again = (
+        loss_flops(4096, 1, 512, platform="cpu", tile_size=n) for n in (0, 1024)
+    )
     assert 4 * chosen == 3 * computed_again
-    assert loss_flops(2**16, 1, 512, tile_size=0) == loss_flops(2**16, 1, 512, tile_size=1024)
+    assert loss_flops(2**16, 1, 512, platform="cpu", tile_size=0) == loss_flops(
+        2**16, 1, 512, platform="cpu", tile_size=1024
+    )
 
 
 def test_in_a_large_model_the_first_convolution_is_nothing():

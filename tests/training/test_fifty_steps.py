@@ -23,6 +23,8 @@ FORMS = [
     ((1, 1, 8), {}),
     (None, {"microbatch_size": 4}),
     (None, {"scan": True}),
+    (None, {"remat": "minimal"}),
+    ((2, 2, 2), {"remat": "minimal", "scan": True}),
     (None, {"remat": "dots"}),
     (None, {"remat": "blocks", "scan": True}),
     (None, {"remat": "full"}),

@@ -1,0 +1,1 @@
+"""Pallas kernels for TPUs: what a block needs beside its matrix products, in fast memory."""

@@ -1,0 +1,186 @@
+"""Attention over short sequences, held whole in fast memory: forward and backward.
+
+One program takes one image (or a few short ones) and all of its heads. Logits are held as
+[keys, queries], so that the softmax reduces over sublanes, which costs additions, and not over
+lanes. Heads of 64 features lie two in a register of 128 lanes. The probabilities never leave fast
+memory: the backward kernel computes them again from queries and keys.
+
+The biases of the three projections are added inside, and their gradients summed inside: summing
+the three gradients over the batch would take as long as the forward kernel.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float
+
+from clip_jax.models.kernels.vmem import images_per_program, vmem_limit
+from clip_jax.models.target import Target
+
+LANES = 128
+HIDDEN = -1e30
+"""The logit of a key that a query does not see: below every other, yet finite."""
+
+ROWS_BY_ROWS = (((1,), (1,)), ((), ()))
+MATRICES = (((1,), (0,)), ((), ()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Heads:
+    """The shape of an attention.
+
+    Attributes:
+      number: of heads; all features of a row are these, one head after the other.
+      is_causal: a query sees the keys up to its own position.
+      target: the devices.
+    """
+
+    number: int
+    is_causal: bool
+    target: Target
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def short_attention(
+    q_BLD: Float[Array, "B L D"],
+    k_BLD: Float[Array, "B L D"],
+    v_BLD: Float[Array, "B L D"],
+    bias_3D: Float[Array, "3 D"],
+    heads: Heads,
+) -> Float[Array, "B L D"]:
+    """Return softmax attention of q, k and v, each with its row of `bias_3D` added.
+
+    Logits, softmax and sums are float32; probabilities are rounded to the inputs' dtype before
+    they multiply the values.
+    """
+    return _call(_forward_kernel, heads, (q_BLD, k_BLD, v_BLD), bias_3D, outputs=1)[0]
+
+
+def _forward(q_BLD, k_BLD, v_BLD, bias_3D, heads: Heads):
+    y_BLD = short_attention(q_BLD, k_BLD, v_BLD, bias_3D, heads)
+    return y_BLD, (q_BLD, k_BLD, v_BLD, bias_3D)
+
+
+def _backward(heads: Heads, residuals, dy_BLD):
+    q_BLD, k_BLD, v_BLD, bias_3D = residuals
+    dq_BLD, dk_BLD, dv_BLD, dbias_b3D = _call(
+        _backward_kernel, heads, (q_BLD, k_BLD, v_BLD, dy_BLD), bias_3D, outputs=3, sums=True
+    )
+    return dq_BLD, dk_BLD, dv_BLD, jnp.sum(dbias_b3D, 0).astype(bias_3D.dtype)
+
+
+short_attention.defvjp(_forward, _backward)
+
+
+def _call(
+    kernel: Any, heads: Heads, rows: tuple[Array, ...], bias_3D: Array, *, outputs: int, sums=False
+) -> tuple[Array, ...]:
+    """Run a kernel on each device's rows; with `sums` it also returns float32 [programs, 3, D]."""
+
+    def run(*arrays: Array) -> tuple[Array, ...]:
+        batch, length, width = arrays[0].shape
+        images = images_per_program(batch, length)
+        block = pl.BlockSpec((images, length, width), lambda b: (b, 0, 0))
+        sums_block = pl.BlockSpec((1, 3, width), lambda b: (b, 0, 0))
+        shape = jax.ShapeDtypeStruct(arrays[0].shape, arrays[0].dtype)
+        sums_shape = jax.ShapeDtypeStruct((batch // images, 3, width), jnp.float32)
+        return pl.pallas_call(
+            functools.partial(kernel, heads=heads.number, is_causal=heads.is_causal),
+            grid=(batch // images,),
+            in_specs=[block] * len(rows) + [pl.BlockSpec((3, width), lambda b: (0, 0))],
+            out_specs=[block] * outputs + [sums_block] * sums,
+            out_shape=[shape] * outputs + [sums_shape] * sums,
+            interpret=heads.target.interpret,
+            name="attention_backward" if sums else "attention_forward",
+            compiler_params=pltpu.CompilerParams(
+                vmem_limit_bytes=vmem_limit(heads.target.generation)
+            ),
+        )(*arrays)
+
+    return tuple(heads.target.map_rows(run, rows, (bias_3D.astype(rows[0].dtype),)))
+
+
+def _forward_kernel(q, k, v, bias, y, *, heads: int, is_causal: bool) -> None:
+    size = q.shape[-1] // heads
+    for image, columns, group in _walk(q.shape, heads):
+        qs, ks, vs = _with_bias((q, k, v), bias, image, columns)
+        v_T = vs.T
+        y_T = []
+        for h in group:
+            p, total = _unnormalized(qs[:, h], ks[:, h], size**-0.5, is_causal)
+            y_T.append(_dot(v_T[h], p.astype(v.dtype), MATRICES) * pl.reciprocal(total))
+        y[image, :, columns] = _join(y_T, 0).astype(y.dtype).T
+
+
+def _backward_kernel(q, k, v, dy, bias, dq, dk, dv, dbias, *, heads: int, is_causal: bool) -> None:
+    size = q.shape[-1] // heads
+    sums: dict[tuple[int, int], list[Array]] = {}
+    for image, columns, group in _walk(q.shape, heads):
+        qs, ks, vs = _with_bias((q, k, v), bias, image, columns)
+        dys = dy[image, :, columns]
+        k_T = ks.T
+        dq_T, dk_heads, dv_heads = [], [], []
+        for h in group:
+            p, total = _unnormalized(qs[:, h], ks[:, h], size**-0.5, is_causal)
+            p = p * pl.reciprocal(total)
+            dp = _dot(vs[:, h], dys[:, h], ROWS_BY_ROWS)
+            ds = p * (dp - jnp.sum(p * dp, 0, keepdims=True)) * size**-0.5
+            ds = ds.astype(v.dtype)
+            dv_heads.append(_dot(p.astype(v.dtype), dys[:, h], MATRICES))
+            dk_heads.append(_dot(ds, qs[:, h], MATRICES))
+            dq_T.append(_dot(k_T[h], ds, MATRICES))
+        dqs = _join(dq_T, 0).astype(dq.dtype).T
+        dks, dvs = _join(dk_heads, 1), _join(dv_heads, 1)
+        dq[image, :, columns] = dqs
+        dk[image, :, columns] = dks.astype(dk.dtype)
+        dv[image, :, columns] = dvs.astype(dv.dtype)
+        here = [jnp.sum(d.astype(jnp.float32), 0, keepdims=True) for d in (dqs, dks, dvs)]
+        before = sums.get((columns.start, columns.stop))
+        sums[columns.start, columns.stop] = (
+            here if before is None else [a + b for a, b in zip(before, here, strict=True)]
+        )
+    for (start, stop), rows in sums.items():
+        for i, row in enumerate(rows):
+            dbias[0, i : i + 1, start:stop] = row
+
+
+def _walk(shape: tuple[int, ...], heads: int):
+    """Yield (image, columns of a register, the heads' columns inside it), images last."""
+    images, _, width = shape
+    size = width // heads
+    together = max(1, LANES // size)
+    if heads % together:
+        together = 1
+    group = [slice(i * size, (i + 1) * size) for i in range(together)]
+    for first in range(0, heads, together):
+        for image in range(images):
+            yield image, slice(first * size, (first + together) * size), group
+
+
+def _with_bias(refs: tuple[Any, ...], bias: Any, image: int, columns: slice) -> list[Array]:
+    return [ref[image, :, columns] + bias[i : i + 1, columns] for i, ref in enumerate(refs)]
+
+
+def _unnormalized(q: Array, k: Array, scale: float, is_causal: bool) -> tuple[Array, Array]:
+    """Return exp(logits - maximum) as float32 [keys, queries], and its sums [1, queries]."""
+    logits = _dot(k, q, ROWS_BY_ROWS)
+    if is_causal:
+        key = lax.broadcasted_iota(jnp.int32, logits.shape, 0)
+        query = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+        logits = jnp.where(key <= query, logits, HIDDEN)
+    p = jnp.exp((logits - jnp.max(logits, 0, keepdims=True)) * scale)
+    return p, jnp.sum(p, 0, keepdims=True)
+
+
+def _dot(a: Array, b: Array, dimensions: Any) -> Array:
+    return lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
+
+
+def _join(parts: list[Array], axis: int) -> Array:
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis)

@@ -1,0 +1,34 @@
+"""The fast memory of a TPU's core (VMEM), and how many images a program of a kernel takes."""
+
+VMEM_BYTES = {"v5e": 128 << 20, "v6e": 128 << 20, "v5p": 64 << 20, "v7": 64 << 20}
+OTHER_VMEM_BYTES = 16 << 20
+"""Of other generations."""
+USABLE = 0.75
+"""The share that a kernel takes at most; the rest stays the compiler's."""
+ROWS_PER_PROGRAM = 256
+MAX_IMAGES = 4
+
+
+def vmem_limit(generation: str) -> int:
+    """Return the most bytes of VMEM that a kernel may take on a generation of TPUs."""
+    return int(USABLE * VMEM_BYTES.get(generation, OTHER_VMEM_BYTES))
+
+
+def images_per_program(batch: int, length: int) -> int:
+    """Return how many images one program takes, a divisor of `batch`.
+
+    Several where sequences are short: starting a program and its transfers costs a third of a
+    microsecond.
+    """
+    images = max(1, min(MAX_IMAGES, ROWS_PER_PROGRAM // length))
+    while batch % images:
+        images -= 1
+    return images
+
+
+def attention_fits(length: int, width: int, generation: str) -> bool:
+    """Return whether the backward kernel of attention fits, whole sequences at a time."""
+    rows, lanes = -(-length // 16) * 16, -(-length // 128) * 128
+    arrays = 2 * 7 * 2 * rows * width  # two copies of seven arrays, two bytes a number
+    logits = 12 * 4 * rows * lanes
+    return arrays + logits <= vmem_limit(generation)

@@ -1,0 +1,221 @@
+"""A residual block with a backward pass of its own, which keeps what spares every matrix product.
+
+Between the passes stay the block's input, queries, keys, values, the attention's output, the
+residual stream behind it and the MLP's hidden features before their activation, in the dtype of
+the activations: ten numbers a feature where the MLP is four times as wide. Norms, activations
+and, where its kernel does so, the attention's probabilities are computed again. `jax.checkpoint`
+with names keeps the same and rounds each array once more, in a pass over memory of its own.
+
+Values and gradients are those of `layers.ResidualBlock`, to rounding.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from clip_jax.models.target import Target
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+ROWS = (((0, 1), (0, 1)), ((), ()))
+"""Dimension numbers of a product that sums over batch and length."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockParts:
+    """What a block is made of beside its matrix products.
+
+    Attributes:
+      norm: (x, scale, bias) -> (x, its layer norm).
+      attend: (q, k, v, their biases [3, D]) -> the heads' outputs side by side. What its `jax.vjp`
+        holds stays between the passes.
+      activation: of the MLP.
+      dtype: of activations and matrix products.
+      target: the devices.
+    """
+
+    norm: Callable[[Array, Array, Array], tuple[Array, Array]]
+    attend: Callable[[Array, Array, Array, Array], Array]
+    activation: Callable[[Array], Array]
+    dtype: DTypeLike
+    target: Target
+
+
+class Saved(NamedTuple):
+    """What stays between the passes: `attend_vjp` holds queries, keys and values."""
+
+    params: Any
+    x: Array
+    y: Array
+    mid: Array
+    hidden: Array
+    attend_vjp: Any
+
+
+def residual_block(
+    parts: BlockParts, params: Any, x_BLD: Float[Array, "B L D"]
+) -> Float[Array, "B L D"]:
+    """Return a block's output; `params` are those of `layers.ResidualBlock`."""
+
+    @jax.custom_vjp
+    def block(params: Any, x_BLD: Array) -> Array:
+        return _forward(parts, params, x_BLD, differentiated=False)[0]
+
+    block.defvjp(
+        functools.partial(_forward, parts, differentiated=True),
+        functools.partial(_backward, parts),
+    )
+    return block(params, x_BLD)
+
+
+def _forward(
+    parts: BlockParts, params: Any, x: Array, *, differentiated: bool
+) -> tuple[Array, Saved | None]:
+    attn, mlp, split = params["attn"], params["mlp"], parts.target.split_rows
+    weights = functools.partial(_matrix, parts.dtype)
+    with jax.named_scope("ln_1"):
+        h = split(parts.norm(x, *_gain_and_bias(params["ln_1"]))[1])
+    with jax.named_scope("attn"):
+        qkv = []
+        for name in PROJECTIONS:
+            with jax.named_scope(name):
+                qkv.append(split(h @ weights(attn[name], inputs=1)))
+        with jax.named_scope("attend"):
+            inputs = (*qkv, _projection_biases(attn))
+            y, attend_vjp = (
+                jax.vjp(parts.attend, *inputs) if differentiated else (parts.attend(*inputs), None)
+            )
+        with jax.named_scope("out_proj"):
+            mid = x + _scaled(params, "ls_1", _dense(parts, attn["out_proj"], y, inputs=2))
+    mid = split(mid)
+    with jax.named_scope("ln_2"):
+        h = split(parts.norm(mid, *_gain_and_bias(params["ln_2"]))[1])
+    with jax.named_scope("mlp/c_fc"):
+        hidden = split(_dense(parts, mlp["c_fc"], h, inputs=1))
+    with jax.named_scope("mlp/c_proj"):
+        out = _dense(parts, mlp["c_proj"], parts.activation(hidden), inputs=1)
+        out = split(mid + _scaled(params, "ls_2", out))
+    return out, Saved(params, x, y, mid, hidden, attend_vjp) if differentiated else None
+
+
+def _backward(parts: BlockParts, saved: Saved, d: Array) -> tuple[Any, Array]:
+    params, split = saved.params, parts.target.split_rows
+    attn, mlp = params["attn"], params["mlp"]
+    grads: dict[str, Any] = {"attn": {}, "mlp": {}}
+    # The barriers keep the compiler from holding what is computed again since the forward pass.
+    hidden, mid, d = lax.optimization_barrier((saved.hidden, saved.mid, d))
+    with jax.named_scope("mlp/c_proj"):
+        a, pull = jax.vjp(parts.activation, hidden)
+        da, grads["mlp"]["c_proj"] = _dense_gradients(
+            parts, params, grads, "ls_2", mlp["c_proj"], a, d, inputs=1
+        )
+        (dhidden,) = pull(split(da))
+    with jax.named_scope("ln_2"):
+        (_, h), pull = jax.vjp(parts.norm, mid, *_gain_and_bias(params["ln_2"]))
+    with jax.named_scope("mlp/c_fc"):
+        dh, grads["mlp"]["c_fc"] = _dense_gradients(
+            parts, params, grads, None, mlp["c_fc"], h, dhidden, inputs=1
+        )
+    with jax.named_scope("ln_2"):
+        d, *norm_grads = pull((d, split(dh)))
+        grads["ln_2"] = dict(zip(("scale", "bias"), norm_grads, strict=True))
+    with jax.named_scope("attn/out_proj"):
+        dy, grads["attn"]["out_proj"] = _dense_gradients(
+            parts, params, grads, "ls_1", attn["out_proj"], saved.y, d, inputs=2
+        )
+    x, dy = lax.optimization_barrier((saved.x, split(dy)))
+    with jax.named_scope("attn/attend"):
+        *dqkv, dbiases = saved.attend_vjp(dy)
+    with jax.named_scope("ln_1"):
+        (_, h), pull = jax.vjp(parts.norm, x, *_gain_and_bias(params["ln_1"]))
+    dh = jnp.zeros((), parts.dtype)
+    for name, dq, dbias in zip(PROJECTIONS, dqkv, dbiases, strict=True):
+        with jax.named_scope(f"attn/{name}"):
+            kernel, bias = attn[name]["kernel"], attn[name]["bias"]
+            grads["attn"][name] = {
+                "kernel": _kernel_gradient(h, dq).reshape(kernel.shape).astype(kernel.dtype),
+                "bias": dbias.reshape(bias.shape).astype(bias.dtype),
+            }
+            dh = dh + dq @ _matrix(parts.dtype, attn[name], inputs=1).T
+    with jax.named_scope("ln_1"):
+        dx, *norm_grads = pull((d, split(dh)))
+        grads["ln_1"] = dict(zip(("scale", "bias"), norm_grads, strict=True))
+    return grads, split(dx)
+
+
+def _gain_and_bias(norm: Any) -> tuple[Array, Array]:
+    return norm["scale"], norm["bias"]
+
+
+def _matrix(dtype: DTypeLike, dense: Any, *, inputs: int) -> Array:
+    """Return a dense layer's kernel as a matrix; its first `inputs` axes are the input's."""
+    kernel = dense["kernel"]
+    rows = 1
+    for size in kernel.shape[:inputs]:
+        rows *= size
+    return kernel.reshape(rows, -1).astype(dtype)
+
+
+def _dense(parts: BlockParts, dense: Any, x: Array, *, inputs: int) -> Array:
+    """Return a dense layer's output."""
+    bias = dense["bias"].reshape(-1).astype(parts.dtype)
+    return x @ _matrix(parts.dtype, dense, inputs=inputs) + bias
+
+
+def _projection_biases(attn: Any) -> Float[Array, "3 D"]:
+    return jnp.stack([attn[name]["bias"].reshape(-1) for name in PROJECTIONS])
+
+
+def _scaled(params: Any, name: str, x: Array) -> Array:
+    """Apply the layer scale of this name, if the block has one."""
+    return x * params[name]["gamma"].astype(x.dtype) if name in params else x
+
+
+def _dense_gradients(
+    parts: BlockParts,
+    params: Any,
+    grads: dict[str, Any],
+    scale: str | None,
+    dense: Any,
+    x: Array,
+    d: Array,
+    *,
+    inputs: int,
+) -> tuple[Array, dict[str, Array]]:
+    """Return the gradients of a dense layer's input and of its parameters.
+
+    A layer scale behind it, `scale`, puts its own into `grads`. Of g (x W + b) that is the sum of
+    d (x W + b) over rows, which needs no product of its own: with G = x^T d, the gradient of W
+    without the scale, it is the sum over inputs of W G, and b times the sum of d.
+    """
+    matrix = _matrix(parts.dtype, dense, inputs=inputs)
+    dkernel, dbias = _kernel_gradient(x, d), _row_sum(parts.target, d)
+    if scale is not None and scale in params:
+        gamma = params[scale]["gamma"]
+        dgamma = jnp.sum(matrix.astype(jnp.float32) * dkernel, 0) + dense["bias"] * dbias
+        grads[scale] = {"gamma": dgamma.astype(gamma.dtype)}
+        dkernel, dbias = dkernel * gamma, dbias * gamma
+        d = d * gamma.astype(d.dtype)
+    kernel, bias = dense["kernel"], dense["bias"]
+    return d @ matrix.T, {
+        "kernel": dkernel.reshape(kernel.shape).astype(kernel.dtype),
+        "bias": dbias.reshape(bias.shape).astype(bias.dtype),
+    }
+
+
+def _kernel_gradient(x: Array, d: Array) -> Array:
+    """Return the gradient of a kernel as a float32 matrix."""
+    return lax.dot_general(x, d, ROWS, preferred_element_type=jnp.float32)
+
+
+def _row_sum(target: Target, d: Array) -> Array:
+    """Return the sum over all rows, float32; on a TPU by a product with ones, twice as fast."""
+    if target.platform != "tpu":
+        return jnp.sum(d.astype(jnp.float32), (0, 1))
+    return _kernel_gradient(jnp.ones((*d.shape[:2], 8), d.dtype), d)[0]

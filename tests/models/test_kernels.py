@@ -1,0 +1,136 @@
+"""The TPU kernels, interpreted, are the plain forms in values and gradients."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from kernel_cases import INTERPRETED
+
+from clip_jax.models.kernels import check
+from clip_jax.models.kernels.attention import Heads, short_attention
+from clip_jax.models.kernels.norm import Norm, residual_norm
+from clip_jax.models.kernels.vmem import attention_fits, images_per_program
+from clip_jax.models.target import Target
+
+CAUSAL = Heads(2, True, INTERPRETED)
+
+
+def random_arrays(*shapes, seed=0):
+    rng = np.random.default_rng(seed)
+    return [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes]
+
+
+def plain_attention(q, k, v, bias, heads: Heads):
+    def split(x, i):
+        return (x + bias[i].astype(x.dtype)).reshape(*x.shape[:2], heads.number, -1)
+
+    y = jax.nn.dot_product_attention(
+        split(q, 0), split(k, 1), split(v, 2), is_causal=heads.is_causal, implementation="xla"
+    )
+    return y.reshape(q.shape)
+
+
+def plain_norm(x, scale, bias, norm: Norm):
+    x32 = x.astype(jnp.float32)
+    deviation = x32 - jnp.mean(x32, -1, keepdims=True)
+    variance = jnp.mean(deviation**2, -1, keepdims=True)
+    y = deviation * jax.lax.rsqrt(variance + norm.epsilon) * scale + bias
+    return x, y.astype(x.dtype)
+
+
+def results_and_gradients(form, arrays, weights, spec):
+    """Return the results of a form, and the gradients of their sum weighted by `weights`."""
+
+    @jax.jit
+    def run(arrays, weights):
+        y, pull = jax.vjp(lambda *arrays: form(*arrays, spec), *arrays)
+        return y, pull(weights)
+
+    return [np.asarray(x, np.float32) for x in jax.tree.leaves(run(arrays, weights))]
+
+
+def cast(arrays, dtype):
+    """Cast what has rows; biases and gains stay float32."""
+    return [x.astype(dtype) if x.ndim == 3 else x for x in arrays]
+
+
+def assert_equal_to_plain(kernel, plain, arrays, weights, spec, *, is_pair):
+    """float32: to rounding. bfloat16: as near to float32 as the plain form in bfloat16."""
+
+    def run(form, dtype):
+        given = cast(weights, dtype)
+        given = tuple(given) if is_pair else given[0]
+        return results_and_gradients(form, cast(arrays, dtype), given, spec)
+
+    exact = run(plain, jnp.float32)
+    for got, want in zip(run(kernel, jnp.float32), exact, strict=True):
+        np.testing.assert_allclose(got, want, atol=4e-6 * np.abs(want).max(), rtol=0)
+    rough = run(plain, jnp.bfloat16)
+    for got, near, want in zip(run(kernel, jnp.bfloat16), rough, exact, strict=True):
+        largest = np.abs(want).max()
+        error, allowed = np.sqrt(np.mean((got - want) ** 2)), np.sqrt(np.mean((near - want) ** 2))
+        assert error <= 1.05 * allowed + 1e-4 * largest
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "number", "size", "is_causal"),
+    [
+        (3, 50, 4, 64, False),
+        (4, 50, 3, 64, False),
+        (2, 77, 2, 64, True),
+        (1, 77, 3, 80, True),
+        (1, 196, 2, 64, False),
+        (1, 197, 2, 80, False),
+        (1, 257, 1, 128, False),
+        (1, 257, 2, 64, False),
+        (5, 16, 4, 32, True),
+    ],
+)
+def test_attention_kernel_is_plain_attention(batch, length, number, size, is_causal):
+    rows = (batch, length, number * size)
+    q, k, v, bias, weights = random_arrays(rows, rows, rows, (3, rows[-1]), rows)
+    heads = Heads(number, is_causal, INTERPRETED)
+    arrays = (q, k, v, 0.3 * bias)
+    assert_equal_to_plain(short_attention, plain_attention, arrays, [weights], heads, is_pair=False)
+
+
+@pytest.mark.parametrize("shape", [(3, 50, 128), (2, 77, 80), (1, 197, 256)])
+def test_norm_kernel_is_the_plain_norm(shape):
+    x, around, dy, scale, bias = random_arrays(shape, shape, shape, shape[-1:], shape[-1:])
+    arrays, norm = (x + 3, scale, bias), Norm(1e-5, INTERPRETED)
+    assert_equal_to_plain(residual_norm, plain_norm, arrays, [around, dy], norm, is_pair=True)
+
+
+def test_kernels_take_each_device_s_own_rows():
+    mesh = jax.make_mesh((2, 2), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    split = Target("tpu", "v5e", mesh=mesh, batch_axes=("data", "fsdp"), interpret=True)
+    targets, rows = (split, INTERPRETED), (8, 12, 64)
+    q, k, v, weights, bias, scale = random_arrays(rows, rows, rows, rows, (3, 64), (64,))
+    for form, arrays, given, specs in (
+        (short_attention, (q, k, v, bias), weights, [Heads(2, True, t) for t in targets]),
+        (residual_norm, (q, scale, scale), (k, v), [Norm(1e-5, t) for t in targets]),
+    ):
+        got, want = (results_and_gradients(form, arrays, given, spec) for spec in specs)
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-6 * np.abs(b).max(), rtol=0)
+
+
+def test_sizes_of_programs():
+    assert images_per_program(128, 197) == 1
+    assert images_per_program(256, 50) == 4
+    assert images_per_program(6, 50) == 3
+    assert images_per_program(7, 50) == 1
+    assert all(attention_fits(257, 1024, kind) for kind in ("v5e", "v5p", "v6e"))
+    assert not attention_fits(2048, 1024, "v5e")
+    assert not attention_fits(577, 1024, "v4")
+
+
+def test_the_check_at_a_run_s_start_passes_kernels_and_sees_wrong_ones(monkeypatch):
+    sizes = {"heads": 2, "head_size": 64, "length": 50, "is_causal": True, "target": INTERPRETED}
+    assert check.kernels_error(**sizes) < 1.2
+    wrong = dataclasses.replace(CAUSAL, is_causal=False)
+    monkeypatch.setattr(check, "Heads", lambda *_: wrong)
+    monkeypatch.setattr(check, "_plain_attention", lambda *a: plain_attention(*a[:4], CAUSAL))
+    assert check.kernels_error(**sizes) > 2 * check.ALLOWED

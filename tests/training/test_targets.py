@@ -1,0 +1,66 @@
+"""A process lowers the step for devices that it does not have, each with its own kernels."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import pytest
+from jax._src.cudnn import fused_attention_stablehlo
+from steps import make_parts, one_device_mesh
+from tiny import VIT
+
+from clip_jax.models.clip import CLIP
+from clip_jax.models.target import Target
+from clip_jax.parallel.mesh import device_target, make_mesh, mesh_target
+from clip_jax.planning.program import batch_shapes
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What a device of a topology says about itself."""
+
+    platform: str
+    device_kind: str
+    compute_capability: str = ""
+
+
+@pytest.mark.parametrize(
+    ("device", "target"),
+    [
+        (Device("tpu", "TPU v5 lite"), Target("tpu", "v5e")),
+        (Device("tpu", "TPU v5"), Target("tpu", "v5p")),
+        (Device("tpu", "TPU v6 lite"), Target("tpu", "v6e")),
+        (Device("tpu", "TPU v4"), Target("tpu", "v4")),
+        (Device("gpu", "NVIDIA H100", "9.0"), Target("cuda", "NVIDIA H100", (9, 0))),
+        (Device("gpu", "AMD MI300X", "gfx942"), Target("rocm", "AMD MI300X")),
+        (Device("cpu", "cpu"), Target("cpu")),
+    ],
+)
+def test_a_device_says_its_target(device, target):
+    assert device_target(device) == target
+
+
+def test_a_mesh_of_several_devices_is_part_of_the_target():
+    assert mesh_target(one_device_mesh()) == Target("cpu")
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    target = mesh_target(mesh)
+    assert (target.mesh, target.batch_shards, target.splits_rows_alone) == (mesh, 4, False)
+
+
+@pytest.mark.parametrize(
+    ("target", "platform", "kernel"),
+    [
+        (Target("tpu", "v5e"), "tpu", "attention_forward"),
+        (Target("cuda", "H100", (9, 0)), "cuda", "__cudnn$fmhaSoftmax"),
+        (Target("cpu"), "cpu", None),
+    ],
+    ids=["tpu", "cuda", "cpu"],
+)
+def test_the_step_is_lowered_for_any_target(monkeypatch, target, platform, kernel):
+    # What JAX asks of the process itself where it has no GPU's plugin.
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91_000)
+    mesh = one_device_mesh()
+    _, _, shapes, step = make_parts(CLIP(VIT, dtype=jnp.bfloat16, target=target), mesh)
+    traced = step.trace(shapes, batch_shapes(mesh, VIT, 16))
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    kernels = ("attention_forward", "__cudnn$fmhaSoftmax")
+    assert [name for name in kernels if name in text] == ([kernel] if kernel else [])
