@@ -34,13 +34,13 @@ def kernels_error(
     x, around, dx, scale, shift = _draw((IMAGES, length, width), 3, (width,), (width,))
     spec, norm = Heads(heads, is_causal, target), Norm(LAYER_NORM_EPS, target)
     attention = _error(
-        lambda *a: short_attention(*a, spec),
-        lambda *a: _plain_attention(*a, spec),
+        lambda q, k, v, b: short_attention(q, k, v, b, spec),
+        lambda q, k, v, b: _plain_attention(q, k, v, b, spec),
         (q, k, v, bias),
         dy,
     )
     normalization = _error(
-        lambda *a: residual_norm(*a, norm),
+        lambda x, s, b: residual_norm(x, s, b, norm),
         lambda x, s, b: (x, layer_norm(x, s, b, norm.epsilon)),
         (x, 1 + scale, shift),
         (around, dx),
