@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -17,23 +17,32 @@ BATCH_AXES = ("data", "fsdp")
 """The axes that split the rows of a batch between them."""
 
 
-def make_mesh(*, data: int, fsdp: int, tensor: int) -> Mesh:
+def make_mesh(
+    *, data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
     """Make a mesh over all devices; `data` -1 takes what the other axes leave.
+
+    Args:
+      data, fsdp, tensor: the number of devices along each axis.
+      devices: a topology's, which are not there, in place of this process's own.
 
     Raises:
       UserError: the product is not the number of devices.
     """
-    devices = jax.device_count()
+    devices = jax.devices() if devices is None else devices
+    count = len(devices)
     if data == -1:
-        data = max(1, devices // (fsdp * tensor))
-    if data * fsdp * tensor != devices:
+        data = max(1, count // (fsdp * tensor))
+    if data * fsdp * tensor != count:
         raise UserError(
             f"config.mesh asks for {data} x {fsdp} x {tensor} (data x fsdp x tensor) = "
-            f"{data * fsdp * tensor} devices and there are {devices}; "
+            f"{data * fsdp * tensor} devices and there are {count}; "
             "change config.mesh.fsdp and config.mesh.tensor so that their product divides that"
         )
     # Explicit axes, make_mesh's default, break linen's nn.Embed.
-    return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3)
+    return jax.make_mesh(
+        (data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
+    )
 
 
 TPU_GENERATIONS = {

@@ -2,11 +2,19 @@
 
 import math
 import re
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from clip_jax.planning.hlo import Instruction, Program, Visit, visits
+from clip_jax.planning.hlo import (
+    Instruction,
+    Program,
+    Visit,
+    called_computations,
+    step_visits,
+    visits,
+)
 
 COLLECTIVES = (
     "all-gather",
@@ -62,6 +70,8 @@ class Collective(NamedTuple):
       group: the numbers of the devices that exchange with device 0.
       times: how often a step runs it.
       instruction: the line itself.
+      beside: the names of the instructions that the schedule runs between its start and its end;
+        none where the device waits for it.
     """
 
     kind: str
@@ -70,6 +80,7 @@ class Collective(NamedTuple):
     group: tuple[int, ...]
     times: int
     instruction: Instruction
+    beside: tuple[str, ...] = ()
 
     @property
     def wire_bytes(self) -> float:
@@ -82,20 +93,109 @@ class Collective(NamedTuple):
 def find_collectives(program: Program, devices: int) -> list[Collective]:
     """Return all exchanges between devices, in the order of the program."""
     collectives = []
-    for visit in visits(program):
-        kind = visit.instruction.opcode.removesuffix("-start")
-        if kind in COLLECTIVES:
-            group = replica_group(visit.instruction.attributes, devices)
+    for visit in step_visits(program):
+        for line in exchanges(program, visit.instruction):
+            group = replica_group(line.attributes, devices)
             if len(group) > 1:
-                collectives.append(_collective(kind, visit, group))
+                collectives.append(_collective(line, visit.times, group, _beside(program, visit)))
     return collectives
 
 
-def _collective(kind: str, visit: Visit, group: tuple[int, ...]) -> Collective:
-    sizes = [shape.bytes for shape in visit.instruction.shapes]
+# A TPU's compiler spreads a collective over the fusions that run beside it, each of which holds it
+# once more; only its start counts.
+_CARRIER = "async_collective_fusion"
+# A sum and the cut of a device's part of it, as one fusion: a reduce-scatter.
+_FUSED = "all-reduce-scatter"
+_START, _DONE = 'custom_call_target="AsyncCollectiveStart"', "AsyncCollectiveDone"
+
+
+def _inner(program: Program, line: Instruction) -> Iterator[Instruction]:
+    """Yield the instructions of what a line calls."""
+    for name in called_computations(line):
+        for inner in program.computations[name].values():
+            yield inner
+            if inner.opcode in ("fusion", "async-start", "call"):
+                yield from _inner(program, inner)
+
+
+def _kind(line: Instruction) -> str | None:
+    kind = line.opcode.removesuffix("-start")
+    return kind if kind in COLLECTIVES else None
+
+
+def exchanges(program: Program, line: Instruction) -> list[Instruction]:
+    """Return the exchanges that an instruction is or begins, a fusion's too."""
+    if _kind(line):
+        return [line]
+    if line.opcode not in ("fusion", "async-start"):
+        return []
+    if any(name.startswith(_CARRIER) for name in called_computations(line)):
+        return []
+    inner = list(_inner(program, line))
+    if any(_DONE in x.attributes for x in inner):
+        return []
+    return [x for x in inner if _kind(x)]
+
+
+def is_collective(program: Program, line: Instruction) -> bool:
+    """Return whether an instruction is an exchange, or its start or end, and computes nothing."""
+    if line.opcode.removesuffix("-start").removesuffix("-done") in COLLECTIVES:
+        return True
+    if line.opcode != "fusion":
+        return False
+    if any(name.startswith(_FUSED) for name in called_computations(line)):
+        return True
+    return any(
+        x.opcode == "custom-call" and (_START in x.attributes or _DONE in x.attributes)
+        for x in _inner(program, line)
+    )
+
+
+def _beside(program: Program, visit: Visit) -> tuple[str, ...]:
+    """Return the names of what stands between the start of an exchange and its end."""
+    end = _end(program, visit)
+    if end is None:
+        return ()
+    names = list(visit.computation)
+    between = names[names.index(visit.instruction.name) + 1 : names.index(end)]
+    return tuple(n for n in between if visit.computation[n].opcode in _COMPUTING)
+
+
+_COMPUTING = ("fusion", "custom-call", "dot", "convolution", "reduce", "while", "call")
+
+
+def _end(program: Program, visit: Visit) -> str | None:
+    """Return the name of the instruction that waits for what this one starts, if there is one."""
+    start, lines = visit.instruction, visit.computation
+    if start.opcode.endswith("-start"):
+        waits = (x for x in lines.values() if start.name in x.operands)
+        return next((x.name for x in waits if x.opcode.endswith("-done")), None)
+    started = exchanges(program, start)
+    if start.opcode != "fusion" or not is_collective(program, start) or not started:
+        return None
+    # The first end behind it of an exchange that was traced in the same place.
+    behind = list(lines.values())[list(lines).index(start.name) + 1 :]
+    for line in behind:
+        is_same = line.opcode == "fusion" and line.op_name == started[0].op_name
+        if is_same and is_collective(program, line):
+            return line.name
+    return None
+
+
+def _collective(
+    line: Instruction, times: int, group: tuple[int, ...], beside: tuple[str, ...]
+) -> Collective:
+    kind = _kind(line)
+    assert kind
+    shapes = line.shapes
+    if line.opcode == "all-gather-start":  # what goes in, then what comes out
+        shapes = shapes[len(shapes) // 2 :]
+    elif line.opcode == "collective-permute-start":
+        shapes = shapes[1:2]
+    sizes = [shape.bytes for shape in shapes]
     if kind == "reduce-scatter":
         sizes = [len(group) * size for size in sizes]
-    return Collective(kind, sum(sizes), max(sizes), group, visit.times, visit.instruction)
+    return Collective(kind, sum(sizes), max(sizes), group, times, line, beside)
 
 
 _IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"

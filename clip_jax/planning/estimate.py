@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 from clip_jax.planning.hardware import Device
-from clip_jax.planning.memory import STATE
+from clip_jax.planning.memory import STATE, UNSORTED
 from clip_jax.planning.program import StepCosts
 from clip_jax.planning.scopes import in_loss
 from clip_jax.sections import Config
@@ -16,7 +16,8 @@ class StepTime(NamedTuple):
     """Seconds of one step.
 
     Attributes:
-      compute: matrix products at the stated share of the peak.
+      compute: matrix products at the stated share of the peak: those of the program, or the needed
+        ones where it hides them.
       update: reading and writing the state and the gradients at the memory's bandwidth.
       loss: collectives inside the loss; nothing can run beside them.
       others: all other collectives: of parameters and gradients, and of activations under `tensor`.
@@ -55,7 +56,7 @@ def step_time(costs: StepCosts, device: Device, *, dtype: str, utilization: floa
         for c in costs.collectives
     ]
     return StepTime(
-        compute=costs.flops / (utilization * device.peak(dtype)),
+        compute=(costs.flops or costs.needed_flops) / (utilization * device.peak(dtype)),
         update=moved / device.memory_bandwidth,
         loss=sum(s for of_loss, s in seconds if of_loss),
         others=sum(s for of_loss, s in seconds if not of_loss),
@@ -77,7 +78,12 @@ class Change(NamedTuple):
 
 
 def fits(costs: StepCosts, device: Device) -> bool:
-    """Return whether the step fits the memory that a program can count on."""
+    """Return whether the step fits the memory that a program can count on.
+
+    A TPU's compiler refuses what does not.
+    """
+    if costs.compiler.platform == "tpu":
+        return True
     return costs.memory.total <= USABLE * device.memory
 
 
@@ -86,7 +92,7 @@ def advise(costs: StepCosts, config: Config, device: Device) -> list[Change]:
     if fits(costs, device):
         return []
     usable, mesh, memory = USABLE * device.memory, costs.mesh, costs.memory
-    of_rows = memory.sum_of("activations", "other temporaries")
+    of_rows = memory.sum_of("activations", "other temporaries", UNSORTED)
     fixed = memory.total - of_rows
     changes = []
     if config.model.dtype == "float32" and device.kind != "V100-SXM2":

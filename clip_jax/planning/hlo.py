@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 ITEM_BYTES = {
-    **dict.fromkeys(("pred", "s8", "u8", "f8e4m3fn", "f8e5m2"), 1),
+    **dict.fromkeys(("pred", "s4", "u4", "s8", "u8", "f8e4m3fn", "f8e5m2"), 1),
     **dict.fromkeys(("s16", "u16", "f16", "bf16"), 2),
     **dict.fromkeys(("s32", "u32", "f32"), 4),
     **dict.fromkeys(("s64", "u64", "f64", "c64"), 8),
@@ -19,10 +19,17 @@ ITEM_BYTES = {
 
 
 class Shape(NamedTuple):
-    """Dtype and dimensions of one array of a program, as one device holds it."""
+    """One array of a program, as one device holds it.
+
+    Attributes:
+      dtype: as XLA writes it, "bf16" say.
+      dims: its dimensions.
+      memory_space: where it lies: 0 is the device's memory, 1 a TPU core's fast memory.
+    """
 
     dtype: str
     dims: tuple[int, ...]
+    memory_space: int = 0
 
     @property
     def bytes(self) -> int:
@@ -74,7 +81,10 @@ class Visit(NamedTuple):
     times: int
 
 
-_SHAPE = re.compile(r"\b([a-z]+[0-9]*(?:e\d+m\d+[a-z]*)?)\[([0-9,]*)\]")
+# "bf16[32,77,512]{2,1,0:T(8,128)(2,1)S(1)}": the layout ends in the memory space, if it is not 0.
+_SHAPE = re.compile(
+    r"\b([a-z]+[0-9]*(?:e\d+m\d+[a-z]*)?)\[([0-9,]*)\](?:\{[^}]*?(?:S\((\d+)\))?\})?"
+)
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _LINE = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = ")
 _OPERAND = re.compile(r"%([\w.\-]+)")
@@ -104,8 +114,8 @@ def parse_program(text: str) -> Program:
 def _instruction(name: str, rest: str) -> Instruction:
     shape_end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
     shapes = tuple(
-        Shape(dtype, tuple(int(n) for n in dims.split(",") if n))
-        for dtype, dims in _SHAPE.findall(rest[:shape_end])
+        Shape(dtype, tuple(int(n) for n in dims.split(",") if n), int(space or 0))
+        for dtype, dims, space in _SHAPE.findall(rest[:shape_end])
     )
     opening = rest.index("(", shape_end)
     opcode = rest[shape_end:opening].strip()
@@ -141,6 +151,26 @@ def _visits(program: Program, name: str, times: int) -> Iterator[Visit]:
                 inner *= trip_count(program, instruction)
             for called in called_computations(instruction):
                 yield from _visits(program, called, inner)
+
+
+_SEQUENCES = ("call", "conditional", "while")
+
+
+def step_visits(program: Program) -> Iterator[Visit]:
+    """Yield what a step runs one after the other: loops and calls run out, a fusion as one."""
+    yield from _step_visits(program, program.entry, 1)
+
+
+def _step_visits(program: Program, name: str, times: int) -> Iterator[Visit]:
+    computation = program.computations[name]
+    for instruction in computation.values():
+        if instruction.opcode not in _SEQUENCES:
+            yield Visit(instruction, computation, times)
+            continue
+        is_loop = instruction.opcode == "while"
+        inner = times * (trip_count(program, instruction) if is_loop else 1)
+        for called in called_computations(instruction):
+            yield from _step_visits(program, called, inner)
 
 
 def called_computations(instruction: Instruction) -> list[str]:

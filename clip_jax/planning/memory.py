@@ -4,6 +4,7 @@ The compiler keeps one list of the buffers that are alive at the peak of memory.
 of one instruction, and the scope of the instruction says from which part of the step it comes.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +27,8 @@ TEMPORARIES = (
     "other temporaries",
 )
 """The kinds that the program's temporary buffers are of."""
+UNSORTED = "temporaries"
+"""All of them, where the compiler does not say what is alive at the peak."""
 
 
 class Memory(NamedTuple):
@@ -87,17 +90,28 @@ def measure_memory(
     # Arrays that the step does not read, caption ids mostly, are no arguments of the program.
     kinds["batch"] = stats.argument_size_in_bytes - sum(kinds.values())
     kinds["metrics"] = stats.output_size_in_bytes - stats.alias_size_in_bytes
-    kinds |= dict.fromkeys(TEMPORARIES, 0)
-    step_shapes = shapes_of_step(shapes, embed_dim, rows)
+    if stats.serialized_buffer_assignment_proto:
+        step_shapes = shapes_of_step(shapes, embed_dim, rows)
+        kinds |= _temporaries(compiled, stats, program, step_shapes)
+    else:
+        kinds[UNSORTED] = stats.temp_size_in_bytes
+    return Memory({k: size for k, size in kinds.items() if size}, sum(kinds.values()))
+
+
+def _temporaries(
+    compiled: jax.stages.Compiled, stats: Any, program: Program, step_shapes: StepShapes
+) -> dict[str, int]:
+    """Return the bytes of temporaries by kind, from the buffers that are alive at the peak."""
     executable: Any = compiled.runtime_executable()
     module = executable.hlo_modules()[0].as_serialized_hlo_module_proto()
-    peak = peak_buffers(stats.serialized_buffer_assignment_proto, instruction_names(module))
+    kinds = dict.fromkeys(TEMPORARIES, 0)
     lines = {name: line for lines in program.computations.values() for name, line in lines.items()}
+    peak = peak_buffers(stats.serialized_buffer_assignment_proto, instruction_names(module))
     for name, size in peak:
         kinds[kind_of(program, lines, name, step_shapes)] += size
     # Constants, and the gaps between buffers of unlike sizes.
-    kinds["other temporaries"] += stats.temp_size_in_bytes - sum(kinds[k] for k in TEMPORARIES)
-    return Memory({k: size for k, size in kinds.items() if size}, sum(kinds.values()))
+    kinds["other temporaries"] += stats.temp_size_in_bytes - sum(kinds.values())
+    return kinds
 
 
 def shapes_of_step(shapes: TrainState, embed_dim: int, rows: int) -> StepShapes:
@@ -136,7 +150,7 @@ def kind_of(program: Program, lines: dict[str, Instruction], name: str, shapes: 
 
 
 def op_name(
-    program: Program, lines: dict[str, Instruction], line: Instruction, depth: int = 4
+    program: Program, lines: Mapping[str, Instruction], line: Instruction, depth: int = 4
 ) -> str:
     """Return an instruction's op_name, or where it has none that of what it calls or works on."""
     if line.op_name or not depth:

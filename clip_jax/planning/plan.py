@@ -1,11 +1,14 @@
 """A run's plan as a value: what its step costs, whether it fits, and how long the run takes."""
 
 import dataclasses
+import functools
 import math
 
+from clip_jax.planning.compilers import Compiler
 from clip_jax.planning.estimate import Change, StepTime, advise, fits, step_time
 from clip_jax.planning.hardware import Device
 from clip_jax.planning.program import StepCosts
+from clip_jax.planning.refusal import Refusal
 from clip_jax.sections import Config
 from clip_jax.training.setup import steps_of_run
 
@@ -50,14 +53,48 @@ class Plan:
         return self.costs.memory.total / self.device.memory
 
     @property
-    def flops(self) -> int:
-        """The operations of a step on all devices."""
-        return self.costs.flops * self.devices
+    def flops(self) -> int | None:
+        """The operations of a step on all devices, where they can be counted."""
+        return None if self.costs.flops is None else self.costs.flops * self.devices
 
     @property
     def needed_flops(self) -> float:
         """The operations of a step on all devices, nothing computed twice."""
         return self.costs.needed_flops * self.devices
+
+    @property
+    def step_seconds(self) -> float:
+        """The estimate of a step's time without its exchanges: cycles, or from published rates."""
+        timing = self.costs.timing
+        return timing.seconds if timing else self.time.compute + self.time.update
+
+    @property
+    def exposed_seconds(self) -> float:
+        """The seconds of a step in which a device waits for others, from published rates."""
+        exposed, _ = self._exchanges
+        return exposed
+
+    @property
+    def exposed_share(self) -> float:
+        """The share of the exchanged bytes beside which the schedule runs nothing."""
+        collectives = self.costs.collectives
+        everything = sum(c.times * c.bytes for c in collectives)
+        return self._exchanges[1] / everything if everything else 0.0
+
+    @functools.cached_property
+    def _exchanges(self) -> tuple[float, float]:
+        """Seconds and bytes that nothing hides."""
+        timing = self.costs.timing
+        each = timing.seconds_each() if timing else {}
+        seconds = size = 0.0
+        for c in self.costs.collectives:
+            needs = c.wire_bytes / self.device.bandwidth(c.group)
+            # Without an estimate of what runs beside it, anything hides it.
+            beside = sum(each.get(name, 0.0) for name in c.beside) if timing else needs
+            exposed = max(0.0, 1 - beside / needs) if c.beside and needs else 1.0
+            seconds += c.times * needs * exposed
+            size += c.times * c.bytes * exposed
+        return seconds, size
 
     def pairs_per_second(self, step_seconds: float) -> float:
         """Return the rate of all devices at this many seconds a step."""
@@ -70,6 +107,27 @@ class Plan:
         """
         peak = self.device.peak(self.config.model.dtype)
         return self.costs.needed_flops / peak / step_seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class RefusedPlan:
+    """A run whose program the compiler refused, because it does not fit the devices' memory.
+
+    Attributes:
+      config: the run.
+      device_name: the name of the device in `hardware.DEVICES`.
+      device: its memory and bandwidths.
+      devices: how many.
+      compiler: which refused it.
+      refusal: the memory that it would take, and its largest arrays.
+    """
+
+    config: Config
+    device_name: str
+    device: Device
+    devices: int
+    compiler: Compiler
+    refusal: Refusal
 
 
 def make_plan(

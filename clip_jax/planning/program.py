@@ -1,6 +1,7 @@
-"""The step of a run, compiled for a mesh of virtual devices; no array is made."""
+"""The step of a run, compiled for a mesh of devices that need not be there; no array is made."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -8,12 +9,18 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from clip_jax.errors import UserError, short
 from clip_jax.losses.tiled import choose_tiling
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.parallel.mesh import BATCH_AXES, batch_shards
+from clip_jax.planning.bundles import read_kernel_cycles
+from clip_jax.planning.compilers import Compiler
 from clip_jax.planning.counts import Collective, find_collectives, matmul_flops
+from clip_jax.planning.cycles import Timing, time_step, uncounted_names
+from clip_jax.planning.hardware import find_device
 from clip_jax.planning.hlo import parse_program
 from clip_jax.planning.memory import Memory, measure_memory
+from clip_jax.planning.refusal import DoesNotFitError, parse_refusal
 from clip_jax.sections import Config
 from clip_jax.training.setup import build_run, make_step, pair_flops
 from clip_jax.training.state import parameter_counts
@@ -24,23 +31,29 @@ class StepCosts:
     """Costs of a run's compiled step; bytes and operations are one device's.
 
     Attributes:
+      compiler: whose program they are read from.
       mesh: the number of devices along each axis.
       parameters: the number of parameters by tower.
       rows: the rows of the batch on one device.
       memory: bytes by kind.
+      temp_bytes: the bytes of temporaries, all kinds together.
       flops: operations of matrix products and convolutions in the compiled program, its loops run
-        out.
+        out; None where kernels and libraries hide them.
       needed_flops: the same by `models.flops` and `loss_flops`, nothing computed twice.
       collectives: the exchanges between devices.
+      timing: the compiler's own estimate of time; None where it makes none.
     """
 
+    compiler: Compiler
     mesh: dict[str, int]
     parameters: dict[str, int]
     rows: int
     memory: Memory
-    flops: int
+    temp_bytes: int
+    flops: int | None
     needed_flops: float
     collectives: list[Collective]
+    timing: Timing | None
 
 
 def batch_shapes(
@@ -61,19 +74,48 @@ def batch_shapes(
     }
 
 
-def compile_run(config: Config, steps: int) -> StepCosts:
-    """Compile the step of a run on the devices there are, and read its costs from the program.
+def compile_run(
+    config: Config,
+    steps: int,
+    *,
+    compiler: Compiler,
+    devices: Sequence[jax.Device],
+    device_name: str,
+    dump: str,
+) -> StepCosts:
+    """Compile the step of a run, and read its costs from the program.
+
+    Args:
+      config: the run.
+      steps: how many it has.
+      compiler: one that was started.
+      devices: what it compiles for.
+      device_name: the name of their kind in `hardware.DEVICES`.
+      dump: the folder that a TPU's compiler writes the schedules of kernels into.
 
     Raises:
-      UserError: the config does not fit the devices.
+      UserError: the config does not fit the devices, or the compiler failed.
+      DoesNotFitError: the compiler refused the program, because it needs too much memory.
     """
-    run = build_run(config, steps)
+    run = build_run(config, steps, devices=devices)
     sizes, pairs, shards = run.model.config, config.train.batch_size, batch_shards(run.mesh)
     step: Any = make_step(run)
-    compiled = step.lower(run.shapes, batch_shapes(run.mesh, sizes, pairs)).compile()
+    lowered = step.lower(run.shapes, batch_shapes(run.mesh, sizes, pairs))
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        refusal = parse_refusal(str(error))
+        if refusal is None:
+            raise UserError(f"{compiler.name} could not compile the step: {short(error)}") from None
+        raise DoesNotFitError(refusal) from None
     program = parse_program(compiled.as_text())
+    timing = None
+    if compiler.platform == "tpu":
+        kernels = read_kernel_cycles(dump, uncounted_names(program))
+        timing = time_step(program, device_name, find_device(device_name), kernels)
     tower_flops = pairs * pair_flops(run, sizes.text.context_length) / run.mesh.size
     return StepCosts(
+        compiler=compiler,
         mesh=dict(run.mesh.shape),
         parameters=parameter_counts(run.shapes.params),
         rows=pairs // shards,
@@ -84,7 +126,8 @@ def compile_run(config: Config, steps: int) -> StepCosts:
             embed_dim=sizes.embed_dim,
             rows=(config.train.microbatch_size or pairs) // shards,
         ),
-        flops=matmul_flops(program),
+        temp_bytes=compiled.memory_analysis().temp_size_in_bytes,
+        flops=None if compiler.is_devices_own else matmul_flops(program),
         needed_flops=tower_flops
         + loss_flops(
             pairs,
@@ -94,6 +137,7 @@ def compile_run(config: Config, steps: int) -> StepCosts:
             tile_size=config.train.loss_tile,
         ),
         collectives=find_collectives(program, run.mesh.size),
+        timing=timing,
     )
 
 

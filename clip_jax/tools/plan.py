@@ -1,28 +1,28 @@
 """Plan a run: `python -m clip_jax.plan --config experiments/X.py --devices 256 --device h100`.
 
-Compiles the run's real step for that many virtual devices, without data and without making an
-array, and prints what it would take: memory, operations, collectives, time and cost. Fields of
-the config are set as for training, `--config.mesh.fsdp=8` say.
+Compiles the run's real step for that many devices, without data and without making an array, and
+prints what it would take: memory, operations, collectives, time and cost. It asks XLA's compiler
+for TPUs or NVIDIA GPUs where that is installed, else the CPU's. Fields of the config are set as
+for training, `--config.mesh.fsdp=8` say.
 """
 
 import argparse
-import os
+import json
 import sys
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clip_jax.config import resolve
 from clip_jax.errors import UserError, run_command
+from clip_jax.files import atomic_write
 from clip_jax.sections import Config
 from clip_jax.tools.config_flags import parse as parse_config
 
 if TYPE_CHECKING:
-    from clip_jax.planning.plan import Plan
+    from clip_jax.planning.plan import Plan, RefusedPlan
 
-# XLA on CPUs orders a program for many threads at the cost of memory; devices order it for memory.
-FOR_MEMORY = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
-# The machine code is never run.
-UNOPTIMIZED = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 ANY_STEPS = 1000
 """Steps of a run whose length is not known; the program is the same for any number."""
 UTILIZATION = 0.5
@@ -50,17 +50,16 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         help=argparse.SUPPRESS,
     )
     parser.add_argument("--pairs", type=int, help="pairs of an epoch, for a run given in epochs")
+    parser.add_argument(
+        "--compiler",
+        default="auto",
+        help="auto (the devices' own where it is installed), tpu, cuda or cpu",
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the plan's figures there too")
+    parser.add_argument(
+        "--top", type=int, default=0, help="print so many of the instructions that take longest"
+    )
     return parser.parse_known_args(argv[1:])
-
-
-def start_virtual_devices(count: int) -> None:
-    """Make JAX start with this many CPU devices; only before it has started."""
-    given = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"{given} {FOR_MEMORY} {UNOPTIMIZED}".strip()
-    import jax
-
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", count)
 
 
 def plan(
@@ -70,18 +69,23 @@ def plan(
     *,
     utilization: float = UTILIZATION,
     pairs: int | None = None,
-) -> "Plan":
+    compiler: str = "auto",
+) -> "Plan | RefusedPlan":
     """Plan a run on so many devices of a kind; JAX must not have started.
 
     Args:
       config: the run.
       devices: how many devices.
       device: the name of their kind in `planning.hardware.DEVICES`.
-      utilization: the share of the published peak that matrix products are taken to reach.
+      utilization: the share of the published peak that matrix products are taken to reach, where
+        the compiler does not estimate their time.
       pairs: the pairs of an epoch, for a run given in epochs.
+      compiler: one of `planning.compilers.COMPILERS`; "auto" is the devices' own where it is
+        installed, else the CPU's.
 
     Raises:
-      UserError: a number is out of range, or the config does not fit the devices.
+      UserError: a number is out of range, the config does not fit the devices, or the compiler is
+        not there.
     """
     if devices < 1:
         raise UserError(f"--devices is {devices}; give how many devices there are, 1 or more")
@@ -92,15 +96,30 @@ def plan(
             f"--pairs is {pairs:,}; it takes config.train.batch_size "
             f"{config.train.batch_size:,} or more"
         )
+    from clip_jax.planning.compilers import find_compiler, start_compiler
     from clip_jax.planning.hardware import find_device
+    from clip_jax.planning.plan import RefusedPlan, make_plan, run_steps
+    from clip_jax.planning.refusal import DoesNotFitError
 
-    hardware = find_device(device)
+    device, hardware = device.lower(), find_device(device)
     hardware.peak(config.model.dtype)  # fails before the compiler starts
-    start_virtual_devices(devices)
-    from clip_jax.planning.plan import make_plan, run_steps
-    from clip_jax.planning.program import compile_run
+    asked = find_compiler(device, compiler)
+    with tempfile.TemporaryDirectory(prefix="clip_jax_plan_") as dump:
+        topology = start_compiler(asked, device, devices, dump)
+        # What is imported above starts no devices.
+        from clip_jax.planning.program import compile_run
 
-    costs = compile_run(config, run_steps(config, pairs) or ANY_STEPS)
+        try:
+            costs = compile_run(
+                config,
+                run_steps(config, pairs) or ANY_STEPS,
+                compiler=asked,
+                devices=topology,
+                device_name=device,
+                dump=dump,
+            )
+        except DoesNotFitError as error:
+            return RefusedPlan(config, device, hardware, devices, asked, error.refusal)
     return make_plan(costs, config, device, hardware, utilization=utilization, pairs=pairs)
 
 
@@ -110,10 +129,21 @@ def main() -> int:
     config = resolve(parse_config([sys.argv[0], *rest]))
     if args.devices is None:
         raise UserError("--devices is missing; for example --devices 256 --device h100")
-    result = plan(config, args.devices, args.device, utilization=args.utilization, pairs=args.pairs)
+    result = plan(
+        config,
+        args.devices,
+        args.device,
+        utilization=args.utilization,
+        pairs=args.pairs,
+        compiler=args.compiler,
+    )
+    from clip_jax.planning.record import plan_record
     from clip_jax.planning.text import plan_text
 
-    print(plan_text(result))
+    print(plan_text(result, top=args.top))
+    if args.json:
+        with atomic_write(Path(args.json)) as partial:
+            partial.write_text(json.dumps(plan_record(result), indent=1) + "\n", encoding="utf-8")
     return 0
 
 

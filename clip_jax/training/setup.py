@@ -2,8 +2,10 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
@@ -109,17 +111,24 @@ def sized_model(
     return dataclasses.replace(config, vision=vision, text=text)
 
 
-def build_run(config: Config, steps: int, workdir: str | None = None) -> RunComponents:
+def build_run(
+    config: Config,
+    steps: int,
+    workdir: str | None = None,
+    *,
+    devices: Sequence[jax.Device] | None = None,
+) -> RunComponents:
     """Build what a run of this many steps needs; nothing is allocated on devices.
 
     A run that is resumed in `workdir` needs the checkpoint it started from no more: it has its own.
     Without a `workdir` nothing is run, and a checkpoint to start from may be yet to come.
+    `devices` are a topology's, to compile for; None are this process's own.
 
     Raises:
       UserError: the model, the tokenizer, the mesh or the checkpoint does not fit the config.
     """
     m, t = config.model, config.train
-    mesh = make_mesh(**dataclasses.asdict(config.mesh))
+    mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
     check_batch_size("config.train.batch_size", t.batch_size, mesh)
     if t.microbatch_size:
         check_batch_size("config.train.microbatch_size", t.microbatch_size, mesh)

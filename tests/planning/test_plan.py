@@ -21,6 +21,7 @@ from clip_jax.models.flops import train_flops_per_pair
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.zoo import model_config
 from clip_jax.parallel.mesh import batch_shards
+from clip_jax.planning.compilers import Compiler
 from clip_jax.planning.counts import find_collectives, matmul_flops, replica_group
 from clip_jax.planning.estimate import USABLE, step_time
 from clip_jax.planning.hardware import DEVICES, find_device
@@ -265,16 +266,22 @@ def test_the_compiled_step_has_every_scope(mesh):
     assert {s for line in lines for s in step_scopes(line.op_name)} == {TOWERS, LOSS, UPDATE}
 
 
+CPU = Compiler("cpu", "jaxlib", "0.10.2")
+
+
 def costs_of(**changes):
     kinds = {"parameters": 10e9, "optimizer": 20e9, "batch": 1e9, "activations": 60e9}
     start = StepCosts(
+        compiler=CPU,
         mesh={"data": 32, "fsdp": 1, "tensor": 1},
         parameters={"image": 1, "text": 1, "other": 1, "total": 3},
         rows=128,
         memory=Memory(kinds, sum(kinds.values())),
+        temp_bytes=60 * 10**9,
         flops=10**14,
         needed_flops=10**14,
         collectives=[],
+        timing=None,
     )
     return dataclasses.replace(start, **changes)
 

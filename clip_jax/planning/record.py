@@ -1,0 +1,76 @@
+"""A plan as JSON values; `docs/planning.md` says what each key holds."""
+
+from typing import Any
+
+from clip_jax.planning.compilers import Compiler
+from clip_jax.planning.plan import Plan, RefusedPlan
+
+
+def plan_record(plan: Plan | RefusedPlan) -> dict[str, Any]:
+    """Return a plan's figures by their documented keys."""
+    if isinstance(plan, RefusedPlan):
+        return {
+            **_head(plan, plan.compiler, plan.devices),
+            "fits": False,
+            "memory_bytes": plan.refusal.used,
+            "temp_bytes": plan.refusal.temporaries,
+            "estimated_seconds": None,
+            "utilization": None,
+            "breakdown": [],
+            "largest_buffers": [buffer._asdict() for buffer in plan.refusal.buffers],
+        }
+    costs, timing = plan.costs, plan.costs.timing
+    return {
+        **_head(plan, costs.compiler, plan.devices),
+        "fits": plan.fits,
+        "memory_bytes": costs.memory.total,
+        "temp_bytes": costs.temp_bytes,
+        "memory_by_kind": costs.memory.kinds,
+        "estimated_seconds": plan.step_seconds,
+        "estimated_by": "cycles" if timing else "rates",
+        "counted_share": timing.counted_share if timing else None,
+        "utilization": plan.model_flop_utilization(plan.step_seconds),
+        "needed_flops": costs.needed_flops,
+        "breakdown": _breakdown(plan),
+        "exposed_collective_seconds": plan.exposed_seconds,
+        "exposed_collective_share": plan.exposed_share,
+        "collectives": [
+            {
+                "kind": c.kind,
+                "bytes": c.bytes,
+                "times": c.times,
+                "group": len(c.group),
+                "beside_computation": bool(c.beside),
+            }
+            for c in costs.collectives
+        ],
+        "mesh": costs.mesh,
+        "steps": plan.steps,
+    }
+
+
+def _head(plan: Plan | RefusedPlan, compiler: Compiler, devices: int) -> dict[str, Any]:
+    return {
+        "model": plan.config.model.name,
+        "device": plan.device_name,
+        "devices": devices,
+        "batch_size": plan.config.train.batch_size,
+        "compiler": {
+            "platform": compiler.platform,
+            "name": compiler.name,
+            "version": compiler.version,
+        },
+    }
+
+
+def _breakdown(plan: Plan) -> list[dict[str, Any]]:
+    if plan.costs.timing:
+        return [
+            {"tower": part.tower, "pass": part.direction, "part": part.name, "seconds": seconds}
+            for part, seconds in plan.costs.timing.by_part().items()
+        ]
+    parts = {"products": plan.time.compute, "update": plan.time.update}
+    return [
+        {"tower": "", "pass": "", "part": name, "seconds": seconds}
+        for name, seconds in parts.items()
+    ]

@@ -1,0 +1,154 @@
+"""Tests of the meter of TPU programs: cycles, kernels' bundles, parts and what runs beside them."""
+
+from pathlib import Path
+
+import pytest
+
+from clip_jax.planning.bundles import read_kernel_cycles, scheduled_cycles
+from clip_jax.planning.counts import find_collectives
+from clip_jax.planning.cycles import time_step, uncounted_names
+from clip_jax.planning.hardware import DEVICES
+from clip_jax.planning.hlo import Shape, parse_program, step_visits
+from clip_jax.planning.parts import Part
+from clip_jax.planning.refusal import parse_refusal
+
+# Lines as libtpu 0.0.42 writes them, shortened: a loop of four trips with a kernel and a product,
+# an all-gather that runs beside a fusion, a sum that nothing runs beside, and the update.
+PROGRAM = Path(__file__).with_name("step.hlo").read_text()
+CLOCK = 1.5e9
+
+
+def cycles_of(kernels):
+    program = parse_program(PROGRAM)
+    timing = time_step(program, "tpu-v5e", DEVICES["tpu-v5e"], kernels)
+    return {part: round(seconds * CLOCK) for part, seconds in timing.by_part().items()}, timing
+
+
+def test_cycles_by_part_with_loops_run_out():
+    # The second kernel has no schedule of its own: it is the first one's twin.
+    parts, timing = cycles_of({"attention_forward.3": 500})
+    gather = round(3 * 32 * 4 / 0.819e12 * CLOCK) or 0
+    assert parts == {
+        Part("image", "backward", "MLP"): 4 * 3000,
+        Part("text", "forward", "attention"): 2 * 4 * 500,
+        Part("image", "forward", "norms"): 1500,
+        Part("", "", "update"): 900,
+        Part("text", "forward", "copies"): 600,
+        Part("", "", "loss"): pytest.approx(gather, abs=1),
+    }
+    assert 0.99 < timing.counted_share < 1
+    assert timing.slowest(1)[0].instruction.name == "fusion.2"
+
+
+def test_a_kernel_takes_as_long_as_its_bytes_at_least():
+    parts, _ = cycles_of({"attention_forward.3": 0, "attention_forward.4": 0})
+    # Only the first reads the device's memory; fast memory costs nothing.
+    moved = 64 / 0.819e12 * CLOCK
+    assert parts[Part("text", "forward", "attention")] == round(4 * moved)
+
+
+def test_what_the_compiler_does_not_count_is_named():
+    program = parse_program(PROGRAM)
+    assert uncounted_names(program) == {"attention_forward.3", "attention_forward.4", "gather.1"}
+
+
+def test_a_collective_spread_over_fusions_counts_once_and_runs_beside_them():
+    gather, reduce = find_collectives(parse_program(PROGRAM), 4)
+    assert (gather.kind, gather.bytes, gather.beside) == ("all-gather", 128, ("fusion.3",))
+    assert (reduce.kind, reduce.bytes, reduce.beside) == ("all-reduce", 128, ())
+
+
+def test_the_memory_space_of_an_array():
+    program = parse_program(PROGRAM)
+    kernel = program.computations["body"]["attention_forward.3"]
+    assert kernel.shapes == (Shape("bf16", (8, 4), memory_space=1),)
+    assert program.computations["main"]["a"].shapes == (Shape("f32", (8, 4)),)
+
+
+def test_loops_are_run_out_and_fusions_stand_whole():
+    times = {v.instruction.name: v.times for v in step_visits(parse_program(PROGRAM))}
+    assert times["fusion.2"] == 4 and times["fusion.3"] == 1 and "convolution.1" not in times
+
+
+# Six bundles in a pipelined loop over a grid of 16, three outside; one empty bundle at each depth.
+SCHEDULE = """\
+LB: loop body
+
+     0   :  { %s1 = smov 0 }
+   0x1 LB: > { %s2 = sadd.s32 1, %s3 /* iteration index, stage = 1 */  ;;  %s4 = sphi 0, %s5 }
+   0x2   : > { %p1 = scmp.lt.s32.totalorder %s3, 17 }
+   0x3   :  {}
+   0x4   : > { %v1 = vld [vmem:[%s1] sm:$0xff] }
+   0x5 PF: > { %s6 = sadd.s32 1, %s3 }
+   0x6   : > { %p2 = scmp.ge.s32.totalorder %s6, 18 /* loop exit test */ } /* End region 3 */
+   0x7   :  { %13 = sbr.rel (!%p2) target = $region76 }
+   0x8   :  {}
+"""
+
+
+def test_bundles_of_a_pipelined_grid(tmp_path):
+    assert scheduled_cycles(SCHEDULE) == 3 + 6 * 16
+    (tmp_path / "17-attention_forward.3-72-final_bundles.txt").write_text(SCHEDULE)
+    (tmp_path / "17-fusion.1-72-final_bundles.txt").write_text(SCHEDULE)
+    (tmp_path / "17-fusion.1-71-schedule-analysis_final_bundles.txt").write_text("")
+    names = frozenset({"attention_forward.3"})
+    assert read_kernel_cycles(str(tmp_path), names) == {"attention_forward.3": 99}
+
+
+def test_nested_loops_multiply():
+    nested = """\
+   0x1 LB: > { %v0 }
+   0x2 LB: >> { %v1 }
+   0x3   : >> { %p2 = scmp.ge.s32.totalorder %s6, 5 /* loop exit test */ }
+   0x4   : > { %p2 = scmp.ge.s32.totalorder %s6, 7 /* loop exit test */ }
+   0x5 LB: > { %v1 }
+   0x6   : > { %p2 = scmp.ge.s32.totalorder %s6, 3 /* loop exit test */ }
+"""
+    assert scheduled_cycles(nested) == 7 * (2 + 2 * 5) + 2 * 3
+
+
+def test_a_loop_that_ends_on_the_data_is_not_counted():
+    assert scheduled_cycles("   0x1 LB: > { %v0 }\n   0x2   : > { %v1 }\n") is None
+
+
+REFUSAL = """\
+RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used \
+17.24G of 15.75G hbm. Exceeded hbm capacity by 1.49G.
+
+Total hbm usage >= 17.49G:
+    reserved        258.00M
+    program          16.98G
+    arguments       258.00M
+
+Program hbm requirement 16.98G:
+    HLO temp          16.50G (97.3% utilization: Unpadded (14.78G) Padded (15.18G), 0.0% \
+fragmentation (0B))
+
+  Largest program allocations in hbm:
+
+  1. Size: 512.00M
+     Shape: f32[512,512,512]{2,1,0:T(8,128)}
+     Unpadded size: 512.00M
+     XLA label: fusion.1 = fusion(p)
+     Allocation type: HLO temp
+     ==========================
+
+  2. Size: 1.50G
+     Operator: op_type="dot_general" op_name="jit(step)/jvp(towers)/CLIP/text/mlp/c_fc/dot_general"
+     Shape: bf16[256,77,2048]{2,1,0:T(8,128)}
+     Unpadded size: 1.50G
+     Allocation type: HLO temp
+     ==========================
+"""
+
+
+def test_a_refusal_is_read():
+    refusal = parse_refusal(REFUSAL)
+    assert refusal.used == round(17.24 * 2**30) and refusal.available == round(15.75 * 2**30)
+    assert refusal.temporaries == round(16.5 * 2**30)
+    assert [(b.bytes, b.shape) for b in refusal.buffers] == [
+        (round(1.5 * 2**30), "bf16[256,77,2048]"),
+        (2**29, "f32[512,512,512]"),
+    ]
+    assert refusal.buffers[0].op_name.endswith("mlp/c_fc/dot_general")
+    assert parse_refusal("INTERNAL: something else") is None
