@@ -23,17 +23,25 @@ def keep_freed_memory() -> bool:
     Call before threads start: memory is kept in one arena, and a thread stays in its own. Where
     glibc is not the C library, or JAX has an accelerator, nothing is done.
     """
-    if not sys.platform.startswith("linux") or has_accelerator_plugin():
+    if has_accelerator_plugin() or not keep_heap():
         return False
-    libc = ctypes.CDLL(None)
-    mallopt = getattr(libc, "mallopt", None)
+    half = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    use_huge_pages(ctypes.CDLL(None), half)
+    return True
+
+
+def keep_heap() -> bool:
+    """Let malloc keep what is freed, in one heap; return whether the C library is glibc.
+
+    Call before threads start, as for `keep_freed_memory`.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
     settings = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_ARENA_MAX, 1))
-    if not all(mallopt(name, value) == 1 for name, value in settings):
-        return False
-    use_huge_pages(libc, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
-    return True
+    return all(mallopt(name, value) == 1 for name, value in settings)
 
 
 def use_huge_pages(libc: ctypes.CDLL, size: int) -> None:

@@ -128,7 +128,11 @@ class DataSection:
     window: int = 8
     """Shards of a stream that are shuffled together."""
     threads: int = may_change(4)
-    """Threads that decode."""
+    """Threads that decode, of all processes together."""
+    processes: int = may_change(-1)
+    """Processes among which these threads are shared out, so that Python's lock is not what bounds
+    them; 0 decodes in the run's own. -1 takes one for every 4 threads that have a core, from two
+    on, where the data are tar shards."""
     cache_bytes: int = may_change(0)
     """Memory for decoded images kept between epochs; 0 keeps none."""
     crop_scale: tuple[float, float] = (0.9, 1.0)

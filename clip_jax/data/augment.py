@@ -16,7 +16,7 @@ import simplejpeg
 from jaxtyping import UInt8
 from PIL import Image
 
-from clip_jax.data.images import decode_image, random_resized_crop
+from clip_jax.data.images import Chance, decode_image, random_resized_crop
 from clip_jax.sections import DataSection
 
 T = TypeVar("T")
@@ -96,7 +96,7 @@ def _if_readable(call: Callable[..., T], data: bytes, **options: Any) -> T | Non
 
 def make_transform(
     image_size: int, config: DataSection
-) -> Callable[[Image.Image, np.random.Generator], UInt8[np.ndarray, "H W 3"]]:
+) -> Callable[[Image.Image, Chance], UInt8[np.ndarray, "H W 3"]]:
     """Make the training transform: a random crop, mirrored or gray with the config's chances.
 
     The draws come in this order and are always made, so that one setting does not move another's.
@@ -106,7 +106,7 @@ def make_transform(
       config: `crop_scale`, `crop_ratio`, `flip` and `grayscale` are read.
     """
 
-    def transform(image: Image.Image, rng: np.random.Generator) -> np.ndarray:
+    def transform(image: Image.Image, rng: Chance) -> np.ndarray:
         x_HWC = random_resized_crop(image, image_size, rng, config.crop_scale, config.crop_ratio)
         mirrored, gray = rng.random() < config.flip, rng.random() < config.grayscale
         if mirrored:

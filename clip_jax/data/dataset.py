@@ -42,17 +42,23 @@ class ShardCache:
     """
 
     def __init__(self, limit: int, read: Callable[[str], Shard]):
-        self._limit, self._read = limit, read
+        self.limit, self._read = limit, read
         self._lock = threading.Lock()
         self._futures: OrderedDict[str, Future[Shard | UnreadableShard]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._futures)
 
-    def get(self, shard: str) -> Shard | UnreadableShard:
+    def get(
+        self, shard: str, read: Callable[[str], Shard] | None = None
+    ) -> Shard | UnreadableShard:
         """Return the shard, read by the first thread that asks while the others wait for it.
 
         One that could not be read is tried again after `remote.PASSED_OVER` seconds.
+
+        Args:
+          shard: its name.
+          read: reads it here and now, instead of the cache's own way.
         """
         with self._lock:
             future = self._futures.get(shard)
@@ -60,11 +66,11 @@ class ShardCache:
             if future is None:
                 future = self._futures[shard] = Future()
             self._futures.move_to_end(shard)
-            while len(self._futures) > self._limit:
+            while len(self._futures) > self.limit:
                 self._futures.popitem(last=False)
         if is_first:
             try:
-                future.set_result(self._read_or_blame(shard))
+                future.set_result(self._read_or_blame(shard, read or self._read))
             except BaseException as e:
                 future.set_exception(e)  # or else the others would wait for ever
                 raise
@@ -73,12 +79,12 @@ class ShardCache:
             with self._lock:
                 if self._futures.get(shard) is future:
                     del self._futures[shard]
-            return self.get(shard)
+            return self.get(shard, read)
         return result
 
-    def _read_or_blame(self, shard: str) -> Shard | UnreadableShard:
+    def _read_or_blame(self, shard: str, read: Callable[[str], Shard]) -> Shard | UnreadableShard:
         try:
-            return self._read(shard)
+            return read(shard)
         except ShardError as e:
             return UnreadableShard(e.cause, str(e), time.monotonic())
         except PROGRAMMING_ERRORS:
@@ -107,12 +113,25 @@ class LazyShard:
     def __len__(self) -> int:
         return self.entry.pairs
 
+    @property
+    def cached_shards(self) -> int:
+        """The most shards that are in memory with this one."""
+        return self._cache.limit
+
+    def load(self, read: Callable[[str], Shard] | None = None) -> Shard:
+        """Return the shard itself; where it cannot be read, one whose every sample says why.
+
+        Args:
+          read: how, if it is not in memory; see `ShardCache.get`.
+        """
+        try:
+            return self._read(read)
+        except BadSampleError as e:
+            return LostShard(self.name, self.size, len(self), e)
+
     def key(self, i: int) -> str:
         """Return the key; `#i` where the shard cannot be read."""
-        try:
-            return self._read().key(i)
-        except BadSampleError:
-            return f"#{i}"
+        return self.load().key(i)
 
     def image(self, i: int, handles: Handles) -> bytes:
         return self._read().image(i, handles)
@@ -130,9 +149,9 @@ class LazyShard:
         """Return the first key of each cause: a manifest holds no more."""
         return {cause: [first] for cause, (_, first) in self.entry.lacks.items()}
 
-    def _read(self) -> Shard:
+    def _read(self, read: Callable[[str], Shard] | None = None) -> Shard:
         """Raise BadSampleError if the shard cannot be read, or is not as it was counted."""
-        shard = self._cache.get(self.shard)
+        shard = self._cache.get(self.shard, read)
         if isinstance(shard, UnreadableShard):
             raise BadSampleError(shard.cause, shard.detail)
         pairs, size, _ = self.entry
@@ -143,6 +162,43 @@ class LazyShard:
                 f" {size or 'some'} as it was counted: write index.json anew, and begin a new run",
             )
         return shard
+
+
+@dataclass(frozen=True, eq=False)
+class LostShard:
+    """A shard of which no sample can be read, and the error that each of them raises."""
+
+    name: str
+    size: int
+    pairs: int
+    error: BadSampleError
+
+    def __len__(self) -> int:
+        return self.pairs
+
+    def key(self, i: int) -> str:
+        """Return a name for a sample whose key is not known."""
+        return f"#{i}"
+
+    def image(self, i: int, handles: Handles) -> bytes:
+        raise self._again()
+
+    def captions(self, i: int, handles: Handles) -> list[str]:
+        raise self._again()
+
+    def label(self, i: int, handles: Handles) -> int:
+        raise self._again()
+
+    def record(self, i: int, handles: Handles) -> dict[str, Any]:
+        raise self._again()
+
+    def incomplete(self) -> dict[str, list[str]]:
+        """Return nothing: nothing is known."""
+        return {}
+
+    def _again(self) -> BadSampleError:
+        """Return a new error: one that threads raise at once would grow its traceback."""
+        return BadSampleError(self.error.cause, self.error.detail)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import io
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt8
@@ -36,6 +36,15 @@ Interpolation = Literal["bicubic", "bilinear"]
 
 _BICUBIC = Image.Resampling.BICUBIC
 _FILTERS = {"bicubic": _BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+
+@runtime_checkable
+class Chance(Protocol):
+    """What an augmentation draws from: `order.Uniforms`, or numpy's generator."""
+
+    def random(self) -> float:
+        """Return a number in [0, 1)."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -233,7 +242,7 @@ def _pad(image: Image.Image, n: int, fill: int) -> Image.Image:
 def random_resized_crop(
     image: Image.Image,
     image_size: int,
-    rng: np.random.Generator,
+    rng: Chance,
     scale: tuple[float, float],
     ratio: tuple[float, float],
 ) -> UInt8[np.ndarray, "H W 3"]:
@@ -258,7 +267,7 @@ def random_resized_crop(
 def crop_box(
     width: int,
     height: int,
-    rng: np.random.Generator,
+    rng: Chance,
     scale: tuple[float, float],
     ratio: tuple[float, float],
 ) -> tuple[int, int, int, int]:

@@ -1,4 +1,4 @@
-"""Batches for the host loop, decoded by Grain's threads.
+"""Batches for the host loop, decoded by Grain's threads or by the processes that those wait for.
 
 One Grain element is a run of rows, not one row: an emoji decodes in 0.2 ms, and Grain's own
 bookkeeping per element costs about half of that. The position is the step alone, so a loader
@@ -11,6 +11,7 @@ placeholder with `valid=False`, is counted by cause when its batch is handed out
 import itertools
 import math
 import sys
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypedDict
@@ -19,12 +20,22 @@ import grain
 import numpy as np
 from jaxtyping import Bool, Int, Int32, UInt8, UInt32
 
-from clip_jax.data.augment import make_decode, make_transform
+from clip_jax.data.batch_buffers import BatchBuffers
 from clip_jax.data.dataset import TrainingData
+from clip_jax.data.decode_processes import DecodeProcesses, decode_processes
 from clip_jax.data.images import OPENAI, Preprocess
 from clip_jax.data.order import WHOLE_BATCH, BatchOrder, BatchPart, Mixture, Order, Streams
-from clip_jax.data.sample_reader import Rows, SampleReader, SampleShape, make_eval_reader
-from clip_jax.data.shards import Shard
+from clip_jax.data.sample_reader import (
+    DECODING,
+    Decoding,
+    ReaderSettings,
+    Rows,
+    SampleReader,
+    SampleShape,
+    make_eval_reader,
+    make_training_reader,
+)
+from clip_jax.data.shards import ConcatShards, Shard
 from clip_jax.data.skip_log import SkipLog
 from clip_jax.errors import UserError
 from clip_jax.sections import DataSection
@@ -70,15 +81,20 @@ class Loader(Iterator[Batch]):
     def __init__(
         self,
         iterator: grain.DatasetIterator[list[Rows]],
-        num_steps: int | None,
+        *,
+        steps: tuple[int, int | None],
         evaluation: bool,
         log: SkipLog,
+        buffers: BatchBuffers,
+        processes: DecodeProcesses | None = None,
     ):
         self.rows = 0
+        self._step, self.num_steps = steps
+        self._buffers = buffers
+        self._processes = processes
         self._log = log
         self.skipped: Counter[str] = log.counts
         self.recent: deque[str] = deque(maxlen=32)
-        self.num_steps = num_steps
         self._iterator = iterator
         self._evaluation = evaluation
 
@@ -91,12 +107,13 @@ class Loader(Iterator[Batch]):
                 self._log.sample(cause, key, detail)
                 self.recent.append(f"{detail} ({key})")
         batch = Batch(
-            image=np.concatenate([p.image for p in parts]),
+            image=self._buffers.take(self._step),
             text=np.concatenate([p.text for p in parts]),
             caption_id=np.concatenate([p.caption_id for p in parts]),
             valid=np.concatenate([p.valid for p in parts]),
             key=[key for p in parts for key in p.key],
         )
+        self._step += 1
         if self._evaluation:
             batch["label"] = np.concatenate([p.label for p in parts])
             batch["captions"] = [captions for p in parts for captions in p.captions]
@@ -107,9 +124,17 @@ class Loader(Iterator[Batch]):
         """The samples and whole shards that are not in the data, by cause: the same everywhere."""
         return dict(self._log.excluded + self._log.shard_counts)
 
+    def cpu_seconds(self) -> float:
+        """Return the processors' seconds of this process and those that decode for it."""
+        there = self._processes.cpu_seconds() if self._processes is not None else 0.0
+        return time.process_time() + there
+
     def close(self) -> None:
-        """End the threads; an image that is being decoded is finished first."""
+        """End threads and processes; an image that is being decoded is finished first."""
         self._iterator.close()
+        if self._processes is not None:
+            self._processes.close()
+        self._buffers.close()
 
     def __enter__(self) -> "Loader":
         return self
@@ -128,6 +153,7 @@ def make_train_loader(
     seed: int,
     start_step: int = 0,
     part: BatchPart = WHOLE_BATCH,
+    decoding: Decoding = DECODING,
 ) -> Loader:
     """Return the training batches, in the order of `clip_jax.data.order`.
 
@@ -142,6 +168,7 @@ def make_train_loader(
       seed: fixes order, crops and the choice among several captions.
       start_step: the first batch's step.
       part: this host's part of each batch.
+      decoding: makes an image of bytes, and a crop of an image.
 
     Raises:
       UserError: numbers that do not divide each other, or too few samples.
@@ -150,18 +177,19 @@ def make_train_loader(
     rows = BatchOrder(
         order, batch_size=batch_size, part=part, lengths=None if config.repeat else lengths
     )
-    reader = SampleReader(
-        data.shards,
-        tokenizer,
-        shape,
-        decode=make_decode(shape.image_size, config),
-        transform=make_transform(shape.image_size, config),
-        seed=seed,
-        cache_bytes=config.cache_bytes,
-    )
+    settings = ReaderSettings(tokenizer, shape, config, seed, decoding)
+    shards = ConcatShards(data.shards)
+    count = decode_processes(config, data.shards)
+    buffers = BatchBuffers((rows.rows, *shape.image), shared=count > 0)
+    processes = None
+    if count:
+        processes = DecodeProcesses(
+            settings, shards, buffers, processes=count, threads=config.threads
+        )
     return _make_loader(
         rows.rows_at,
-        reader,
+        make_training_reader(settings, shards) if processes is None else processes,
+        buffers,
         rows=rows.rows,
         steps=(start_step, rows.num_steps),
         threads=config.threads,
@@ -236,13 +264,20 @@ def make_eval_loader(
     reader = make_eval_reader(shards, tokenizer, shape, preprocess, need_captions=need_captions)
     start, stop, _ = steps.indices(math.ceil(total / batch_size))
     return _make_loader(
-        rows_at, reader, rows=rows, steps=(min(start, stop), stop), threads=threads, log=log
+        rows_at,
+        reader,
+        BatchBuffers((rows, *shape.image)),
+        rows=rows,
+        steps=(min(start, stop), stop),
+        threads=threads,
+        log=log,
     )
 
 
 def _make_loader(
     rows_at: Callable[[int, int, int], tuple[np.ndarray, np.ndarray]],
-    reader: SampleReader,
+    reader: SampleReader | DecodeProcesses,
+    buffers: BatchBuffers,
     *,
     rows: int,
     steps: tuple[int, int | None],
@@ -255,14 +290,25 @@ def _make_loader(
 
     def read(element: int) -> Rows:
         step, chunk = divmod(int(element), chunks)
-        return reader.read(*rows_at(step, chunk * rows // chunks, (chunk + 1) * rows // chunks))
+        first, last = chunk * rows // chunks, (chunk + 1) * rows // chunks
+        number, image = buffers.of_step(step)
+        if isinstance(reader, DecodeProcesses):
+            return reader.read(*rows_at(step, first, last), number, first, image[first:last])
+        return reader.read(*rows_at(step, first, last), image[first:last])
 
     end = sys.maxsize if last_step is None else last_step * chunks
     dataset = grain.MapDataset.range(first_step * chunks, end).map(read)
     buffer = max(threads, PREFETCH_BATCHES * chunks) if threads else 0
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=buffer)
     batches = dataset.to_iter_dataset(options).batch(chunks, drop_remainder=True, batch_fn=list)
-    return Loader(iter(batches), last_step, reader.evaluation, SkipLog() if log is None else log)
+    return Loader(
+        iter(batches),
+        steps=steps,
+        evaluation=reader.evaluation,
+        log=SkipLog() if log is None else log,
+        buffers=buffers,
+        processes=reader if isinstance(reader, DecodeProcesses) else None,
+    )
 
 
 def caption_lengths(text: Int32[np.ndarray, "b L"], eot_id: int) -> Int[np.ndarray, " b"]:

@@ -9,8 +9,10 @@ import numpy as np
 from jaxtyping import Bool, Int32, Int64, UInt8, UInt32
 from PIL import Image
 
-from clip_jax.data.images import MAX_PIXELS, Preprocess, decode_image, eval_transform
-from clip_jax.data.order import AUGMENT_KEY, philox
+from clip_jax.data.augment import make_decode, make_transform
+from clip_jax.data.dataset import LazyShard
+from clip_jax.data.images import MAX_PIXELS, Chance, Preprocess, decode_image, eval_transform
+from clip_jax.data.order import AUGMENT_KEY, Uniforms
 from clip_jax.data.shards import (
     PROGRAMMING_ERRORS,
     BadSampleError,
@@ -19,9 +21,10 @@ from clip_jax.data.shards import (
     Shard,
     sample_cause,
 )
+from clip_jax.sections import DataSection
 from clip_jax.typing import Tokenizer
 
-ImageTransform = Callable[[Image.Image, np.random.Generator], UInt8[np.ndarray, "H W 3"]]
+ImageTransform = Callable[[Image.Image, Chance], UInt8[np.ndarray, "H W 3"]]
 Decode = Callable[[bytes], Image.Image]
 
 
@@ -32,13 +35,43 @@ class SampleShape:
     image_size: int
     context_length: int
 
+    @property
+    def image(self) -> tuple[int, int, int]:
+        """The shape of one image."""
+        return self.image_size, self.image_size, 3
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """The functions that make what decodes bytes, and what crops an image, of side and config.
+
+    Processes that decode get them by name, so they are functions of a module.
+    """
+
+    make_decode: Callable[[int, DataSection], Decode] = make_decode
+    make_transform: Callable[[int, DataSection], ImageTransform] = make_transform
+
+
+DECODING = Decoding()
+
+
+@dataclass(frozen=True)
+class ReaderSettings:
+    """All that a reader of training data needs but the shards, for this process or another."""
+
+    tokenizer: Tokenizer
+    shape: SampleShape
+    config: DataSection
+    seed: int
+    decoding: Decoding = DECODING
+
 
 @dataclass
 class Rows:
     """A run of rows on its way from a thread to a batch; opaque to Grain's tree functions.
 
     The fields are those of `loader.Batch`, and `skipped` holds (cause, key, details) for
-    every sample that could not be used.
+    every sample that could not be used. Labels and captions are evaluation's alone.
     """
 
     image: UInt8[np.ndarray, "rows H W 3"]
@@ -55,7 +88,7 @@ class SampleReader:
     """Reads rows of training or evaluation data. Threads share it: only its cache changes.
 
     Args:
-      shards: their samples, one shard after the other, are what the ids count.
+      shards: their samples are what the ids count.
       tokenizer: called from several threads.
       shape: of the rows.
       decode: bytes -> an image; what it gives must depend on the bytes alone.
@@ -68,7 +101,7 @@ class SampleReader:
 
     def __init__(
         self,
-        shards: Sequence[Shard],
+        shards: ConcatShards,
         tokenizer: Tokenizer,
         shape: SampleShape,
         *,
@@ -81,7 +114,7 @@ class SampleReader:
     ):
         self.evaluation = evaluation
         self._need_captions = need_captions
-        self._shards = ConcatShards(shards)
+        self._shards = shards
         self._tokenizer = tokenizer
         self._shape = shape
         self._decode = decode
@@ -89,11 +122,21 @@ class SampleReader:
         self._seed = seed
         self._cache = _ImageCache(cache_bytes)
 
-    def read(self, ids: Int64[np.ndarray, " rows"], epochs: Int64[np.ndarray, " rows"]) -> Rows:
-        """Return the rows of these samples in these epochs; an id of -1 is padding."""
+    def read(
+        self,
+        ids: Int64[np.ndarray, " rows"],
+        epochs: Int64[np.ndarray, " rows"],
+        image: UInt8[np.ndarray, "rows H W 3"] | None = None,
+    ) -> Rows:
+        """Return the rows of these samples in these epochs; an id of -1 is padding.
+
+        Args:
+          ids, epochs: one for each row.
+          image: where the images go, if not into memory of their own.
+        """
         n, side, length = len(ids), self._shape.image_size, self._shape.context_length
         rows = Rows(
-            image=np.zeros((n, side, side, 3), np.uint8),
+            image=np.empty((n, side, side, 3), np.uint8) if image is None else image,
             text=np.empty((n, length), np.int32),
             caption_id=np.zeros(n, np.uint32),
             valid=np.zeros(n, bool),
@@ -102,20 +145,41 @@ class SampleReader:
             captions=[[] for _ in range(n)],
         )
         texts = [""] * n
-        with Handles() as handles:
-            for row in range(n):
-                if ids[row] >= 0:
-                    texts[row] = self._read_row(
-                        rows, row, int(ids[row]), epoch=int(epochs[row]), handles=handles
-                    )
+        rng = Uniforms(self._seed, AUGMENT_KEY)
+        opened: dict[int, tuple[Shard, str]] = {}
+        places = zip(ids.tolist(), epochs.tolist(), self._shards.places(ids), strict=True)
+        with Handles(reads_images=True) as handles:
+            for row, (sample, epoch, (number, i)) in enumerate(places):
+                if sample < 0:
+                    continue
+                if number not in opened:
+                    opened[number] = self._open(number)
+                shard, name = opened[number]
+                rows.key[row] = f"{name}/{shard.key(i)}"
+                rng.move(sample, epoch)
+                texts[row] = self._read_row(rows, row, sample, shard, i, rng, handles)
+        rows.image[~rows.valid] = 0
         rows.text[:] = self._tokenizer(texts, length)
         return rows
 
-    def _read_row(self, rows: Rows, row: int, sample: int, *, epoch: int, handles: Handles) -> str:
+    def _open(self, number: int) -> tuple[Shard, str]:
+        """Return a shard, and its name: looked up once for a run of rows."""
+        shard = self._shards.shards[number]
+        if isinstance(shard, LazyShard):
+            shard = shard.load()
+        return shard, shard.name
+
+    def _read_row(
+        self,
+        rows: Rows,
+        row: int,
+        sample: int,
+        shard: Shard,
+        i: int,
+        rng: Chance,
+        handles: Handles,
+    ) -> str:
         """Fill one row and return its caption; a fault of the data becomes `valid=False`."""
-        shard, i = self._shards.at(sample)
-        rows.key[row] = f"{shard.name}/{shard.key(i)}"
-        rng = np.random.Generator(philox(self._seed, AUGMENT_KEY, sample, epoch))
         try:
             label = shard.label(i, handles) if self.evaluation else -1
             optional = label >= 0 or not self._need_captions
@@ -132,8 +196,9 @@ class SampleReader:
             return ""
         rows.image[row] = image_HWC
         rows.valid[row] = True
-        rows.label[row] = label
-        rows.captions[row] = captions
+        if self.evaluation:
+            rows.label[row] = label
+            rows.captions[row] = captions
         if caption:
             rows.caption_id[row] = caption_id(caption)
         return caption
@@ -146,6 +211,20 @@ class SampleReader:
         return image
 
 
+def make_training_reader(settings: ReaderSettings, shards: ConcatShards) -> SampleReader:
+    """Make the reader of training data, whose decoder and crops are the config's."""
+    shape, config = settings.shape, settings.config
+    return SampleReader(
+        shards,
+        settings.tokenizer,
+        shape,
+        decode=settings.decoding.make_decode(shape.image_size, config),
+        transform=settings.decoding.make_transform(shape.image_size, config),
+        seed=settings.seed,
+        cache_bytes=config.cache_bytes,
+    )
+
+
 def make_eval_reader(
     shards: Sequence[Shard],
     tokenizer: Tokenizer,
@@ -156,7 +235,7 @@ def make_eval_reader(
 ) -> SampleReader:
     """Make the reader of evaluation data: whole images through `images.eval_transform`."""
     return SampleReader(
-        shards,
+        ConcatShards(shards),
         tokenizer,
         shape,
         decode=lambda data: decode_image(data, max_pixels=MAX_PIXELS),
@@ -188,6 +267,8 @@ class _ImageCache:
 
     def put(self, sample: int, image: Image.Image) -> None:
         """Keep the image of a sample, if there is room."""
+        if not self._free:
+            return
         # Pillow stores every image of several bands with four bytes a pixel.
         size = image.width * image.height * (4 if len(image.getbands()) > 1 else 1)
         with self._lock:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
+from jaxtyping import Int64
 
 from clip_jax.data.formats.remote import open_local
 
@@ -24,7 +25,10 @@ class BadSampleError(Exception):
 
     def __init__(self, cause: str, detail: str = ""):
         super().__init__(f"{cause}: {detail}" if detail else cause)
-        self.cause = cause
+        self.cause, self.detail = cause, detail
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.cause, self.detail)
 
 
 PROGRAMMING_ERRORS = (TypeError, AttributeError, NameError)
@@ -41,11 +45,18 @@ def sample_cause(error: Exception) -> str:
 
 
 class Handles:
-    """The files that one run of rows keeps open, each once, and the record that was read last."""
+    """The files that one run of rows keeps open, each once, and the record that was read last.
 
-    def __init__(self) -> None:
+    Args:
+      reads_images: the image of every sample is asked for after its captions, so that both may be
+        read in one go.
+    """
+
+    def __init__(self, *, reads_images: bool = False) -> None:
+        self.reads_images = reads_images
         self._open: dict[str, int] = {}
         self._record: tuple[Hashable, Any] = (None, None)
+        self._span: tuple[str, int, bytes] = ("", 0, b"")
 
     def read(self, path: str, size: int, offset: int, count: int) -> bytes:
         """Read `count` bytes from `offset` of a file, local or remote, that was opened with `size`.
@@ -53,14 +64,35 @@ class Handles:
         Raises:
           BadSampleError: `shard_changed`, the size is another; `read_failed`, bytes are missing.
         """
-        fd = self.open(path, lambda: open_local(path))
+        span_path, start, span = self._span
+        if path == span_path and start <= offset and offset + count <= start + len(span):
+            return span[offset - start : offset - start + count]
+        fd = self._open.get(path)
+        if fd is None:
+            fd = self.open(path, lambda: open_local(path))
+            self._check_size(path, fd, size)
+        data = os.pread(fd, count, offset)
+        if len(data) != count:
+            self._check_size(path, fd, size)
+            raise BadSampleError("read_failed", f"{len(data)} of {count} bytes")
+        return data
+
+    def read_ahead(self, path: str, size: int, offset: int, count: int) -> None:
+        """Read bytes of which several `read`s will ask for parts; no error but the size's is told.
+
+        Raises:
+          BadSampleError: `shard_changed`.
+        """
+        try:
+            self._span = path, offset, self.read(path, size, offset, count)
+        except BadSampleError as e:
+            if e.cause == "shard_changed":
+                raise
+
+    def _check_size(self, path: str, fd: int, size: int) -> None:
         if os.fstat(fd).st_size != size:
             os.close(self._open.pop(path))
             raise BadSampleError("shard_changed", "the file has another size than at the start")
-        data = os.pread(fd, count, offset)
-        if len(data) != count:
-            raise BadSampleError("read_failed", f"{len(data)} of {count} bytes")
-        return data
 
     def open(self, name: str, opener: Callable[[], int]) -> int:
         """Return the descriptor that `opener` gave for this name, closed when the run ends."""
@@ -142,7 +174,8 @@ def caption_lines(text: str | bytes) -> list[str]:
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
-        text.encode("utf-8")  # JSON can spell half a surrogate pair; UTF-8 cannot
+        else:
+            text.encode("utf-8")  # JSON can spell half a surrogate pair; UTF-8 cannot
     except UnicodeError as e:
         raise BadSampleError("caption_not_utf8", str(e)) from e
     lines = [line.strip()[:MAX_CAPTION_CHARS] for line in text.splitlines()]
@@ -217,12 +250,13 @@ class ConcatShards:
     """The samples of several shards, one shard after the other, numbered from 0.
 
     Attributes:
-      starts: the number of each shard's first sample, and at last of all samples.
+      starts: the number of each shard's first sample, and at last of all samples; counted if it is
+        not given.
     """
 
-    def __init__(self, shards: Sequence[Shard]):
+    def __init__(self, shards: Sequence[Shard], starts: Int64[np.ndarray, " n"] | None = None):
         self.shards = shards
-        self.starts = np.cumsum([0, *map(len, shards)])
+        self.starts = np.cumsum([0, *map(len, shards)]) if starts is None else starts
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -231,3 +265,8 @@ class ConcatShards:
         """Return the shard that holds sample `row` of all, and the sample's place in the shard."""
         k = int(np.searchsorted(self.starts, row, side="right")) - 1
         return self.shards[k], row - int(self.starts[k])
+
+    def places(self, rows: Int64[np.ndarray, " rows"]) -> list[tuple[int, int]]:
+        """Return the number of each sample's shard, and its place there; of a -1, nonsense."""
+        numbers = np.searchsorted(self.starts, rows, side="right") - 1
+        return list(zip(numbers.tolist(), (rows - self.starts[numbers]).tolist(), strict=True))

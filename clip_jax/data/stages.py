@@ -10,6 +10,7 @@ import numpy as np
 
 from clip_jax.data.augment import make_decode, make_transform
 from clip_jax.data.dataset import TrainingData
+from clip_jax.data.decode_processes import decode_processes
 from clip_jax.data.images import ImageError
 from clip_jax.data.loader import CHUNK_ROWS, bucket_length, make_train_loader
 from clip_jax.data.sample_reader import SampleShape
@@ -53,16 +54,21 @@ class LoaderSettings:
     config: DataSection
 
 
-def timed(name: str, work: Callable[[int], int], seconds: float) -> Stage:
+def timed(
+    name: str,
+    work: Callable[[int], int],
+    seconds: float,
+    cpu_seconds: Callable[[], float] = time.process_time,
+) -> Stage:
     """Measure `work(0)`, `work(1)`, ... for so long; each returns how many pairs it dealt with."""
     pairs = calls = 0
-    start, cpu = time.perf_counter(), time.process_time()
+    start, cpu = time.perf_counter(), cpu_seconds()
     while True:
         pairs += work(calls)
         calls += 1
         elapsed = time.perf_counter() - start
         if elapsed >= seconds and pairs:
-            return Stage(name, pairs, elapsed, time.process_time() - cpu)
+            return Stage(name, pairs, elapsed, cpu_seconds() - cpu)
 
 
 def measure_parts(
@@ -163,4 +169,6 @@ def measure_loader(
             return len(batch["valid"])
 
         name = f"loader, {threads} thread" + "s" * (threads != 1)
-        return timed(name, load, seconds), lengths
+        if count := decode_processes(config, shards):
+            name += f" in {count}"
+        return timed(name, load, seconds, loader.cpu_seconds), lengths

@@ -1,5 +1,6 @@
 """Fill ragged token ids into the rectangular rows that a text tower reads, and read them back."""
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,10 +24,12 @@ def fill_rows(
             f"context_length is {context_length}: it must be at least 2 (one token, one end token)"
         )
     tokens_BL = np.full((len(rows), context_length), pad_id, np.int32)
-    for row_L, ids in zip(tokens_BL, rows, strict=True):
-        length = min(len(ids), context_length - 1)
-        row_L[:length] = ids[:length]
-        row_L[length] = eot_id
+    lengths = np.minimum(np.array([len(ids) for ids in rows], np.int64), context_length - 1)
+    filled_BL = np.arange(context_length) < lengths[:, None]
+    # One list for all rows: an array made of each row's would take half of the tokenizer's time.
+    flat = itertools.chain.from_iterable(ids[: context_length - 1] for ids in rows)
+    tokens_BL[filled_BL] = np.fromiter(flat, np.int32, int(lengths.sum()))
+    tokens_BL[np.arange(len(rows)), lengths] = eot_id
     return tokens_BL
 
 

@@ -9,6 +9,7 @@ system's memory.
 import argparse
 import dataclasses
 import json
+import math
 import os
 from argparse import SUPPRESS
 from collections import Counter
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from clip_jax.data.dataset import open_sources
+from clip_jax.data.decode_processes import processes_for
 from clip_jax.data.sample_reader import SampleShape
 from clip_jax.data.skip_log import SkipLog
 from clip_jax.data.stages import PARTS, LoaderSettings, Stage, measure_loader, measure_parts
@@ -67,12 +69,15 @@ class Verdict:
       busy: share of the time for which the devices would compute.
       cores: processor cores, as fast as these, that would keep them busy.
       enough: whether the rate is `ENOUGH` times what the devices take.
+      threads, processes: what `config.data` would say on so many cores.
     """
 
     rate: float
     busy: float
     cores: float
     enough: bool
+    threads: int
+    processes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +102,7 @@ def bench(
     batch_size: int = _TRAIN.batch_size,
     tokenizer: str = _DATA.tokenizer,
     threads: Sequence[int] = (_DATA.threads,),
+    processes: int = _DATA.processes,
     seconds: float = SECONDS,
 ) -> BenchResult:
     """Measure how fast data comes, and compare it with what devices take.
@@ -112,6 +118,7 @@ def bench(
       batch_size: pairs of a batch.
       tokenizer: as `config.data.tokenizer`.
       threads: of the loader, which is measured with each number.
+      processes: among which they are shared out, as `config.data.processes`.
       seconds: for each stage.
 
     Raises:
@@ -128,7 +135,8 @@ def bench(
     hardware |= {"utilization": utilization, "image_size": image_size}
     need_of(model, encode, 16, **hardware)  # an unknown name ends before anything is measured
     shape = SampleShape(config.vision.image_size, config.text.context_length)
-    settings = LoaderSettings(shape, batch_size, _DATA)
+    section = dataclasses.replace(_DATA, processes=processes)
+    settings = LoaderSettings(shape, batch_size, section)
     shards = [shard for one in open_sources(source, log=SkipLog()) for shard in one]
     loaders, lengths = [], Counter[int]()
     with progress_bar(len(threads) + PARTS, "bench", "stage") as progress:
@@ -174,7 +182,9 @@ def verdict_of(loaders: Sequence[Stage], need: Need) -> Verdict:
     best = max(loaders, key=lambda stage: stage.rate)
     share = best.rate / need.rate
     cores = ENOUGH * need.rate * best.cpu_ms / 1000
-    return Verdict(best.rate, min(1.0, share), cores, share >= ENOUGH)
+    threads = max(1, math.ceil(cores))
+    processes = processes_for(threads)
+    return Verdict(best.rate, min(1.0, share), cores, share >= ENOUGH, threads, processes)
 
 
 def result_text(result: BenchResult) -> str:
@@ -203,7 +213,10 @@ def result_text(result: BenchResult) -> str:
             " rest"
         )
     lines.append(
-        f"about {max(1, round(verdict.cores)):,} cores like these {os.cpu_count()} would feed it"
+        f"about {max(1, round(verdict.cores)):,} cores like these {os.cpu_count()} would feed it,"
+        f" with config.data.threads={verdict.threads} in {max(1, verdict.processes)} process"
+        + "es"
+        * (verdict.processes > 1)
     )
     return "\n".join(lines)
 
@@ -237,6 +250,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--batch-size", type=int, default=_TRAIN.batch_size, help="pairs of a batch")
     add("--tokenizer", default=_DATA.tokenizer, help="as config.data.tokenizer")
     add("--threads", default=str(_DATA.threads), help="of the loader; several: 1,2,4")
+    add("--processes", type=int, default=_DATA.processes, help="as config.data.processes")
     add("--seconds", type=float, default=SECONDS, help="for each stage")
     add("--json", action="store_true", help="print the figures as JSON")
     args = parser.parse_args(argv)

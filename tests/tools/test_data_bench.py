@@ -85,6 +85,8 @@ def test_the_verdict_says_plainly_whether_data_starves_it(share, words):
     assert verdict.busy == pytest.approx(min(1, share))
     # 4 ms of processors a pair.
     assert verdict.cores == pytest.approx(ENOUGH * need.rate * 0.004)
+    assert verdict.threads - 1 < verdict.cores <= verdict.threads
+    assert verdict.processes == verdict.threads // 4
     text = result_text(BenchResult((), (slow, best), need, verdict))
     assert words in text and "ViT-B/32 on 2 x h100" in text
 
@@ -104,7 +106,7 @@ def test_the_command(tmp_path):
     ]
     need = ["model", "device", "devices", "dtype", "utilisation", "tokens", "flops", "rate"]
     assert list(figures["need"]) == need
-    assert list(figures["verdict"]) == ["rate", "busy", "cores", "enough"]
+    assert list(figures["verdict"]) == ["rate", "busy", "cores", "enough", "threads", "processes"]
     assert len(figures["stages"]) == PARTS + 2
     for name, value, text in (
         ("utilization", 1.5, "--utilization is 1.5"),

@@ -17,6 +17,9 @@ class ShardError(UserError):
         super().__init__(message)
         self.cause = cause
 
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return type(self), (self.cause, str(self))
+
 
 def unreadable(error: BaseException, message: str) -> ShardError:
     """Return the error of a shard that the disk, the server or a library does not give."""

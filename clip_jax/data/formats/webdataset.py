@@ -39,6 +39,7 @@ SIDE_SUFFIX = ".index.json"
 """Of the file beside a shard that says what it must hold."""
 
 _MAX_MEMBER_BYTES = 2**32 - 1
+_MAX_GAP_BYTES = 8 * tar.BLOCK  # between an image and its text that are read in one go
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
@@ -81,22 +82,40 @@ class TarShard:
     def member(self, i: int, suffix: str) -> tuple[int, int] | None:
         """Return (byte offset, bytes) of one member of sample `i`, or None if it has none."""
         table = self.members.get(suffix)
-        if table is None or not table[i, 0]:
+        if table is None:
             return None
-        return int(table[i, 0]) * tar.BLOCK, int(table[i, 1])
+        block, size = table[i].tolist()
+        return (block * tar.BLOCK, size) if block else None
 
     def image(self, i: int, handles: Handles) -> bytes:
-        place = next(filter(None, (self.member(i, s) for s in IMAGE_SUFFIXES)), None)
+        place = self._image_place(i)
         if place is None:
             raise BadSampleError("no_image")
         if place[1] > MAX_IMAGE_BYTES:
             raise BadSampleError("too_large", f"{place[1]} bytes")
         return handles.read(self.path, self.size, *place)
 
+    def _image_place(self, i: int) -> tuple[int, int] | None:
+        for suffix in IMAGE_SUFFIXES:
+            if place := self.member(i, suffix):
+                return place
+        return None
+
+    def _read_with_image(self, i: int, text: tuple[int, int], handles: Handles) -> None:
+        """Read a text and the image beside it in one go."""
+        image = self._image_place(i)
+        if image is None or text[1] > MAX_TEXT_BYTES or image[1] > MAX_IMAGE_BYTES:
+            return
+        start, end = min(text[0], image[0]), max(sum(text), sum(image))
+        if end - start <= text[1] + image[1] + _MAX_GAP_BYTES:
+            handles.read_ahead(self.path, self.size, start, end - start)
+
     def captions(self, i: int, handles: Handles) -> list[str]:
         """Return the lines of `.txt`, or else `self.caption_key` of `.json`."""
-        if self.member(i, "txt"):
-            return caption_lines(self._text(i, "txt", handles))
+        if place := self.member(i, "txt"):
+            if handles.reads_images:
+                self._read_with_image(i, place, handles)
+            return caption_lines(self._text(place, handles))
         if not self.member(i, "json"):
             raise BadSampleError("no_caption")
         return caption_values(self.record(i, handles).get(self.caption_key))
@@ -108,12 +127,10 @@ class TarShard:
         return parse_label(handles.read(self.path, self.size, place[0], min(place[1], 32)))
 
     def record(self, i: int, handles: Handles) -> dict[str, Any]:
-        return json_record(self._text(i, "json", handles)) if self.member(i, "json") else {}
+        place = self.member(i, "json")
+        return {} if place is None else json_record(self._text(place, handles))
 
-    def _text(self, i: int, suffix: str, handles: Handles) -> bytes:
-        place = self.member(i, suffix)
-        if place is None:
-            return b""
+    def _text(self, place: tuple[int, int], handles: Handles) -> bytes:
         if place[1] > MAX_TEXT_BYTES:
             raise BadSampleError("caption_too_long", f"{place[1]} bytes")
         return handles.read(self.path, self.size, *place)

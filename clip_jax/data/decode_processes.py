@@ -1,0 +1,317 @@
+"""Processes that read, decode and tokenize for the loader, as Python's lock is one a process.
+
+Each thread of the loader waits for one thread of a process, with which it shares a socket. It asks
+for a run of rows by their sample ids; the images come in the batch's own memory, which both map,
+and the rest through the socket. What a process lacks it asks for meanwhile: a shard that it has not
+read from lately, or a file that was fetched. So a process holds only what it reads from, shards'
+headers are read once for all of them, and order, rows and errors are those of threads.
+"""
+
+import dataclasses
+import json
+import os
+import pickle
+import queue
+import socket
+import subprocess
+import sys
+import traceback
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import send_handle
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int64, UInt8
+
+from clip_jax.data.batch_buffers import BatchBuffers
+from clip_jax.data.dataset import LazyShard
+from clip_jax.data.formats.remote import open_local
+from clip_jax.data.formats.webdataset import TarShard
+from clip_jax.data.sample_reader import ReaderSettings, Rows
+from clip_jax.data.shards import ConcatShards, Shard
+from clip_jax.errors import UserError
+from clip_jax.sections import DataSection
+
+THREADS_PER_PROCESS = 4
+"""Threads that Python's lock does not hold up much: each needs it for a tenth of its time."""
+_COMMAND = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]);"
+    " from clip_jax.data.decode_worker import main; main(sys.argv[2:])"
+)
+# A process that imports JAX by the way must not reach for the accelerators.
+_ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "OPENBLAS_NUM_THREADS": "1"}
+_END_SECONDS = 10.0
+"""Time that a process has to end after its sockets were closed."""
+
+
+def decode_processes(config: DataSection, shards: Sequence[Shard]) -> int:
+    """Return how many processes decode: the config's number, or what -1 stands for.
+
+    Raises:
+      UserError: more processes than threads.
+    """
+    if config.processes > config.threads:
+        raise UserError(
+            f"config.data.processes is {config.processes}, above the {config.threads} of"
+            " config.data.threads: each process needs a thread"
+        )
+    if config.processes >= 0:
+        return config.processes
+    count = processes_for(min(config.threads, usable_cores()))
+    return count if all(_is_tar(shard) for shard in shards) else 0
+
+
+def processes_for(threads: int) -> int:
+    """Return among how many processes so many threads with a core each are shared out."""
+    count = threads // THREADS_PER_PROCESS
+    return count if count >= 2 else 0
+
+
+def usable_cores() -> int:
+    """Return the processor cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _is_tar(shard: Shard) -> bool:
+    if isinstance(shard, LazyShard):
+        return shard.shard.partition("#")[0].endswith(".tar")
+    return isinstance(shard, TarShard)
+
+
+def _cached_shards(shards: Sequence[Shard]) -> int:
+    """Return how many shards a process keeps: as many as are in this one's memory."""
+    limits = [shard.cached_shards for shard in shards if isinstance(shard, LazyShard)]
+    return len(shards) - len(limits) + max(limits, default=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class WorkerSetup:
+    """What a process is told at its start.
+
+    Attributes:
+      settings: of its reader.
+      starts: see `ConcatShards`.
+      image_shape: of a batch's images.
+      stride: bytes between two batches' buffers.
+      cached_shards: most that it keeps.
+    """
+
+    settings: ReaderSettings
+    starts: Int64[np.ndarray, " n"]
+    image_shape: tuple[int, ...]
+    stride: int
+    cached_shards: int
+
+
+@dataclasses.dataclass(frozen=True)
+class RowsRequest:
+    """A run of rows: what they hold, and where in which batch's buffer their images go."""
+
+    ids: Int64[np.ndarray, " rows"]
+    epochs: Int64[np.ndarray, " rows"]
+    buffer: int
+    first_row: int
+
+
+@dataclasses.dataclass(frozen=True)
+class NeedShard:
+    """A process asks for a shard; the answer is the shard."""
+
+    number: int
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenShard:
+    """The first answer to `NeedShard` if nobody has read it yet: read it yourself, for all."""
+
+    name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenedShard:
+    """A shard that a process has read."""
+
+    shard: Shard
+
+
+@dataclasses.dataclass(frozen=True)
+class NeedFile:
+    """A process asks for a remote file; the answer is an OSError, or None and a descriptor."""
+
+    url: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Failed:
+    """An error that ended a run of rows or the reading of a shard, and its traceback."""
+
+    error: bytes
+    trace: str
+
+    @classmethod
+    def of(cls, error: Exception) -> "Failed":
+        """Return the error as it can be sent; not every exception can."""
+        try:
+            return cls(pickle.dumps(error), traceback.format_exc())
+        except Exception:
+            return cls(b"", traceback.format_exc())
+
+    def raise_it(self) -> None:
+        """Raise the error as it was raised there."""
+        try:
+            error = pickle.loads(self.error)
+        except Exception:  # an exception that cannot be made from its arguments
+            error = RuntimeError("a process that decodes failed")
+        error.add_note(self.trace)
+        raise error
+
+
+class DecodeProcesses:
+    """Reads rows as a `SampleReader` does, but in other processes.
+
+    Args:
+      settings: of their readers.
+      shards: what the ids count.
+      buffers: shared; the images go there.
+      processes: their number.
+      threads: of all processes together.
+
+    Raises:
+      UserError: the tokenizer cannot be sent to another process.
+    """
+
+    evaluation = False
+
+    def __init__(
+        self,
+        settings: ReaderSettings,
+        shards: ConcatShards,
+        buffers: BatchBuffers,
+        *,
+        processes: int,
+        threads: int,
+    ):
+        self._shards = shards
+        setup = WorkerSetup(
+            settings, shards.starts, buffers.shape, buffers.stride, _cached_shards(shards.shards)
+        )
+        try:
+            message = pickle.dumps(setup)
+        except (pickle.PicklingError, TypeError, AttributeError) as e:
+            raise UserError(
+                f"what decodes cannot be sent to another process ({e}): set config.data.processes"
+                " to 0"
+            ) from e
+        pairs = [socket.socketpair() for _ in range(threads)]
+        theirs = [their.fileno() for _, their in pairs]
+        path = [entry or os.getcwd() for entry in sys.path]
+        groups = [",".join(map(str, theirs[k::processes])) for k in range(processes)]
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _COMMAND, json.dumps(path), str(buffers.fd), *groups],
+            stdin=subprocess.DEVNULL,
+            pass_fds=[buffers.fd, *theirs],
+            env=os.environ | _ENVIRONMENT,
+        )
+        for _, their in pairs:
+            their.close()
+        self._connections = [Connection(our.detach()) for our, _ in pairs]
+        # Neighbors in a batch go to different processes, as the sockets were dealt out to them.
+        self._idle: queue.SimpleQueue[Connection] = queue.SimpleQueue()
+        for connection in self._connections:
+            self._idle.put(connection)
+        self._connections[0].send_bytes(message)
+
+    def read(
+        self,
+        ids: Int64[np.ndarray, " rows"],
+        epochs: Int64[np.ndarray, " rows"],
+        buffer: int,
+        first_row: int,
+        image: UInt8[np.ndarray, "rows H W 3"],
+    ) -> Rows:
+        """Return the rows of these samples in these epochs.
+
+        Args:
+          ids, epochs: one for each row; an id of -1 is padding.
+          buffer: the number of the batch's buffer.
+          first_row: of this run of rows, in the batch.
+          image: the rows' part of that buffer.
+
+        Raises:
+          UserError: the process has ended.
+        """
+        connection = self._idle.get()
+        try:
+            connection.send(RowsRequest(ids, epochs, buffer, first_row))
+            while not isinstance(answer := connection.recv(), dict):
+                self._give(connection, answer)
+        except (EOFError, ConnectionError) as e:
+            raise self._has_ended() from e
+        finally:
+            self._idle.put(connection)
+        return Rows(image=image, **answer)
+
+    def _has_ended(self) -> UserError:
+        """Return the error of a process that ended, and took the others with it."""
+        try:
+            code = self._process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            code = 0
+        how = f"signal {abs(code) % 128}" if code < 0 or code > 128 else f"code {code}"
+        return UserError(
+            f"a process that decodes has ended with {how}: its own lines say why, or the machine is"
+            " out of memory (signal 9); fewer config.data.processes need less"
+        )
+
+    def _give(self, connection: Connection, need: object) -> None:
+        """Answer what a process asks for while it reads."""
+        if isinstance(need, Failed):
+            need.raise_it()
+        elif isinstance(need, NeedShard):
+            shard = self._shards.shards[need.number]
+            if isinstance(shard, LazyShard):
+                shard = shard.load(lambda name: self._open_there(connection, name))
+            connection.send(shard)
+        elif isinstance(need, NeedFile):
+            try:
+                fd = open_local(need.url)
+            except OSError as e:
+                connection.send(e)
+                return
+            connection.send(None)
+            send_handle(connection, fd, self._process.pid)
+            os.close(fd)
+        else:
+            raise TypeError(f"a process that decodes sent {need!r}")
+
+    def _open_there(self, connection: Connection, name: str) -> Shard:
+        """Have the process that asks for a shard read its headers, which takes Python's lock."""
+        connection.send(OpenShard(name))
+        while not isinstance(answer := connection.recv(), OpenedShard):
+            self._give(connection, answer)
+        return answer.shard
+
+    def cpu_seconds(self) -> float:
+        """Return the processors' seconds of these processes so far; 0 where there is no /proc."""
+        first = self._process.pid
+        try:
+            children = Path(f"/proc/{first}/task/{first}/children").read_text().split()
+            stats = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2] for pid in children]
+        except OSError:
+            return 0.0
+        # proc(5): utime and stime are fields 14 and 15; the text begins behind the second.
+        ticks = sum(sum(map(int, stat.split()[11:13])) for stat in stats)
+        return ticks / os.sysconf("SC_CLK_TCK")
+
+    def close(self) -> None:
+        """End the processes, which they do when their sockets are closed."""
+        for connection in self._connections:
+            connection.close()
+        try:
+            self._process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()

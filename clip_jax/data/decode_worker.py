@@ -1,0 +1,210 @@
+"""The processes that decode for `decode_processes.DecodeProcesses`, which starts the first of them.
+
+That one imports what all need and then becomes as many as are wanted, which so share the memory.
+Their threads answer requests for runs of rows until their sockets are closed: when the loader ends,
+or its process does, however that may be.
+"""
+
+import contextlib
+import gc
+import mmap
+import os
+import pickle
+import signal
+import threading
+import traceback
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import recv_handle
+from typing import Any, overload
+
+import numpy as np
+from jaxtyping import UInt8
+
+from clip_jax.data.dataset import LostShard
+from clip_jax.data.decode_processes import (
+    Failed,
+    NeedFile,
+    NeedShard,
+    OpenedShard,
+    OpenShard,
+    RowsRequest,
+    WorkerSetup,
+)
+from clip_jax.data.formats import remote
+from clip_jax.data.sample_reader import SampleReader, make_training_reader
+from clip_jax.data.shards import ConcatShards, Shard
+from clip_jax.data.sources import open_shard
+from clip_jax.host_memory import keep_heap
+
+_connection = threading.local()
+"""The socket of a thread, as `.it`: what reads a shard asks through it for what it lacks."""
+
+
+class BorrowedShards(Sequence[Shard]):
+    """The loader's shards, each asked for when it is needed; the longest unused goes first."""
+
+    def __init__(self, count: int, limit: int):
+        self._count, self._limit = count, limit
+        self._shards: OrderedDict[int, Shard] = OrderedDict()
+        self._locks: dict[int, threading.Lock] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, number: int) -> Shard: ...
+    @overload
+    def __getitem__(self, number: slice) -> Sequence[Shard]: ...
+    def __getitem__(self, number: int | slice) -> Shard | Sequence[Shard]:
+        if isinstance(number, slice):
+            raise TypeError("shards are borrowed one by one")
+        with self._lock:
+            lock = self._locks.setdefault(number, threading.Lock())
+        with lock:  # one thread asks for it, the others wait
+            with self._lock:
+                shard = self._shards.pop(number, None)
+                if shard is not None:
+                    self._shards[number] = shard  # now the newest
+                    return shard
+            shard = _ask(NeedShard(number))
+            if isinstance(shard, LostShard):
+                return shard  # the loader's process knows when it is to be tried again
+            with self._lock:
+                self._shards[number] = shard
+                while len(self._shards) > self._limit:
+                    self._shards.popitem(last=False)
+            return shard
+
+
+class BorrowedFiles(remote.DiskCache):
+    """Remote files, fetched by the loader's process for all."""
+
+    def open(self, name: str, write: Callable[[str], None]) -> int:
+        """Return a descriptor of a remote file; other files are this process's own."""
+        if not remote.is_url(name):
+            return super().open(name, write)
+        error = _ask(NeedFile(name))
+        if error is not None:
+            raise error
+        return recv_handle(_connection.it)
+
+
+def _ask(need: NeedShard | NeedFile) -> Any:
+    connection = _connection.it
+    connection.send(need)
+    while isinstance(answer := connection.recv(), OpenShard):
+        try:
+            opened: OpenedShard | Failed = OpenedShard(open_shard(answer.name))
+        except (EOFError, ConnectionError):
+            raise
+        except Exception as e:
+            opened = Failed.of(e)
+        connection.send(opened)
+    return answer
+
+
+class Buffers:
+    """The batches' memory, mapped buffer by buffer."""
+
+    def __init__(self, fd: int, shape: tuple[int, ...], stride: int):
+        self._fd, self._shape, self._stride = fd, shape, stride
+        self._buffers: dict[int, UInt8[np.ndarray, "b H W 3"]] = {}
+
+    def __getitem__(self, number: int) -> UInt8[np.ndarray, "b H W 3"]:
+        if number not in self._buffers:
+            memory = mmap.mmap(self._fd, self._stride, offset=number * self._stride)
+            flat = np.frombuffer(memory, np.uint8, int(np.prod(self._shape)))
+            self._buffers[number] = flat.reshape(self._shape)
+        return self._buffers[number]
+
+
+def serve(connection: Connection, reader: SampleReader, buffers: Buffers) -> None:
+    """Answer requests until the socket is closed."""
+    _connection.it = connection
+    try:
+        while True:
+            request: RowsRequest = connection.recv()
+            connection.send(_answer(request, reader, buffers))
+    except (EOFError, ConnectionError):
+        return
+
+
+def _answer(request: RowsRequest, reader: SampleReader, buffers: Buffers) -> object:
+    """Read a run of rows; return its fields without the images, or what went wrong."""
+    last_row = request.first_row + len(request.ids)
+    image = buffers[request.buffer][request.first_row : last_row]
+    try:
+        rows = reader.read(request.ids, request.epochs, image)
+    except (EOFError, ConnectionError):
+        raise
+    except Exception as e:
+        return Failed.of(e)
+    fields = dict(vars(rows))
+    del fields["image"]
+    return fields
+
+
+def run_worker(connections: Sequence[Connection], setup: WorkerSetup, fd: int) -> None:
+    """Serve each of these sockets by a thread, until all are closed."""
+    shards = BorrowedShards(len(setup.starts) - 1, setup.cached_shards)
+    reader = make_training_reader(setup.settings, ConcatShards(shards, setup.starts))
+    buffers = Buffers(fd, setup.image_shape, setup.stride)
+    threads = [
+        threading.Thread(target=serve, args=(connection, reader, buffers))
+        for connection in connections
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def main(argv: Sequence[str]) -> None:
+    """Fork a process for every argument but the first, and wait for them.
+
+    Args:
+      argv: the descriptor of the buffers' file, and for every process the descriptors of its
+        sockets, with commas. The first of all sockets gives the `WorkerSetup`.
+    """
+    # Ctrl-C and a scheduler's signal go to all processes; this one ends when its sockets close.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    fd = int(argv[0])
+    workers = [[Connection(int(socket)) for socket in group.split(",")] for group in argv[1:]]
+    try:
+        setup: WorkerSetup = pickle.loads(workers[0][0].recv_bytes())
+    except EOFError:
+        return
+    keep_heap()  # a file and an image a pair: pages fresh from the kernel each time cost as much
+    remote.CACHE = BorrowedFiles()
+    gc.freeze()  # what was imported stays, shared by all
+    pids = [_fork(k, workers, setup, fd) for k in range(len(workers))]
+    for connection in (c for worker in workers for c in worker):
+        connection.close()
+    for _ in pids:
+        _, status = os.wait()
+        if status:
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            code = os.waitstatus_to_exitcode(status)
+            os._exit(code if code > 0 else 128 - code)
+
+
+def _fork(k: int, workers: Sequence[Sequence[Connection]], setup: WorkerSetup, fd: int) -> int:
+    """Fork worker `k`, which never returns; no thread has been started here."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        for other, connections in enumerate(workers):
+            for connection in connections if other != k else ():
+                connection.close()
+        run_worker(workers[k], setup, fd)
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
