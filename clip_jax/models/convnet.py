@@ -11,7 +11,8 @@ import dataclasses
 import flax.linen as nn
 from jaxtyping import Array, Bool, Float
 
-from clip_jax.models.convolution import batch_norm, conv, statistics_mask
+from clip_jax.models.batch_norm import ValidRows, valid_rows
+from clip_jax.models.convolution import conv, normalized
 from clip_jax.models.execution import DEFAULT_EXEC_CONFIG, ExecConfig, remat_block
 from clip_jax.models.layers import LayerNorm, normal, torch_uniform
 
@@ -53,34 +54,41 @@ class ConvNet(nn.Module):
     ) -> Float[Array, "B D"]:
         """Return features of normalized images, with the arguments of `ModifiedResNet`."""
         del patch_ids_Bl
-        mask = statistics_mask(valid_B)
+        rows = valid_rows(valid_B, self.exec_config.target)
         stage = remat_block(ConvNet._stage, self.exec_config, (2, 4))
         x_BHWD = images_BHWC
         for number in range(1, len(self.config.features) + 1):
-            x_BHWD = stage(self, x_BHWD, number, mask, train)
+            x_BHWD = stage(self, x_BHWD, number, rows, train)
         x_BD = LayerNorm(name="ln_post")(x_BHWD.reshape(x_BHWD.shape[0], -1))
         width = x_BD.shape[-1]
         projection_DD = self.param("proj", normal(width**-0.5), (width, self.embed_dim))
         return x_BD @ projection_DD.astype(x_BD.dtype)
 
-    def _stage(self, x_BHWD: Array, number: int, mask: Array | None, train: bool) -> Array:
+    def _stage(self, x_BHWD: Array, number: int, rows: ValidRows | None, train: bool) -> Array:
         """Apply convolution `number`, of patches where it is 1, with its batch norm and ReLU."""
         features, dtype = self.config.features[number - 1], self.exec_config.dtype
         if number == 1:
             size = self.config.patch_size
-            x_BHWD = nn.Conv(
+            layer = nn.Conv(
                 features,
                 (size, size),
                 strides=(size, size),
-                padding="VALID",
+                padding=((0, 0), (0, 0)),
                 use_bias=False,
                 kernel_init=torch_uniform(3 * size * size),
                 dtype=dtype,
                 name="conv1",
-            )(x_BHWD)
+            )
         else:
             fan_in = x_BHWD.shape[-1]
             name = f"conv{number}"
-            x_BHWD = conv(features, 3, fan_in, stride=2, dtype=dtype, name=name)(x_BHWD)
-        norm = batch_norm(train, dtype=dtype, name=f"bn{number}")
-        return nn.relu(norm(x_BHWD, mask=mask))
+            layer = conv(features, 3, fan_in, stride=2, dtype=dtype, name=name)
+        return normalized(
+            layer,
+            x_BHWD,
+            rows,
+            train=train,
+            exec_config=self.exec_config,
+            relu=True,
+            name=f"bn{number}",
+        )

@@ -1,11 +1,17 @@
 """Convolution and batch norm with PyTorch's padding, initialization and momentum."""
 
-import flax.linen as nn
-import jax.numpy as jnp
-from jax.typing import DTypeLike
-from jaxtyping import Array, Bool
+from typing import Any
 
+import flax.linen as nn
+from jax.typing import DTypeLike
+from jaxtyping import Array
+
+from clip_jax.models.batch_norm import OnePassBatchNorm, ValidRows
+from clip_jax.models.execution import ExecConfig
 from clip_jax.models.layers import torch_uniform
+
+MOMENTUM = 0.9
+EPSILON = 1e-5
 
 
 def conv(
@@ -28,33 +34,50 @@ def conv(
     )
 
 
-def statistics_mask(valid_B: Bool[Array, " B"] | None) -> Bool[Array, "B 1 1 1"] | None:
-    """Return the mask of the images that a batch norm's statistics are taken of: the valid ones.
+def normalized(
+    conv: nn.Conv,
+    x_BHWC: Array,
+    rows: ValidRows | None,
+    *,
+    train: bool,
+    exec_config: ExecConfig,
+    zero_scale: bool = False,
+    relu: bool = False,
+    name: str,
+) -> Array:
+    """Return a convolution's features after a batch norm of this name, and a ReLU if asked for.
 
-    It holds all where none is valid, so that such a batch has a variance at all.
-    """
-    if valid_B is None:
-        return None
-    return (valid_B | ~jnp.any(valid_B))[:, None, None, None]
-
-
-def batch_norm(
-    train: bool, *, zero_scale: bool = False, dtype: DTypeLike, name: str
-) -> nn.BatchNorm:
-    """Return a batch norm with PyTorch's epsilon and momentum (0.1 there is 0.9 here).
-
-    Under one jitted step over a mesh the statistics are those of the global batch; call it with
-    `mask=statistics_mask(valid_B)`, so that an image that could not be read has no part in them.
-    The running variance is the biased one, where PyTorch keeps the unbiased: n / (n - 1) apart.
+    Epsilon and momentum are PyTorch's (0.1 there is 0.9 here). With `train` the statistics are
+    those of `rows` (`valid_rows` makes them, so that an image that could not be read has no part in
+    them); under one jitted step over a mesh, those of the global batch. The running variance is
+    the biased one, where PyTorch keeps the unbiased: n / (n - 1) apart.
     """
     init = nn.initializers.zeros if zero_scale else nn.initializers.ones
-    return nn.BatchNorm(
+    dtype, target = exec_config.dtype, exec_config.target
+    y_BHWC = conv(x_BHWC)
+    if train and (target.platform != "cpu" or target.mesh is not None):
+        norm = OnePassBatchNorm(MOMENTUM, EPSILON, dtype, init, relu, target, name=name)
+        return norm(y_BHWC, middle_row(conv, x_BHWC), rows)
+    plain_norm = nn.BatchNorm(
         use_running_average=not train,
-        momentum=0.9,
-        epsilon=1e-5,
+        momentum=MOMENTUM,
+        epsilon=EPSILON,
         dtype=dtype,
         # E[x^2] - E[x]^2 would cancel where a channel's mean is large.
         use_fast_variance=False,
         scale_init=init,
         name=name,
     )
+    y_BHWC = plain_norm(y_BHWC, mask=None if rows is None else rows.mask_B111)
+    return nn.relu(y_BHWC) if relu else y_BHWC
+
+
+def middle_row(conv: nn.Conv, x_BHWC: Array) -> Array:
+    """Return the middle row [B, W, C] of a convolution's result, computed from what it reads."""
+    layer: Any = conv  # flax allows sizes of other forms too
+    size, stride, pad = layer.kernel_size[0], layer.strides[0], layer.padding[0][0]
+    height = (x_BHWC.shape[1] + 2 * pad - size) // stride + 1
+    # With padding the first row of a strip is another one: the second is read.
+    row = min(pad, height // 2, 1)
+    start = stride * (height // 2 - row)
+    return conv(x_BHWC[:, start : start + stride * row + size - pad])[:, row]

@@ -5,14 +5,15 @@ pool, every stride an average pool (in the shortcut too), and attention pooling 
 """
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from clip_jax.models.attention import attend
-from clip_jax.models.convolution import batch_norm, conv, statistics_mask
+from clip_jax.models.batch_norm import ValidRows, valid_rows
+from clip_jax.models.convolution import conv, normalized
 from clip_jax.models.execution import DEFAULT_EXEC_CONFIG, ExecConfig, remat_block
 from clip_jax.models.layers import normal, torch_uniform
 
@@ -60,29 +61,31 @@ class Bottleneck(nn.Module):
 
     width: int
     stride: int
-    dtype: DTypeLike
+    exec_config: ExecConfig
 
     @nn.compact
-    def __call__(self, x_BHWC: Array, train: bool, mask: Array | None) -> Array:
-        """Return the block's output; `mask` as `statistics_mask` makes it."""
+    def __call__(self, x_BHWC: Array, train: bool, rows: ValidRows | None) -> Array:
+        """Return the block's output; statistics are taken of `rows`."""
         fan_in, out = x_BHWC.shape[-1], self.width * EXPANSION
+        dtype = self.exec_config.dtype
+        norm = functools.partial(normalized, rows=rows, train=train, exec_config=self.exec_config)
 
-        def norm(name: str, *, zero_scale: bool = False) -> nn.BatchNorm:
-            return batch_norm(train, zero_scale=zero_scale, dtype=self.dtype, name=name)
-
-        y = conv(self.width, 1, fan_in, dtype=self.dtype, name="conv1")(x_BHWC)
-        y = nn.relu(norm("bn1")(y, mask=mask))
-        y = conv(self.width, 3, self.width, dtype=self.dtype, name="conv2")(y)
-        y = nn.relu(norm("bn2")(y, mask=mask))
+        y = norm(
+            conv(self.width, 1, fan_in, dtype=dtype, name="conv1"), x_BHWC, relu=True, name="bn1"
+        )
+        y = norm(
+            conv(self.width, 3, self.width, dtype=dtype, name="conv2"), y, relu=True, name="bn2"
+        )
         y = average_pool(y, self.stride)
-        y = conv(out, 1, self.width, dtype=self.dtype, name="conv3")(y)
         # A zero scale makes every block start as the identity.
-        y = norm("bn3", zero_scale=True)(y, mask=mask)
+        y = norm(
+            conv(out, 1, self.width, dtype=dtype, name="conv3"), y, zero_scale=True, name="bn3"
+        )
 
         if self.stride > 1 or fan_in != out:
             x_BHWC = average_pool(x_BHWC, self.stride)
-            x_BHWC = conv(out, 1, fan_in, dtype=self.dtype, name="downsample_0")(x_BHWC)
-            x_BHWC = norm("downsample_1")(x_BHWC, mask=mask)
+            downsample = conv(out, 1, fan_in, dtype=dtype, name="downsample_0")
+            x_BHWC = norm(downsample, x_BHWC, name="downsample_1")
         return nn.relu(y + x_BHWC)
 
 
@@ -153,25 +156,30 @@ class ModifiedResNet(nn.Module):
         `patch_ids_Bl` is of the transformers: there are no patches to choose here.
         """
         del patch_ids_Bl
-        mask = statistics_mask(valid_B)
+        rows = valid_rows(valid_B, self.exec_config.target)
         c = self.config
         stem = remat_block(ModifiedResNet._stem, self.exec_config, (2,))
-        x = stem(self, images_BHWC.astype(self.exec_config.dtype), train, mask)
+        x = stem(self, images_BHWC.astype(self.exec_config.dtype), train, rows)
         block = remat_block(Bottleneck, self.exec_config, (2,))
         for stage, blocks in enumerate(c.layers):
             for i in range(blocks):
                 stride = 2 if stage > 0 and i == 0 else 1
                 name = f"layer{stage + 1}_{i}"
-                x = block(c.width * 2**stage, stride, self.exec_config.dtype, name=name)(
-                    x, train, mask
-                )
+                x = block(c.width * 2**stage, stride, self.exec_config, name=name)(x, train, rows)
         return AttentionPool(c.heads, self.embed_dim, self.exec_config, name="attnpool")(x)
 
-    def _stem(self, x: Array, train: bool, mask: Array | None) -> Array:
+    def _stem(self, x: Array, train: bool, rows: ValidRows | None) -> Array:
         """Apply three convolutions and a pool, which leave a quarter of the side."""
         width, dtype = self.config.width, self.exec_config.dtype
         sizes = [(width // 2, 2), (width // 2, 1), (width, 1)]
         for i, (features, stride) in enumerate(sizes, start=1):
-            x = conv(features, 3, x.shape[-1], stride=stride, dtype=dtype, name=f"conv{i}")(x)
-            x = nn.relu(batch_norm(train, dtype=dtype, name=f"bn{i}")(x, mask=mask))
+            x = normalized(
+                conv(features, 3, x.shape[-1], stride=stride, dtype=dtype, name=f"conv{i}"),
+                x,
+                rows,
+                train=train,
+                exec_config=self.exec_config,
+                relu=True,
+                name=f"bn{i}",
+            )
         return average_pool(x, 2)
