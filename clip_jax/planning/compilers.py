@@ -180,6 +180,13 @@ TPU_TOPOLOGIES = {
 """By device: libtpu's name of the generation, slices by chips, and options of the topology."""
 
 
+def device_counts(device: str) -> tuple[int, ...]:
+    """Return how many devices of a kind can be had: a slice's chips, or GPUs in whole machines."""
+    if device in TPU_TOPOLOGIES:
+        return tuple(TPU_TOPOLOGIES[device][1])
+    return (1, 2, 4, *(HOST_GPUS * 2**n for n in range(9)))
+
+
 def _start_tpu(device: str, count: int, dump: str) -> list[jax.Device]:
     """Return the first `count` devices of the smallest slice that has so many."""
     generation, slices, options = TPU_TOPOLOGIES[device]

@@ -34,13 +34,14 @@ def matmul_flops(program: Program) -> int:
     total = 0
     for visit in visits(program):
         if visit.instruction.opcode == "dot":
-            total += visit.times * _dot_flops(visit)
+            total += visit.times * dot_flops(visit)
         elif visit.instruction.opcode == "convolution":
-            total += visit.times * _convolution_flops(visit)
+            total += visit.times * convolution_flops(visit)
     return total
 
 
-def _dot_flops(visit: Visit) -> int:
+def dot_flops(visit: Visit) -> int:
+    """Count 2 x output x contracted features."""
     left = visit.computation[visit.instruction.operands[0]].shapes[0].dims
     contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", visit.instruction.attributes)
     axes = _numbers(contracted.group(1)) if contracted else ()
@@ -48,7 +49,7 @@ def _dot_flops(visit: Visit) -> int:
     return 2 * output * math.prod(left[axis] for axis in axes)
 
 
-def _convolution_flops(visit: Visit) -> int:
+def convolution_flops(visit: Visit) -> int:
     """Count 2 x output x (kernel positions x features in), less the zeros of input dilation."""
     instruction = visit.instruction
     kernel = visit.computation[instruction.operands[1]].shapes[0].dims
@@ -188,7 +189,8 @@ def _collective(
     kind = _kind(line)
     assert kind
     shapes = line.shapes
-    if line.opcode == "all-gather-start":  # what goes in, then what comes out
+    if line.opcode in ("all-gather-start", "reduce-scatter-start", "all-to-all-start"):
+        # What goes in, then what comes out.
         shapes = shapes[len(shapes) // 2 :]
     elif line.opcode == "collective-permute-start":
         shapes = shapes[1:2]

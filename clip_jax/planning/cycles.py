@@ -21,8 +21,7 @@ CALIBRATION = {"tpu-v5e": 0.88, "tpu-v5p": 0.90, "tpu-v6e": 0.70}
 """The share of the peak that the estimate gives a bfloat16 product of 8192 x 8192 matrices."""
 
 _CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
-# They take no time: names of what is there, or ends of what runs beside other instructions.
-_FREE = frozenset(
+FREE = frozenset(
     (
         "parameter",
         "constant",
@@ -48,6 +47,7 @@ _FREE = frozenset(
         "recv-done",
     )
 )
+"""They take no time: names of what is there, or ends of what runs beside other instructions."""
 
 
 class Timed(NamedTuple):
@@ -117,7 +117,7 @@ def uncounted_names(program: Program) -> frozenset[str]:
 
 def _takes_time(program: Program, line: Instruction) -> bool:
     """Return whether a core works on an instruction; exchanges between devices are apart."""
-    return line.opcode not in _FREE and not is_collective(program, line)
+    return line.opcode not in FREE and not is_collective(program, line)
 
 
 def time_step(

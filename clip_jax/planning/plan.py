@@ -63,6 +63,11 @@ class Plan:
         return self.costs.needed_flops * self.devices
 
     @property
+    def is_counted(self) -> bool:
+        """Whether the compiler itself estimates the time."""
+        return self.costs.compiler.platform == "tpu"
+
+    @property
     def step_seconds(self) -> float:
         """The estimate of a step's time without its exchanges: cycles, or from published rates."""
         timing = self.costs.timing

@@ -21,6 +21,7 @@ from clip_jax.planning.hardware import find_device
 from clip_jax.planning.hlo import parse_program
 from clip_jax.planning.memory import Memory, measure_memory
 from clip_jax.planning.refusal import DoesNotFitError, parse_refusal
+from clip_jax.planning.roofline import roofline_flops, time_by_roofline
 from clip_jax.sections import Config
 from clip_jax.training.setup import build_run, make_step, pair_flops
 from clip_jax.training.state import parameter_counts
@@ -41,7 +42,8 @@ class StepCosts:
         out; None where kernels and libraries hide them.
       needed_flops: the same by `models.flops` and `loss_flops`, nothing computed twice.
       collectives: the exchanges between devices.
-      timing: the compiler's own estimate of time; None where it makes none.
+      timing: of a TPU's program the compiler's own estimate of time, of a GPU's a roofline; None
+        where there is neither.
     """
 
     compiler: Compiler
@@ -82,6 +84,7 @@ def compile_run(
     devices: Sequence[jax.Device],
     device_name: str,
     dump: str,
+    utilization: float,
 ) -> StepCosts:
     """Compile the step of a run, and read its costs from the program.
 
@@ -92,6 +95,7 @@ def compile_run(
       devices: what it compiles for.
       device_name: the name of their kind in `hardware.DEVICES`.
       dump: the folder that a TPU's compiler writes the schedules of kernels into.
+      utilization: the share of a GPU's peak that matrix products are taken to reach.
 
     Raises:
       UserError: the config does not fit the devices, or the compiler failed.
@@ -109,8 +113,14 @@ def compile_run(
             raise UserError(f"{compiler.name} could not compile the step: {short(error)}") from None
         raise DoesNotFitError(refusal) from None
     program = parse_program(compiled.as_text())
-    timing = None
-    if compiler.platform == "tpu":
+    timing: Timing | None = None
+    flops: int | None = None
+    if compiler.platform == "cpu":
+        flops = matmul_flops(program)
+    elif compiler.platform == "cuda":
+        flops = roofline_flops(program)
+        timing = time_by_roofline(program, find_device(device_name), utilization)
+    else:
         kernels = read_kernel_cycles(dump, uncounted_names(program))
         timing = time_step(program, device_name, find_device(device_name), kernels)
     tower_flops = pairs * pair_flops(run, sizes.text.context_length) / run.mesh.size
@@ -127,7 +137,7 @@ def compile_run(
             rows=(config.train.microbatch_size or pairs) // shards,
         ),
         temp_bytes=compiled.memory_analysis().temp_size_in_bytes,
-        flops=None if compiler.is_devices_own else matmul_flops(program),
+        flops=flops,
         needed_flops=tower_flops
         + loss_flops(
             pairs,

@@ -5,6 +5,9 @@ from typing import Any
 from clip_jax.planning.compilers import Compiler
 from clip_jax.planning.plan import Plan, RefusedPlan
 
+ESTIMATES = {"tpu": "cycles", "cuda": "roofline", "cpu": "rates"}
+"""How a step's time is estimated, by the compiler's platform."""
+
 
 def plan_record(plan: Plan | RefusedPlan) -> dict[str, Any]:
     """Return a plan's figures by their documented keys."""
@@ -27,8 +30,8 @@ def plan_record(plan: Plan | RefusedPlan) -> dict[str, Any]:
         "temp_bytes": costs.temp_bytes,
         "memory_by_kind": costs.memory.kinds,
         "estimated_seconds": plan.step_seconds,
-        "estimated_by": "cycles" if timing else "rates",
-        "counted_share": timing.counted_share if timing else None,
+        "estimated_by": ESTIMATES[costs.compiler.platform],
+        "counted_share": timing.counted_share if timing and plan.is_counted else None,
         "utilization": plan.model_flop_utilization(plan.step_seconds),
         "needed_flops": costs.needed_flops,
         "breakdown": _breakdown(plan),

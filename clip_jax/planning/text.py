@@ -21,9 +21,9 @@ compiled for CPUs. A CPU computes bfloat16 products in float32 and fuses less, s
 needs less for activations; it also sums gradients with all-reduce where those use reduce-scatter.
 Estimated: seconds, from published rates; temporaries by kind, from the scopes in the program."""
 ON_CUDA = """\
-The compiler's: memory and collectives, of the real step partitioned for this mesh and compiled for
-these GPUs, products not tuned. Estimated: seconds, from published rates and the operations that
-the model needs, nothing computed twice."""
+The compiler's: memory, collectives and the schedule, of the real step partitioned for this mesh and
+compiled for these GPUs, products not tuned. It makes no estimate of time: seconds are from
+published rates, and no kernel is quicker."""
 ON_TPU = """\
 The compiler's: memory, collectives and the schedule, of the real step partitioned for this mesh and
 compiled for these TPUs. Estimated: seconds. They are the compiler's own count of cycles, kernels by
@@ -47,7 +47,7 @@ def plan_text(plan: Plan | RefusedPlan, *, top: int = 0) -> str:
         "",
         *_collectives(plan),
         "",
-        *(_cycles(plan, timing) if timing else _time(plan)),
+        *(_parts(plan, timing) if timing else _time(plan)),
         "",
         *(_slowest(timing, top) if timing and top else ()),
         _run(plan),
@@ -239,31 +239,36 @@ def _time(plan: Plan) -> Iterator[str]:
     )
 
 
-def _cycles(plan: Plan, timing: Timing) -> Iterator[str]:
-    seconds, device = timing.seconds, plan.device
-    peak = device.peak(plan.config.model.dtype)
-    yield "estimated time of a step, ms (the compiler's cycles)"
-    towers = [
-        ("image", "forward"),
-        ("image", "backward"),
-        ("text", "forward"),
-        ("text", "backward"),
-    ]
+def _parts(plan: Plan, timing: Timing) -> Iterator[str]:
+    """Yield the time by part, tower and pass."""
+    if plan.is_counted:
+        yield "estimated time of a step, ms (the compiler's cycles)"
+    else:
+        yield (
+            "the least time of a step, ms (each kernel's operations at "
+            f"{100 * plan.utilization:.0f} % of the peak or its bytes, whichever takes longer)"
+        )
+    towers = [(tower, way) for tower in ("image", "text") for way in ("forward", "backward")]
     columns = ["image fwd", "bwd", "text fwd", "bwd", "neither", "in all", "share"]
     yield "  " + f"{'':<14}" + "".join(f"{c:>10}" for c in columns)
-    by_part = timing.by_part()
+    by_part, seconds = timing.by_part(), timing.seconds
     for name in PARTS:
         cells = [by_part.get(Part(*tower, name), 0.0) for tower in towers]
         total = sum(s for part, s in by_part.items() if part.name == name)
         if total:
-            cells += [total - sum(cells), total]
-            yield _cells(name, cells, total / seconds)
+            yield _cells(name, [*cells, total - sum(cells), total], total / seconds)
     cells = [sum(s for part, s in by_part.items() if part[:2] == tower) for tower in towers]
     yield _cells("in all", [*cells, seconds - sum(cells), seconds], 1.0)
-    yield (
-        f"  counted: {100 * timing.counted_share:.1f} % of the time; the rest is bytes over the "
-        "memory's bandwidth"
-    )
+    yield from _rates(plan, timing)
+
+
+def _rates(plan: Plan, timing: Timing) -> Iterator[str]:
+    seconds, peak = timing.seconds, plan.device.peak(plan.config.model.dtype)
+    if plan.is_counted:
+        yield (
+            f"  counted: {100 * timing.counted_share:.1f} % of the time; the rest is bytes over "
+            "the memory's bandwidth"
+        )
     calibration = CALIBRATION.get(plan.device_name)
     yield (
         f"  utilization {100 * plan.model_flop_utilization(seconds):.1f} % of "

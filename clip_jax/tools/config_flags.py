@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import ml_collections
 from absl import flags
@@ -11,7 +12,7 @@ from clip_jax.config import known_keys, unknown_key_message
 from clip_jax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "An experiment file; --config.a.b=value overrides a field."
+    "config", None, "An experiment (.py, or .json); --config.a.b=value overrides a field."
 )
 
 
@@ -27,7 +28,7 @@ def parse(argv: Sequence[str]) -> ml_collections.ConfigDict:
         if arg.lstrip("-").startswith("config.") and key not in known:
             raise UserError(unknown_key_message(key))
     try:
-        rest = flags.FLAGS(list(argv))[1:]
+        rest = flags.FLAGS(_with_json(argv))[1:]
         config = _CONFIG.value
         if config is not None:
             config.to_dict()  # a file that could not be read says so only when it is used
@@ -38,6 +39,21 @@ def parse(argv: Sequence[str]) -> ml_collections.ConfigDict:
     if config is None:
         raise UserError("--config is missing; for example --config experiments/emoji.py")
     return config
+
+
+def _with_json(argv: Sequence[str]) -> list[str]:
+    """Return the arguments, a config in JSON replaced by the experiment that reads it."""
+    reader = Path(__file__).with_name("json_config.py")
+    given = list(argv)
+    for i, argument in enumerate(given):
+        flag, equals, path = argument.partition("=")
+        if flag.lstrip("-") != "config":
+            continue
+        position = i if equals else i + 1
+        path = path if equals else "".join(given[position : position + 1])
+        if path.endswith(".json") and os.path.isfile(path):
+            given[position] = f"{flag}{equals}" * bool(equals) + f"{reader}:{path}"
+    return given
 
 
 def _reason(error: Exception, argv: Sequence[str]) -> str:

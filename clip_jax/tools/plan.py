@@ -8,6 +8,8 @@ for training, `--config.mesh.fsdp=8` say.
 
 import argparse
 import json
+import math
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -15,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clip_jax.config import resolve
-from clip_jax.errors import UserError, run_command
-from clip_jax.files import atomic_write
+from clip_jax.errors import EXIT_ERROR, UserError, check_choice, run_command
+from clip_jax.files import atomic_write, make_folder
 from clip_jax.sections import Config
 from clip_jax.tools.config_flags import parse as parse_config
 
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 ANY_STEPS = 1000
 """Steps of a run whose length is not known; the program is the same for any number."""
 UTILIZATION = 0.5
+AXES = ("mesh", "remat", "microbatch", "scan", "attention")
+"""What a search can vary."""
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -49,7 +53,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         default=argparse.SUPPRESS,
         help=argparse.SUPPRESS,
     )
-    parser.add_argument("--pairs", type=int, help="pairs of an epoch, for a run given in epochs")
+    parser.add_argument("--pairs", type=_whole, help="pairs of an epoch, for a run given in epochs")
     parser.add_argument(
         "--compiler",
         default="auto",
@@ -59,7 +63,20 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--top", type=int, default=0, help="print so many of the instructions that take longest"
     )
+    search = parser.add_argument_group("the search for settings")
+    search.add_argument("--search", action="store_true", help="compile settings and rank them")
+    search.add_argument("--vary", default=",".join(AXES), help="what to vary, with commas")
+    search.add_argument("--days", type=float, help="find how many devices make the run in so many")
+    search.add_argument("--cache", metavar="FOLDER", help="keep plans there, ~/.cache/clip_jax")
     return parser.parse_known_args(argv[1:])
+
+
+def _whole(text: str) -> int:
+    """Return a whole number that may be written as 4e8."""
+    number = float(text)
+    if number != int(number):
+        raise ValueError(text)
+    return int(number)
 
 
 def plan(
@@ -117,16 +134,62 @@ def plan(
                 devices=topology,
                 device_name=device,
                 dump=dump,
+                utilization=utilization,
             )
         except DoesNotFitError as error:
             return RefusedPlan(config, device, hardware, devices, asked, error.refusal)
     return make_plan(costs, config, device, hardware, utilization=utilization, pairs=pairs)
 
 
+def search(args: argparse.Namespace, config: Config) -> int:
+    """Search the settings of a run; return the exit code: 1 where none fits.
+
+    Raises:
+      UserError: a flag is wrong, or no number of devices is enough.
+    """
+    from clip_jax.planning.compilers import find_compiler
+    from clip_jax.planning.hardware import find_device
+    from clip_jax.tools.plan_search import (
+        Cache,
+        Search,
+        counts_for_days,
+        search_record,
+        search_text,
+        size_of_run,
+        write_record,
+    )
+
+    vary = frozenset(args.vary.split(","))
+    for axis in vary:
+        check_choice("--vary", axis, AXES)
+    if (args.devices is None) == (args.days is None):
+        raise UserError("--search takes --devices, or --days of the whole run, and not both")
+    device, hardware = args.device.lower(), find_device(args.device)
+    hardware.peak(config.model.dtype)
+    compiler = find_compiler(device, args.compiler)
+    size = size_of_run(config, args.pairs)
+    counts = [args.devices]
+    if args.days is not None:
+        if size.steps is None:
+            raise UserError("--days needs --pairs, the pairs of an epoch, or config.train.steps")
+        counts = counts_for_days(config, device, hardware, size, args.days)
+    folder = Path(args.cache or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "clip_jax"))
+    cache = Cache(make_folder(folder.expanduser() / "plans", flag="--cache"), compiler, device)
+    made = Search(config, device, hardware, compiler, cache, vary, size.parameters)
+    found = made.run(counts, lambda best: size.days(best.seconds) <= (args.days or math.inf))
+    print(search_text(found, config, device, compiler, size, args.days))
+    path = args.json or "search.json"
+    write_record(path, search_record(found, config, size.steps))
+    print(f"{path}: the best settings, which --config takes, and all that were compiled")
+    return 0 if found.ranked else EXIT_ERROR
+
+
 def main() -> int:
     """Parse the flags, resolve the config and print the plan; return the exit code."""
     args, rest = parse(sys.argv)
     config = resolve(parse_config([sys.argv[0], *rest]))
+    if args.search:
+        return search(args, config)
     if args.devices is None:
         raise UserError("--devices is missing; for example --devices 256 --device h100")
     result = plan(

@@ -1,0 +1,162 @@
+"""The settings of a run that a search compiles, in an order in which few need to be compiled.
+
+What does not fit while it keeps little does not fit while it keeps more. Micro-batches cost another
+forward pass, and so does computing whole towers again: they are tried where nothing quicker fits.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from clip_jax.planning.hardware import Device
+from clip_jax.sections import Config
+
+REMATS = ("full", "blocks", "minimal", "dots", "none")
+"""Values of `config.model.remat`, from the least memory to the most."""
+REMAT_ORDER = ("minimal", "blocks", "full", "dots", "none")
+"""The order they are tried in: the answer of one spares others."""
+FSDP = (1, 8, 64, 512)
+"""Sizes of the axis that are tried, those that divide the devices: one copy of the state, a
+machine's worth of parts, and more."""
+TENSOR = (1, 2)
+MICROBATCHES = (1, 2, 4, 8, 16)
+"""In how many parts the global batch is taken."""
+KERNELS = {"tpu": ("auto", "xla"), "cuda": ("auto", "xla"), "cpu": ()}
+"""Values of `config.model.attention` by the compiler's platform."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """Settings of a run.
+
+    Attributes:
+      fsdp, tensor: sizes of the mesh's axes; `data` takes what they leave.
+      remat, scan, attention: fields of `config.model`.
+      parts: in how many micro-batches the global batch is taken; 1 is whole.
+    """
+
+    fsdp: int
+    tensor: int
+    remat: str
+    scan: bool
+    attention: str
+    parts: int
+
+    def settings(self, config: Config) -> dict[str, Any]:
+        """Return the fields of the config that it sets, by their dotted names."""
+        batch = config.train.batch_size
+        return {
+            "mesh.data": -1,
+            "mesh.fsdp": self.fsdp,
+            "mesh.tensor": self.tensor,
+            "model.remat": self.remat,
+            "model.scan": self.scan,
+            "model.attention": self.attention,
+            "train.microbatch_size": batch // self.parts if self.parts > 1 else 0,
+        }
+
+    def needs_at_least(self, other: "Candidate") -> bool:
+        """Return whether it cannot need less memory than another."""
+        return (
+            self.scan == other.scan
+            and self.tensor == other.tensor
+            and self.fsdp <= other.fsdp
+            and _rank(self.remat) >= _rank(other.remat)
+            and self.parts <= other.parts
+            and self.attention == other.attention
+        )
+
+    def is_slower_than(self, other: "Candidate") -> bool:
+        """Return whether it only computes more than another."""
+        if dataclasses.replace(self, parts=other.parts, remat=other.remat) != other:
+            return False
+        # Whole towers again, and their blocks once more, cost more than micro-batches do.
+        is_full = self.remat == "full"
+        return other.remat != "full" and (is_full or self.parts > other.parts)
+
+
+def _rank(remat: str) -> int:
+    return REMATS.index("minimal" if remat == "auto" else remat)
+
+
+def make_candidates(config: Config, devices: int, vary: frozenset[str]) -> list[Candidate]:
+    """Return the settings to try on so many devices, those that may save others first.
+
+    Kernels of attention are not among them: the best settings are compiled with each.
+
+    Args:
+      config: the run; what is not varied stays as it says.
+      devices: how many.
+      vary: what to vary, names in `tools.plan.AXES`.
+    """
+    scans = (False, True) if "scan" in vary else (config.model.scan,)
+    remats = REMAT_ORDER if "remat" in vary else (config.model.remat,)
+    return [
+        Candidate(fsdp, tensor, remat, scan, config.model.attention, parts)
+        for fsdp, tensor in _meshes(config, devices, vary)
+        for scan in scans
+        for parts in _parts(config, devices // tensor, vary)
+        for remat in remats
+    ]
+
+
+def with_other_kernels(best: Candidate, platform: str, vary: frozenset[str]) -> list[Candidate]:
+    """Return settings with each kernel of attention that they do not have."""
+    kernels = KERNELS[platform] if "attention" in vary else ()
+    return [dataclasses.replace(best, attention=k) for k in kernels if k != best.attention]
+
+
+def _meshes(config: Config, devices: int, vary: frozenset[str]) -> Iterator[tuple[int, int]]:
+    if "mesh" not in vary:
+        yield config.mesh.fsdp, config.mesh.tensor
+        return
+    for tensor in TENSOR:
+        for fsdp in sorted({*FSDP, devices}):
+            shards = devices // tensor
+            divides = devices % (tensor * fsdp) == 0 and config.train.batch_size % shards == 0
+            # A second axis is for what one device cannot hold, with the first at a machine's worth.
+            if divides and fsdp * tensor <= devices and (tensor == 1 or fsdp == 8):
+                yield fsdp, tensor
+
+
+def _parts(config: Config, shards: int, vary: frozenset[str]) -> Iterator[int]:
+    batch = config.train.batch_size
+    if "microbatch" not in vary:
+        yield batch // (config.train.microbatch_size or batch)
+        return
+    for parts in MICROBATCHES:
+        if batch % parts == 0 and (batch // parts) % shards == 0:
+            yield parts
+
+
+def state_bytes(parameters: int, candidate: Candidate, config: Config) -> int:
+    """Return the bytes that a device's part of the state takes at the least.
+
+    They are the parameters and one moment in float32, and a second moment or the moving average.
+    """
+    arrays = 2 + (config.optim.name == "adamw") + (config.train.ema_decay > 0)
+    return 4 * arrays * parameters // (candidate.fsdp * candidate.tensor)
+
+
+def least_days(
+    flops: float, devices: int, device: Device, dtype: str, steps: int, share: float = 0.9
+) -> float:
+    """Return the days that a run takes if all devices reach that share of their peak.
+
+    Args:
+      flops: of a step, on all devices.
+      devices: how many.
+      device: their rates.
+      dtype: of the products.
+      steps: of the run.
+      share: more than any run reaches.
+    """
+    return steps * flops / (share * device.peak(dtype) * devices) / 86_400
+
+
+def is_pruned(candidate: Candidate, fits: Mapping[Candidate, bool]) -> bool:
+    """Return whether those that were compiled say that it does not fit, or is not the quickest."""
+    return any(
+        candidate.is_slower_than(other) if fitting else candidate.needs_at_least(other)
+        for other, fitting in fits.items()
+    )

@@ -1,0 +1,257 @@
+"""Tests of the search for settings: which it compiles, what it keeps, and what it writes."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+
+from clip_jax.config import default, resolve
+from clip_jax.errors import UserError
+from clip_jax.planning.candidates import Candidate, is_pruned, make_candidates, state_bytes
+from clip_jax.planning.compilers import Compiler, device_counts
+from clip_jax.planning.hardware import DEVICES
+from clip_jax.tools.config_flags import parse as parse_config
+from clip_jax.tools.plan import AXES, main
+from clip_jax.tools.plan_search import (
+    Cache,
+    RunSize,
+    Search,
+    code_digest,
+    counts_for_days,
+    search_record,
+    search_text,
+    with_settings,
+    write_record,
+)
+
+TPU = Compiler("tpu", "libtpu", "0.0.42.1")
+V5E = DEVICES["tpu-v5e"]
+
+
+def config_of(**values):
+    c = default()
+    c.model.name, c.model.dtype, c.train.steps, c.train.batch_size = (
+        "ViT-B/32",
+        "bfloat16",
+        10,
+        2048,
+    )
+    with c.unlocked():
+        c.update_from_flattened_dict(values)
+    return resolve(c)
+
+
+GIGABYTES = {"full": 1, "blocks": 2, "minimal": 6, "dots": 9, "none": 30}
+MS = {"full": 230, "blocks": 150, "minimal": 100, "dots": 110, "none": 120}
+
+
+def fake_compile(calls, interrupt_after=None, memory=16e9):
+    """Return a compiler whose memory and time follow from the settings."""
+
+    def compile_(config, device_name, devices, compiler, path):
+        if interrupt_after is not None and len(calls) >= interrupt_after:
+            raise KeyboardInterrupt
+        calls.append(config)
+        m = config.model
+        parts = config.train.batch_size // (config.train.microbatch_size or config.train.batch_size)
+        size = 1e9 * GIGABYTES[m.remat] * 8 / devices / parts + 2e9 / config.mesh.fsdp
+        seconds = (
+            MS[m.remat] * (1.0 if parts == 1 else 1.33) * (1.1 if m.scan else 1.0) * 8 / devices
+        )
+        record = {
+            "fits": size <= memory,
+            "memory_bytes": size,
+            "estimated_seconds": seconds / 1e3 if m.attention == "auto" else seconds / 500,
+            "exposed_collective_seconds": 0.001 * config.mesh.fsdp,
+            "utilization": 0.5,
+            "mesh": {"data": devices // config.mesh.fsdp, "fsdp": config.mesh.fsdp, "tensor": 1},
+        }
+        path.write_text(json.dumps(record))
+        return ""
+
+    return compile_
+
+
+def search_of(tmp_path, config=None, vary=AXES, **options):
+    calls = []
+    made = Search(
+        config or config_of(),
+        "tpu-v5e",
+        V5E,
+        TPU,
+        Cache(tmp_path, TPU, "tpu-v5e"),
+        frozenset(vary),
+        parameters=151_000_000,
+        compile=fake_compile(calls, **options),
+    )
+    return made, calls
+
+
+def enough(best):
+    return True
+
+
+def test_the_quickest_setting_that_fits_comes_first(tmp_path):
+    made, calls = search_of(tmp_path)
+    found = made.run([8], enough)
+    best = found.ranked[0].candidate
+    assert (best.remat, best.scan, best.fsdp, best.parts) == ("minimal", False, 1, 1)
+    assert [r.seconds for r in found.ranked] == sorted(r.seconds for r in found.ranked)
+    assert found.is_complete and not found.failed
+    # Two meshes, two forms of the layers, four policies; and the other kernel for the best.
+    assert len(calls) == 2 * 2 * 4 + 1
+    assert {c.model.attention for c in calls} == {"auto", "xla"}
+    assert all(c.model.remat != "full" and not c.train.microbatch_size for c in calls)
+    assert {r.candidate.remat for r in found.refused} == {"none"}
+
+
+def test_what_does_not_fit_spares_what_needs_more(tmp_path):
+    # On two devices blocks alone take 8 + 2 GB and the rest more than 16: no policy above it.
+    made, calls = search_of(tmp_path, vary=("remat",))
+    found = made.run([2], enough)
+    assert [c.model.remat for c in calls] == ["minimal", "blocks"]
+    assert [r.candidate.remat for r in found.ranked] == ["blocks"]
+
+
+def test_micro_batches_are_taken_where_the_whole_batch_does_not_fit(tmp_path):
+    made, _ = search_of(tmp_path, vary=("remat", "microbatch"), memory=8e9)
+    found = made.run([2], enough)
+    assert found.ranked[0].candidate.parts == 2 and found.ranked[0].candidate.remat == "blocks"
+    assert all(r.candidate.parts == 2 or r.candidate.remat == "full" for r in found.ranked)
+
+
+def test_each_program_is_compiled_once(tmp_path):
+    made, calls = search_of(tmp_path)
+    first = made.run([8], enough)
+    again, more = search_of(tmp_path)
+    assert calls and again.run([8], enough).ranked == first.ranked and not more
+    # Another version of the compiler, or of the config, is another program; other data is not.
+    assert made.cache.path(config_of(), 8) == made.cache.path(
+        config_of(**{"data.train": "x.tar"}), 8
+    )
+    assert made.cache.path(config_of(), 8) != made.cache.path(
+        config_of(**{"optim.name": "lion"}), 8
+    )
+    newer = Cache(tmp_path, dataclasses.replace(TPU, version="0.0.43"), "tpu-v5e")
+    assert newer.read(config_of(), 8) is None
+    assert len(code_digest()) == 64
+
+
+def test_an_interrupted_search_tells_what_it_knows(tmp_path):
+    made, calls = search_of(tmp_path, interrupt_after=3)
+    found = made.run([8], enough)
+    assert not found.is_complete and len(found.ranked) == 3 == len(calls)
+    text = search_text(found, config_of(), "tpu-v5e", TPU, RunSize(1, 1e15, 10), None)
+    assert "interrupted" in text and "minimal" in text
+
+
+def test_the_smallest_number_of_devices_that_is_quick_enough(tmp_path):
+    config = config_of(**{"train.steps": 864_000})
+    size = RunSize(151_000_000, 2048 * 30e9, 864_000)
+    counts = counts_for_days(config, "tpu-v5e", V5E, size, 0.6)
+    assert counts[0] == 8  # fewer could not at nine tenths of their peak
+    made, _ = search_of(tmp_path, config, vary=("remat",))
+    found = made.run(counts, lambda best: size.days(best.seconds) <= 0.6)
+    # 100 ms on 8 chips are a day, 50 ms on 16 half a day, 1 ms of exchanges each.
+    assert {r.devices for r in found.ranked} == {8, 16}
+    text = search_text(found, config, "tpu-v5e", TPU, size, 0.6)
+    assert "16 x tpu-v5e make the run in 0.51 days" in text
+    with pytest.raises(UserError, match="no number of tpu-v5e"):
+        counts_for_days(config, "tpu-v5e", V5E, size, 1e-6)
+
+
+def test_a_failed_compilation_is_told_and_nothing_follows_from_it(tmp_path):
+    def fail(config, device_name, devices, compiler, path):
+        return "the compiler stumbled"
+
+    made, _ = search_of(tmp_path, vary=("remat",))
+    made.compile = fail
+    found = made.run([8], enough)
+    assert not found.ranked and len(found.failed) == 4  # all but whole towers again
+    text = search_text(found, config_of(), "tpu-v5e", TPU, RunSize(1, 1e15, 10), None)
+    assert "the compiler stumbled" in text and "nothing fits" in text
+
+
+def test_a_state_that_cannot_fit_is_not_compiled(tmp_path):
+    made, calls = search_of(tmp_path)
+    made.parameters = 2_539_567_105
+    made.run([8], enough)
+    assert calls and all(c.mesh.fsdp == 8 for c in calls)
+    whole = Candidate(1, 1, "minimal", False, "auto", 1)
+    assert state_bytes(100, whole, config_of()) == 1200
+    assert state_bytes(100, dataclasses.replace(whole, fsdp=8), config_of()) == 150
+
+
+# What ml_collections reads a config file with.
+old_loader = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+
+
+@old_loader
+def test_the_result_is_a_config(tmp_path, monkeypatch):
+    config = config_of(**{"data.crop_scale": (0.5, 1.0), "optim.name": "lion"})
+    made, _ = search_of(tmp_path, config)
+    found = made.run([8], enough)
+    path = tmp_path / "found.json"
+    write_record(str(path), search_record(found, config, 10))
+    flags = ["plan", "--config", str(path), "--config.train.steps=20"]
+    monkeypatch.setattr("sys.argv", flags)
+    given = resolve(parse_config(flags))
+    expected = with_settings(config, found.ranked[0].candidate.settings(config))
+    assert given == dataclasses.replace(
+        expected, train=dataclasses.replace(expected.train, steps=20)
+    )
+    record = json.loads(path.read_text())
+    assert record["ranked"][0]["settings"]["model.remat"] == "minimal"
+    assert record["ranked"][0]["days"] == pytest.approx(10 * 0.101 / 86_400)
+
+
+def test_candidates_divide_the_devices_and_the_batch():
+    config = config_of(**{"train.batch_size": 48, "data.streams": 8})
+    made = make_candidates(config, 16, frozenset(AXES))
+    for c in made:
+        assert 16 % (c.fsdp * c.tensor) == 0 and 48 % (16 // c.tensor) == 0
+        assert (48 // c.parts) % (16 // c.tensor) == 0
+    assert {(c.fsdp, c.tensor) for c in made} == {(1, 1), (8, 1), (16, 1), (8, 2)}
+    assert len(set(made)) == len(made)
+    assert not is_pruned(made[0], {})
+
+
+def test_numbers_of_devices_that_can_be_had():
+    assert device_counts("tpu-v5e")[-1] == 256 and device_counts("h100")[:5] == (1, 2, 4, 8, 16)
+
+
+@old_loader
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--search takes --devices, or --days"),
+        (["--devices", "8", "--days", "5"], "--search takes --devices, or --days"),
+        (["--devices", "8", "--vary", "remat,color"], "--vary is 'color'"),
+    ],
+)
+def test_mistakes_are_one_line(monkeypatch, flags, message):
+    line = ["plan", "--config", "experiments/vit_b32.py", "--search", *flags]
+    monkeypatch.setattr("sys.argv", line)
+    with pytest.raises(UserError, match=message):
+        main()
+
+
+@pytest.mark.slow
+def test_the_command_searches_with_the_cpus_compiler(tmp_path):
+    found = tmp_path / "found.json"
+    line = [
+        *(sys.executable, "-m", "clip_jax.plan", "--search", "--compiler", "cpu"),
+        *("--config", "experiments/emoji_vit.py", "--config.data.tokenizer=clip"),
+        *("--config.eval.data=", "--device", "h100", "--devices", "1", "--vary", "remat"),
+        *("--cache", str(tmp_path / "cache"), "--json", str(found)),
+    ]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "4 settings fit, 0 do not" in done.stdout and "published rates" in done.stdout
+    assert len(list((tmp_path / "cache" / "plans").glob("*.json"))) == 4
+    best = json.loads(found.read_text())["config"]["model"]["remat"]
+    shown = [sys.executable, "-m", "clip_jax.main", "--dry-run", "--config", str(found)]
+    again = subprocess.run(shown, capture_output=True, text=True)
+    assert again.returncode == 0 and f'"remat": "{best}"' in again.stdout, again.stderr
