@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from clip_jax.models.attention import attend, choose_kernel
 from clip_jax.models.execution import ExecConfig, dense_product, remat_block
 from clip_jax.models.minimal_block import BlockParts, residual_block
+from clip_jax.models.packing import Packing, choose_packing, dense_packing
 
 Initializer = Callable[..., jax.Array]
 
@@ -252,24 +253,43 @@ class BlockConfig:
     layer_scale: float | None = None
 
 
-def block_parts(config: BlockConfig, exec_config: ExecConfig, shape: tuple[int, ...]) -> BlockParts:
-    """Return the parts of a block that keeps the least, for rows [B, L, D] of this shape."""
-    batch, length, width = shape
-    heads, target = config.heads, exec_config.target
+def stream_kernel(
+    config: BlockConfig, exec_config: ExecConfig, batch: int, length: int, width: int
+) -> str:
+    """Return the name of the kernel that blocks with their own backward pass attend with."""
     kernel = choose_kernel(
         exec_config.attention,
-        target,
+        exec_config.target,
         dtype=exec_config.dtype,
-        heads=heads,
-        head_size=width // heads,
+        heads=config.heads,
+        head_size=width // config.heads,
         queries=length,
         keys=length,
     )
+    # A batch that the devices do not share equally is small: one to draw parameters with.
+    is_shared = batch % exec_config.target.batch_shards == 0
+    return kernel.name if is_shared or kernel.name != "pallas" else "xla"
 
-    def attend_heads(q_BLD: Array, k_BLD: Array, v_BLD: Array, bias_3D: Array) -> Array:
+
+def stream_packing(config: BlockConfig, exec_config: ExecConfig, shape: tuple[int, ...]) -> Packing:
+    """Return how those blocks lay out a residual stream [B, L, D] of this shape."""
+    batch, length, width = shape
+    if stream_kernel(config, exec_config, batch, length, width) == "pallas":
+        return choose_packing(batch, length, exec_config.target)
+    return dense_packing(batch, length)
+
+
+def block_parts(
+    config: BlockConfig, exec_config: ExecConfig, packing: Packing, width: int
+) -> BlockParts:
+    """Return the parts of a block that keeps the least, for rows packed so."""
+    heads, target, dtype = config.heads, exec_config.target, exec_config.dtype
+    activation = ACTIVATIONS[config.activation]
+
+    def attend_heads(q_ND: Array, k_ND: Array, v_ND: Array, bias_3D: Array) -> Array:
         q, k, v = (
-            (x + bias_3D[i].astype(x.dtype)).reshape(batch, length, heads, -1)
-            for i, x in enumerate((q_BLD, k_BLD, v_BLD))
+            (x + bias_3D[i].astype(x.dtype)).reshape(packing.batch, packing.length, heads, -1)
+            for i, x in enumerate((q_ND, k_ND, v_ND))
         )
         y_BLNK = attend(
             q,
@@ -279,27 +299,31 @@ def block_parts(config: BlockConfig, exec_config: ExecConfig, shape: tuple[int, 
             implementation=exec_config.attention,
             target=target,
         )
-        return y_BLNK.reshape(shape)
+        return y_BLNK.reshape(q_ND.shape)
 
     def norm(x: Array, scale_D: Array, bias_D: Array) -> tuple[Array, Array]:
         return x, layer_norm(x, scale_D, bias_D, config.norm_eps)
 
-    activation, dtype = ACTIVATIONS[config.activation], exec_config.dtype
-    if kernel.name == "pallas" and batch % target.batch_shards == 0:
+    kernel = stream_kernel(config, exec_config, packing.batch, packing.length, width)
+    if kernel == "pallas":
         # Importing Pallas takes half a second, which other devices need not spend.
         from clip_jax.models.kernels.attention import Heads, short_attention
         from clip_jax.models.kernels.norm import Norm, residual_norm
 
-        fast_norm, spec = Norm(config.norm_eps, target), Heads(heads, config.is_causal, target)
-        return BlockParts(
-            lambda x, scale, bias: residual_norm(x, scale, bias, fast_norm),
-            lambda q, k, v, bias: short_attention(q, k, v, bias, spec),
-            activation,
-            dtype,
-            target,
-        )
+        fast_norm = Norm(config.norm_eps, target)
+        spec = Heads(heads, config.is_causal, target, packing)
+
+        def norm_segments(x: Array, scale_D: Array, bias_D: Array) -> tuple[Array, Array]:
+            x_SRD, y_SRD = residual_norm(packing.segments(x), scale_D, bias_D, fast_norm)
+            return x_SRD.reshape(x.shape), y_SRD.reshape(x.shape)
+
+        def attend_segments(q: Array, k: Array, v: Array, bias_3D: Array) -> Array:
+            y_SRD = short_attention(*map(packing.segments, (q, k, v)), bias_3D, spec)
+            return y_SRD.reshape(q.shape)
+
+        return BlockParts(norm_segments, attend_segments, activation, dtype, target)
     # XLA's kernel would keep the probabilities.
-    attend_again = jax.checkpoint(attend_heads) if kernel.name == "xla" else attend_heads
+    attend_again = jax.checkpoint(attend_heads) if kernel == "xla" else attend_heads
     return BlockParts(norm, attend_again, activation, dtype, target)
 
 
@@ -310,16 +334,22 @@ class ResidualBlock(nn.Module):
     exec_config: ExecConfig
 
     @nn.compact
-    def __call__(self, x_BLD: Array, pool_index_B: Int[Array, " B"] | None = None) -> Array:
+    def __call__(
+        self,
+        x_BLD: Array,
+        pool_index_B: Int[Array, " B"] | None = None,
+        packing: Packing | None = None,
+    ) -> Array:
         """Return all rows [B, L, D], or with `pool_index_B` that row of every sequence [B, 1, D].
+
+        With `packing` rows are [N, D], in and out, and the block has its own backward pass.
 
         The one row is equal to that row of all, because a row of the output depends on the other
         rows through keys and values alone: its query, out-projection and MLP are its own.
         """
         c = self.config
-        # Parameters are drawn by the modules below.
-        if pool_index_B is None and self.exec_config.is_minimal and not self.is_initializing():
-            parts = block_parts(c, self.exec_config, x_BLD.shape)
+        if packing is not None:
+            parts = block_parts(c, self.exec_config, packing, x_BLD.shape[-1])
             return residual_block(parts, self.variables["params"], x_BLD)
         attention = Attention(c.heads, c.init, self.exec_config, name="attn")
         h_BLD = LayerNorm(c.norm_eps, name="ln_1")(x_BLD)
@@ -362,25 +392,34 @@ class Transformer(nn.Module):
         Without `exec_config.pool_last_block` the last block is computed for all rows, one of which
         is then gathered: the plain form.
         """
-        last = self.layers - 1
+        last, packing = self.layers - 1, None
+        # Parameters are drawn by the modules of the plain block.
+        if self.exec_config.is_minimal and not self.is_initializing():
+            packing = stream_packing(self.block, self.exec_config, x_BLD.shape)
+        x = x_BLD if packing is None else packing.flatten(x_BLD)
         if self.exec_config.scan and last > 0:
-            x_BLD = self._loop(x_BLD, last)
+            x = self._loop(x, packing, last)
         block = remat_block(ResidualBlock, self.exec_config)
         for i in range(0 if not self.exec_config.scan else last, last):
-            x_BLD = block(self.block, self.exec_config, name=f"resblocks_{i}")(x_BLD)
+            x = block(self.block, self.exec_config, name=f"resblocks_{i}")(x, None, packing)
         last_block = block(self.block, self.exec_config, name=f"resblocks_{last}")
-        if pool_index_B is None or self.exec_config.pool_last_block:
-            return last_block(x_BLD, pool_index_B)
-        return gather_rows(last_block(x_BLD, None), pool_index_B)
+        pool_in_block_B = pool_index_B if self.exec_config.pool_last_block else None
+        if packing is not None and pool_in_block_B is not None:
+            x, packing = packing.unflatten(x), None  # That block is the plain one.
+        x = last_block(x, pool_in_block_B, packing)
+        x_BLD = x if packing is None else packing.unflatten(x)
+        if pool_index_B is None or pool_in_block_B is not None:
+            return x_BLD
+        return gather_rows(x_BLD, pool_index_B)
 
-    def _loop(self, x_BLD: Float[Array, "B L D"], times: int) -> Float[Array, "B L D"]:
+    def _loop(self, x: Array, packing: Packing | None, times: int) -> Array:
         """Apply the stacked blocks, `times` of them."""
         loop = nn.scan(
-            lambda block, x_BLD, _: (block(x_BLD), None),
+            lambda block, x, _: (block(x, None, packing), None),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             length=times,
         )
         block = remat_block(ResidualBlock, self.exec_config, in_scan=True)
-        x_BLD, _ = loop(block(self.block, self.exec_config, name="resblocks"), x_BLD, None)
-        return x_BLD
+        x, _ = loop(block(self.block, self.exec_config, name="resblocks"), x, None)
+        return x

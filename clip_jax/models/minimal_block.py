@@ -23,8 +23,8 @@ from jaxtyping import Array, Float
 from clip_jax.models.target import Target
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
-ROWS = (((0, 1), (0, 1)), ((), ()))
-"""Dimension numbers of a product that sums over batch and length."""
+ROWS = (((0,), (0,)), ((), ()))
+"""Dimension numbers of a product that sums over rows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,19 +59,19 @@ class Saved(NamedTuple):
 
 
 def residual_block(
-    parts: BlockParts, params: Any, x_BLD: Float[Array, "B L D"]
-) -> Float[Array, "B L D"]:
+    parts: BlockParts, params: Any, x_ND: Float[Array, "N D"]
+) -> Float[Array, "N D"]:
     """Return a block's output; `params` are those of `layers.ResidualBlock`."""
 
     @jax.custom_vjp
-    def block(params: Any, x_BLD: Array) -> Array:
-        return _forward(parts, params, x_BLD, differentiated=False)[0]
+    def block(params: Any, x_ND: Array) -> Array:
+        return _forward(parts, params, x_ND, differentiated=False)[0]
 
     block.defvjp(
         functools.partial(_forward, parts, differentiated=True),
         functools.partial(_backward, parts),
     )
-    return block(params, x_BLD)
+    return block(params, x_ND)
 
 
 def _forward(
@@ -217,5 +217,5 @@ def _kernel_gradient(x: Array, d: Array) -> Array:
 def _row_sum(target: Target, d: Array) -> Array:
     """Return the sum over all rows, float32; on a TPU by a product with ones, twice as fast."""
     if target.platform != "tpu":
-        return jnp.sum(d.astype(jnp.float32), (0, 1))
-    return _kernel_gradient(jnp.ones((*d.shape[:2], 8), d.dtype), d)[0]
+        return jnp.sum(d.astype(jnp.float32), 0)
+    return _kernel_gradient(jnp.ones((len(d), 8), d.dtype), d)[0]

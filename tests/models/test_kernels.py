@@ -12,6 +12,7 @@ from clip_jax.models.kernels import check
 from clip_jax.models.kernels.attention import Heads, short_attention
 from clip_jax.models.kernels.norm import Norm, residual_norm
 from clip_jax.models.kernels.vmem import attention_fits, images_per_program
+from clip_jax.models.packing import choose_packing
 from clip_jax.models.target import Target
 
 CAUSAL = Heads(2, True, INTERPRETED)
@@ -94,6 +95,48 @@ def test_attention_kernel_is_plain_attention(batch, length, number, size, is_cau
     heads = Heads(number, is_causal, INTERPRETED)
     arrays = (q, k, v, 0.3 * bias)
     assert_equal_to_plain(short_attention, plain_attention, arrays, [weights], heads, is_pair=False)
+
+
+PACKED = [
+    (4, 50, 2, False),
+    (8, 50, 1, True),
+    (3, 77, 2, True),
+    (2, 197, 1, False),
+    (16, 5, 4, True),
+]
+
+
+@pytest.mark.parametrize(("batch", "length", "number", "is_causal"), PACKED)
+def test_packed_sequences_are_sequences(batch, length, number, is_causal):
+    packing = choose_packing(batch, length, INTERPRETED)
+    assert (packing.segment, packing.stride) != (length, length)
+    packed = Heads(number, is_causal, INTERPRETED, packing)
+
+    def attention(q, k, v, bias, heads):
+        rows = [packing.segments(packing.flatten(x)) for x in (q, k, v)]
+        y = short_attention(*rows, bias, packed)
+        return packing.unflatten(y.reshape(-1, y.shape[-1]))
+
+    rows = (batch, length, number * 64)
+    q, k, v, bias, weights = random_arrays(rows, rows, rows, (3, rows[-1]), rows)
+    arrays = (q, k, v, 0.3 * bias)
+    assert_equal_to_plain(attention, plain_attention, arrays, [weights], packed, is_pair=False)
+
+
+def test_rows_are_whole_tiles_and_waste_little():
+    def rows(batch, length):
+        packing = choose_packing(batch, length, INTERPRETED)
+        assert packing.segment % 8 == 0
+        assert batch % packing.sequences == 0
+        return packing.stride, packing.sequences
+
+    assert rows(256, 50) == (50, 4)
+    assert rows(3, 50) == (56, 1)
+    assert rows(128, 197) == (200, 1)
+    assert rows(128, 257) == (264, 1)
+    assert rows(256, 77) == (80, 1)
+    assert rows(256, 16) == (16, 8)
+    assert rows(256, 32) == (32, 4)
 
 
 @pytest.mark.parametrize("shape", [(3, 50, 128), (2, 77, 80), (1, 197, 256)])

@@ -1,6 +1,7 @@
 """Attention over short sequences, held whole in fast memory: forward and backward.
 
-One program takes one image (or a few short ones) and all of its heads. Logits are held as
+One program takes one segment of rows (or a few short ones) and all of its heads; a segment is one
+sequence or several, see `models.packing`. Logits are held as
 [keys, queries], so that the softmax reduces over sublanes, which costs additions, and not over
 lanes. Heads of 64 features lie two in a register of 128 lanes. The probabilities never leave fast
 memory: the backward kernel computes them again from queries and keys.
@@ -21,6 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from clip_jax.models.kernels.vmem import images_per_program, vmem_limit
+from clip_jax.models.packing import Packing
 from clip_jax.models.target import Target
 
 LANES = 128
@@ -39,11 +41,13 @@ class Heads:
       number: of heads; all features of a row are these, one head after the other.
       is_causal: a query sees the keys up to its own position.
       target: the devices.
+      packing: the place of the sequences in the rows; None is one sequence a segment.
     """
 
     number: int
     is_causal: bool
     target: Target
+    packing: Packing | None = None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -91,7 +95,7 @@ def _call(
         shape = jax.ShapeDtypeStruct(arrays[0].shape, arrays[0].dtype)
         sums_shape = jax.ShapeDtypeStruct((batch // images, 3, width), jnp.float32)
         return pl.pallas_call(
-            functools.partial(kernel, heads=heads.number, is_causal=heads.is_causal),
+            functools.partial(kernel, heads=heads),
             grid=(batch // images,),
             in_specs=[block] * len(rows) + [pl.BlockSpec((3, width), lambda b: (0, 0))],
             out_specs=[block] * outputs + [sums_block] * sums,
@@ -106,31 +110,33 @@ def _call(
     return tuple(heads.target.map_rows(run, rows, (bias_3D.astype(rows[0].dtype),)))
 
 
-def _forward_kernel(q, k, v, bias, y, *, heads: int, is_causal: bool) -> None:
-    size = q.shape[-1] // heads
-    for image, columns, group in _walk(q.shape, heads):
+def _forward_kernel(q, k, v, bias, y, *, heads: Heads) -> None:
+    scale = (q.shape[-1] // heads.number) ** -0.5
+    hidden = _hidden(q.shape[1], heads)
+    for image, columns, group in _walk(q.shape, heads.number):
         qs, ks, vs = _with_bias((q, k, v), bias, image, columns)
         v_T = vs.T
         y_T = []
         for h in group:
-            p, total = _unnormalized(qs[:, h], ks[:, h], size**-0.5, is_causal)
+            p, total = _unnormalized(qs[:, h], ks[:, h], scale, hidden)
             y_T.append(_dot(v_T[h], p.astype(v.dtype), MATRICES) * pl.reciprocal(total))
         y[image, :, columns] = _join(y_T, 0).astype(y.dtype).T
 
 
-def _backward_kernel(q, k, v, dy, bias, dq, dk, dv, dbias, *, heads: int, is_causal: bool) -> None:
-    size = q.shape[-1] // heads
+def _backward_kernel(q, k, v, dy, bias, dq, dk, dv, dbias, *, heads: Heads) -> None:
+    scale = (q.shape[-1] // heads.number) ** -0.5
+    hidden = _hidden(q.shape[1], heads)
     sums: dict[tuple[int, int], list[Array]] = {}
-    for image, columns, group in _walk(q.shape, heads):
+    for image, columns, group in _walk(q.shape, heads.number):
         qs, ks, vs = _with_bias((q, k, v), bias, image, columns)
         dys = dy[image, :, columns]
         k_T = ks.T
         dq_T, dk_heads, dv_heads = [], [], []
         for h in group:
-            p, total = _unnormalized(qs[:, h], ks[:, h], size**-0.5, is_causal)
+            p, total = _unnormalized(qs[:, h], ks[:, h], scale, hidden)
             p = p * pl.reciprocal(total)
             dp = _dot(vs[:, h], dys[:, h], ROWS_BY_ROWS)
-            ds = p * (dp - jnp.sum(p * dp, 0, keepdims=True)) * size**-0.5
+            ds = p * (dp - jnp.sum(p * dp, 0, keepdims=True)) * scale
             ds = ds.astype(v.dtype)
             dv_heads.append(_dot(p.astype(v.dtype), dys[:, h], MATRICES))
             dk_heads.append(_dot(ds, qs[:, h], MATRICES))
@@ -167,13 +173,33 @@ def _with_bias(refs: tuple[Any, ...], bias: Any, image: int, columns: slice) -> 
     return [ref[image, :, columns] + bias[i : i + 1, columns] for i, ref in enumerate(refs)]
 
 
-def _unnormalized(q: Array, k: Array, scale: float, is_causal: bool) -> tuple[Array, Array]:
+def _hidden(rows: int, heads: Heads) -> Array | None:
+    """Return which keys no query sees, bool [keys, queries]; None where there are none."""
+    packing = heads.packing
+    stride, length = (packing.stride, packing.length) if packing else (rows, rows)
+    key = lax.broadcasted_iota(jnp.int32, (rows, rows), 0)
+    query = lax.broadcasted_iota(jnp.int32, (rows, rows), 1)
+    conditions = []
+    if heads.is_causal:
+        conditions.append(key > query)
+    # Which sequence a row is of, by comparisons: the TPU's vector unit divides no integers.
+    starts = range(stride, rows, stride)
+    key_sequence, query_sequence = (
+        sum(((row >= start).astype(jnp.int32) for start in starts), jnp.zeros_like(row))
+        for row in (key, query)
+    )
+    if stride > length:
+        conditions.append(key - key_sequence * stride >= length)
+    if starts:
+        conditions.append(key_sequence != query_sequence)
+    return functools.reduce(jnp.logical_or, conditions) if conditions else None
+
+
+def _unnormalized(q: Array, k: Array, scale: float, hidden: Array | None) -> tuple[Array, Array]:
     """Return exp(logits - maximum) as float32 [keys, queries], and its sums [1, queries]."""
     logits = _dot(k, q, ROWS_BY_ROWS)
-    if is_causal:
-        key = lax.broadcasted_iota(jnp.int32, logits.shape, 0)
-        query = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-        logits = jnp.where(key <= query, logits, HIDDEN)
+    if hidden is not None:
+        logits = jnp.where(hidden, HIDDEN, logits)
     p = jnp.exp((logits - jnp.max(logits, 0, keepdims=True)) * scale)
     return p, jnp.sum(p, 0, keepdims=True)
 
