@@ -177,9 +177,9 @@ def attend_short(
     from clip_jax.models.kernels.attention import Heads, short_attention
 
     batch, length, heads, head_size = q_BLNK.shape
-    rows = (x.reshape(batch, length, -1) for x in (q_BLNK, k_BLNK, v_BLNK))
+    rows = [x.reshape(batch, length, -1) for x in (q_BLNK, k_BLNK, v_BLNK)]
     no_bias_3D = jnp.zeros((3, heads * head_size), q_BLNK.dtype)
-    y_BLD = short_attention(*rows, no_bias_3D, Heads(heads, is_causal, target))
+    y_BLD = short_attention(jnp.concatenate(rows, -1), no_bias_3D, Heads(heads, is_causal, target))
     return y_BLD.reshape(q_BLNK.shape)
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from clip_jax.models.attention import attend, choose_kernel
 from clip_jax.models.execution import ExecConfig, dense_product, remat_block
-from clip_jax.models.minimal_block import BlockParts, residual_block
+from clip_jax.models.minimal_block import PROJECTIONS, BlockParts, residual_block
 from clip_jax.models.packing import Packing, choose_packing, dense_packing
 
 Initializer = Callable[..., jax.Array]
@@ -317,14 +317,16 @@ def block_parts(
             x_SRD, y_SRD = residual_norm(packing.segments(x), scale_D, bias_D, fast_norm)
             return x_SRD.reshape(x.shape), y_SRD.reshape(x.shape)
 
-        def attend_segments(q: Array, k: Array, v: Array, bias_3D: Array) -> Array:
-            y_SRD = short_attention(*map(packing.segments, (q, k, v)), bias_3D, spec)
-            return y_SRD.reshape(q.shape)
+        def attend_segments(qkv_NE: Array, bias_3D: Array) -> Array:
+            y_SRD = short_attention(packing.segments(qkv_NE), bias_3D, spec)
+            return y_SRD.reshape(-1, width)
 
-        return BlockParts(norm_segments, attend_segments, activation, dtype, target)
+        return BlockParts((PROJECTIONS,), norm_segments, attend_segments, activation, dtype, target)
     # XLA's kernel would keep the probabilities.
     attend_again = jax.checkpoint(attend_heads) if kernel == "xla" else attend_heads
-    return BlockParts(norm, attend_again, activation, dtype, target)
+    # Heads may be split over the devices: then three products stay in place, and one would not.
+    alone = tuple((name,) for name in PROJECTIONS)
+    return BlockParts(alone, norm, attend_again, activation, dtype, target)
 
 
 class ResidualBlock(nn.Module):

@@ -32,16 +32,18 @@ class BlockParts:
     """What a block is made of beside its matrix products.
 
     Attributes:
+      projections: names of the projections that one product makes, side by side.
       norm: (x, scale, bias) -> (x, its layer norm).
-      attend: (q, k, v, their biases [3, D]) -> the heads' outputs side by side. What its `jax.vjp`
-        holds stays between the passes.
+      attend: (what each of those products makes, the biases [3, D]) -> the heads' outputs side by
+        side. What its `jax.vjp` holds stays between the passes.
       activation: of the MLP.
       dtype: of activations and matrix products.
       target: the devices.
     """
 
+    projections: tuple[tuple[str, ...], ...]
     norm: Callable[[Array, Array, Array], tuple[Array, Array]]
-    attend: Callable[[Array, Array, Array, Array], Array]
+    attend: Callable[..., Array]
     activation: Callable[[Array], Array]
     dtype: DTypeLike
     target: Target
@@ -78,16 +80,15 @@ def _forward(
     parts: BlockParts, params: Any, x: Array, *, differentiated: bool
 ) -> tuple[Array, Saved | None]:
     attn, mlp, split = params["attn"], params["mlp"], parts.target.split_rows
-    weights = functools.partial(_matrix, parts.dtype)
     with jax.named_scope("ln_1"):
         h = split(parts.norm(x, *_gain_and_bias(params["ln_1"]))[1])
     with jax.named_scope("attn"):
-        qkv = []
-        for name in PROJECTIONS:
-            with jax.named_scope(name):
-                qkv.append(split(h @ weights(attn[name], inputs=1)))
+        projected = []
+        for names in parts.projections:
+            with jax.named_scope("_".join(names)):
+                projected.append(split(h @ _side_by_side(parts, attn, names)))
         with jax.named_scope("attend"):
-            inputs = (*qkv, _projection_biases(attn))
+            inputs = (*projected, _projection_biases(attn))
             y, attend_vjp = (
                 jax.vjp(parts.attend, *inputs) if differentiated else (parts.attend(*inputs), None)
             )
@@ -131,18 +132,16 @@ def _backward(parts: BlockParts, saved: Saved, d: Array) -> tuple[Any, Array]:
         )
     x, dy = lax.optimization_barrier((saved.x, split(dy)))
     with jax.named_scope("attn/attend"):
-        *dqkv, dbiases = saved.attend_vjp(dy)
+        *dprojected, dbiases = saved.attend_vjp(dy)
     with jax.named_scope("ln_1"):
         (_, h), pull = jax.vjp(parts.norm, x, *_gain_and_bias(params["ln_1"]))
-    dh = jnp.zeros((), parts.dtype)
-    for name, dq, dbias in zip(PROJECTIONS, dqkv, dbiases, strict=True):
-        with jax.named_scope(f"attn/{name}"):
-            kernel, bias = attn[name]["kernel"], attn[name]["bias"]
-            grads["attn"][name] = {
-                "kernel": _kernel_gradient(h, dq).reshape(kernel.shape).astype(kernel.dtype),
-                "bias": dbias.reshape(bias.shape).astype(bias.dtype),
-            }
-            dh = dh + dq @ _matrix(parts.dtype, attn[name], inputs=1).T
+    dh, kernels = jnp.zeros((), parts.dtype), []
+    for names, d_names in zip(parts.projections, dprojected, strict=True):
+        with jax.named_scope("attn/" + "_".join(names)):
+            kernels += jnp.split(_kernel_gradient(h, d_names), len(names), axis=1)
+            dh = dh + d_names @ _side_by_side(parts, attn, names).T
+    for name, kernel, bias in zip(PROJECTIONS, kernels, dbiases, strict=True):
+        grads["attn"][name] = _like(attn[name], kernel, bias)
     with jax.named_scope("ln_1"):
         dx, *norm_grads = pull((d, split(dh)))
         grads["ln_1"] = dict(zip(("scale", "bias"), norm_grads, strict=True))
@@ -160,6 +159,18 @@ def _matrix(dtype: DTypeLike, dense: Any, *, inputs: int) -> Array:
     for size in kernel.shape[:inputs]:
         rows *= size
     return kernel.reshape(rows, -1).astype(dtype)
+
+
+def _side_by_side(parts: BlockParts, attn: Any, names: tuple[str, ...]) -> Array:
+    """Return the kernels of these projections as one matrix."""
+    kernels = [_matrix(parts.dtype, attn[name], inputs=1) for name in names]
+    return kernels[0] if len(kernels) == 1 else jnp.concatenate(kernels, 1)
+
+
+def _like(dense: Any, kernel: Array, bias: Array) -> dict[str, Array]:
+    """Return a dense layer's gradients in the shapes and dtypes of its parameters."""
+    gradients = {"kernel": kernel, "bias": bias}
+    return {n: g.reshape(dense[n].shape).astype(dense[n].dtype) for n, g in gradients.items()}
 
 
 def _dense(parts: BlockParts, dense: Any, x: Array, *, inputs: int) -> Array:
@@ -202,11 +213,7 @@ def _dense_gradients(
         grads[scale] = {"gamma": dgamma.astype(gamma.dtype)}
         dkernel, dbias = dkernel * gamma, dbias * gamma
         d = d * gamma.astype(d.dtype)
-    kernel, bias = dense["kernel"], dense["bias"]
-    return d @ matrix.T, {
-        "kernel": dkernel.reshape(kernel.shape).astype(kernel.dtype),
-        "bias": dbias.reshape(bias.shape).astype(bias.dtype),
-    }
+    return d @ matrix.T, _like(dense, dkernel, dbias)
 
 
 def _kernel_gradient(x: Array, d: Array) -> Array:

@@ -11,7 +11,7 @@ from kernel_cases import INTERPRETED
 from clip_jax.models.kernels import check
 from clip_jax.models.kernels.attention import Heads, short_attention
 from clip_jax.models.kernels.norm import Norm, residual_norm
-from clip_jax.models.kernels.vmem import attention_fits, images_per_program
+from clip_jax.models.kernels.vmem import attention_fits, segments_per_program
 from clip_jax.models.packing import choose_packing
 from clip_jax.models.target import Target
 
@@ -21,6 +21,10 @@ CAUSAL = Heads(2, True, INTERPRETED)
 def random_arrays(*shapes, seed=0):
     rng = np.random.default_rng(seed)
     return [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes]
+
+
+def kernel_attention(q, k, v, bias, heads: Heads):
+    return short_attention(jnp.concatenate((q, k, v), -1), bias, heads)
 
 
 def plain_attention(q, k, v, bias, heads: Heads):
@@ -94,7 +98,9 @@ def test_attention_kernel_is_plain_attention(batch, length, number, size, is_cau
     q, k, v, bias, weights = random_arrays(rows, rows, rows, (3, rows[-1]), rows)
     heads = Heads(number, is_causal, INTERPRETED)
     arrays = (q, k, v, 0.3 * bias)
-    assert_equal_to_plain(short_attention, plain_attention, arrays, [weights], heads, is_pair=False)
+    assert_equal_to_plain(
+        kernel_attention, plain_attention, arrays, [weights], heads, is_pair=False
+    )
 
 
 PACKED = [
@@ -114,7 +120,7 @@ def test_packed_sequences_are_sequences(batch, length, number, is_causal):
 
     def attention(q, k, v, bias, heads):
         rows = [packing.segments(packing.flatten(x)) for x in (q, k, v)]
-        y = short_attention(*rows, bias, packed)
+        y = kernel_attention(*rows, bias, packed)
         return packing.unflatten(y.reshape(-1, y.shape[-1]))
 
     rows = (batch, length, number * 64)
@@ -152,7 +158,7 @@ def test_kernels_take_each_device_s_own_rows():
     targets, rows = (split, INTERPRETED), (8, 12, 64)
     q, k, v, weights, bias, scale = random_arrays(rows, rows, rows, rows, (3, 64), (64,))
     for form, arrays, given, specs in (
-        (short_attention, (q, k, v, bias), weights, [Heads(2, True, t) for t in targets]),
+        (kernel_attention, (q, k, v, bias), weights, [Heads(2, True, t) for t in targets]),
         (residual_norm, (q, scale, scale), (k, v), [Norm(1e-5, t) for t in targets]),
     ):
         got, want = (results_and_gradients(form, arrays, given, spec) for spec in specs)
@@ -161,10 +167,10 @@ def test_kernels_take_each_device_s_own_rows():
 
 
 def test_sizes_of_programs():
-    assert images_per_program(128, 197) == 1
-    assert images_per_program(256, 50) == 4
-    assert images_per_program(6, 50) == 3
-    assert images_per_program(7, 50) == 1
+    assert segments_per_program(128, 197) == 1
+    assert segments_per_program(256, 50) == 4
+    assert segments_per_program(6, 50) == 3
+    assert segments_per_program(7, 50) == 1
     assert all(attention_fits(257, 1024, kind) for kind in ("v5e", "v5p", "v6e"))
     assert not attention_fits(2048, 1024, "v5e")
     assert not attention_fits(577, 1024, "v4")

@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from clip_jax.models.kernels.vmem import images_per_program, vmem_limit
+from clip_jax.models.kernels.vmem import segments_per_program, vmem_limit
 from clip_jax.models.packing import Packing
 from clip_jax.models.target import Target
 
@@ -50,33 +50,28 @@ class Heads:
     packing: Packing | None = None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def short_attention(
-    q_BLD: Float[Array, "B L D"],
-    k_BLD: Float[Array, "B L D"],
-    v_BLD: Float[Array, "B L D"],
-    bias_3D: Float[Array, "3 D"],
-    heads: Heads,
-) -> Float[Array, "B L D"]:
+    qkv_SRE: Float[Array, "S R E"], bias_3D: Float[Array, "3 D"], heads: Heads
+) -> Float[Array, "S R D"]:
     """Return softmax attention of q, k and v, each with its row of `bias_3D` added.
 
-    Logits, softmax and sums are float32; probabilities are rounded to the inputs' dtype before
-    they multiply the values.
+    They lie side by side in `qkv_SRE`, as one matrix product makes them. Logits, softmax and sums
+    are float32; probabilities are rounded to the inputs' dtype before they multiply the values.
     """
-    return _call(_forward_kernel, heads, (q_BLD, k_BLD, v_BLD), bias_3D, outputs=1)[0]
+    return _call(_forward_kernel, heads, (qkv_SRE,), bias_3D, outputs=1)[0]
 
 
-def _forward(q_BLD, k_BLD, v_BLD, bias_3D, heads: Heads):
-    y_BLD = short_attention(q_BLD, k_BLD, v_BLD, bias_3D, heads)
-    return y_BLD, (q_BLD, k_BLD, v_BLD, bias_3D)
+def _forward(qkv_SRE, bias_3D, heads: Heads):
+    return short_attention(qkv_SRE, bias_3D, heads), (qkv_SRE, bias_3D)
 
 
-def _backward(heads: Heads, residuals, dy_BLD):
-    q_BLD, k_BLD, v_BLD, bias_3D = residuals
-    dq_BLD, dk_BLD, dv_BLD, dbias_b3D = _call(
-        _backward_kernel, heads, (q_BLD, k_BLD, v_BLD, dy_BLD), bias_3D, outputs=3, sums=True
+def _backward(heads: Heads, residuals, dy_SRD):
+    qkv_SRE, bias_3D = residuals
+    dqkv_SRE, dbias_s3D = _call(
+        _backward_kernel, heads, (qkv_SRE, dy_SRD), bias_3D, outputs=3, sums=True
     )
-    return dq_BLD, dk_BLD, dv_BLD, jnp.sum(dbias_b3D, 0).astype(bias_3D.dtype)
+    return dqkv_SRE, jnp.sum(dbias_s3D, 0).astype(bias_3D.dtype)
 
 
 short_attention.defvjp(_forward, _backward)
@@ -85,21 +80,29 @@ short_attention.defvjp(_forward, _backward)
 def _call(
     kernel: Any, heads: Heads, rows: tuple[Array, ...], bias_3D: Array, *, outputs: int, sums=False
 ) -> tuple[Array, ...]:
-    """Run a kernel on each device's rows; with `sums` it also returns float32 [programs, 3, D]."""
+    """Run a kernel on each device's rows, whose result is `outputs` times as wide as the stream.
+
+    With `sums` it also returns float32 [programs, 3, D].
+    """
+    width = bias_3D.shape[1]
 
     def run(*arrays: Array) -> tuple[Array, ...]:
-        batch, length, width = arrays[0].shape
-        images = images_per_program(batch, length)
-        block = pl.BlockSpec((images, length, width), lambda b: (b, 0, 0))
-        sums_block = pl.BlockSpec((1, 3, width), lambda b: (b, 0, 0))
-        shape = jax.ShapeDtypeStruct(arrays[0].shape, arrays[0].dtype)
-        sums_shape = jax.ShapeDtypeStruct((batch // images, 3, width), jnp.float32)
+        segments, length, _ = arrays[0].shape
+        taken = segments_per_program(segments, length)
+
+        def block(width: int) -> pl.BlockSpec:
+            return pl.BlockSpec((taken, length, width), lambda s: (s, 0, 0))
+
+        sums_block = pl.BlockSpec((1, 3, width), lambda s: (s, 0, 0))
+        shape = jax.ShapeDtypeStruct((segments, length, outputs * width), arrays[0].dtype)
+        sums_shape = jax.ShapeDtypeStruct((segments // taken, 3, width), jnp.float32)
         return pl.pallas_call(
             functools.partial(kernel, heads=heads),
-            grid=(batch // images,),
-            in_specs=[block] * len(rows) + [pl.BlockSpec((3, width), lambda b: (0, 0))],
-            out_specs=[block] * outputs + [sums_block] * sums,
-            out_shape=[shape] * outputs + [sums_shape] * sums,
+            grid=(segments // taken,),
+            in_specs=[block(x.shape[-1]) for x in rows]
+            + [pl.BlockSpec((3, width), lambda s: (0, 0))],
+            out_specs=[block(outputs * width)] + [sums_block] * sums,
+            out_shape=[shape] + [sums_shape] * sums,
             interpret=heads.target.interpret,
             name="attention_backward" if sums else "attention_forward",
             compiler_params=pltpu.CompilerParams(
@@ -110,26 +113,27 @@ def _call(
     return tuple(heads.target.map_rows(run, rows, (bias_3D.astype(rows[0].dtype),)))
 
 
-def _forward_kernel(q, k, v, bias, y, *, heads: Heads) -> None:
-    scale = (q.shape[-1] // heads.number) ** -0.5
-    hidden = _hidden(q.shape[1], heads)
-    for image, columns, group in _walk(q.shape, heads.number):
-        qs, ks, vs = _with_bias((q, k, v), bias, image, columns)
+def _forward_kernel(qkv, bias, y, *, heads: Heads) -> None:
+    scale = (y.shape[-1] // heads.number) ** -0.5
+    hidden = _hidden(y.shape[1], heads)
+    for segment, columns, group in _walk(y.shape, heads.number):
+        qs, ks, vs = _with_bias(qkv, bias, segment, columns)
         v_T = vs.T
         y_T = []
         for h in group:
             p, total = _unnormalized(qs[:, h], ks[:, h], scale, hidden)
-            y_T.append(_dot(v_T[h], p.astype(v.dtype), MATRICES) * pl.reciprocal(total))
-        y[image, :, columns] = _join(y_T, 0).astype(y.dtype).T
+            y_T.append(_dot(v_T[h], p.astype(y.dtype), MATRICES) * pl.reciprocal(total))
+        y[segment, :, columns] = _join(y_T, 0).astype(y.dtype).T
 
 
-def _backward_kernel(q, k, v, dy, bias, dq, dk, dv, dbias, *, heads: Heads) -> None:
-    scale = (q.shape[-1] // heads.number) ** -0.5
-    hidden = _hidden(q.shape[1], heads)
+def _backward_kernel(qkv, dy, bias, dqkv, dbias, *, heads: Heads) -> None:
+    dtype, width = dy.dtype, dy.shape[-1]
+    scale = (width // heads.number) ** -0.5
+    hidden = _hidden(dy.shape[1], heads)
     sums: dict[tuple[int, int], list[Array]] = {}
-    for image, columns, group in _walk(q.shape, heads.number):
-        qs, ks, vs = _with_bias((q, k, v), bias, image, columns)
-        dys = dy[image, :, columns]
+    for segment, columns, group in _walk(dy.shape, heads.number):
+        qs, ks, vs = _with_bias(qkv, bias, segment, columns)
+        dys = dy[segment, :, columns]
         k_T = ks.T
         dq_T, dk_heads, dv_heads = [], [], []
         for h in group:
@@ -137,16 +141,14 @@ def _backward_kernel(q, k, v, dy, bias, dq, dk, dv, dbias, *, heads: Heads) -> N
             p = p * pl.reciprocal(total)
             dp = _dot(vs[:, h], dys[:, h], ROWS_BY_ROWS)
             ds = p * (dp - jnp.sum(p * dp, 0, keepdims=True)) * scale
-            ds = ds.astype(v.dtype)
-            dv_heads.append(_dot(p.astype(v.dtype), dys[:, h], MATRICES))
+            ds = ds.astype(dtype)
+            dv_heads.append(_dot(p.astype(dtype), dys[:, h], MATRICES))
             dk_heads.append(_dot(ds, qs[:, h], MATRICES))
             dq_T.append(_dot(k_T[h], ds, MATRICES))
-        dqs = _join(dq_T, 0).astype(dq.dtype).T
-        dks, dvs = _join(dk_heads, 1), _join(dv_heads, 1)
-        dq[image, :, columns] = dqs
-        dk[image, :, columns] = dks.astype(dk.dtype)
-        dv[image, :, columns] = dvs.astype(dv.dtype)
-        here = [jnp.sum(d.astype(jnp.float32), 0, keepdims=True) for d in (dqs, dks, dvs)]
+        gradients = (_join(dq_T, 0).astype(dtype).T, _join(dk_heads, 1), _join(dv_heads, 1))
+        for i, d in enumerate(gradients):
+            dqkv[segment, :, _part(columns, i, width)] = d.astype(dtype)
+        here = [jnp.sum(d.astype(jnp.float32), 0, keepdims=True) for d in gradients]
         before = sums.get((columns.start, columns.stop))
         sums[columns.start, columns.stop] = (
             here if before is None else [a + b for a, b in zip(before, here, strict=True)]
@@ -157,20 +159,26 @@ def _backward_kernel(q, k, v, dy, bias, dq, dk, dv, dbias, *, heads: Heads) -> N
 
 
 def _walk(shape: tuple[int, ...], heads: int):
-    """Yield (image, columns of a register, the heads' columns inside it), images last."""
-    images, _, width = shape
+    """Yield (segment, columns of a register, the heads' columns inside it), segments last."""
+    segments, _, width = shape
     size = width // heads
     together = max(1, LANES // size)
     if heads % together:
         together = 1
     group = [slice(i * size, (i + 1) * size) for i in range(together)]
     for first in range(0, heads, together):
-        for image in range(images):
-            yield image, slice(first * size, (first + together) * size), group
+        for segment in range(segments):
+            yield segment, slice(first * size, (first + together) * size), group
 
 
-def _with_bias(refs: tuple[Any, ...], bias: Any, image: int, columns: slice) -> list[Array]:
-    return [ref[image, :, columns] + bias[i : i + 1, columns] for i, ref in enumerate(refs)]
+def _part(columns: slice, part: int, width: int) -> slice:
+    """Return the columns of q (0), k (1) or v (2) where they lie side by side."""
+    return slice(part * width + columns.start, part * width + columns.stop)
+
+
+def _with_bias(qkv: Any, bias: Any, segment: int, columns: slice) -> list[Array]:
+    width = bias.shape[-1]
+    return [qkv[segment, :, _part(columns, i, width)] + bias[i : i + 1, columns] for i in range(3)]
 
 
 def _hidden(rows: int, heads: Heads) -> Array | None:

@@ -34,7 +34,7 @@ def kernels_error(
     x, around, dx, scale, shift = _draw((IMAGES, length, width), 3, (width,), (width,))
     spec, norm = Heads(heads, is_causal, target), Norm(LAYER_NORM_EPS, target)
     attention = _error(
-        lambda q, k, v, b: short_attention(q, k, v, b, spec),
+        lambda q, k, v, b: short_attention(jnp.concatenate((q, k, v), -1), b, spec),
         lambda q, k, v, b: _plain_attention(q, k, v, b, spec),
         (q, k, v, bias),
         dy,

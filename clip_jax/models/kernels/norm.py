@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from clip_jax.models.kernels.vmem import images_per_program, vmem_limit
+from clip_jax.models.kernels.vmem import segments_per_program, vmem_limit
 from clip_jax.models.target import Target
 
 
@@ -67,7 +67,7 @@ def _call(
 
     def run(*arrays: Array) -> tuple[Array, ...]:
         batch, length, width = arrays[0].shape
-        images = images_per_program(batch, length)
+        images = segments_per_program(batch, length)
         block = pl.BlockSpec((images, length, width), lambda b: (b, 0, 0))
         sums_block = pl.BlockSpec((1, 1, width), lambda b: (b, 0, 0))
         sums_shape = jax.ShapeDtypeStruct((batch // images, 1, width), jnp.float32)

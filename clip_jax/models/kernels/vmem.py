@@ -1,4 +1,4 @@
-"""The fast memory of a TPU's core (VMEM), and how many images a program of a kernel takes."""
+"""The fast memory of a TPU's core (VMEM), and how much of a batch a program takes."""
 
 VMEM_BYTES = {"v5e": 128 << 20, "v6e": 128 << 20, "v5p": 64 << 20, "v7": 64 << 20}
 OTHER_VMEM_BYTES = 16 << 20
@@ -6,7 +6,7 @@ OTHER_VMEM_BYTES = 16 << 20
 USABLE = 0.75
 """The share that a kernel takes at most; the rest stays the compiler's."""
 ROWS_PER_PROGRAM = 256
-MAX_IMAGES = 4
+MAX_SEGMENTS = 4
 
 
 def vmem_limit(generation: str) -> int:
@@ -14,16 +14,16 @@ def vmem_limit(generation: str) -> int:
     return int(USABLE * VMEM_BYTES.get(generation, OTHER_VMEM_BYTES))
 
 
-def images_per_program(batch: int, length: int) -> int:
-    """Return how many images one program takes, a divisor of `batch`.
+def segments_per_program(segments: int, length: int) -> int:
+    """Return how many segments of rows one program takes, a divisor of `segments`.
 
-    Several where sequences are short: starting a program and its transfers costs a third of a
+    Several where they are short: starting a program and its transfers costs a third of a
     microsecond.
     """
-    images = max(1, min(MAX_IMAGES, ROWS_PER_PROGRAM // length))
-    while batch % images:
-        images -= 1
-    return images
+    taken = max(1, min(MAX_SEGMENTS, ROWS_PER_PROGRAM // length))
+    while segments % taken:
+        taken -= 1
+    return taken
 
 
 def attention_fits(length: int, width: int, generation: str) -> bool:
