@@ -12,6 +12,7 @@ from clip_jax.models.attention import attend, choose_kernel
 from clip_jax.models.execution import ExecConfig, dense_product, remat_block
 from clip_jax.models.minimal_block import PROJECTIONS, BlockParts, residual_block
 from clip_jax.models.packing import Packing, choose_packing, dense_packing
+from clip_jax.models.pooled_block import pooled_block
 
 Initializer = Callable[..., jax.Array]
 
@@ -301,8 +302,11 @@ def block_parts(
         )
         return y_BLNK.reshape(q_ND.shape)
 
+    def plain_norm(x: Array, scale_D: Array, bias_D: Array) -> Array:
+        return layer_norm(x, scale_D, bias_D, config.norm_eps)
+
     def norm(x: Array, scale_D: Array, bias_D: Array) -> tuple[Array, Array]:
-        return x, layer_norm(x, scale_D, bias_D, config.norm_eps)
+        return x, plain_norm(x, scale_D, bias_D)
 
     kernel = stream_kernel(config, exec_config, packing.batch, packing.length, width)
     if kernel == "pallas":
@@ -321,12 +325,14 @@ def block_parts(
             y_SRD = short_attention(packing.segments(qkv_NE), bias_3D, spec)
             return y_SRD.reshape(-1, width)
 
-        return BlockParts((PROJECTIONS,), norm_segments, attend_segments, activation, dtype, target)
+        return BlockParts(
+            (PROJECTIONS,), norm_segments, attend_segments, plain_norm, activation, dtype, target
+        )
     # XLA's kernel would keep the probabilities.
     attend_again = jax.checkpoint(attend_heads) if kernel == "xla" else attend_heads
     # Heads may be split over the devices: then three products stay in place, and one would not.
     alone = tuple((name,) for name in PROJECTIONS)
-    return BlockParts(alone, norm, attend_again, activation, dtype, target)
+    return BlockParts(alone, norm, attend_again, plain_norm, activation, dtype, target)
 
 
 class ResidualBlock(nn.Module):
@@ -344,7 +350,8 @@ class ResidualBlock(nn.Module):
     ) -> Array:
         """Return all rows [B, L, D], or with `pool_index_B` that row of every sequence [B, 1, D].
 
-        With `packing` rows are [N, D], in and out, and the block has its own backward pass.
+        With `packing` rows are given as [N, D], all rows are returned so, and the block has its
+        own backward pass.
 
         The one row is equal to that row of all, because a row of the output depends on the other
         rows through keys and values alone: its query, out-projection and MLP are its own.
@@ -352,7 +359,10 @@ class ResidualBlock(nn.Module):
         c = self.config
         if packing is not None:
             parts = block_parts(c, self.exec_config, packing, x_BLD.shape[-1])
-            return residual_block(parts, self.variables["params"], x_BLD)
+            params = self.variables["params"]
+            if pool_index_B is None:
+                return residual_block(parts, params, x_BLD)
+            return pooled_block(parts, params, x_BLD, pool_index_B, packing, is_causal=c.is_causal)
         attention = Attention(c.heads, c.init, self.exec_config, name="attn")
         h_BLD = LayerNorm(c.norm_eps, name="ln_1")(x_BLD)
         if pool_index_B is None:
@@ -406,13 +416,11 @@ class Transformer(nn.Module):
             x = block(self.block, self.exec_config, name=f"resblocks_{i}")(x, None, packing)
         last_block = block(self.block, self.exec_config, name=f"resblocks_{last}")
         pool_in_block_B = pool_index_B if self.exec_config.pool_last_block else None
-        if packing is not None and pool_in_block_B is not None:
-            x, packing = packing.unflatten(x), None  # That block is the plain one.
         x = last_block(x, pool_in_block_B, packing)
+        if pool_in_block_B is not None:
+            return x
         x_BLD = x if packing is None else packing.unflatten(x)
-        if pool_index_B is None or pool_in_block_B is not None:
-            return x_BLD
-        return gather_rows(x_BLD, pool_index_B)
+        return x_BLD if pool_index_B is None else gather_rows(x_BLD, pool_index_B)
 
     def _loop(self, x: Array, packing: Packing | None, times: int) -> Array:
         """Apply the stacked blocks, `times` of them."""

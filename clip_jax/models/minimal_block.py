@@ -36,6 +36,7 @@ class BlockParts:
       norm: (x, scale, bias) -> (x, its layer norm).
       attend: (what each of those products makes, the biases [3, D]) -> the heads' outputs side by
         side. What its `jax.vjp` holds stays between the passes.
+      plain_norm: the same of any rows, the norm alone.
       activation: of the MLP.
       dtype: of activations and matrix products.
       target: the devices.
@@ -44,6 +45,7 @@ class BlockParts:
     projections: tuple[tuple[str, ...], ...]
     norm: Callable[[Array, Array, Array], tuple[Array, Array]]
     attend: Callable[..., Array]
+    plain_norm: Callable[[Array, Array, Array], Array]
     activation: Callable[[Array], Array]
     dtype: DTypeLike
     target: Target
@@ -93,15 +95,15 @@ def _forward(
                 jax.vjp(parts.attend, *inputs) if differentiated else (parts.attend(*inputs), None)
             )
         with jax.named_scope("out_proj"):
-            mid = x + _scaled(params, "ls_1", _dense(parts, attn["out_proj"], y, inputs=2))
+            mid = x + scaled(params, "ls_1", dense(parts, attn["out_proj"], y, inputs=2))
     mid = split(mid)
     with jax.named_scope("ln_2"):
         h = split(parts.norm(mid, *_gain_and_bias(params["ln_2"]))[1])
     with jax.named_scope("mlp/c_fc"):
-        hidden = split(_dense(parts, mlp["c_fc"], h, inputs=1))
+        hidden = split(dense(parts, mlp["c_fc"], h, inputs=1))
     with jax.named_scope("mlp/c_proj"):
-        out = _dense(parts, mlp["c_proj"], parts.activation(hidden), inputs=1)
-        out = split(mid + _scaled(params, "ls_2", out))
+        out = dense(parts, mlp["c_proj"], parts.activation(hidden), inputs=1)
+        out = split(mid + scaled(params, "ls_2", out))
     return out, Saved(params, x, y, mid, hidden, attend_vjp) if differentiated else None
 
 
@@ -152,9 +154,9 @@ def _gain_and_bias(norm: Any) -> tuple[Array, Array]:
     return norm["scale"], norm["bias"]
 
 
-def _matrix(dtype: DTypeLike, dense: Any, *, inputs: int) -> Array:
+def matrix(dtype: DTypeLike, layer: Any, *, inputs: int) -> Array:
     """Return a dense layer's kernel as a matrix; its first `inputs` axes are the input's."""
-    kernel = dense["kernel"]
+    kernel = layer["kernel"]
     rows = 1
     for size in kernel.shape[:inputs]:
         rows *= size
@@ -163,27 +165,27 @@ def _matrix(dtype: DTypeLike, dense: Any, *, inputs: int) -> Array:
 
 def _side_by_side(parts: BlockParts, attn: Any, names: tuple[str, ...]) -> Array:
     """Return the kernels of these projections as one matrix."""
-    kernels = [_matrix(parts.dtype, attn[name], inputs=1) for name in names]
+    kernels = [matrix(parts.dtype, attn[name], inputs=1) for name in names]
     return kernels[0] if len(kernels) == 1 else jnp.concatenate(kernels, 1)
 
 
-def _like(dense: Any, kernel: Array, bias: Array) -> dict[str, Array]:
+def _like(layer: Any, kernel: Array, bias: Array) -> dict[str, Array]:
     """Return a dense layer's gradients in the shapes and dtypes of its parameters."""
     gradients = {"kernel": kernel, "bias": bias}
-    return {n: g.reshape(dense[n].shape).astype(dense[n].dtype) for n, g in gradients.items()}
+    return {n: g.reshape(layer[n].shape).astype(layer[n].dtype) for n, g in gradients.items()}
 
 
-def _dense(parts: BlockParts, dense: Any, x: Array, *, inputs: int) -> Array:
+def dense(parts: BlockParts, layer: Any, x: Array, *, inputs: int) -> Array:
     """Return a dense layer's output."""
-    bias = dense["bias"].reshape(-1).astype(parts.dtype)
-    return x @ _matrix(parts.dtype, dense, inputs=inputs) + bias
+    bias = layer["bias"].reshape(-1).astype(parts.dtype)
+    return x @ matrix(parts.dtype, layer, inputs=inputs) + bias
 
 
 def _projection_biases(attn: Any) -> Float[Array, "3 D"]:
     return jnp.stack([attn[name]["bias"].reshape(-1) for name in PROJECTIONS])
 
 
-def _scaled(params: Any, name: str, x: Array) -> Array:
+def scaled(params: Any, name: str, x: Array) -> Array:
     """Apply the layer scale of this name, if the block has one."""
     return x * params[name]["gamma"].astype(x.dtype) if name in params else x
 
@@ -193,7 +195,7 @@ def _dense_gradients(
     params: Any,
     grads: dict[str, Any],
     scale: str | None,
-    dense: Any,
+    layer: Any,
     x: Array,
     d: Array,
     *,
@@ -205,15 +207,15 @@ def _dense_gradients(
     d (x W + b) over rows, which needs no product of its own: with G = x^T d, the gradient of W
     without the scale, it is the sum over inputs of W G, and b times the sum of d.
     """
-    matrix = _matrix(parts.dtype, dense, inputs=inputs)
+    weights = matrix(parts.dtype, layer, inputs=inputs)
     dkernel, dbias = _kernel_gradient(x, d), _row_sum(parts.target, d)
     if scale is not None and scale in params:
         gamma = params[scale]["gamma"]
-        dgamma = jnp.sum(matrix.astype(jnp.float32) * dkernel, 0) + dense["bias"] * dbias
+        dgamma = jnp.sum(weights.astype(jnp.float32) * dkernel, 0) + layer["bias"] * dbias
         grads[scale] = {"gamma": dgamma.astype(gamma.dtype)}
         dkernel, dbias = dkernel * gamma, dbias * gamma
         d = d * gamma.astype(d.dtype)
-    return d @ matrix.T, _like(dense, dkernel, dbias)
+    return d @ weights.T, _like(layer, dkernel, dbias)
 
 
 def _kernel_gradient(x: Array, d: Array) -> Array:

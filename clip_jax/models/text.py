@@ -81,6 +81,24 @@ def end_positions(tokens_BL: Int[Array, "B L"], eot_id: int) -> Int[Array, " B"]
     return jnp.argmax(tokens_BL == eot_id, axis=-1).astype(jnp.int32)
 
 
+class TokenEmbedding(nn.Module):
+    """A table of one vector a token.
+
+    Its rows stay float32 until they are read, unlike those of `nn.Embed`, which casts the whole
+    table and then sums a token's gradients in bfloat16: the start token's are as many as there are
+    captions.
+    """
+
+    vocab_size: int
+    width: int
+
+    @nn.compact
+    def __call__(self, tokens_BL: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+        """Return the vectors of these tokens, float32."""
+        shape = (self.vocab_size, self.width)
+        return jnp.take(self.param("embedding", normal(0.02), shape), tokens_BL, axis=0)
+
+
 class TextTransformer(nn.Module):
     """The text tower: embedding, positions, blocks, pooling, ln_final, projection.
 
@@ -97,13 +115,8 @@ class TextTransformer(nn.Module):
         """Return features of token rows, not of unit length."""
         c = self.config
         batch, length = tokens_BL.shape
-        x_BLD = nn.Embed(
-            c.vocab_size,
-            c.width,
-            embedding_init=normal(0.02),
-            dtype=self.exec_config.dtype,
-            name="token_embedding",
-        )(tokens_BL)
+        table = TokenEmbedding(c.vocab_size, c.width, name="token_embedding")
+        x_BLD = table(tokens_BL).astype(self.exec_config.dtype)
         shape = (c.context_length, c.width)
         position_LD = self.param("positional_embedding", normal(0.01), shape)
         x_BLD = x_BLD + position_LD[:length].astype(x_BLD.dtype)
