@@ -3,14 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PARITY := .venv-parity
+TPU := .venv-tpu
+GPU := .venv-gpu
 WORKDIR ?= runs/emoji
+COMPILE ?=
 BENCH ?= training encoding gradcache step_parts loss tokenizer load
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow parity lint format bench clean
+.PHONY: help train test test-slow parity lint format bench compile-tpu compile-gpu clean
 
 help: ## show the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -61,5 +64,21 @@ format: $(VENV)/.installed ## format the code
 bench: $(PARITY)/.installed ## measure against open_clip, about 15 minutes on 2 cores (BENCH="training loss" for some)
 	@for name in $(BENCH); do $(PARITY)/bin/python -m benchmarks.$$name || exit 1; done
 
+# XLA's compilers for devices that are not there, each in an environment of its own: 1.3 and 5 GB.
+$(TPU)/.installed: EXTRA := jax[tpu]
+$(GPU)/.installed: EXTRA := jax[cuda12]
+$(TPU)/.installed $(GPU)/.installed: requirements.txt setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c requirements.txt "$(EXTRA)"
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+compile-tpu: $(TPU)/.installed ## compile programs for TPUs into docs/compiled.md, slow (COMPILE="b32-v5e" for some)
+	$(TPU)/bin/python -m benchmarks.compiled --platform tpu $(COMPILE)
+
+compile-gpu: $(GPU)/.installed ## the same for NVIDIA GPUs
+	$(GPU)/bin/python -m benchmarks.compiled --platform cuda $(COMPILE)
+
 clean: ## delete the environment, the data and the runs
-	rm -rf $(VENV) $(PARITY) data runs build dist *.egg-info
+	rm -rf $(VENV) $(PARITY) $(TPU) $(GPU) data runs build dist *.egg-info

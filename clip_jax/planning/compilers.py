@@ -137,8 +137,25 @@ def required_versions(package: Package, requirements: Sequence[str]) -> Specifie
     return SpecifierSet()
 
 
-def start_compiler(compiler: Compiler, device: str, count: int, dump: str) -> list[jax.Device]:
-    """Start a compiler and return the devices that it compiles for; JAX must not have started.
+@dataclasses.dataclass(frozen=True)
+class StartedCompiler:
+    """A compiler with the devices that it compiles for.
+
+    Attributes:
+      compiler: which it is.
+      device_name: the name of the devices' kind in `hardware.DEVICES`.
+      devices: they need not be there.
+      dump: the folder that a TPU's compiler writes the schedules of kernels into.
+    """
+
+    compiler: Compiler
+    device_name: str
+    devices: tuple[jax.Device, ...]
+    dump: str
+
+
+def start_compiler(compiler: Compiler, device: str, count: int, dump: str) -> StartedCompiler:
+    """Start a compiler for so many devices; JAX must not have started.
 
     Args:
       compiler: from `find_compiler`.
@@ -150,7 +167,8 @@ def start_compiler(compiler: Compiler, device: str, count: int, dump: str) -> li
       UserError: there is no such number of these devices.
     """
     start = {"cpu": _start_cpu, "tpu": _start_tpu, "cuda": _start_cuda}
-    return start[compiler.platform](device, count, dump)
+    devices = start[compiler.platform](device, count, dump)
+    return StartedCompiler(compiler, device, tuple(devices), dump)
 
 
 def _add_flags(variable: str, *flags: str) -> None:
@@ -219,6 +237,7 @@ def _start_cuda(device: str, count: int, dump: str) -> list[jax.Device]:
     if count > HOST_GPUS and count % HOST_GPUS:
         raise UserError(f"--devices is {count}; machines of {device} hold {HOST_GPUS} of them each")
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # of what it would rather have in memory
     _add_flags("XLA_FLAGS", UNTUNED)
     importlib.import_module(PACKAGES["cuda"].module)
     hosts, local = max(1, count // HOST_GPUS), min(count, HOST_GPUS)

@@ -101,8 +101,15 @@ class Timing:
         return {t.instruction.name: t.seconds / t.times for t in self.instructions}
 
     def slowest(self, count: int) -> list[Timed]:
-        """Return the instructions that take the longest."""
-        return sorted(self.instructions, key=lambda t: -t.seconds)[:count]
+        """Return the instructions that take the longest, those of all layers together as one."""
+        alike: dict[object, Timed] = {}
+        for t in self.instructions:
+            place = re.sub(r"resblocks_\d+", "resblocks", t.instruction.op_name)
+            key = (t.part, t.instruction.opcode, t.instruction.shapes, place)
+            known = alike.get(key, t._replace(times=0, seconds=0.0))
+            times, seconds = known.times + t.times, known.seconds + t.seconds
+            alike[key] = known._replace(times=times, seconds=seconds)
+        return sorted(alike.values(), key=lambda t: -t.seconds)[:count]
 
 
 def uncounted_names(program: Program) -> frozenset[str]:

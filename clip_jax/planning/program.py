@@ -1,8 +1,7 @@
 """The step of a run, compiled for a mesh of devices that need not be there; no array is made."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +13,11 @@ from clip_jax.losses.tiled import choose_tiling
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.parallel.mesh import BATCH_AXES, batch_shards
 from clip_jax.planning.bundles import read_kernel_cycles
-from clip_jax.planning.compilers import Compiler
+from clip_jax.planning.compilers import Compiler, StartedCompiler
 from clip_jax.planning.counts import Collective, find_collectives, matmul_flops
 from clip_jax.planning.cycles import Timing, time_step, uncounted_names
 from clip_jax.planning.hardware import find_device
-from clip_jax.planning.hlo import parse_program
+from clip_jax.planning.hlo import Program, parse_program
 from clip_jax.planning.memory import Memory, measure_memory
 from clip_jax.planning.refusal import DoesNotFitError, parse_refusal
 from clip_jax.planning.roofline import roofline_flops, time_by_roofline
@@ -76,56 +75,78 @@ def batch_shapes(
     }
 
 
+class CompiledProgram(NamedTuple):
+    """A program that was compiled, and what is read from it.
+
+    Attributes:
+      compiled: the program.
+      program: its parsed text.
+      flops, timing: see `StepCosts`.
+    """
+
+    compiled: jax.stages.Compiled
+    program: Program
+    flops: int | None
+    timing: Timing | None
+
+
+def compile_program(
+    lowered: jax.stages.Lowered, started: StartedCompiler, *, utilization: float
+) -> CompiledProgram:
+    """Compile a program that was lowered for a compiler's devices.
+
+    Args:
+      lowered: the program.
+      started: the compiler.
+      utilization: the share of a GPU's peak that matrix products are taken to reach.
+
+    Raises:
+      UserError: the compiler failed.
+      DoesNotFitError: it refused the program, because that needs too much memory.
+    """
+    name, device = started.compiler.name, find_device(started.device_name)
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        refusal = parse_refusal(str(error))
+        if refusal is None:
+            raise UserError(f"{name} could not compile the program: {short(error)}") from None
+        raise DoesNotFitError(refusal) from None
+    program = parse_program(compiled.as_text() or "")
+    if started.compiler.platform == "cpu":
+        return CompiledProgram(compiled, program, matmul_flops(program), None)
+    if started.compiler.platform == "cuda":
+        timing = time_by_roofline(program, device, utilization)
+        return CompiledProgram(compiled, program, roofline_flops(program), timing)
+    kernels = read_kernel_cycles(started.dump, uncounted_names(program))
+    timing = time_step(program, started.device_name, device, kernels)
+    return CompiledProgram(compiled, program, None, timing)
+
+
 def compile_run(
-    config: Config,
-    steps: int,
-    *,
-    compiler: Compiler,
-    devices: Sequence[jax.Device],
-    device_name: str,
-    dump: str,
-    utilization: float,
+    config: Config, steps: int, started: StartedCompiler, *, utilization: float
 ) -> StepCosts:
     """Compile the step of a run, and read its costs from the program.
 
     Args:
       config: the run.
       steps: how many it has.
-      compiler: one that was started.
-      devices: what it compiles for.
-      device_name: the name of their kind in `hardware.DEVICES`.
-      dump: the folder that a TPU's compiler writes the schedules of kernels into.
+      started: the compiler, with the devices of the run.
       utilization: the share of a GPU's peak that matrix products are taken to reach.
 
     Raises:
       UserError: the config does not fit the devices, or the compiler failed.
       DoesNotFitError: the compiler refused the program, because it needs too much memory.
     """
-    run = build_run(config, steps, devices=devices)
+    run = build_run(config, steps, devices=started.devices)
     sizes, pairs, shards = run.model.config, config.train.batch_size, batch_shards(run.mesh)
     step: Any = make_step(run)
     lowered = step.lower(run.shapes, batch_shapes(run.mesh, sizes, pairs))
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        refusal = parse_refusal(str(error))
-        if refusal is None:
-            raise UserError(f"{compiler.name} could not compile the step: {short(error)}") from None
-        raise DoesNotFitError(refusal) from None
-    program = parse_program(compiled.as_text())
-    timing: Timing | None = None
-    flops: int | None = None
-    if compiler.platform == "cpu":
-        flops = matmul_flops(program)
-    elif compiler.platform == "cuda":
-        flops = roofline_flops(program)
-        timing = time_by_roofline(program, find_device(device_name), utilization)
-    else:
-        kernels = read_kernel_cycles(dump, uncounted_names(program))
-        timing = time_step(program, device_name, find_device(device_name), kernels)
+    compiled, program, flops, timing = compile_program(lowered, started, utilization=utilization)
+    stats: Any = compiled.memory_analysis()
     tower_flops = pairs * pair_flops(run, sizes.text.context_length) / run.mesh.size
     return StepCosts(
-        compiler=compiler,
+        compiler=started.compiler,
         mesh=dict(run.mesh.shape),
         parameters=parameter_counts(run.shapes.params),
         rows=pairs // shards,
@@ -136,7 +157,7 @@ def compile_run(
             embed_dim=sizes.embed_dim,
             rows=(config.train.microbatch_size or pairs) // shards,
         ),
-        temp_bytes=compiled.memory_analysis().temp_size_in_bytes,
+        temp_bytes=stats.temp_size_in_bytes,
         flops=flops,
         needed_flops=tower_flops
         + loss_flops(

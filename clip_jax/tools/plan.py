@@ -122,7 +122,7 @@ def plan(
     hardware.peak(config.model.dtype)  # fails before the compiler starts
     asked = find_compiler(device, compiler)
     with tempfile.TemporaryDirectory(prefix="clip_jax_plan_") as dump:
-        topology = start_compiler(asked, device, devices, dump)
+        started = start_compiler(asked, device, devices, dump)
         # What is imported above starts no devices.
         from clip_jax.planning.program import compile_run
 
@@ -130,10 +130,7 @@ def plan(
             costs = compile_run(
                 config,
                 run_steps(config, pairs) or ANY_STEPS,
-                compiler=asked,
-                devices=topology,
-                device_name=device,
-                dump=dump,
+                started,
                 utilization=utilization,
             )
         except DoesNotFitError as error:
