@@ -149,8 +149,15 @@ def attend(
         queries=q_BLNK.shape[1],
         keys=k_BLNK.shape[1],
     )
-    if kernel.name == "cudnn" and key_lengths_B is None:
-        return attend_padded(q_BLNK, k_BLNK, v_BLNK, is_causal=is_causal, implementation="cudnn")
+    if kernel.name == "cudnn":
+        return attend_padded(
+            q_BLNK,
+            k_BLNK,
+            v_BLNK,
+            is_causal=is_causal,
+            key_lengths_B=key_lengths_B,
+            implementation="cudnn",
+        )
     # A batch that the devices do not share equally is small: one to draw parameters with.
     if kernel.name == "pallas" and key_lengths_B is None and len(q_BLNK) % target.batch_shards == 0:
         return attend_short(q_BLNK, k_BLNK, v_BLNK, is_causal=is_causal, target=target)
@@ -189,6 +196,7 @@ def attend_padded(
     v_BLNK: Float[Array, "B L N K"],
     *,
     is_causal: bool,
+    key_lengths_B: Int[Array, " B"] | None = None,
     implementation: Literal["xla", "cudnn"],
 ) -> Float[Array, "B l N K"]:
     """Return attention over sequences padded to an even length by a row of zeros behind them.
@@ -197,16 +205,17 @@ def attend_padded(
     query; else the lengths hide it. Queries: the row's result is cut off, so its cotangent is zero,
     and with it what it adds to the gradients of keys and values.
     """
-    queries, keys = q_BLNK.shape[1], k_BLNK.shape[1]
-    needs_lengths = (queries % 2 or keys % 2) and not is_causal
-    batch = q_BLNK.shape[0]
+    batch, queries = q_BLNK.shape[:2]
+    keys = k_BLNK.shape[1]
+    if key_lengths_B is None and (queries % 2 or keys % 2) and not is_causal:
+        key_lengths_B = jnp.full(batch, keys, jnp.int32)
     y_BLNK = jax.nn.dot_product_attention(
         _pad_to_even(q_BLNK),
         _pad_to_even(k_BLNK),
         _pad_to_even(v_BLNK),
         is_causal=is_causal,
-        query_seq_lengths=jnp.full(batch, queries, jnp.int32) if needs_lengths else None,
-        key_value_seq_lengths=jnp.full(batch, keys, jnp.int32) if needs_lengths else None,
+        query_seq_lengths=None if key_lengths_B is None else jnp.full(batch, queries, jnp.int32),
+        key_value_seq_lengths=key_lengths_B,
         implementation=implementation,
     )
     return y_BLNK[:, :queries]

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from clip_jax.models.attention import attend, choose_kernel
 from clip_jax.models.execution import ExecConfig, dense_product, remat_block
 from clip_jax.models.minimal_block import PROJECTIONS, BlockParts, residual_block
-from clip_jax.models.packing import Packing, choose_packing, dense_packing
+from clip_jax.models.packing import Packing, choose_packing
 from clip_jax.models.pooled_block import pooled_block
 
 Initializer = Callable[..., jax.Array]
@@ -275,9 +275,11 @@ def stream_kernel(
 def stream_packing(config: BlockConfig, exec_config: ExecConfig, shape: tuple[int, ...]) -> Packing:
     """Return how those blocks lay out a residual stream [B, L, D] of this shape."""
     batch, length, width = shape
-    if stream_kernel(config, exec_config, batch, length, width) == "pallas":
+    kernel = stream_kernel(config, exec_config, batch, length, width)
+    if kernel == "pallas":
         return choose_packing(batch, length, exec_config.target)
-    return dense_packing(batch, length)
+    # cuDNN takes even lengths: padded once, and not at every attention.
+    return Packing(batch, length, length + length % 2 if kernel == "cudnn" else length)
 
 
 def block_parts(
@@ -287,9 +289,13 @@ def block_parts(
     heads, target, dtype = config.heads, exec_config.target, exec_config.dtype
     activation = ACTIVATIONS[config.activation]
 
+    # Under a causal mask no row sees what is behind it.
+    is_padded = packing.stride > packing.length and not config.is_causal
+    key_lengths_B = jnp.full(packing.batch, packing.length, jnp.int32)
+
     def attend_heads(q_ND: Array, k_ND: Array, v_ND: Array, bias_3D: Array) -> Array:
         q, k, v = (
-            (x + bias_3D[i].astype(x.dtype)).reshape(packing.batch, packing.length, heads, -1)
+            (x + bias_3D[i].astype(x.dtype)).reshape(packing.batch, packing.stride, heads, -1)
             for i, x in enumerate((q_ND, k_ND, v_ND))
         )
         y_BLNK = attend(
@@ -297,6 +303,7 @@ def block_parts(
             k,
             v,
             is_causal=config.is_causal,
+            key_lengths_B=key_lengths_B if is_padded else None,
             implementation=exec_config.attention,
             target=target,
         )

@@ -58,11 +58,6 @@ class Packing:
         return x_ND.reshape(-1, self.segment, x_ND.shape[-1])
 
 
-def dense_packing(batch: int, length: int) -> Packing:
-    """Return the packing in which every row is a sequence's and a segment is one sequence."""
-    return Packing(batch, length, length)
-
-
 def choose_packing(batch: int, length: int, target: Target) -> Packing:
     """Return the packing for kernels that take whole segments, which are whole tiles.
 
