@@ -143,6 +143,7 @@ def _check_model(m: ModelSection) -> None:
 
 def _check_train(t: TrainSection) -> None:
     from clip_jax.losses import LOSSES
+    from clip_jax.training.programs import COMPILE_AHEAD
     from clip_jax.training.state import FROZEN
 
     _require(
@@ -158,6 +159,7 @@ def _check_train(t: TrainSection) -> None:
         f"config.train.microbatch_size {t.microbatch_size}; change one of them",
     )
     check_choice("config.train.loss", t.loss, LOSSES)
+    check_choice("config.train.compile_ahead", t.compile_ahead, COMPILE_AHEAD)
     check_choice("config.train.freeze", t.freeze, FROZEN)
     _below_one("train.ema_decay", t.ema_decay)
 

@@ -5,7 +5,9 @@ Started once on each machine of a cluster, it is one run over all of their devic
 
 import dataclasses
 import json
+import os
 import sys
+import time
 
 from absl import flags
 
@@ -70,6 +72,18 @@ def join() -> None:
     )
 
 
+def process_age() -> float:
+    """Return for how many seconds this process exists; 0 where Linux does not say it."""
+    try:
+        with open("/proc/self/stat", encoding="utf-8") as file:
+            # The name of the program, in brackets, may hold spaces.
+            fields = file.read().rpartition(")")[2].split()
+        started = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started)
+    except (OSError, AttributeError):
+        return 0.0
+
+
 def main() -> int:
     """Parse the flags, resolve the config and train; return the process's exit code."""
     # First of all: resolving imports JAX, which may start threads.
@@ -85,7 +99,7 @@ def main() -> int:
         if workdir is None or _DRY_RUN.value:
             print_dry_run(config)
             return 0
-        return run(config, workdir)
+        return run(config, workdir, began=time.perf_counter() - process_age())
 
 
 def print_dry_run(config: Config) -> None:
@@ -114,8 +128,10 @@ def print_dry_run(config: Config) -> None:
     print_on_main("\n".join(lines))
 
 
-def run(config: Config, workdir: str) -> int:
+def run(config: Config, workdir: str, *, began: float | None = None) -> int:
     """Train, or resume the run in `workdir`, then evaluate; return the process's exit code.
+
+    `began` is as `trainer.train` takes it.
 
     Raises:
       UserError: the data, the config or the work folder is not fit for the run.
@@ -125,7 +141,7 @@ def run(config: Config, workdir: str) -> int:
     from clip_jax.tools.report import report, report_text
     from clip_jax.training.trainer import train
 
-    code = train(config, workdir)
+    code = train(config, workdir, began=began)
     if code == 0 and config.eval.data:
         # On the devices of all processes, so all of them take part.
         distributed.print_on_main(evaluation_text(evaluate_workdir(workdir)))

@@ -74,6 +74,14 @@ class TrainSection:
     """Leave pairs with the same caption out of the negatives."""
     log_every: int = may_change(10)
     """Steps between two lines of metrics."""
+    compile_cache: str = may_change("auto")
+    """Folder of compiled programs, which a next start reads instead of compiling; "" keeps none.
+    "auto" is the user's cache folder, with several processes a folder in the work folder.
+    JAX_COMPILATION_CACHE_DIR in the environment comes first."""
+    compile_ahead: str = may_change("auto")
+    """Programs that are compiled while the run starts and goes on: of every caption length and of
+    the evaluations during the run ("all"), or none before it is needed ("none"). "auto" is all
+    where there are accelerators, none on CPUs, whose cores the steps take."""
 
 
 @dataclasses.dataclass(frozen=True)

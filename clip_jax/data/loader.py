@@ -317,6 +317,11 @@ def caption_lengths(text: Int32[np.ndarray, "b L"], eot_id: int) -> Int[np.ndarr
     return np.where(ends.any(axis=1), ends.argmax(axis=1) + 1, text.shape[1])
 
 
+def bucket_lengths(context_length: int) -> list[int]:
+    """Return all that `bucket_length` may say of captions of this many tokens, shortest first."""
+    return [bucket for bucket in BUCKETS if bucket < context_length] + [context_length]
+
+
 def bucket_length(text: Int32[np.ndarray, "b L"], eot_id: int) -> int:
     """Return the smallest bucket that holds every caption with its end token; at most L.
 

@@ -6,7 +6,7 @@ AttributeError, and nowhere else.
 
 from typing import Any
 
-from jax._src import xla_bridge
+from jax._src import compilation_cache, xla_bridge
 from jax._src.clusters import ClusterEnv
 from jax._src.distributed import global_state
 
@@ -59,3 +59,13 @@ def devices_started() -> bool:
     It breaks if `xla_bridge` has no `backends_are_initialized` any more.
     """
     return xla_bridge.backends_are_initialized()
+
+
+def use_compilation_cache(cache: Any) -> None:
+    """Let the compiler keep its programs in `cache`, from the next one on.
+
+    It breaks if `compilation_cache` keeps the object of `get(key)` and `put(key, value)` elsewhere
+    than in `_cache`, or knows in another way than by `_cache_initialized` that it is there.
+    """
+    compilation_cache.reset_cache()
+    compilation_cache._cache, compilation_cache._cache_initialized = cache, True

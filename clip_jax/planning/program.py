@@ -4,14 +4,12 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from clip_jax.errors import UserError, short
 from clip_jax.losses.tiled import choose_tiling
 from clip_jax.models.clip import CLIPConfig
-from clip_jax.parallel.mesh import BATCH_AXES, batch_shards
+from clip_jax.parallel.mesh import batch_shards
 from clip_jax.planning.bundles import read_kernel_cycles
 from clip_jax.planning.compilers import Compiler, StartedCompiler
 from clip_jax.planning.counts import Collective, find_collectives, matmul_flops
@@ -22,6 +20,7 @@ from clip_jax.planning.memory import Memory, measure_memory
 from clip_jax.planning.refusal import DoesNotFitError, parse_refusal
 from clip_jax.planning.roofline import roofline_flops, time_by_roofline
 from clip_jax.sections import Config
+from clip_jax.training.batch_feed import trimmed_batch_shapes
 from clip_jax.training.setup import build_run, make_step, pair_flops
 from clip_jax.training.state import parameter_counts
 
@@ -61,18 +60,7 @@ def batch_shapes(
     mesh: Mesh, config: CLIPConfig, batch_size: int
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Return the shapes of a global batch as the step takes it, texts at their full length."""
-    sharding = NamedSharding(mesh, P(BATCH_AXES))
-    size, length = config.vision.image_size, config.text.context_length
-    arrays: dict[str, tuple[tuple[int, ...], Any]] = {
-        "image": ((batch_size, size, size, 3), jnp.uint8),
-        "text": ((batch_size, length), jnp.int32),
-        "caption_id": ((batch_size,), jnp.uint32),
-        "valid": ((batch_size,), jnp.bool_),
-    }
-    return {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-        for name, (shape, dtype) in arrays.items()
-    }
+    return trimmed_batch_shapes(mesh, config, batch_size, config.text.context_length)
 
 
 class CompiledProgram(NamedTuple):

@@ -3,13 +3,17 @@
 import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from clip_jax.data.loader import Batch, Loader, bucket_length
+from clip_jax.models.clip import CLIPConfig
 from clip_jax.parallel import distributed
-from clip_jax.parallel.mesh import place_batch
+from clip_jax.parallel.mesh import BATCH_AXES, place_batch
 from clip_jax.training.metrics import DataWait
 from clip_jax.training.setup import RunComponents
 from clip_jax.training.signals import StopRequest
@@ -112,6 +116,23 @@ def announced(
         if fetched >= ahead:
             batch, announcement = waiting.popleft()
             yield batch, announcement.result()
+
+
+def trimmed_batch_shapes(
+    mesh: Mesh, config: CLIPConfig, batch_size: int, length: int
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return the shapes of a placed global batch whose captions are trimmed to `length`."""
+    sharding, size = NamedSharding(mesh, P(BATCH_AXES)), config.vision.image_size
+    arrays: dict[str, tuple[tuple[int, ...], Any]] = {
+        "image": ((batch_size, size, size, 3), np.uint8),
+        "text": ((batch_size, length), np.int32),
+        "caption_id": ((batch_size,), np.uint32),
+        "valid": ((batch_size,), np.bool_),
+    }
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        for name, (shape, dtype) in arrays.items()
+    }
 
 
 def device_arrays(batch: Batch) -> dict[str, np.ndarray]:

@@ -149,10 +149,14 @@ class DataWait:
 
     A wait for a batch while a step still runs costs nothing: only what comes after the step's end
     counts. It is a context manager around the fetching of a batch.
+
+    Attributes:
+      first_step_end: when the first step was done, on the clock of `time.perf_counter`.
     """
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="step_end")
+        self.first_step_end: Future[float] | None = None
         self._ended: Future[float] | None = None
         self._since = self._start = time.perf_counter()
         self._waited = 0.0
@@ -160,6 +164,8 @@ class DataWait:
     def dispatched(self, outputs: Any) -> None:
         """Take in that a step with these outputs was handed to the devices."""
         self._ended = self._pool.submit(_when_ready, outputs)
+        if self.first_step_end is None:
+            self.first_step_end = self._ended
 
     def __enter__(self) -> "DataWait":
         self._start = time.perf_counter()

@@ -23,6 +23,7 @@ from clip_jax.training.metrics import (
     progress_line,
     read_lines_until,
 )
+from clip_jax.training.programs import ProgramCompiler
 from clip_jax.training.setup import RunComponents, attention_kernels, pair_flops
 from clip_jax.training.skip_limit import gather_skipped
 from clip_jax.training.state import parameter_counts
@@ -63,22 +64,36 @@ class RunLogger:
     Attributes:
       length: tokens a caption of the newest batch, after trimming.
       data_wait: takes the time that is spent on waiting for data.
+      steps: the number of the last step.
+      folder: the work folder.
 
     Args:
       run: the parts of the run.
-      steps: the number of its last step.
       start: the step that it starts after.
-      folder: its work folder.
+      compiler: counts the programs.
+      began: when the process, or the call that trains, began, on the clock of
+        `time.perf_counter`.
     """
 
-    def __init__(self, run: RunComponents, steps: int, start: int, folder: Path) -> None:
+    def __init__(
+        self,
+        run: RunComponents,
+        steps: int,
+        start: int,
+        folder: Path,
+        *,
+        compiler: ProgramCompiler,
+        began: float,
+    ) -> None:
         config = run.config
+        self._compiler, self._began = compiler, began
+        self._startup: dict[str, float] | None = None
         self.length = run.model.config.text.context_length
         self.data_wait = DataWait()
         self._pair_flops = functools.partial(pair_flops, run)
-        self._steps = steps
+        self.steps = steps
         self._every = config.train.log_every
-        self._folder = folder
+        self.folder = folder
         self._writer = None
         if distributed.is_first():
             self._writer = MetricsWriter(folder, resume_step=start if start else None)
@@ -101,12 +116,15 @@ class RunLogger:
         """
         values = {k: v.item() for k, v in jax.device_get(metrics).items()}
         self._throughput.report(step, time.perf_counter())
+        startup = self._report_startup() if self._startup is None else self._startup
         if self._keys is not None:
             self._keys.write(step, keys)
         if not values.pop("finite"):
             self._not_finite = (step, values["loss"], keys)
             return False
-        if step % self._every == 0 or step == self._steps:
+        if step % self._every == 0 or step == self.steps:
+            # Once: they are of the start.
+            values, self._startup = values | startup, {}
             values["data_wait"] = self.data_wait.share()
             values["scale"] = math.exp(values["logit_scale"])
             rate = self._throughput.pairs_per_second
@@ -119,8 +137,21 @@ class RunLogger:
             if self._writer is not None:
                 self._writer.write(step, values)
             left = self._throughput.seconds_left
-            distributed.print_on_main(progress_line(step, self._steps, values, rate, left))
+            distributed.print_on_main(progress_line(step, self.steps, values, rate, left))
         return True
+
+    def _report_startup(self) -> dict[str, float]:
+        """Print how long it took to the end of the first step; return that and what it went into.
+
+        They are in `metrics.jsonl` with the first line that the process writes.
+        """
+        end = self.data_wait.first_step_end
+        seconds = (end.result() if end else time.perf_counter()) - self._began
+        self._startup = {"startup/first_step_seconds": seconds, **self._compiler.metrics()}
+        distributed.print_on_main(
+            f"first step done {seconds:.1f} s after the start; {self._compiler.summary()}"
+        )
+        return self._startup
 
     def log_evaluation(self, step: int, metrics: dict[str, float]) -> None:
         """Write and print the metrics of an evaluation during the run."""
@@ -159,7 +190,7 @@ class RunLogger:
             return
         step, loss, keys = self._not_finite
         which = "" if distributed.is_first() else f"-{distributed.process_index()}"
-        path = self._folder / f"not_finite{which}.json"
+        path = self.folder / f"not_finite{which}.json"
         path.write_text(json.dumps({"step": step, "loss": str(loss), "keys": keys}, indent=1))
         if not distributed.is_first():
             return

@@ -18,7 +18,7 @@ from clip_jax.data.order import BatchPart
 from clip_jax.data.sample_reader import SampleShape
 from clip_jax.data.skip_log import SKIPPED_FILENAME, SkipLog
 from clip_jax.errors import UserError
-from clip_jax.evaluation.in_training import Evaluator, make_evaluator
+from clip_jax.evaluation.in_training import EncodeWith, Evaluator, make_evaluator
 from clip_jax.evaluation.spec import EvalSpec
 from clip_jax.losses import make_loss
 from clip_jax.models.clip import CLIP, CLIPConfig, choose_kernels
@@ -40,7 +40,7 @@ from clip_jax.tokenizers import TokenizerSpec, make_tokenizer, tokenizer_spec
 from clip_jax.training.device_augment import kept_patches, make_draws
 from clip_jax.training.optimizer import make_optimizer, make_schedule
 from clip_jax.training.state import TrainState, state_shapes
-from clip_jax.training.step import TrainStep, make_encoders, make_train_step
+from clip_jax.training.step import TrainStep, make_train_step
 from clip_jax.training.warm_start import (
     SourceCheckpoint,
     has_checkpoints,
@@ -264,16 +264,14 @@ def make_step(run: RunComponents) -> TrainStep:
     )
 
 
-def make_evaluation(run: RunComponents) -> Evaluator | None:
-    """Make what `config.eval.every` runs during a run, over its mesh; None where it is 0."""
-    section = run.config.eval
-    if not section.data or not section.every:
-        return None
-    encode_image, encode_text = make_encoders(run.model, run.preprocess)
+def make_evaluation(
+    run: RunComponents, encode_image: EncodeWith, encode_text: EncodeWith
+) -> Evaluator:
+    """Make what `config.eval.every` runs during a run, over its mesh."""
     return make_evaluator(
         encode_image,
         encode_text,
-        EvalSpec.from_section(section),
+        EvalSpec.from_section(run.config.eval),
         run.mesh,
         scale=lambda variables: math.exp(float(variables["params"]["logit_scale"])),
         config=run.model.config,

@@ -1,6 +1,7 @@
 """The state that a step changes, made in place on the mesh."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -94,12 +95,23 @@ def init_state(
     seed: int,
 ) -> TrainState:
     """Make a fresh state laid out as `shapes`, each device its own part of it."""
+    return make_init(model, optimizer, shapes, section, seed)()
+
+
+def make_init(
+    model: CLIP,
+    optimizer: optax.GradientTransformation,
+    shapes: TrainState,
+    section: TrainSection,
+    seed: int,
+) -> Callable[[], TrainState]:
+    """Make the jitted function that returns a fresh state, see `init_state`."""
     shardings = jax.tree.map(lambda x: x.sharding, shapes)
 
     def make() -> TrainState:
         return make_state(init_variables(model, seed), optimizer, section)
 
-    return jax.jit(make, out_shardings=shardings)()
+    return jax.jit(make, out_shardings=shardings)
 
 
 def parameter_counts(params: Any) -> dict[str, int]:

@@ -3,7 +3,8 @@
 import dataclasses
 import os
 import signal
-from contextlib import nullcontext
+import time
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,11 +17,13 @@ from clip_jax.evaluation.in_training import Evaluator
 from clip_jax.files import make_folder
 from clip_jax.parallel import distributed, watchdog
 from clip_jax.parallel.mesh import batch_part
+from clip_jax.parallel.program_cache import start_program_cache
 from clip_jax.pretrained.work_folder import RunDescription, write_description
 from clip_jax.sections import Config
 from clip_jax.training.batch_feed import BatchFeed, PlacedBatch
 from clip_jax.training.best_checkpoint import BestCheckpoint
 from clip_jax.training.checkpoint import Checkpoints
+from clip_jax.training.compile_ahead import compiles_ahead, prepare_encoders, prepare_step
 from clip_jax.training.fingerprint import (
     Fingerprint,
     check_fingerprint,
@@ -28,6 +31,7 @@ from clip_jax.training.fingerprint import (
     run_fingerprint,
 )
 from clip_jax.training.kernel_check import with_checked_kernels
+from clip_jax.training.programs import ProgramCompiler, ShapedPrograms
 from clip_jax.training.run_logger import RunLogger, print_summary
 from clip_jax.training.setup import (
     RunComponents,
@@ -40,21 +44,29 @@ from clip_jax.training.setup import (
 )
 from clip_jax.training.signals import catch_signals
 from clip_jax.training.skip_limit import SkipLimit
-from clip_jax.training.state import TrainState, init_state
-from clip_jax.training.step import TrainStep
+from clip_jax.training.state import TrainState, make_init
+from clip_jax.training.step import make_encoders
 from clip_jax.training.warm_start import warm_start_state
 
 
-def train(config: Config, workdir: str) -> int:
+def train(config: Config, workdir: str, *, began: float | None = None) -> int:
     """Train, or resume the run in `workdir`; return the process's exit code.
+
+    Args:
+      config: the experiment.
+      workdir: the folder of the run.
+      began: when the start began that the first step ends, as `time.perf_counter` counts; None is
+        now.
 
     Raises:
       UserError: the data, the config or the work folder is not fit for the run.
     """
     if not config.data.train:
         raise UserError("config.data.train is empty; give tar shards, e.g. data/{00000..00009}.tar")
+    began = time.perf_counter() if began is None else began
     # First of all: what is wrong with the data is listed there.
     folder = make_workdir(workdir)
+    cache_folder = start_program_cache(config.train.compile_cache, folder)
     data = open_data(config, workdir)
     pairs = sum(len(shard) for shard in data.shards)
     steps = steps_of_run(config, pairs)
@@ -75,16 +87,24 @@ def train(config: Config, workdir: str) -> int:
     distributed.agree(fingerprint | {"its config": dataclasses.asdict(config)})
     run = with_checked_kernels(run)
     print_summary(run, data, pairs=pairs, steps=steps)
-    checkpoints = Checkpoints(folder, keep=config.checkpoint.keep)
-    try:
-        state = restore_or_init(run, checkpoints, fingerprint, folder)
+    with (
+        closing(Checkpoints(folder, keep=config.checkpoint.keep)) as checkpoints,
+        ProgramCompiler(cache_folder) as compiler,
+    ):
+        train_step = ShapedPrograms(make_step(run), compiler)
+        if compiles_ahead(run):
+            # Beside the restoring and the first batches.
+            prepare_step(run, train_step)
+        state = restore_or_init(run, checkpoints, fingerprint, folder, compiler)
         if distributed.is_first():
             write_description(folder, describe_run(run))
         if int(state.step) < steps:
             checkpoints.require_room(state)
-        code = train_loop(run, data, state, steps, checkpoints, fingerprint, folder)
-    finally:
-        checkpoints.close()
+        logger = RunLogger(run, steps, int(state.step), folder, compiler=compiler, began=began)
+        with logger:
+            code = train_loop(
+                run, data, state, train_step, checkpoints, fingerprint, compiler, logger
+            )
     watchdog.stand_by()
     return code
 
@@ -119,7 +139,11 @@ def check_streams(streams: int, parts: int) -> None:
 
 
 def restore_or_init(
-    run: RunComponents, checkpoints: Checkpoints, fingerprint: Fingerprint, folder: Path
+    run: RunComponents,
+    checkpoints: Checkpoints,
+    fingerprint: Fingerprint,
+    folder: Path,
+    compiler: ProgramCompiler,
 ) -> TrainState:
     """Restore the newest whole checkpoint, or make a fresh state.
 
@@ -139,7 +163,8 @@ def restore_or_init(
             return state
     config = run.config
     if run.source is None:
-        return init_state(run.model, run.optimizer, run.shapes, config.train, config.seed)
+        init = make_init(run.model, run.optimizer, run.shapes, config.train, config.seed)
+        return compiler.compile(init).call()
     distributed.print_on_main(f"starting from {run.source.path}")
     return warm_start_state(run.source, run.model.config, run.optimizer, run.shapes, config)
 
@@ -155,25 +180,41 @@ def describe_run(run: RunComponents) -> RunDescription:
     )
 
 
+def evaluator_of(run: RunComponents, compiler: ProgramCompiler) -> Evaluator | None:
+    """Return what evaluates states during the run; None where that is not asked for.
+
+    Raises:
+      UserError: the data of an evaluation cannot be read.
+    """
+    if not run.config.eval.data or not run.config.eval.every:
+        return None
+    encode_image, encode_text = (
+        ShapedPrograms(encode, compiler) for encode in make_encoders(run.model, run.preprocess)
+    )
+    if compiles_ahead(run):
+        prepare_encoders(run, encode_image, encode_text)
+    return make_evaluation(run, encode_image, encode_text)
+
+
 def train_loop(
     run: RunComponents,
     data: TrainingData,
     state: TrainState,
-    steps: int,
+    train_step: ShapedPrograms,
     checkpoints: Checkpoints,
     fingerprint: Fingerprint,
-    folder: Path,
+    compiler: ProgramCompiler,
+    logger: RunLogger,
 ) -> int:
     """Step from `state` to the end, a signal, or a loss that is not finite; return the exit code.
 
     Raises:
       UserError: too much was skipped, or the evaluations do not measure config.eval.best.
     """
-    start = int(state.step)
-    train_step, evaluate = make_step(run), make_evaluation(run)
+    start, steps, folder = int(state.step), logger.steps, logger.folder
+    evaluate = evaluator_of(run, compiler)
     metric = run.config.eval.best
     with (
-        RunLogger(run, steps, start, folder) as logger,
         make_loader(run, data, start) as loader,
         catch_signals(distributed.print_on_main) as stop_request,
         BestCheckpoint(folder, metric, describe_run(run)) if metric else nullcontext() as best,
@@ -236,7 +277,7 @@ class Trainer:
 
     config: Config
     steps: int
-    train_step: TrainStep
+    train_step: ShapedPrograms
     evaluate: Evaluator | None
     feed: BatchFeed
     logger: RunLogger

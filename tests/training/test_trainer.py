@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -71,6 +72,7 @@ def test_evaluation_during_a_run_changes_no_loss_and_its_best_state_is_kept(
         eval__classnames=str(folder / "names.txt"),
         eval__every=5,
         eval__best="mean_per_class_recall",
+        train__compile_ahead="all",
     )
     assert main.run(config, str(tmp_path)) == 0
     lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -124,12 +126,20 @@ def test_stopped_and_run_again_is_the_same_to_the_last_digit(
     with monkeypatch.context() as patch:
         stop_at(patch, 7, number)
         assert main.run(make_config(data), str(tmp_path)) == code
-    assert "the same command goes on from there" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "the same command goes on from there" in out
+    assert re.search(r"first step done [\d.]+ s after the start; \d programs compiled, ", out)
     stopped = run_losses(tmp_path)
     assert 7 <= stopped[-1][0] < 12
     assert main.run(make_config(data), str(tmp_path)) == 0
     assert f"going on from step {stopped[-1][0]}" in capsys.readouterr().out
     assert run_losses(tmp_path) == run_losses(uninterrupted)
+    # Each start says once how long it took; of the second, the step alone is a program, and read.
+    lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    starts = {line["step"]: line for line in lines if "startup/first_step_seconds" in line}
+    assert list(starts) == [1, stopped[-1][0] + 1]
+    second = starts[stopped[-1][0] + 1]
+    assert (second["startup/programs_compiled"], second["startup/programs_read"]) == (0, 1)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
