@@ -9,6 +9,7 @@ libtpu writes a file for each instruction of a program, NUMBER-INSTRUCTION-NUMBE
 """
 
 import dataclasses
+import itertools
 import re
 from pathlib import Path
 
@@ -58,28 +59,48 @@ class _Loop:
         return self.bundles * max(trips, 1)
 
 
+@dataclasses.dataclass
+class _Bundle:
+    depth: int
+    is_start: bool
+    line: str
+
+
 def scheduled_cycles(text: str) -> int | None:
     """Return the cycles of a schedule, its loops run out; None where a loop's trips are unknown."""
     loops = [_Loop(trips=1)]
-    for line in text.splitlines():
-        bundle = _BUNDLE.match(line)
-        if not bundle:
-            continue
-        depth = len(loops) - 1 if bundle.group("empty") else bundle.group("depth").count(">")
-        is_start = "L" in bundle.group("marks").replace("LE", "")
-        while len(loops) - 1 > depth or (is_start and len(loops) - 1 == depth > 0):
+    for bundle in _read_bundles(text):
+        depth = bundle.depth
+        while len(loops) - 1 > depth or (bundle.is_start and len(loops) - 1 == depth > 0):
             if not _close(loops):
                 return None
         while len(loops) - 1 < depth:
             loops.append(_Loop())
         loops[-1].bundles += 1
-        loops[-1].is_pipelined |= _PIPELINED in line
-        if test := _EXIT.search(line):
+        loops[-1].is_pipelined |= _PIPELINED in bundle.line
+        if test := _EXIT.search(bundle.line):
             loops[-1].trips = int(test.group(1))
     while len(loops) > 1:
         if not _close(loops):
             return None
     return loops[0].bundles
+
+
+def _read_bundles(text: str) -> list[_Bundle]:
+    bundles: list[_Bundle] = []
+    for line in text.splitlines():
+        match = _BUNDLE.match(line)
+        if not match:
+            continue
+        is_empty = match.group("empty") and bundles
+        depth = bundles[-1].depth if is_empty else match.group("depth").count(">")
+        is_start = "L" in match.group("marks").replace("LE", "")
+        bundles.append(_Bundle(depth, is_start, line))
+    # In a loop stand bundles that name the depth around it: of an instruction that was moved there.
+    for before, after in itertools.pairwise(reversed(bundles)):
+        if before.depth > after.depth and not before.is_start:
+            after.depth = before.depth
+    return bundles
 
 
 def _close(loops: list[_Loop]) -> bool:
