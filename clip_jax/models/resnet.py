@@ -6,9 +6,12 @@ pool, every stride an average pool (in the shortcut too), and attention pooling 
 
 import dataclasses
 import functools
+from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from clip_jax.models.attention import attend
@@ -105,6 +108,9 @@ class AttentionPool(nn.Module):
         std = features**-0.5
         position_LD = self.param("positional_embedding", normal(std), x_BLD.shape[1:])
         x_BLD = x_BLD + position_LD.astype(x_BLD.dtype)
+        # Parameters are drawn by the modules below.
+        if self.exec_config.target.platform != "cpu" and not self.is_initializing():
+            return pool_unprojected(self.variables["params"], x_BLD, self.exec_config.dtype)
 
         def project(name: str) -> nn.DenseGeneral:
             return nn.DenseGeneral(
@@ -132,6 +138,29 @@ class AttentionPool(nn.Module):
             dtype=self.exec_config.dtype,
             name="c_proj",
         )(y_B1NK)[:, 0]
+
+
+def pool_unprojected(params: Any, x_BLD: Array, dtype: DTypeLike) -> Float[Array, "B D"]:
+    """Return what `AttentionPool` does with these parameters; no row becomes a key or a value.
+
+    Equal by associativity, to rounding, as in `pooled_block`: the one query meets the rows in their
+    own space, and the rows are summed before they are projected. A key's bias adds the same to all
+    logits of a head.
+    """
+
+    def project(name: str, equation: str, x: Array) -> Array:
+        return jnp.einsum(equation, x, params[name]["kernel"].astype(dtype))
+
+    def bias(name: str) -> Array:
+        return params[name]["bias"].astype(dtype)
+
+    q_BNK = project("q_proj", "bd,dnk->bnk", x_BLD[:, 0]) + bias("q_proj")
+    q_BND = project("k_proj", "bnk,dnk->bnd", q_BNK)
+    logits_BNL = jnp.einsum("bnd,bld->bnl", q_BND, x_BLD, preferred_element_type=jnp.float32)
+    p_BNL = jax.nn.softmax(logits_BNL * q_BNK.shape[-1] ** -0.5, axis=-1).astype(dtype)
+    y_BND = jnp.einsum("bnl,bld->bnd", p_BNL, x_BLD)
+    y_BNK = project("v_proj", "bnd,dnk->bnk", y_BND) + bias("v_proj")
+    return project("c_proj", "bnk,nkd->bd", y_BNK) + bias("c_proj")
 
 
 class ModifiedResNet(nn.Module):
