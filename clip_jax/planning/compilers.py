@@ -253,4 +253,6 @@ def _topology(platform: str, **options: Any) -> list[jax.Device]:
     from jax.experimental import topologies
 
     jax.config.update("jax_platforms", "cpu")
+    # A program from JAX's own cache would come without the schedules of its kernels.
+    jax.config.update("jax_enable_compilation_cache", False)
     return list(topologies.get_topology_desc(platform=platform, **options).devices)

@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 from clip_jax.planning.hardware import Device
-from clip_jax.planning.memory import STATE, UNSORTED
+from clip_jax.planning.memory import STATE
 from clip_jax.planning.program import StepCosts
 from clip_jax.planning.scopes import in_loss
 from clip_jax.sections import Config
@@ -92,7 +92,7 @@ def advise(costs: StepCosts, config: Config, device: Device) -> list[Change]:
     if fits(costs, device):
         return []
     usable, mesh, memory = USABLE * device.memory, costs.mesh, costs.memory
-    of_rows = memory.sum_of("activations", "other temporaries", UNSORTED)
+    of_rows = memory.sum_of("activations", "other temporaries")
     fixed = memory.total - of_rows
     changes = []
     if config.model.dtype == "float32" and device.kind != "V100-SXM2":

@@ -25,16 +25,30 @@ class Shape(NamedTuple):
       dtype: as XLA writes it, "bf16" say.
       dims: its dimensions.
       memory_space: where it lies: 0 is the device's memory, 1 a TPU core's fast memory.
+      layout: its axes from the innermost out, and the tiles of the innermost ones.
     """
 
     dtype: str
     dims: tuple[int, ...]
     memory_space: int = 0
+    layout: str = ""
 
     @property
     def bytes(self) -> int:
         """The bytes of the array on one device."""
         return math.prod(self.dims) * ITEM_BYTES[self.dtype]
+
+    @property
+    def padded_bytes(self) -> int:
+        """The bytes with its innermost axes filled up to whole tiles, as a TPU holds it."""
+        tile = _TILE.search(self.layout)
+        if not tile or not self.dims:
+            return self.bytes
+        dims, sizes = list(self.dims), [int(n) for n in tile.group(1).split(",")]
+        inner = [int(n) for n in self.layout.partition(":")[0].split(",")]
+        for axis, size in zip(inner, reversed(sizes), strict=False):
+            dims[axis] = math.ceil(dims[axis] / size) * size
+        return math.prod(dims) * ITEM_BYTES[self.dtype]
 
 
 class Instruction(NamedTuple):
@@ -83,8 +97,9 @@ class Visit(NamedTuple):
 
 # "bf16[32,77,512]{2,1,0:T(8,128)(2,1)S(1)}": the layout ends in the memory space, if it is not 0.
 _SHAPE = re.compile(
-    r"\b([a-z]+[0-9]*(?:e\d+m\d+[a-z]*)?)\[([0-9,]*)\](?:\{[^}]*?(?:S\((\d+)\))?\})?"
+    r"\b([a-z]+[0-9]*(?:e\d+m\d+[a-z]*)?)\[([0-9,]*)\](?:\{([^}]*?)(?:S\((\d+)\))?\})?"
 )
+_TILE = re.compile(r"T\(([\d,]+)\)")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _LINE = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = ")
 _OPERAND = re.compile(r"%([\w.\-]+)")
@@ -114,8 +129,8 @@ def parse_program(text: str) -> Program:
 def _instruction(name: str, rest: str) -> Instruction:
     shape_end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
     shapes = tuple(
-        Shape(dtype, tuple(int(n) for n in dims.split(",") if n), int(space or 0))
-        for dtype, dims, space in _SHAPE.findall(rest[:shape_end])
+        Shape(dtype, tuple(int(n) for n in dims.split(",") if n), int(space or 0), layout)
+        for dtype, dims, layout, space in _SHAPE.findall(rest[:shape_end])
     )
     opening = rest.index("(", shape_end)
     opcode = rest[shape_end:opening].strip()

@@ -1,7 +1,8 @@
-"""A device's memory by kind, from the compiler's own assignment of buffers.
+"""A device's memory by kind, from the buffers that are alive at its peak.
 
-The compiler keeps one list of the buffers that are alive at the peak of memory. Each is the result
-of one instruction, and the scope of the instruction says from which part of the step it comes.
+The CPU's compiler keeps a list of them; those of devices that are not there do not give theirs, and
+the schedule tells (`liveness`). Each is the result of one instruction, and the scope of the
+instruction says from which part of the step it comes.
 """
 
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 
 from clip_jax.planning.hlo import Instruction, Program, called_computations
+from clip_jax.planning.liveness import live_at_peak
 from clip_jax.planning.scopes import in_loss, step_scopes
 from clip_jax.protobuf import Message, fields, varints
 from clip_jax.training.state import TrainState, device_bytes
@@ -27,8 +29,6 @@ TEMPORARIES = (
     "other temporaries",
 )
 """The kinds that the program's temporary buffers are of."""
-UNSORTED = "temporaries"
-"""All of them, where the compiler does not say what is alive at the peak."""
 
 
 class Memory(NamedTuple):
@@ -90,24 +90,39 @@ def measure_memory(
     # Arrays that the step does not read, caption ids mostly, are no arguments of the program.
     kinds["batch"] = stats.argument_size_in_bytes - sum(kinds.values())
     kinds["metrics"] = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    step_shapes = shapes_of_step(shapes, embed_dim, rows)
     if stats.serialized_buffer_assignment_proto:
-        step_shapes = shapes_of_step(shapes, embed_dim, rows)
-        kinds |= _temporaries(compiled, stats, program, step_shapes)
+        kinds |= _temporaries(program, assigned_buffers(compiled, stats), stats, step_shapes)
     else:
-        kinds[UNSORTED] = stats.temp_size_in_bytes
+        kinds |= _temporaries(program, scheduled_buffers(program, stats), stats, step_shapes)
     return Memory({k: size for k, size in kinds.items() if size}, sum(kinds.values()))
 
 
-def _temporaries(
-    compiled: jax.stages.Compiled, stats: Any, program: Program, step_shapes: StepShapes
-) -> dict[str, int]:
-    """Return the bytes of temporaries by kind, from the buffers that are alive at the peak."""
+def assigned_buffers(compiled: jax.stages.Compiled, stats: Any) -> list[tuple[str, int]]:
+    """Return (instruction, bytes) of what is alive at the peak in the compiler's assignment."""
     executable: Any = compiled.runtime_executable()
     module = executable.hlo_modules()[0].as_serialized_hlo_module_proto()
+    return peak_buffers(stats.serialized_buffer_assignment_proto, instruction_names(module))
+
+
+def scheduled_buffers(program: Program, stats: Any) -> list[tuple[str, int]]:
+    """Return (instruction, bytes) of what is alive at the peak of the schedule.
+
+    Their sum is not the compiler's to the byte: where it is more than all temporaries, each is
+    taken in proportion.
+    """
+    peak = live_at_peak(program)
+    share = min(1.0, stats.temp_size_in_bytes / max(peak.bytes, 1))
+    return [(buffer.name, int(buffer.bytes * share)) for buffer in peak.buffers]
+
+
+def _temporaries(
+    program: Program, buffers: list[tuple[str, int]], stats: Any, step_shapes: StepShapes
+) -> dict[str, int]:
+    """Return the bytes of temporaries by kind, from the buffers that are alive at the peak."""
     kinds = dict.fromkeys(TEMPORARIES, 0)
     lines = {name: line for lines in program.computations.values() for name, line in lines.items()}
-    peak = peak_buffers(stats.serialized_buffer_assignment_proto, instruction_names(module))
-    for name, size in peak:
+    for name, size in buffers:
         kinds[kind_of(program, lines, name, step_shapes)] += size
     # Constants, and the gaps between buffers of unlike sizes.
     kinds["other temporaries"] += stats.temp_size_in_bytes - sum(kinds.values())

@@ -45,6 +45,8 @@ class DoesNotFitError(Exception):
 
 _SIZE = r"([\d.]+)([KMGT]?)"
 _USED = re.compile(rf"Used {_SIZE} of {_SIZE} hbm")
+# Where temporaries alone exceed the memory, there is no table of arrays.
+_EXCEEDS = re.compile(rf"HLO temporaries \({_SIZE}\) exceeds available HBM \({_SIZE}\)")
 _TEMPORARIES = re.compile(rf"HLO temp\s+{_SIZE}")
 _BUFFER = re.compile(rf"^\s*\d+\. Size: {_SIZE}\s*$", re.MULTILINE)
 _OPERATOR = re.compile(r'op_name="([^"]*)"')
@@ -55,7 +57,11 @@ def parse_refusal(message: str) -> Refusal | None:
     """Return the refusal in a compiler's message; None where it is another error's."""
     used = _USED.search(message)
     if not used:
-        return None
+        exceeds = _EXCEEDS.search(message)
+        if not exceeds:
+            return None
+        size = _bytes(*exceeds.groups()[:2])
+        return Refusal(size, _bytes(*exceeds.groups()[2:]), size, ())
     temporaries = _TEMPORARIES.search(message)
     starts = list(_BUFFER.finditer(message))
     ends = [*(start.start() for start in starts[1:]), len(message)]

@@ -9,6 +9,7 @@ from clip_jax.planning.counts import find_collectives
 from clip_jax.planning.cycles import time_step, uncounted_names
 from clip_jax.planning.hardware import DEVICES
 from clip_jax.planning.hlo import Shape, parse_program, step_visits
+from clip_jax.planning.liveness import live_at_peak
 from clip_jax.planning.parts import Part
 from clip_jax.planning.refusal import parse_refusal
 
@@ -61,8 +62,12 @@ def test_a_collective_spread_over_fusions_counts_once_and_runs_beside_them():
 def test_the_memory_space_of_an_array():
     program = parse_program(PROGRAM)
     kernel = program.computations["body"]["attention_forward.3"]
-    assert kernel.shapes == (Shape("bf16", (8, 4), memory_space=1),)
-    assert program.computations["main"]["a"].shapes == (Shape("f32", (8, 4)),)
+    assert kernel.shapes == (Shape("bf16", (8, 4), 1, "1,0:T(8,128)(2,1)"),)
+    assert kernel.shapes[0].bytes == 64 and kernel.shapes[0].padded_bytes == 8 * 128 * 2
+    assert program.computations["main"]["a"].shapes == (Shape("f32", (8, 4), 0, "1,0"),)
+    assert Shape("bf16", (4, 50, 12, 64), 0, "3,0,2,1:T(8,128)(2,1)").padded_bytes == (
+        2 * 8 * 50 * 12 * 128
+    )
 
 
 def test_loops_are_run_out_and_fusions_stand_whole():
@@ -152,3 +157,61 @@ def test_a_refusal_is_read():
     ]
     assert refusal.buffers[0].op_name.endswith("mlp/c_fc/dot_general")
     assert parse_refusal("INTERNAL: something else") is None
+    short = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (26.95G) exceeds available HBM (15.75G)."
+    )
+    refusal = parse_refusal(short)
+    assert refusal.used == refusal.temporaries == round(26.95 * 2**30)
+    assert refusal.available == round(15.75 * 2**30) and not refusal.buffers
+
+
+ALIVE = """\
+HloModule jit_step, is_scheduled=true
+
+%fill (p0: f32[2,64], p1: f32[1,64], p2: s32[]) -> f32[2,64] {
+  %p0 = f32[2,64]{1,0} parameter(0)
+  %p1 = f32[1,64]{1,0} parameter(1)
+  %p2 = s32[] parameter(2)
+  ROOT %dynamic-update-slice.1 = f32[2,64]{1,0} dynamic-update-slice(%p0, %p1, %p2, %p2)
+}
+
+%condition (c: (s32[], f32[2,64])) -> pred[] {
+  %c = (s32[], f32[2,64]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%c), index=0
+  %n = s32[] constant(2)
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+
+%body (b: (s32[], f32[2,64])) -> (s32[], f32[2,64]) {
+  %b = (s32[], f32[2,64]{1,0}) parameter(0)
+  %j = s32[] get-tuple-element(%b), index=0
+  %stack = f32[2,64]{1,0} get-tuple-element(%b), index=1
+  %row = f32[1,64]{1,0} slice(%stack)
+  %fusion.1 = f32[2,64]{1,0} fusion(%stack, %row, %j), kind=kLoop, calls=%fill
+  ROOT %t = (s32[], f32[2,64]{1,0}) tuple(%j, %fusion.1)
+}
+
+ENTRY %main (a: f32[2,64]) -> f32[2,64] {
+  %a = f32[2,64]{1,0} parameter(0)
+  %zero = s32[] constant(0)
+  %stacked = f32[2,64]{1,0} broadcast(%zero)
+  %copy-start.1 = (f32[2,64]{1,0:S(1)}, f32[2,64]{1,0}, u32[]{:S(2)}) copy-start(%a)
+  %copy-done.1 = f32[2,64]{1,0:S(1)} copy-done(%copy-start.1)
+  %init = (s32[], f32[2,64]{1,0}) tuple(%zero, %stacked)
+  %while.1 = (s32[], f32[2,64]{1,0}) while(%init), condition=%condition, body=%body
+  %last = f32[2,64]{1,0} get-tuple-element(%while.1), index=1
+  %early = f32[2,64]{1,0} negate(%copy-done.1)
+  %sum = f32[2,64]{1,0} add(%early, %last)
+  ROOT %out = f32[2,64]{1,0} multiply(%sum, %sum)
+}
+"""
+
+
+def test_what_is_alive_at_the_peak_of_a_schedule():
+    """The stack of a loop is filled in place; arguments, results and fast memory are apart."""
+    peak = live_at_peak(parse_program(ALIVE))
+    # At the sum: the loop's stack, the negated copy and the sum itself.
+    assert peak.bytes == 3 * 512
+    assert {b.name for b in peak.buffers} == {"stacked", "early", "sum"}
+    assert all(b.bytes == 512 for b in peak.buffers)
