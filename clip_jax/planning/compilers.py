@@ -237,7 +237,6 @@ def _start_cuda(device: str, count: int, dump: str) -> list[jax.Device]:
     if count > HOST_GPUS and count % HOST_GPUS:
         raise UserError(f"--devices is {count}; machines of {device} hold {HOST_GPUS} of them each")
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # of what it would rather have in memory
     _add_flags("XLA_FLAGS", UNTUNED)
     importlib.import_module(PACKAGES["cuda"].module)
     hosts, local = max(1, count // HOST_GPUS), min(count, HOST_GPUS)
