@@ -165,9 +165,15 @@ def _check_train(t: TrainSection) -> None:
 
 
 def _check_optim(o: OptimSection) -> None:
-    from clip_jax.training.optimizer import SCALERS
+    from clip_jax.training.optimizer import ELEMENTWISE, SCALERS, SPLIT
 
     check_choice("config.optim.name", o.name, SCALERS)
+    check_choice("config.optim.split", o.split, SPLIT)
+    _require(
+        o.split != "on" or o.name in ELEMENTWISE,
+        f'config.optim.split is "on" and config.optim.name {o.name}, which updates whole matrices; '
+        f'leave it "auto", or take one of {", ".join(ELEMENTWISE)}',
+    )
     _require(
         o.max_logit_scale >= 1, f"config.optim.max_logit_scale is {o.max_logit_scale:g}; at least 1"
     )

@@ -103,6 +103,10 @@ class OptimSection:
     """Largest global norm of a gradient; 0 leaves it alone."""
     max_logit_scale: float = 100.0
     """The scale exp(logit_scale) is held at or below this after every update."""
+    split: str = may_change("auto")
+    """Whether the copies of the model on `config.mesh.data` share the update and keep a part of the
+    optimizer's state each (ZeRO stage 1): "on", "off", or "auto": on GPUs and TPUs, by AdamW and
+    Lion, whose update of a number needs no other."""
 
 
 @dataclasses.dataclass(frozen=True)

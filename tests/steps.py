@@ -48,6 +48,7 @@ def make_parts(
     jitter=False,
     patch_dropout=0.0,
     wrap_loss=lambda loss_fn: loss_fn,
+    split_update=False,
     **train,
 ):
     """Return (optimizer, section, the state's shapes, step); `train` are the section's fields."""
@@ -55,7 +56,7 @@ def make_parts(
     optim = OptimSection(name=optimizer, learning_rate=1e-3, warmup_steps=5)
     schedule = make_schedule(optim, 40)
     transformation = make_optimizer(schedule, optim)
-    shapes = state_shapes(model, transformation, mesh, section)
+    shapes = state_shapes(model, transformation, mesh, section, split_update=split_update)
     loss_fn = make_loss(
         section.loss,
         mesh=mesh,

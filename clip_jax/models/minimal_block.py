@@ -87,7 +87,7 @@ def _forward(
     with jax.named_scope("attn"):
         projected = []
         for names in parts.projections:
-            with jax.named_scope("_".join(names)):
+            with jax.named_scope(_joint_name(names)):
                 projected.append(split(h @ _side_by_side(parts, attn, names)))
         with jax.named_scope("attend"):
             inputs = (*projected, _projection_biases(attn))
@@ -139,7 +139,7 @@ def _backward(parts: BlockParts, saved: Saved, d: Array) -> tuple[Any, Array]:
         (_, h), pull = jax.vjp(parts.norm, x, *_gain_and_bias(params["ln_1"]))
     dh, kernels = jnp.zeros((), parts.dtype), []
     for names, d_names in zip(parts.projections, dprojected, strict=True):
-        with jax.named_scope("attn/" + "_".join(names)):
+        with jax.named_scope(f"attn/{_joint_name(names)}"):
             kernels += jnp.split(_kernel_gradient(h, d_names), len(names), axis=1)
             dh = dh + d_names @ _side_by_side(parts, attn, names).T
     for name, kernel, bias in zip(PROJECTIONS, kernels, dbiases, strict=True):
@@ -161,6 +161,11 @@ def matrix(dtype: DTypeLike, layer: Any, *, inputs: int) -> Array:
     for size in kernel.shape[:inputs]:
         rows *= size
     return kernel.reshape(rows, -1).astype(dtype)
+
+
+def _joint_name(names: tuple[str, ...]) -> str:
+    """Return qkv_proj for q_proj, k_proj and v_proj."""
+    return "".join(name[0] for name in names) + "_proj"
 
 
 def _side_by_side(parts: BlockParts, attn: Any, names: tuple[str, ...]) -> Array:

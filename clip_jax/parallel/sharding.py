@@ -7,6 +7,7 @@ matrices. The optimizer's moments have their parameter's path as their ending an
 the same rows.
 """
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -67,10 +68,30 @@ def partition_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     return P(*axes) if any(axes) else P()
 
 
-def tree_shardings(tree: Any, mesh: Mesh) -> Any:
-    """Return a NamedSharding for every array (or shape) of a tree."""
+SMALL = 2**16
+"""Arrays of fewer elements are updated whole: exchanging them takes longer."""
+
+
+def update_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+    """Return how a parameter is updated where copies of the model share that work (ZeRO stage 1).
+
+    Rajbhandari et al. 2020 (arXiv:1910.02054): as `partition_spec`, and the largest dimension that
+    is whole there and that `data` divides is split over it.
+    """
+    spec, data = partition_spec(name, shape, mesh), mesh.shape["data"]
+    axes = [*spec, *[None] * (len(shape) - len(spec))]
+    first = 1 if "/resblocks/" in name else 0
+    fits = [i for i in range(first, len(shape)) if axes[i] is None and shape[i] % data == 0]
+    if data == 1 or math.prod(shape) < SMALL or not fits:
+        return spec
+    axes[max(fits, key=lambda i: shape[i])] = "data"
+    return P(*axes)
+
+
+def tree_shardings(tree: Any, mesh: Mesh, spec: Callable[..., P] = partition_spec) -> Any:
+    """Return a NamedSharding for every array (or shape) of a tree, by default as it is kept."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, x: NamedSharding(mesh, partition_spec(path_name(path), x.shape, mesh)), tree
+        lambda path, x: NamedSharding(mesh, spec(path_name(path), x.shape, mesh)), tree
     )
 
 

@@ -215,6 +215,10 @@ def scale_to_rms(rms: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
+ELEMENTWISE = ("adamw", "lion")
+"""Optimizers whose update of a number needs no other: copies of the model can share it."""
+SPLIT = ("auto", "on", "off")
+
 SCALERS: dict[str, Callable[[float, float, float], optax.GradientTransformation]] = {
     # Each of (beta1, beta2, eps).
     "adamw": lambda b1, b2, eps: optax.scale_by_adam(b1=b1, b2=b2, eps=eps),

@@ -25,6 +25,7 @@ from clip_jax.models.clip import CLIP, CLIPConfig, choose_kernels
 from clip_jax.models.convnet import ConvNetConfig
 from clip_jax.models.flops import train_flops_per_pair
 from clip_jax.models.resnet import ResNetConfig
+from clip_jax.models.target import Target
 from clip_jax.models.vit import ViTConfig
 from clip_jax.models.zoo import model_config
 from clip_jax.parallel import distributed
@@ -35,10 +36,10 @@ from clip_jax.parallel.mesh import (
     make_mesh,
     mesh_target,
 )
-from clip_jax.sections import Config, ModelSection
+from clip_jax.sections import Config, ModelSection, OptimSection
 from clip_jax.tokenizers import TokenizerSpec, make_tokenizer, tokenizer_spec
 from clip_jax.training.device_augment import kept_patches, make_draws
-from clip_jax.training.optimizer import make_optimizer, make_schedule
+from clip_jax.training.optimizer import ELEMENTWISE, make_optimizer, make_schedule
 from clip_jax.training.state import TrainState, state_shapes
 from clip_jax.training.step import TrainStep, make_train_step
 from clip_jax.training.warm_start import (
@@ -157,9 +158,18 @@ def build_run(
         model=model,
         schedule=schedule,
         optimizer=optimizer,
-        shapes=state_shapes(model, optimizer, mesh, t),
+        shapes=state_shapes(
+            model, optimizer, mesh, t, split_update=splits_update(config.optim, model.target)
+        ),
         source=source,
     )
+
+
+def splits_update(section: OptimSection, target: Target) -> bool:
+    """Return whether the copies of the model share the update."""
+    if section.split == "auto":
+        return target.platform != "cpu" and section.name in ELEMENTWISE
+    return section.split == "on"
 
 
 def find_source(section: ModelSection, workdir: str | None) -> SourceCheckpoint | None:

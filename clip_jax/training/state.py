@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from clip_jax.models.clip import CLIP, init_variables
-from clip_jax.parallel.sharding import tree_shardings
+from clip_jax.parallel.sharding import partition_spec, tree_shardings, update_spec
 from clip_jax.sections import TrainSection
 from clip_jax.typing import Params
 
@@ -77,14 +77,34 @@ def state_shapes(
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     section: TrainSection,
+    *,
+    split_update: bool = False,
 ) -> TrainState:
-    """Return a state of ShapeDtypeStructs with their shardings; nothing is allocated."""
+    """Return a state of ShapeDtypeStructs with their shardings; nothing is allocated.
+
+    `split_update`: the optimizer's state is split over `data` too (`sharding.update_spec`).
+    """
     shapes = jax.eval_shape(lambda: make_state(init_variables(model, 0), optimizer, section))
+    shardings = tree_shardings(shapes, mesh)
+    if split_update:
+        shardings = shardings.replace(
+            opt_state=tree_shardings(shapes.opt_state, mesh, spec=update_spec)
+        )
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         shapes,
-        tree_shardings(shapes, mesh),
+        shardings,
     )
+
+
+def update_shardings(shapes: TrainState) -> Params:
+    """Return where each parameter is updated, by where the optimizer's state lies."""
+    mesh = state_mesh(shapes)
+    specs: list[Any] = [x.sharding.spec for x in jax.tree.leaves(shapes.opt_state)]
+    is_split = any("data" in spec for spec in specs)
+    return tree_shardings(
+        {"params": shapes.params}, mesh, spec=update_spec if is_split else partition_spec
+    )["params"]
 
 
 def init_state(

@@ -1,5 +1,6 @@
 """One training step: uint8 images and tokens in, the next state and its metrics out."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,7 +19,7 @@ from clip_jax.parallel.mesh import BATCH_AXES, batch_shards
 from clip_jax.parallel.sharding import rows_stay_split, with_whole_table
 from clip_jax.sections import TrainSection
 from clip_jax.training.device_augment import DrawFn, adjust_colors
-from clip_jax.training.state import TrainState, split_frozen, state_mesh
+from clip_jax.training.state import TrainState, split_frozen, state_mesh, update_shardings
 from clip_jax.typing import Features, Params
 
 TOWERS, LOSS, UPDATE = "towers", "loss", "update"
@@ -191,6 +192,12 @@ def make_cached_gradient(
     return gradient
 
 
+def place_params(state: TrainState, shardings: Params) -> TrainState:
+    """Return a state whose parameters lie so."""
+    placed = lax.with_sharding_constraint(state.params, shardings)
+    return dataclasses.replace(state, params=placed)
+
+
 def make_train_step(
     model: CLIP,
     loss_fn: LossFn,
@@ -219,7 +226,8 @@ def make_train_step(
     """
     mesh = state_mesh(shapes)
     shardings = jax.tree.map(lambda x: x.sharding, shapes)
-    trained_shardings = split_frozen(shardings.params, section.freeze)[0]
+    param_shardings = update_shardings(shapes)
+    trained_shardings = split_frozen(param_shardings, section.freeze)[0]
     features = make_features(model, mesh=mesh, preprocess=preprocess, freeze=section.freeze)
     gradient = make_whole_gradient(features, loss_fn)
     if section.microbatch_size:
@@ -236,12 +244,15 @@ def make_train_step(
         trained, frozen = split_frozen(state.params, section.freeze)
         rows = {**batch, **draws(state.step, batch["valid"].size)}
         out, batch_stats, grads = gradient(trained, frozen, state.batch_stats, rows)
-        # Gradients lie where their parameters do, and are summed into place, not copied whole.
+        # Gradients lie where their parameters are updated, and are summed into place, not copied
+        # whole. The new parameters are spread behind the guard.
         grads = lax.with_sharding_constraint(grads, trained_shardings)
+        state = place_params(state, param_shardings)
         new = update(state, grads, batch_stats)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(out.loss) & jnp.isfinite(grad_norm)
         new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+        new = place_params(new, param_shardings)
         metrics = {
             "loss": out.loss,
             "image_accuracy": out.image_accuracy,

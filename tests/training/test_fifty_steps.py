@@ -21,6 +21,8 @@ FORMS = [
     ((2, 4, 1), {}),
     ((2, 2, 2), {}),
     ((1, 1, 8), {}),
+    ((8, 1, 1), {"split_update": True}),
+    ((2, 2, 2), {"split_update": True, "microbatch_size": 8}),
     (None, {"microbatch_size": 4}),
     (None, {"scan": True}),
     (None, {"remat": "minimal"}),
