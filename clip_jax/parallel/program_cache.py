@@ -127,6 +127,9 @@ def start_program_cache(folder: str, workdir: Path) -> str:
         return ""
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
+    # XLA's own caches would lie in the folder, and its path be in every program's key: of a folder
+    # that was moved nothing would be read.
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
     use_compilation_cache(cache)
     return str(path)
 
