@@ -180,12 +180,21 @@ def _check_optim(o: OptimSection) -> None:
 
 
 def _check_data(d: DataSection, batch_size: int) -> None:
+    from clip_jax.data import caption_groups
+
     _above_zero("data", d, "streams", "threads", "window", "max_pixels")
     _require(
         batch_size % d.streams == 0,
         f"config.train.batch_size {batch_size} is not a multiple of config.data.streams "
         f"{d.streams}: every stream gives an equal share of a batch; change one of them",
     )
+    _require(
+        -1 <= d.processes <= d.threads,
+        f"config.data.processes is {d.processes}; it takes -1 to {d.threads}, the number of"
+        " config.data.threads",
+    )
+    if d.caption_groups not in caption_groups.CHOICES:
+        caption_groups.parse_shares(d.caption_groups)
     sources = 1 if isinstance(d.train, str) else len(d.train)
     _require(
         len(d.weights) in (0, sources) and all(w > 0 for w in d.weights),

@@ -55,6 +55,7 @@ class Batch(TypedDict, total=False):
     """This host's rows of one global batch; b = batch_size / hosts.
 
     `label` and `captions` are in evaluation batches only; `key` and `captions` stay on the host.
+    `groups` are the rows of `text` as `caption_groups.group_captions` sorts them, where it does.
     """
 
     image: UInt8[np.ndarray, "b H W 3"]
@@ -64,6 +65,7 @@ class Batch(TypedDict, total=False):
     key: list[str]  # "shard/key"
     label: Int32[np.ndarray, " b"]  # class number, -1 when the sample has none
     captions: list[list[str]]  # every caption of the image
+    groups: dict[str, np.ndarray]
 
 
 class Loader(Iterator[Batch]):
@@ -173,7 +175,7 @@ def make_train_loader(
     Raises:
       UserError: numbers that do not divide each other, or too few samples.
     """
-    order, lengths = _make_order(data.sources, config, seed)
+    order, lengths = make_order(data.sources, config, seed)
     rows = BatchOrder(
         order, batch_size=batch_size, part=part, lengths=None if config.repeat else lengths
     )
@@ -197,7 +199,7 @@ def make_train_loader(
     )
 
 
-def _make_order(
+def make_order(
     sources: Sequence[Sequence[Shard]], config: DataSection, seed: int
 ) -> tuple[Streams, list[int]]:
     """Return the streams, and an epoch's samples of each; a mixture has no epoch of its own."""

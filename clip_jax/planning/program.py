@@ -20,8 +20,8 @@ from clip_jax.planning.memory import Memory, measure_memory
 from clip_jax.planning.refusal import DoesNotFitError, parse_refusal
 from clip_jax.planning.roofline import roofline_flops, time_by_roofline
 from clip_jax.sections import Config
-from clip_jax.training.batch_feed import trimmed_batch_shapes
-from clip_jax.training.setup import build_run, make_step, pair_flops
+from clip_jax.training.batch_feed import grouped_shapes, trimmed_batch_shapes
+from clip_jax.training.setup import RunComponents, build_run, make_step, pair_flops
 from clip_jax.training.state import parameter_counts
 
 
@@ -111,6 +111,13 @@ def compile_program(
     return CompiledProgram(compiled, program, None, timing)
 
 
+def batch_of_run(run: RunComponents) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return the shapes of a run's batches: captions in groups if the config gives their shares."""
+    shapes = batch_shapes(run.mesh, run.model.config, run.config.train.batch_size)
+    groups = run.caption_groups
+    return shapes if groups is None else grouped_shapes(shapes, groups)
+
+
 def compile_run(
     config: Config, steps: int, started: StartedCompiler, *, utilization: float
 ) -> StepCosts:
@@ -129,10 +136,11 @@ def compile_run(
     run = build_run(config, steps, devices=started.devices)
     sizes, pairs, shards = run.model.config, config.train.batch_size, batch_shards(run.mesh)
     step: Any = make_step(run)
-    lowered = step.lower(run.shapes, batch_shapes(run.mesh, sizes, pairs))
+    lowered = step.lower(run.shapes, batch_of_run(run))
     compiled, program, flops, timing = compile_program(lowered, started, utilization=utilization)
     stats: Any = compiled.memory_analysis()
-    tower_flops = pairs * pair_flops(run, sizes.text.context_length) / run.mesh.size
+    length = run.caption_groups or sizes.text.context_length
+    tower_flops = pairs * pair_flops(run, length) / run.mesh.size
     return StepCosts(
         compiler=started.compiler,
         mesh=dict(run.mesh.shape),

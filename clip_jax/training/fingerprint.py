@@ -55,6 +55,15 @@ def complete_fingerprint(saved: Fingerprint, workdir: str | Path) -> Fingerprint
     return {key: _lookup(config, key, default) for key, default in defaults.items()} | saved
 
 
+def saved_value(workdir: str | Path, key: str, default: Any) -> Any:
+    """Return a field ("config.data.streams") of the config that a run left in its work folder.
+
+    All processes have to call it.
+    """
+    config = from_first(_saved_config(Path(workdir)) if is_first() else None)
+    return default if config is None else _lookup(config, key, default)
+
+
 def _saved_config(workdir: Path) -> dict[str, Any] | None:
     try:
         return json.loads((workdir / CONFIG_FILENAME).read_text())["config"]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 
+from clip_jax.data.caption_groups import CaptionGroups
 from clip_jax.data.dataset import TrainingData, incomplete_samples
 from clip_jax.data.loader import Loader
 from clip_jax.files import atomic_write
@@ -24,7 +25,12 @@ from clip_jax.training.metrics import (
     read_lines_until,
 )
 from clip_jax.training.programs import ProgramCompiler
-from clip_jax.training.setup import RunComponents, attention_kernels, pair_flops
+from clip_jax.training.setup import (
+    RunComponents,
+    attention_kernels,
+    pair_flops,
+    rows_of_device,
+)
 from clip_jax.training.skip_limit import gather_skipped
 from clip_jax.training.state import parameter_counts
 
@@ -42,6 +48,12 @@ def print_summary(run: RunComponents, data: TrainingData, *, pairs: int, steps: 
         + mesh_text(run.mesh.shape),
         attention_kernels(run),
     ]
+    if run.caption_groups is not None:
+        rows = rows_of_device(config, run.mesh)
+        lines.append(
+            f"captions of {rows} pairs on a device, by tokens: {run.caption_groups}, "
+            f"{run.caption_groups.tokens:.1f} in the mean"
+        )
     lines += [
         f"shards left out: {n} {cause.replace('_', ' ')}, listed in skipped.jsonl"
         for cause, n in data.log.shard_counts.items()
@@ -62,7 +74,7 @@ class RunLogger:
     """Writes a line now and then, `metrics.jsonl` and TensorBoard's files, and what went wrong.
 
     Attributes:
-      length: tokens a caption of the newest batch, after trimming.
+      length: tokens a caption of the newest batch, after trimming, or its groups.
       data_wait: takes the time that is spent on waiting for data.
       steps: the number of the last step.
       folder: the work folder.
@@ -88,7 +100,7 @@ class RunLogger:
         config = run.config
         self._compiler, self._began = compiler, began
         self._startup: dict[str, float] | None = None
-        self.length = run.model.config.text.context_length
+        self.length: int | CaptionGroups = run.model.config.text.context_length
         self.data_wait = DataWait()
         self._pair_flops = functools.partial(pair_flops, run)
         self.steps = steps

@@ -1,6 +1,7 @@
 """The parts of a run, made from its config: model, optimizer, mesh, loss, step and loader."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from clip_jax.data import caption_groups
+from clip_jax.data.caption_groups import CaptionGroups, choose_groups, parse_shares
 from clip_jax.data.dataset import TrainingData, open_sources, steps_per_epoch
 from clip_jax.data.images import OPENAI, Preprocess
 from clip_jax.data.loader import Loader, make_train_loader
@@ -32,6 +35,7 @@ from clip_jax.parallel import distributed
 from clip_jax.parallel.mesh import (
     BATCH_AXES,
     batch_part,
+    batch_shards,
     check_batch_size,
     make_mesh,
     mesh_target,
@@ -79,6 +83,20 @@ class RunComponents:
     optimizer: optax.GradientTransformation
     shapes: TrainState
     source: SourceCheckpoint | None
+
+    @functools.cached_property
+    def caption_groups(self) -> CaptionGroups | None:
+        """The groups of a device's captions in a micro-batch; None trims them to the longest."""
+        shares, text = self.config.data.caption_groups, self.model.config.text
+        if shares in caption_groups.CHOICES or not text.supports_trimming:
+            return None
+        rows = rows_of_device(self.config, self.mesh)
+        return choose_groups(parse_shares(shares), rows, text.context_length)
+
+
+def rows_of_device(config: Config, mesh: Mesh) -> int:
+    """Return the pairs of one device in a micro-batch."""
+    return (config.train.microbatch_size or config.train.batch_size) // batch_shards(mesh)
 
 
 def sized_model(
@@ -231,8 +249,14 @@ def count_kept_patches(run: RunComponents) -> int | None:
     return kept_patches(patches, dropout) if patches and dropout else None
 
 
-def pair_flops(run: RunComponents, length: int) -> int:
-    """Count the operations of training on one pair, its caption trimmed to `length`."""
+def pair_flops(run: RunComponents, length: int | CaptionGroups) -> int:
+    """Count the operations of training on one pair, its caption trimmed to `length`.
+
+    Of groups it is the mean of their rows.
+    """
+    if isinstance(length, CaptionGroups):
+        rows = zip(length.rows, length.lengths, strict=True)
+        return sum(n * pair_flops(run, one) for n, one in rows) // length.all_rows
     return train_flops_per_pair(
         run.model.config,
         length,

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from clip_jax.data.images import Preprocess
 from clip_jax.losses import LossFn, LossOutput
-from clip_jax.models.clip import CLIP
+from clip_jax.models.clip import CLIP, TokenGroups
 from clip_jax.parallel.mesh import BATCH_AXES, batch_shards
 from clip_jax.parallel.sharding import rows_stay_split, with_whole_table
 from clip_jax.sections import TrainSection
@@ -37,7 +37,8 @@ class TrainStep(Protocol):
         """Return the next state and the metrics of this step.
 
         `batch` holds image uint8 [B, H, W, 3], text int32 [B, L], caption_id uint32 [B] and
-        valid bool [B], split over the mesh's batch axes.
+        valid bool [B], split over the mesh's batch axes; or in place of the text its rows in
+        groups, as `data.caption_groups.group_captions` makes them.
         """
         ...
 
@@ -76,6 +77,15 @@ def normalize_images(
     return (images_BHWC - jnp.array(mean)) / jnp.array(std)
 
 
+def tokens_of(rows: Batch, parts: int) -> jax.Array | TokenGroups:
+    """Return the captions of rows that are split into so many parts."""
+    if "text" in rows:
+        return rows["text"]
+    count = sum(name.startswith("text_") for name in rows) - 1
+    groups = tuple(rows[f"text_{k}"] for k in range(count))
+    return TokenGroups(groups, rows["text_place"], parts)
+
+
 def make_features(model: CLIP, *, mesh: Mesh, preprocess: Preprocess, freeze: str) -> FeaturesFn:
     """Make the function that runs both towers over rows of a batch.
 
@@ -92,7 +102,7 @@ def make_features(model: CLIP, *, mesh: Mesh, preprocess: Preprocess, freeze: st
             (z_image_BD, z_text_BD), updated = model.apply(
                 {"params": with_whole_table(params, mesh), "batch_stats": batch_stats},
                 normalize_images(images_BHWC, preprocess.mean, preprocess.std),
-                rows["text"],
+                tokens_of(rows, batch_shards(mesh)),
                 train,
                 rows["valid"],
                 rows.get("patch_ids_Bl"),
@@ -145,23 +155,25 @@ def make_cached_gradient(
     """
     shards = batch_shards(mesh)
 
-    def split(x: jax.Array) -> jax.Array:
-        """Reshape [B, ...] to [micro-batches, rows, ...].
+    def split(x: jax.Array, count: int) -> jax.Array:
+        """Reshape [B, ...] to [micro-batches, rows, ...], so many of them.
 
-        Each device gives rows of its own to every micro-batch, so nothing travels.
+        Each device gives rows of its own to every micro-batch, so nothing travels. A group of
+        captions is split like the rows that it is a part of.
         """
-        x = x.reshape(shards, -1, microbatch_size // shards, *x.shape[1:])
-        x = jnp.moveaxis(x, 0, 1).reshape(-1, microbatch_size, *x.shape[3:])
+        x = x.reshape(shards, count, -1, *x.shape[1:])
+        x = jnp.moveaxis(x, 0, 1).reshape(count, -1, *x.shape[3:])
         return lax.with_sharding_constraint(x, NamedSharding(mesh, P(None, BATCH_AXES)))
 
     def join(x: jax.Array) -> jax.Array:
         """Undo `split`."""
-        x = x.reshape(-1, shards, microbatch_size // shards, *x.shape[2:])
+        x = x.reshape(x.shape[0], shards, -1, *x.shape[2:])
         x = jnp.moveaxis(x, 1, 0).reshape(-1, *x.shape[3:])
         return lax.with_sharding_constraint(x, NamedSharding(mesh, P(BATCH_AXES)))
 
     def gradient(trained: Params, frozen: Params, batch_stats: Any, rows: Batch):
-        parts = {name: split(x) for name, x in rows.items()}
+        count = rows["valid"].size // microbatch_size
+        parts = {name: split(x, count) for name, x in rows.items()}
 
         def embed(stats: Any, part: Batch):
             z_image, z_text, stats = features(trained | frozen, stats, part)
@@ -186,7 +198,7 @@ def make_cached_gradient(
             grads = jax.tree.map(jnp.add, grads, part_grads)
             return lax.with_sharding_constraint(grads, shardings), None
 
-        grads, _ = lax.scan(add_part, grads, (parts, jax.tree.map(split, dz)))
+        grads, _ = lax.scan(add_part, grads, (parts, jax.tree.map(lambda x: split(x, count), dz)))
         return out, stats, grads
 
     return gradient
