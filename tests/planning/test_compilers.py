@@ -135,6 +135,6 @@ def test_a_small_program_for_tpus(tmp_path):
 def test_a_small_program_for_gpus(tmp_path):
     plan, text = run_plan(tmp_path, "h100")
     assert plan["compiler"]["platform"] == "cuda" and plan["fits"]
-    assert plan["estimated_by"] == "rates" and plan["counted_share"] is None
+    assert plan["estimated_by"] == "roofline" and plan["counted_share"] is None
     assert any(c["beside_computation"] for c in plan["collectives"])
     assert "compiled by XLA for NVIDIA GPUs" in text
