@@ -227,14 +227,11 @@ def _hidden(rows: int, heads: Heads) -> Array | None:
         conditions.append(key > query)
     # Which sequence a row is of, by comparisons: the TPU's vector unit divides no integers.
     starts = range(stride, rows, stride)
-    key_sequence, query_sequence = (
-        sum(((row >= start).astype(jnp.int32) for start in starts), jnp.zeros_like(row))
-        for row in (key, query)
-    )
     if stride > length:
+        key_sequence = sum(((key >= s).astype(jnp.int32) for s in starts), jnp.zeros_like(key))
         conditions.append(key - key_sequence * stride >= length)
-    if starts:
-        conditions.append(key_sequence != query_sequence)
+    # Rows of one sequence stand behind the same starts. Mosaic compares no booleans.
+    conditions += [jnp.logical_xor(key >= s, query >= s) for s in starts]
     return functools.reduce(jnp.logical_or, conditions) if conditions else None
 
 
