@@ -113,7 +113,7 @@ def program_config(config: Config) -> dict[str, Any]:
     for section in ("eval", "checkpoint"):
         del values[section]
     data = values["data"]
-    values["data"] = {k: data[k] for k in ("tokenizer", "color_jitter")}
+    values["data"] = {k: data[k] for k in ("tokenizer", "color_jitter", "caption_groups")}
     del values["train"]["log_every"]
     return values
 
