@@ -87,7 +87,7 @@ class Updater:
             return opt_state, optax.apply_updates(params, updates)
 
         params = jax.tree.map(jnp.copy, run.state.params)
-        options = compiler_options(run.components.model.target.platform)
+        options = compiler_options(run.components.model.target)
         self.step = jax.jit(update, donate_argnums=(1, 2), compiler_options=options)
         self.grads = jax.tree.map(jnp.ones_like, params)
         self.state = optimizer.init(params), params

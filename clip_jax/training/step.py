@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from clip_jax.data.images import Preprocess
 from clip_jax.losses import LossFn, LossOutput
 from clip_jax.models.clip import CLIP, TokenGroups
+from clip_jax.models.target import Target
 from clip_jax.parallel.mesh import BATCH_AXES, batch_shards
 from clip_jax.parallel.sharding import rows_stay_split, with_whole_table
 from clip_jax.sections import TrainSection
@@ -281,7 +282,7 @@ def make_train_step(
         step,
         donate_argnums=0,
         out_shardings=(shardings, None),
-        compiler_options=compiler_options(model.target.platform),
+        compiler_options=compiler_options(model.target),
     )
 
 
@@ -304,13 +305,24 @@ def make_update(
     return update
 
 
-def compiler_options(platform: str) -> dict[str, bool] | None:
+NEVER_MIB = 1_000_000
+
+
+def compiler_options(target: Target) -> dict[str, Any] | None:
     """Return XLA's options for a program that overwrites its state.
 
     On a CPU they turn on the analysis that GPUs and TPUs have anyway: without it XLA copies both
     moments of AdamW in every step, twice the parameters, before it overwrites them.
+
+    On TPUs whose devices hold copies of the whole model they keep XLA from cutting the product of
+    a kernel's gradient into one piece for each device that updates a part of it: by its own
+    estimate the step of ViT-B/32 takes 118 ms cut and 99 ms whole.
     """
-    return {"xla_cpu_copy_insertion_use_region_analysis": True} if platform == "cpu" else None
+    if target.platform == "cpu":
+        return {"xla_cpu_copy_insertion_use_region_analysis": True}
+    if target.platform == "tpu" and target.mesh is not None and target.mesh.shape["fsdp"] == 1:
+        return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": NEVER_MIB}
+    return None
 
 
 def make_encoders(
