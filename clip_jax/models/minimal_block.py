@@ -230,6 +230,8 @@ def _kernel_gradient(x: Array, d: Array) -> Array:
 
 def _row_sum(target: Target, d: Array) -> Array:
     """Return the sum over all rows, float32; on a TPU by a product with ones, twice as fast."""
-    if target.platform != "tpu":
+    # libtpu 0.0.42 fails where such a product's result is summed and split over `fsdp`.
+    is_split = target.mesh is not None and target.mesh.shape["fsdp"] > 1
+    if target.platform != "tpu" or is_split:
         return jnp.sum(d.astype(jnp.float32), 0)
     return _kernel_gradient(jnp.ones((len(d), 8), d.dtype), d)[0]
