@@ -158,8 +158,7 @@ def attend(
             key_lengths_B=key_lengths_B,
             implementation="cudnn",
         )
-    # A batch that the devices do not share equally is small: one to draw parameters with.
-    if kernel.name == "pallas" and key_lengths_B is None and len(q_BLNK) % target.batch_shards == 0:
+    if kernel.name == "pallas" and key_lengths_B is None and target.shares(len(q_BLNK)):
         return attend_short(q_BLNK, k_BLNK, v_BLNK, is_causal=is_causal, target=target)
     return jax.nn.dot_product_attention(
         q_BLNK,

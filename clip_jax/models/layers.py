@@ -267,9 +267,8 @@ def stream_kernel(
         queries=length,
         keys=length,
     )
-    # A batch that the devices do not share equally is small: one to draw parameters with.
-    is_shared = batch % exec_config.target.batch_shards == 0
-    return kernel.name if is_shared or kernel.name != "pallas" else "xla"
+    has_rows = kernel.name != "pallas" or exec_config.target.shares(batch)
+    return kernel.name if has_rows else "xla"
 
 
 def stream_packing(config: BlockConfig, exec_config: ExecConfig, shape: tuple[int, ...]) -> Packing:

@@ -17,6 +17,8 @@ SUBLANES, LANES = 8, 128
 MAX_ROWS = 256
 """Of a segment with several sequences: their logits are computed all with all."""
 MAX_SEQUENCES = 16
+HIDDEN = -1e30
+"""The logit of a key that a query does not see: below every other, yet finite."""
 
 
 @dataclasses.dataclass(frozen=True)

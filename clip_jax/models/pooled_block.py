@@ -13,9 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from clip_jax.models.minimal_block import BlockParts, dense, scaled
-from clip_jax.models.packing import Packing
-
-HIDDEN = -1e30
+from clip_jax.models.packing import HIDDEN, Packing
 
 
 def pooled_block(

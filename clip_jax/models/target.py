@@ -40,6 +40,13 @@ class Target:
         """The number of parts in which the rows of a batch are split."""
         return math.prod(self.mesh.shape[axis] for axis in self.batch_axes) if self.mesh else 1
 
+    def shares(self, batch: int) -> bool:
+        """Return whether the devices have equally many rows of such a batch.
+
+        One that they have not is small: one to draw parameters with.
+        """
+        return batch % self.batch_shards == 0
+
     @property
     def splits_rows_alone(self) -> bool:
         """Whether no axis of the mesh splits anything but rows of a batch."""

@@ -39,7 +39,7 @@ def make_mesh(
             f"{data * fsdp * tensor} devices and there are {count}; "
             "change config.mesh.fsdp and config.mesh.tensor so that their product divides that"
         )
-    # Explicit axes, make_mesh's default, break linen's nn.Embed.
+    # Explicit axes, make_mesh's default, break the look-up of tokens.
     return jax.make_mesh(
         (data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
     )

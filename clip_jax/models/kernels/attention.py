@@ -24,14 +24,12 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from clip_jax.models.kernels.vmem import segments_per_program, vmem_limit
-from clip_jax.models.packing import Packing
+from clip_jax.models.packing import HIDDEN, Packing
 from clip_jax.models.target import Target
 
 LANES = 128
 AT_ONCE = 2
 """Registers' widths that one round of the loop over heads works on."""
-HIDDEN = -1e30
-"""The logit of a key that a query does not see: below every other, yet finite."""
 
 ROWS_BY_ROWS = (((1,), (1,)), ((), ()))
 MATRICES = (((1,), (0,)), ((), ()))

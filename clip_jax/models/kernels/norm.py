@@ -30,31 +30,31 @@ class Norm:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def residual_norm(
-    x_BLD: Float[Array, "B L D"],
+    x_SRD: Float[Array, "S R D"],
     scale_D: Float[Array, " D"],
     bias_D: Float[Array, " D"],
     norm: Norm,
-) -> tuple[Float[Array, "B L D"], Float[Array, "B L D"]]:
-    """Return `x_BLD` itself and its layer norm, computed in float32, in its dtype.
+) -> tuple[Float[Array, "S R D"], Float[Array, "S R D"]]:
+    """Return `x_SRD` itself and its layer norm, computed in float32, in its dtype.
 
     Take the first where the residual connection goes on: its gradient is then added by the
     kernel.
     """
-    (y_BLD,) = _call(_forward_kernel, norm, (x_BLD,), (scale_D, bias_D))
-    return x_BLD, y_BLD
+    (y_SRD,) = _call(_forward_kernel, norm, (x_SRD,), (scale_D, bias_D))
+    return x_SRD, y_SRD
 
 
-def _forward(x_BLD, scale_D, bias_D, norm: Norm):
-    return residual_norm(x_BLD, scale_D, bias_D, norm), (x_BLD, scale_D)
+def _forward(x_SRD, scale_D, bias_D, norm: Norm):
+    return residual_norm(x_SRD, scale_D, bias_D, norm), (x_SRD, scale_D)
 
 
 def _backward(norm: Norm, residuals, gradients):
-    x_BLD, scale_D = residuals
-    dx_BLD, dscale_b1D, dbias_b1D = _call(
-        _backward_kernel, norm, (x_BLD, *gradients), (scale_D,), sums=True
+    x_SRD, scale_D = residuals
+    dx_SRD, dscale_s1D, dbias_s1D = _call(
+        _backward_kernel, norm, (x_SRD, *gradients), (scale_D,), sums=True
     )
-    dscale_D, dbias_D = jnp.sum(dscale_b1D, (0, 1)), jnp.sum(dbias_b1D, (0, 1))
-    return dx_BLD, dscale_D.astype(scale_D.dtype), dbias_D.astype(scale_D.dtype)
+    dscale_D, dbias_D = jnp.sum(dscale_s1D, (0, 1)), jnp.sum(dbias_s1D, (0, 1))
+    return dx_SRD, dscale_D.astype(scale_D.dtype), dbias_D.astype(scale_D.dtype)
 
 
 residual_norm.defvjp(_forward, _backward)
@@ -66,16 +66,16 @@ def _call(
     """Run a kernel on each device's rows; with `sums` it also returns two of [programs, 1, D]."""
 
     def run(*arrays: Array) -> tuple[Array, ...]:
-        batch, length, width = arrays[0].shape
-        images = segments_per_program(batch, length)
-        block = pl.BlockSpec((images, length, width), lambda b: (b, 0, 0))
-        sums_block = pl.BlockSpec((1, 1, width), lambda b: (b, 0, 0))
-        sums_shape = jax.ShapeDtypeStruct((batch // images, 1, width), jnp.float32)
+        segments, length, width = arrays[0].shape
+        taken = segments_per_program(segments, length)
+        block = pl.BlockSpec((taken, length, width), lambda s: (s, 0, 0))
+        sums_block = pl.BlockSpec((1, 1, width), lambda s: (s, 0, 0))
+        sums_shape = jax.ShapeDtypeStruct((segments // taken, 1, width), jnp.float32)
         return pl.pallas_call(
             functools.partial(kernel, epsilon=norm.epsilon),
-            grid=(batch // images,),
+            grid=(segments // taken,),
             in_specs=[block] * len(rows)
-            + [pl.BlockSpec((1, width), lambda b: (0, 0))] * len(whole),
+            + [pl.BlockSpec((1, width), lambda s: (0, 0))] * len(whole),
             out_specs=[block] + [sums_block, sums_block] * sums,
             out_shape=[jax.ShapeDtypeStruct(arrays[0].shape, arrays[0].dtype)]
             + [sums_shape, sums_shape] * sums,
@@ -90,21 +90,21 @@ def _call(
 
 
 def _forward_kernel(x, scale, bias, y, *, epsilon: float) -> None:
-    for image in range(x.shape[0]):
-        normalized, _ = _normalize(x[image], epsilon)
-        y[image] = (normalized * scale[...] + bias[...]).astype(y.dtype)
+    for segment in range(x.shape[0]):
+        normalized, _ = _normalize(x[segment], epsilon)
+        y[segment] = (normalized * scale[...] + bias[...]).astype(y.dtype)
 
 
 def _backward_kernel(x, around, dy, scale, dx, dscale, dbias, *, epsilon: float) -> None:
     dscale_1D = dbias_1D = jnp.zeros(scale.shape, jnp.float32)
-    for image in range(x.shape[0]):
-        normalized, inverse = _normalize(x[image], epsilon)
-        d = dy[image].astype(jnp.float32)
+    for segment in range(x.shape[0]):
+        normalized, inverse = _normalize(x[segment], epsilon)
+        d = dy[segment].astype(jnp.float32)
         dscale_1D += jnp.sum(d * normalized, 0, keepdims=True)
         dbias_1D += jnp.sum(d, 0, keepdims=True)
         d = d * scale[...]
         d = d - _mean(d) - normalized * _mean(d * normalized)
-        dx[image] = (around[image].astype(jnp.float32) + inverse * d).astype(dx.dtype)
+        dx[segment] = (around[segment].astype(jnp.float32) + inverse * d).astype(dx.dtype)
     dscale[0], dbias[0] = dscale_1D, dbias_1D
 
 
