@@ -8,10 +8,12 @@ flash attention inside.
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import json
 import math
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -22,9 +24,14 @@ import benchmarks.process_setup  # noqa: F401
 import jax
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-with contextlib.suppress(RuntimeError):  # a torchvision that fits this torch declares its own
-    # One that does not fit fails to import for want of two operators, which nothing here uses.
+try:
+    import torchvision  # noqa: F401
+except (ImportError, RuntimeError):
+    # One that does not fit this torch fails for want of two operators, which nothing here uses.
+    for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+        del sys.modules[name]
     _library = torch.library.Library("torchvision", "DEF")
     _library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
@@ -52,7 +59,8 @@ class Batch:
 
     Attributes:
       images: uint8 [B, H, W, 3].
-      tokens: int32 [B, L], trimmed to the bucket of the longest caption, as clip_jax's loader does.
+      tokens: int32 [B, L], trimmed to the bucket of the longest caption, as clip_jax's loader does;
+        whole under `--untrimmed`.
       torch_images: uint8 [B, 3, H, W], on the device.
       torch_tokens: int64 [B, context], on the device.
       tokens_a_caption: the mean number of tokens, start and end included.
@@ -72,6 +80,16 @@ def add_arguments(parser: argparse.ArgumentParser, *, batch: int) -> None:
     parser.add_argument("--device", choices=["cpu", "gpu"], default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--compile", action="store_true", help="torch.compile (on a GPU always)")
+    parser.add_argument(
+        "--untrimmed", action="store_true", help="clip_jax computes the whole context too"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.FIELD=VALUE",
+        help="a field of clip_jax's config: model.remat=none",
+    )
 
 
 def configure_devices(options: argparse.Namespace) -> None:
@@ -112,7 +130,7 @@ def make_batch(options: argparse.Namespace, loaded: LoadedCLIP) -> Batch:
     device = torch_device(options)
     return Batch(
         images,
-        trim_to_bucket(tokens, loaded.config.text.eot_id),
+        tokens if options.untrimmed else trim_to_bucket(tokens, loaded.config.text.eot_id),
         torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().to(device),
         torch_tokens.to(device),
         float((tokens != 0).sum() / len(tokens)),
@@ -124,6 +142,20 @@ def prepare(options: argparse.Namespace) -> tuple[torch.nn.Module, LoadedCLIP, B
     configure_devices(options)
     model, loaded = make_models(options)
     return model, loaded, make_batch(options, loaded)
+
+
+def count_torch_flops(options: argparse.Namespace, model: torch.nn.Module, batch: Batch) -> int:
+    """Return the operations of a step's matrix products, by PyTorch's own count.
+
+    It cannot look into a compiled program, so a plain step on 8 of the pairs is counted; the
+    loss's own product, which grows with the square, is not seen beside the towers'.
+    """
+    rows = min(8, options.batch)
+    plain = copy.deepcopy(model)
+    with FlopCounterMode(display=False) as counter, torch_precision(options):
+        features = plain(torch_normalized(batch.torch_images[:rows]), batch.torch_tokens[:rows])
+        open_clip.ClipLoss()(*features).backward()
+    return counter.get_total_flops() * options.batch // rows
 
 
 def torch_device(options: argparse.Namespace) -> str:

@@ -4,9 +4,10 @@
 
 Each figure is one value and its gradients on one device. `dense` is the definition, one matrix of
 logits; `two-block` computes the matrix for each direction, as open_clip does on several devices;
-`tiled` is what training uses, tiles chosen by the rule; `open_clip` is its ClipLoss. At `--beyond`
-rows only `tiled` runs. Memory is what the compiled program asks for beside its inputs and outputs;
-PyTorch has no such count on a CPU. FLOPs are the compiler's count of one device's program of 8.
+`tiled` is what training uses, tiles chosen by the rule; `open_clip` is its ClipLoss, on a GPU as
+`torch.compile` makes it. At `--beyond` rows only `tiled` runs. Memory is what the compiled program
+asks for beside its inputs and outputs, and PyTorch's peak on a GPU; it has no such count on a CPU.
+FLOPs are the compiler's count of one device's program of 8.
 """
 
 import argparse
@@ -113,16 +114,28 @@ def count_flops(options: argparse.Namespace) -> list[dict]:
     ]
 
 
-def torch_loss(inputs: tuple) -> Callable[[], float] | None:
-    """Return open_clip's ClipLoss with its gradients; None where it is not installed."""
+def torch_loss(inputs: tuple) -> tuple[Callable[[], float], Callable[[], float | str]] | None:
+    """Return open_clip's ClipLoss with its gradients, and the MB it has held on a GPU.
+
+    None where it is not installed.
+    """
     try:
         from benchmarks.compare_open_clip import open_clip, torch
     except ImportError:
         return None
-    z_image, z_text, scale = (
-        torch.tensor(np.asarray(x, np.float32), requires_grad=True) for x in inputs[:3]
+    on_gpu = jax.default_backend() == "gpu"
+    dtype = torch.bfloat16 if inputs[0].dtype == jnp.bfloat16 else torch.float32
+    z_image, z_text = (
+        torch.tensor(np.asarray(x, np.float32), dtype=dtype, device="cuda" if on_gpu else "cpu")
+        for x in inputs[:2]
     )
+    scale = torch.tensor(float(inputs[2]), device=z_image.device)
+    for x in (z_image, z_text, scale):
+        x.requires_grad_()
     loss_fn = open_clip.ClipLoss()
+    if on_gpu:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        loss_fn = torch.compile(loss_fn)
 
     def call() -> float:
         z_image.grad = z_text.grad = scale.grad = None
@@ -130,7 +143,10 @@ def torch_loss(inputs: tuple) -> Callable[[], float] | None:
         loss.backward()
         return loss.item()
 
-    return call
+    def memory() -> float | str:
+        return torch.cuda.max_memory_allocated() / 1e6 if on_gpu else ""
+
+    return call, memory
 
 
 def measure(rows: int, options: argparse.Namespace, forms: list[str]) -> list[dict]:
@@ -145,8 +161,9 @@ def measure(rows: int, options: argparse.Namespace, forms: list[str]) -> list[di
         name: (lambda program=program: float(jax.block_until_ready(program(*inputs))[0]))
         for name, program in programs.items()
     }
-    torch_call = torch_loss(inputs) if "open_clip" in forms and options.loss == "softmax" else None
-    calls |= {} if torch_call is None else {"open_clip": torch_call}
+    compares = "open_clip" in forms and options.loss == "softmax"
+    peer = torch_loss(inputs) if compares else None
+    calls |= {} if peer is None else {"open_clip": peer[0]}
     values = {name: call() for name, call in calls.items()}
     repeats = options.repeats if len(calls) > 1 else min(options.repeats, 2)
     warmup = options.warmup if len(calls) > 1 else 0
@@ -158,6 +175,8 @@ def measure(rows: int, options: argparse.Namespace, forms: list[str]) -> list[di
         memory: float | str = ""
         if name in programs:
             memory = programs[name].memory_analysis().temp_size_in_bytes / 1e6
+        elif peer is not None:
+            memory = peer[1]()
         table.append(row | {"MB": memory, "loss": f"{values[name]:.7f}"})
     return table
 

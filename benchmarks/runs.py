@@ -1,6 +1,7 @@
 """clip_jax's own training step over a loaded model, built as the trainer builds it."""
 
 import argparse
+import ast
 import dataclasses
 from typing import Any, NamedTuple
 
@@ -39,13 +40,21 @@ def make_run(
     tokens: np.ndarray,
     **train: Any,
 ) -> Run:
-    """Return a run with AdamW on one batch; `train` overrides fields of `config.train`."""
+    """Return a run with AdamW on one batch; `train` overrides fields of `config.train`.
+
+    `options.set` has more overrides: "model.remat=none".
+    """
     rows = len(images)
     values = default()
     values.train.update({"steps": 1000, "batch_size": rows} | train)
     values.data.streams = 1
     values.model.dtype = options.dtype
     values.optim.learning_rate = 1e-5
+    for text in options.set:
+        key, _, value = text.partition("=")
+        section, field = key.split(".")
+        is_text = isinstance(values[section][field], str)
+        values[section][field] = value if is_text else ast.literal_eval(value)
     config = resolve(values)
     parts = build_run(config, config.train.steps)
     # The run's own model with the loaded one's sizes, which are open_clip's.

@@ -1,0 +1,46 @@
+#!/bin/sh
+# What a GPU says: training against open_clip with torch.compile, the kernels of our steps, encoding,
+# the loss at 32,768 and GradCache, in bfloat16. At most 8 minutes; the parts that ended are there
+# when it is stopped. Their tables go to FOLDER, and from there into docs/performance.md.
+#
+#     sh benchmarks/on_gpu.sh FOLDER [PART ...]
+#
+# PYTHON has jax with CUDA, torch with CUDA and open_clip; PART is one of: b32 b16 l14 encoding loss gradcache.
+set -u
+folder=${1:?a folder for the tables}
+shift
+python=${PYTHON:-python}
+cd "$(dirname "$0")/.." || exit 1
+mkdir -p "$folder"
+bf16="--device gpu --dtype bfloat16"
+
+# part SECONDS MODULE ARGUMENT...: a benchmark within its time, its table in $folder/$name.
+part() {
+    limit=$1
+    shift
+    mkdir -p "$folder/$name"
+    timeout "$limit" "$python" -m "$@" --out "$folder/$name" >"$folder/$name/out.txt" 2>"$folder/$name/err.txt" ||
+        { echo "$name: ended with code $?; the end of $folder/$name/err.txt:"; tail -n 3 "$folder/$name/err.txt"; }
+    cat "$folder/$name/out.txt"
+}
+
+# train NAME MODEL BATCH: the whole context in both, and the kernels of our step.
+train() {
+    name=$1
+    part 150 benchmarks.training $bf16 --model "$2" --batch "$3" --untrimmed --warmup 3 --repeats 20 --profile "$folder/$1/profile"
+    part 60 benchmarks.kernels "$folder/$1/profile" --top 25
+}
+
+nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
+for name in ${*:-b32 b16 l14 encoding loss gradcache}; do
+    echo "== $name"
+    case $name in
+    b32) train b32 ViT-B-32-quickgelu 1024 ;;
+    b16) train b16 ViT-B-16-quickgelu 512 ;;
+    l14) train l14 ViT-L-14-quickgelu 128 ;;
+    encoding) part 120 benchmarks.encoding $bf16 --model ViT-B-16-quickgelu --batch 256 ;;
+    loss) part 90 benchmarks.loss --dtype bfloat16 --rows 32768 --beyond 65536 ;;
+    gradcache) part 120 benchmarks.gradcache $bf16 --model ViT-L-14-quickgelu --batch 128 --microbatches 4 ;;
+    *) echo "no part $name" && exit 2 ;;
+    esac
+done
