@@ -14,6 +14,7 @@ def progress_bar(
     items: Iterable | None = None,
     initial: int = 0,
     shown: bool = True,
+    scaled: bool = False,
 ) -> tqdm:
     """Return a bar with count, rate and time left.
 
@@ -24,6 +25,7 @@ def progress_bar(
       items: what the bar iterates over; without them `update` moves it.
       initial: how many were done before.
       shown: False shows nothing.
+      scaled: counts are written with k, M and G.
     """
     # In a file, a bar that is drawn often is noise.
     seconds = 0.1 if sys.stderr.isatty() else 10.0
@@ -32,6 +34,7 @@ def progress_bar(
         title,
         total,
         unit=unit,
+        unit_scale=scaled,
         initial=initial,
         mininterval=seconds,
         miniters=0,  # the clock alone says when to draw, and is looked at in every update

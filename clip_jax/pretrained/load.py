@@ -84,7 +84,10 @@ def read_checkpoint(path: str | Path, model: str | None = None) -> Checkpoint:
             f"{path} holds no checkpoint: neither {OPEN_CLIP_CONFIG} nor {HF_CONFIG} is there"
         )
     if not path.exists():
-        raise UserError(f"{path} does not exist; give a checkpoint's file or folder")
+        raise UserError(
+            f"{path} does not exist; give a checkpoint's file or folder, or a name such as "
+            '"ViT-B-32:laion2b_s34b_b79k" or "hf-hub:owner/name"'
+        )
     beside = path.parent / OPEN_CLIP_CONFIG
     if model is None and path.name in OPEN_CLIP_WEIGHTS and beside.is_file():
         return _from_open_clip_folder(path.parent)

@@ -25,16 +25,11 @@ from jax.sharding import PartitionSpec as P
 from clip_jax.errors import UserError
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.parallel.sharding import partition_spec
-from clip_jax.pretrained.load import Checkpoint, read_checkpoint, tokenizer_family
+from clip_jax.pretrained.by_name import read_model
+from clip_jax.pretrained.load import Checkpoint, tokenizer_family
 from clip_jax.pretrained.resize import resize_checkpoint
 from clip_jax.pretrained.trees import array_shapes, by_path, to_variables
-from clip_jax.pretrained.work_folder import (
-    CHECKPOINT_DIRNAME,
-    WEIGHTS_FILENAME,
-    is_work_folder,
-    read_description,
-    read_weights,
-)
+from clip_jax.pretrained.work_folder import CHECKPOINT_DIRNAME
 from clip_jax.sections import Config
 from clip_jax.tokenizers import TokenizerSpec, make_tokenizer, tokenizer_from_file
 from clip_jax.training.checkpoint import Checkpoints
@@ -54,7 +49,7 @@ class SourceCheckpoint:
     """A checkpoint that a run starts from.
 
     Attributes:
-      path: its file or folder.
+      path: its file, folder or name.
       checkpoint: what it holds; its `arrays` are empty where a run's own checkpoints hold them.
     """
 
@@ -72,14 +67,7 @@ def read_source(path: str, model: str | None) -> SourceCheckpoint:
     Raises:
       UserError: nothing there can be read.
     """
-    if not is_work_folder(path):
-        return SourceCheckpoint(path, read_checkpoint(path, model))
-    run = read_description(path)
-    weights = Path(path) / WEIGHTS_FILENAME
-    arrays = read_weights(weights, run.model) if weights.is_file() else {}
-    return SourceCheckpoint(
-        path, Checkpoint(run.model_name, run.model, arrays, run.preprocess, run.tokenizer)
-    )
+    return SourceCheckpoint(path, read_model(path, model))
 
 
 def has_checkpoints(workdir: str | Path) -> bool:
