@@ -1,6 +1,6 @@
 """The kernels of a profiled training step on a GPU, by time.
 
-    python -m benchmarks.training --device gpu --dtype bfloat16 --profile FOLDER
+    python -m benchmarks.on_gpu --profile FOLDER
     python -m benchmarks.kernels FOLDER
 
 Milliseconds a step of the longest kernels, and of each kind: matrix products, attention, the rest,
@@ -15,7 +15,7 @@ from pathlib import Path
 from jax.profiler import ProfileData
 
 from benchmarks.interleaved import make_parser, report
-from benchmarks.training import PROFILED_STEPS
+from benchmarks.on_gpu import PROFILED_STEPS
 
 KINDS = (
     ("attention", r"fmha|flash|sdpa|cudnn_generated|softmax"),
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     events = sorted(gpu_events(options.folder))
     if not events:
-        raise SystemExit(f"{options.folder} holds no profile of a GPU; see --profile of training")
+        raise SystemExit(f"{options.folder} holds no profile of a GPU; see --profile of on_gpu")
     span = max(end for _, end, _ in events) - events[0][0]
     kinds: collections.Counter[str] = collections.Counter()
     names: collections.Counter[str] = collections.Counter()

@@ -5,7 +5,8 @@
 #
 #     sh benchmarks/on_gpu.sh FOLDER [PART ...]
 #
-# PYTHON has jax with CUDA, torch with CUDA and open_clip; PART is one of: b32 b16 l14 encoding loss gradcache.
+# PYTHON has jax with CUDA, torch with CUDA and open_clip; PART is one of
+# training, loss, gradcache, encoding.
 set -u
 folder=${1:?a folder for the tables}
 shift
@@ -24,23 +25,20 @@ part() {
     cat "$folder/$name/out.txt"
 }
 
-# train NAME MODEL BATCH: the whole context in both, and the kernels of our step.
-train() {
-    name=$1
-    part 150 benchmarks.training $bf16 --model "$2" --batch "$3" --untrimmed --warmup 3 --repeats 20 --profile "$folder/$1/profile"
-    part 60 benchmarks.kernels "$folder/$1/profile" --top 25
-}
-
 nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
-for name in ${*:-b32 b16 l14 encoding loss gradcache}; do
+for name in ${*:-training loss gradcache encoding}; do
     echo "== $name"
     case $name in
-    b32) train b32 ViT-B-32-quickgelu 1024 ;;
-    b16) train b16 ViT-B-16-quickgelu 512 ;;
-    l14) train l14 ViT-L-14-quickgelu 128 ;;
-    encoding) part 120 benchmarks.encoding $bf16 --model ViT-B-16-quickgelu --batch 256 ;;
+    training)
+        part 300 benchmarks.on_gpu --profile "$folder/profile"
+        for profile in "$folder"/profile/*; do
+            name=kernels-$(basename "$profile")
+            part 60 benchmarks.kernels "$profile" --top 25
+        done
+        ;;
     loss) part 90 benchmarks.loss --dtype bfloat16 --rows 32768 --beyond 65536 ;;
     gradcache) part 120 benchmarks.gradcache $bf16 --model ViT-L-14-quickgelu --batch 128 --microbatches 4 ;;
+    encoding) part 120 benchmarks.encoding $bf16 --model ViT-B-16-quickgelu --batch 256 ;;
     *) echo "no part $name" && exit 2 ;;
     esac
 done

@@ -38,7 +38,7 @@ def in_subprocess(
         try:
             parent.send(name)
             return parent.recv()
-        except (EOFError, BrokenPipeError) as error:
+        except (EOFError, ConnectionError) as error:
             raise SystemExit(
                 f"the process of {make_calls.__name__} has ended; see above"
             ) from error

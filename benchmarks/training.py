@@ -7,14 +7,12 @@ A step is the whole of it: uint8 images normalized, both towers forward and back
 AdamW, and the temperature's clip. In every round a square matrix product is timed as well: the
 limit that utilization is measured against, under the same load as the steps; on a GPU that is its
 published peak. Each library has a process of its own (`benchmarks/subprocess_calls.py` says why).
-On a GPU they compile side by side, and the steps' peak memory is told.
+Both hold their memory at once; `benchmarks/on_gpu.py` gives each the whole GPU in turn.
 """
 
 import argparse
 import statistics
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,22 +25,14 @@ from benchmarks.subprocess_calls import Calls, in_subprocess
 from clip_jax.models.flops import train_flops_per_pair
 from clip_jax.training.metrics import measure_matmul_flops, peak_flops
 
-PROFILED_STEPS = 3
-
 
 def main(argv: list[str] | None = None) -> None:
     """Measure and print one table."""
     parser = make_parser(__doc__, warmup=1, repeats=5)
     compare_open_clip.add_arguments(parser, batch=32)
-    parser.add_argument("--profile", type=Path, help="folder for a profile of clip_jax's steps")
     options = parser.parse_args(argv)
-    with ThreadPoolExecutor() as pool:
-        # On a GPU, whose host has cores for both, one library compiles beside the other.
-        calls_of_torch = pool.submit(first_torch_step, options)
-        if options.device == "cpu":
-            calls_of_torch.result()
-        stepper, facts = first_step(options)
-        torch_calls, torch_facts = calls_of_torch.result()
+    torch_calls, torch_facts = first_torch_step(options)
+    stepper, facts = first_step(options)
     calls: Calls = {"clip_jax": stepper, "open_clip": torch_calls["open_clip"]}
     firsts = {"clip_jax": facts["first"], "open_clip": torch_facts}
     rates: list[float] = []
@@ -54,12 +44,6 @@ def main(argv: list[str] | None = None) -> None:
     times = time_interleaved(
         calls | {"matmul": matmul}, warmup=options.warmup, repeats=options.repeats
     )
-    if options.profile:
-        profile = jax.profiler.ProfileOptions()
-        profile.python_tracer_level = 0
-        with jax.profiler.trace(str(options.profile), profiler_options=profile):
-            for _ in range(PROFILED_STEPS):
-                stepper()
     peak = statistics.median(rates[options.warmup :])
     flops = {"clip_jax": facts["flops"], "open_clip": torch_calls["flops"]()}
     memory = {"clip_jax": device_memory(), "open_clip": torch_calls["memory"]()}

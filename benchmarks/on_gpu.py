@@ -1,0 +1,142 @@
+"""Training steps of clip_jax and of open_clip with `torch.compile`, each alone on one GPU.
+
+    python -m benchmarks.on_gpu --profile FOLDER
+    python -m benchmarks.on_gpu --case ViT-B-16-quickgelu:256 --set model.remat=none
+
+bfloat16, the whole context in both, the same weights and batch. Every library and model has a
+process of its own. open_clip's all compile at once, beside our first; nothing runs beside a step
+that is measured, and a process ends when its steps are. Memory is the most that its allocator has
+held, weights and optimizer included. Profiles are for `benchmarks/kernels.py`.
+"""
+
+import argparse
+import gzip
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import torch
+
+from benchmarks import compare_open_clip
+from benchmarks.interleaved import make_parser, report, seconds, spread
+from benchmarks.runs import Stepper, make_run
+from benchmarks.subprocess_calls import Calls, in_subprocess
+from clip_jax.models.flops import train_flops_per_pair
+from clip_jax.training.metrics import peak_flops
+
+CASES = ["ViT-B-16-quickgelu:128", "ViT-L-14-quickgelu:64", "ViT-B-32-quickgelu:512"]
+PROFILED_STEPS = 3
+Worker = tuple[Calls, dict[str, Any]]
+"""A process's calls, its step compiled and warm, and facts about it."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure case by case, and print the table so far after each."""
+    parser = make_parser(__doc__, warmup=3, repeats=20)
+    parser.add_argument("--case", action="append", metavar="MODEL:PAIRS", help="default: three")
+    parser.add_argument(
+        "--profile", type=Path, help="folder for profiles and programs of our steps"
+    )
+    parser.add_argument("--ours", action="store_true", help="open_clip is left out")
+    compare_open_clip.add_arguments(parser, batch=0)
+    parser.set_defaults(device="gpu", dtype="bfloat16", untrimmed=True)
+    options = parser.parse_args(argv)
+    cases = [case_options(options, case) for case in options.case or CASES]
+    rows: list[dict[str, Any]] = []
+    with ThreadPoolExecutor() as pool:
+        peers = [pool.submit(in_subprocess, torch_side, case) for case in cases if not case.ours]
+        ours = [pool.submit(in_subprocess, jax_side, cases[0])]
+        for case in cases if peers else []:
+            rows.append(measure("open_clip", case, peers.pop(0)))
+        for case in cases:
+            worker = ours.pop() if ours else pool.submit(in_subprocess, jax_side, case)
+            rows.append(measure("clip_jax", case, worker))
+            del worker
+            report("on_gpu", options, rows)
+
+
+def case_options(options: argparse.Namespace, case: str) -> argparse.Namespace:
+    """Return the options of one case."""
+    model, _, pairs = case.partition(":")
+    return argparse.Namespace(**{**vars(options), "model": model, "batch": int(pairs)})
+
+
+def measure(library: str, case: argparse.Namespace, started: Future[Worker]) -> dict[str, Any]:
+    """Time a process's steps, and profile them where it can; return the row of the table."""
+    row: dict[str, Any] = {"model": case.model, "pairs": case.batch, "library": library}
+    try:
+        calls, facts = started.result()
+        times = spread([seconds(calls["step"]) for _ in range(case.repeats)])
+        if case.profile and "profile" in calls:
+            calls["profile"]()
+    except SystemExit as error:  # it does not fit, say; the other cases go on
+        return row | {"failed": str(error)}
+    peak = peak_flops(facts["device"], case.dtype)
+    return row | {
+        "pairs/s": times.per(case.batch),
+        "step, ms": times.scaled(1e3),
+        "TFLOP/s": facts["flops"] / times.median / 1e12,
+        "utilization": facts["flops"] / times.median / peak if peak else "",
+        "memory, GB": calls["memory"]() / 1e9,
+        "to the first step, s": facts["seconds"],
+        "first loss": f"{facts['loss']:.5f}",
+    }
+
+
+def jax_side(options: argparse.Namespace) -> tuple[Calls, dict[str, Any]]:
+    """Return our step, compiled and warm; `flops` are those that the model needs."""
+    start = time.perf_counter()
+    _, loaded, batch = compare_open_clip.prepare(options)
+    run = make_run(options, loaded, batch.images, batch.tokens)
+    step = run.step.lower(run.state, run.batch).compile()
+    stepper = Stepper(run, step)
+    facts = {
+        "loss": stepper(),
+        "seconds": time.perf_counter() - start,
+        "flops": options.batch * train_flops_per_pair(loaded.config, batch.tokens.shape[1]),
+        "device": jax.devices()[0].device_kind,
+    }
+    for _ in range(options.warmup):
+        stepper()
+
+    def profile() -> None:
+        folder = options.profile / options.model
+        trace_options = jax.profiler.ProfileOptions()
+        trace_options.python_tracer_level = 0
+        with jax.profiler.trace(str(folder), profiler_options=trace_options):
+            for _ in range(PROFILED_STEPS):
+                stepper()
+        with gzip.open(folder / "program.txt.gz", "wt") as file:
+            file.write(step.as_text())
+
+    def memory() -> int:
+        return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
+
+    return {"step": stepper, "memory": memory, "profile": profile}, facts
+
+
+def torch_side(options: argparse.Namespace) -> tuple[Calls, dict[str, Any]]:
+    """Return open_clip's step, compiled and warm; `flops` are PyTorch's own count."""
+    start = time.perf_counter()
+    model, _, batch = compare_open_clip.prepare(options)
+    flops = compare_open_clip.count_torch_flops(options, model, batch)
+    on_gpu = options.device == "gpu"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    step = compare_open_clip.make_torch_step(options, model, batch)
+    facts = {
+        "loss": step(),
+        "seconds": time.perf_counter() - start,
+        "flops": flops,
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+    }
+    for _ in range(options.warmup):
+        step()
+    memory = torch.cuda.max_memory_allocated if on_gpu else int
+    return {"step": step, "memory": memory}, facts
+
+
+if __name__ == "__main__":
+    main()
