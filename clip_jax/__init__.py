@@ -2,6 +2,7 @@
 
     import clip_jax
     clip = clip_jax.load("runs/emoji")          # a work folder, or any published checkpoint
+    clip = clip_jax.load("ViT-B-32:laion2b_s34b_b79k")  # a published model, fetched by its name
     clip = clip_jax.create("ViT-B/32", seed=0)  # random weights
 
 Importing this starts no device: the heavy parts are imported by the first call.
@@ -31,14 +32,17 @@ def load(
     context_length: int | None = None,
     mesh: "Mesh | None" = None,
 ) -> "LoadedCLIP":
-    """Load a model from a run's work folder or from a published checkpoint, whatever its format.
+    """Load a model: a run's work folder, a published checkpoint, or a published model by its name.
+
+    Names are open_clip's "model:tag", "hf-hub:owner/name" (and "@revision") and OpenAI's
+    "ViT-B/32". Their files are fetched once, to the cache of `huggingface_hub`, and checked.
 
     OpenAI's `.pt`; open_clip's `.pt`, `.bin` and `.safetensors`; folders of open_clip and Hugging
     Face (CLIP, MetaCLIP 2, SigLIP); big_vision's `.npz`; work folders. Nothing in a file is run.
     Activation and preprocessing are those the weights were trained with.
 
     Args:
-      path: the file or folder. Of a run, its newest undamaged checkpoint is taken.
+      path: the file, folder or name. Of a run, its newest undamaged checkpoint is taken.
       model: for files that do not say it: a name of `list_models()`, or "name:tag" of
         `list_pretrained()`, as in "ViT-B-32:metaclip_400m".
       tokenizer: "clip", or the path of a `tokenizer.json` or SentencePiece `.model`, for
@@ -48,7 +52,8 @@ def load(
         device.
 
     Raises:
-      UserError: the path is no checkpoint, is damaged, or holds another model.
+      UserError: the path is no checkpoint, is damaged, or holds another model; or a name is none,
+        or its files cannot be fetched.
     """
     from clip_jax import api
 
@@ -63,7 +68,7 @@ def load(
 
 
 def create(name: str, seed: int = 0) -> "LoadedCLIP":
-    """Make a model of `list_models()` with random weights.
+    """Make a model of `list_models()` with random weights; nothing is fetched.
 
     Raises:
       UserError: no model has that name.
@@ -81,7 +86,10 @@ def list_models() -> list[str]:
 
 
 def list_pretrained() -> list[tuple[str, str]]:
-    """Return open_clip's published (model, tag) pairs that `load(file, "model:tag")` knows."""
+    """Return open_clip's published (model, tag) pairs that `load("model:tag")` fetches and loads.
+
+    `load(file, "model:tag")` reads a file of one that is there already.
+    """
     from clip_jax.pretrained import tags
 
     return tags.list_pretrained()

@@ -106,6 +106,7 @@ def print_dry_run(config: Config) -> None:
     """Print the config, the parameters, the mesh and the bytes on a device."""
     from clip_jax.parallel.distributed import print_on_main
     from clip_jax.parallel.mesh import mesh_text
+    from clip_jax.pretrained.by_name import parse_name
     from clip_jax.training.dry_run import dry_run
 
     found = dry_run(config)
@@ -123,7 +124,9 @@ def print_dry_run(config: Config) -> None:
         f"images {found.image_bytes * mib:,.1f} MiB (activations come on top)",
     ]
     if config.model.init_from:
-        missing = "" if found.source_found else ", which is not there"
+        named = not found.source_found and parse_name(config.model.init_from) is not None
+        missing = ", fetched when the run begins" if named else ", which is not there"
+        missing = "" if found.source_found else missing
         lines.insert(2, f"start       {config.model.init_from}{missing}")
     print_on_main("\n".join(lines))
 

@@ -28,7 +28,8 @@ class ModelSection:
     dtype: str = "float32"
     """Of activations and matrix products, float32 or bfloat16; parameters stay float32."""
     init_from: str = ""
-    """A checkpoint to start from, as `clip_jax.load` takes it; empty is random."""
+    """A checkpoint to start from, as `clip_jax.load` takes it: a path or a published model's name;
+    empty is random."""
     init_tag: str = ""
     """open_clip's tag of a bare weights file in `init_from`: tells activation and preprocessing."""
     image_size: int = may_change(0)

@@ -198,6 +198,24 @@ def create(handler: Handler) -> None:
     handler.json({"url": f"{handler.hub.address}/{name}", "name": name})
 
 
+def whoami(handler: Handler) -> None:
+    if handler.headers.get("Authorization") != "Bearer secret":
+        handler.status(401, {"X-Error-Message": "Invalid credentials in Authorization header"})
+    else:
+        handler.json({"type": "user", "name": "me"})
+
+
+def tree(handler: Handler, name: str, revision: str) -> None:
+    repo = handler.allowed(name)
+    if repo is not None:
+        handler.json(
+            [
+                {"type": "file", "path": path, "size": len(data), "oid": git_digest(data)}
+                for path, data in repo.files.items()
+            ]
+        )
+
+
 def preupload(handler: Handler, name: str, revision: str) -> None:
     files = [
         {
@@ -250,6 +268,9 @@ ROUTES: list[tuple[str, Callable]] = [
     (rf"/api/models{REPO}/revision/(.+)", listing),
     (rf"/api/models{REPO}/preupload/(.+)", preupload),
     (rf"/api/models{REPO}/commit/(.+)", commit),
+    (rf"/api/models{REPO}/tree/(.+)", tree),
+    (r"/api/whoami-v2", whoami),
+    (r"/api/validate-yaml", lambda handler: handler.json({"errors": [], "warnings": []})),
     (r"/api/repos/create", create),
     (rf"{REPO}\.git/info/lfs/objects/batch", batch),
     (r"/store/(\w+)", store),

@@ -1,22 +1,27 @@
 """Convert a checkpoint: `python -m clip_jax.convert SRC DST --to {own,open_clip,hf}`.
 
-SRC is anything that `clip_jax.load` reads: a run, a published file or folder. DST is a new folder.
+SRC is anything that `clip_jax.load` takes: a run, a published file or folder, a published model's
+name. DST is a new folder, or `hf-hub:owner/name`: a repository of the hub, with a card.
 """
 
 import argparse
+import dataclasses
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from clip_jax.errors import run_command
+from clip_jax.pretrained.repositories import HUB_PREFIX
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m clip_jax.convert", description=__doc__)
     add = parser.add_argument
-    add("src", help="a run's work folder, or a published file or folder")
-    add("dst", help="the folder to write, which must not hold anything")
+    add("src", help="a run's work folder, or a published file, folder or name")
+    add("dst", help="the folder to write, or hf-hub:owner/name; it must not hold anything")
     add(
         "--to",
         default="own",
@@ -27,14 +32,22 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--tokenizer", help="its tokenizer.json or SentencePiece .model")
     add("--image-size", type=int, help="interpolate to images of this size, pixels")
     add("--context-length", type=int, help="shorten to texts of this length, tokens")
+    add("--private", action="store_true", help="of a new repository: its owner alone sees it")
     return parser.parse_args(argv)
 
 
 @dataclass(frozen=True)
 class ConvertedModel:
-    """A model that was written: its folder, its name, the format, and how many numbers it has."""
+    """A model that was written.
 
-    folder: Path
+    Attributes:
+      place: its folder, or the address of its repository.
+      name: the model's.
+      format: "own", "open_clip" or "hf".
+      num_values: how many numbers it has.
+    """
+
+    place: str
     name: str
     format: str
     num_values: int
@@ -45,32 +58,66 @@ def convert(
     dst: str,
     *,
     to: str = "own",
-    architecture: str | None = None,
-    tokenizer: str | None = None,
-    image_size: int | None = None,
-    context_length: int | None = None,
+    private: bool = False,
+    **load: Any,
 ) -> ConvertedModel:
     """Read a checkpoint and write it in another format.
 
     Args:
-      src: what `clip_jax.load` reads.
-      dst: the folder to write, which must not hold anything.
+      src: what `clip_jax.load` takes.
+      dst: the folder to write, or "hf-hub:owner/name"; it must not hold anything.
       to: "own", "open_clip" or "hf".
+      private: whether its owner alone sees a new repository.
+      load: `architecture`, `tokenizer`, `image_size` and `context_length`, as `convert_to` takes
+        them.
+
+    Raises:
+      UserError: the checkpoint cannot be read, the format has no such model, or the folder or
+        repository holds something or may not be written.
+    """
+    if not dst.startswith(HUB_PREFIX):
+        return convert_to(src, Path(dst), to=to, **load)
+    from clip_jax.pretrained.hub_upload import check_free, upload
+
+    name = dst.removeprefix(HUB_PREFIX)
+    check_free(name)  # first: a wrong name answers before a big model is read
+    with tempfile.TemporaryDirectory(prefix="clip_jax-upload-") as parent:
+        folder = Path(parent) / "model"
+        converted = convert_to(src, folder, to=to, card_of=name, **load)
+        url = upload(folder, name, private=private or None)
+    return dataclasses.replace(converted, place=url)
+
+
+def convert_to(
+    src: str,
+    folder: Path,
+    *,
+    to: str,
+    architecture: str | None = None,
+    tokenizer: str | None = None,
+    image_size: int | None = None,
+    context_length: int | None = None,
+    card_of: str = "",
+) -> ConvertedModel:
+    """Read a checkpoint and write it to a folder.
+
+    Args:
       architecture: the model of a bare file, "NAME" or "NAME:TAG".
       tokenizer: its file, where the checkpoint came without one.
       image_size, context_length: sizes to interpolate to, in pixels and tokens.
+      card_of: a repository whose card is written too; empty writes none.
 
     Raises:
-      UserError: the checkpoint cannot be read, the format has no such model, or the folder holds
-        something.
+      UserError: as `convert` has it.
     """
     from clip_jax import api
     from clip_jax.pretrained.export import WRITERS, new_folder
     from clip_jax.pretrained.trees import from_variables
     from clip_jax.pretrained.work_folder import RunDescription
+    from clip_jax.tools.model_card import card_text, measured_rows
 
     # Claimed first: a wrong name answers before a big model is read.
-    with new_folder(Path(dst)) as part:
+    with new_folder(folder) as part:
         clip = api.load(
             src,
             architecture,
@@ -83,14 +130,18 @@ def convert(
         )
         arrays = from_variables(clip.params, clip.batch_stats)
         WRITERS[to](part, description, arrays)
-    return ConvertedModel(Path(dst), clip.name, to, sum(x.size for x in arrays.values()))
+        num_values = sum(x.size for x in arrays.values())
+        if card_of:
+            # Other sizes than those that were measured have no measurements.
+            rows = [] if image_size or context_length else measured_rows(src, clip.scale)
+            card = card_text(card_of, clip.name, clip.config, num_values, to, rows)
+            (part / "README.md").write_text(card, encoding="utf-8")
+    return ConvertedModel(str(folder), clip.name, to, num_values)
 
 
 def converted_text(model: ConvertedModel) -> str:
     """Return the line that the command prints."""
-    return (
-        f"{model.folder}: {model.name}, {model.num_values:,} numbers in the format {model.format}"
-    )
+    return f"{model.place}: {model.name}, {model.num_values:,} numbers in the format {model.format}"
 
 
 def main() -> int:

@@ -211,7 +211,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m clip_jax.data.filter", description=__doc__)
     add = parser.add_argument
     add("source", nargs="+", help="tar shards, a table, records, a folder, a URL")
-    add("--model", required=True, help="a run, or a published model")
+    add("--model", required=True, help="a run, or a published model's path or name")
     add("--architecture", help='of a bare file: "NAME" or "NAME:TAG"')
     add("--tokenizer", help="its tokenizer.json or SentencePiece .model")
     add("--out", required=True, help="the folder for scores and shards")

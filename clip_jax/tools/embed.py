@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m clip_jax.embed", description=__doc__)
-    parser.add_argument("--model", required=True, help="a run, or a published model")
+    parser.add_argument("--model", required=True, help="a run, or a published model's path or name")
     parser.add_argument("--architecture", default="", help='of a bare file: "NAME" or "NAME:TAG"')
     parser.add_argument("--tokenizer", default="", help="its tokenizer.json or .model")
     parser.add_argument("--data", required=True, help="images, as docs/data.md names sources")

@@ -1,7 +1,8 @@
 """Evaluate a model: `python -m clip_jax.evaluate --model MODEL --task TASKS --data SOURCE`.
 
-MODEL is what `clip_jax.load` reads: a run's work folder or a published file or folder. What a run's
-own config names need not be said again: `python -m clip_jax.evaluate --model runs/emoji`.
+MODEL is what `clip_jax.load` takes: a run's work folder, or a published file, folder or name, such
+as ViT-B-32:laion2b_s34b_b79k or hf-hub:owner/name. What a run's own config names need not be said
+again: `python -m clip_jax.evaluate --model runs/emoji`.
 """
 
 import argparse
@@ -25,7 +26,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     The flags that say what to evaluate are stored by the names of `evaluation.spec.EvalSpec`.
     """
     parser = argparse.ArgumentParser(prog="python -m clip_jax.evaluate", description=__doc__)
-    parser.add_argument("--model", "--workdir", required=True, help="a run, or a published model")
+    parser.add_argument(
+        "--model", "--workdir", required=True, help="a run, or a published model's path or name"
+    )
     parser.add_argument("--architecture", help='of a bare file: "NAME" or "NAME:TAG"')
     parser.add_argument("--tokenizer", help="its tokenizer.json or SentencePiece .model")
     parser.add_argument("--data", help="tar shards; .cls members hold the classes")
@@ -176,6 +179,20 @@ def _load_prompts(items: Sequence[str] | None) -> list[str]:
     ]
 
 
+def model_label(model: str) -> tuple[str, str]:
+    """Return what a model is called in file names, and its tag (or repository) in the results.
+
+    Raises:
+      UserError: it is nearly the name of a published model, and of none.
+    """
+    from clip_jax.pretrained.by_name import parse_name
+
+    name = parse_name(model)
+    if name is None:
+        return Path(model).stem, ""
+    return f"{name.label}-{name.pretrained}" if name.pair else name.label, name.pretrained
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the flags, evaluate and print the results; return the exit code."""
     from clip_jax.evaluation.spec import EvalSpec
@@ -193,8 +210,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--data is missing: {args.model} names no evaluation data of its own")
     if "classnames" not in changes and not set(tasks) & {*TRAINED_TASKS, RETRIEVAL}:
         raise UserError("classification needs class names; give --classnames or --dataset")
-    spec = EvalSpec.from_section(EvalSection(), **changes)
-    out = args.out or f"eval-{Path(args.model).stem}"
+    label, tag = model_label(args.model)
+    spec = EvalSpec.from_section(EvalSection(), **{"pretrained": tag} | changes)
+    out = args.out or f"eval-{label}"
     load = {"architecture": args.architecture, "tokenizer": args.tokenizer}
     print(evaluation_text(evaluate_model(args.model, spec, out, **load)))
     return 0

@@ -29,7 +29,7 @@ OPACITY = 0.65
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m clip_jax.relevance", description=__doc__)
-    parser.add_argument("--model", required=True, help="a run, or a published model")
+    parser.add_argument("--model", required=True, help="a run, or a published model's path or name")
     parser.add_argument("--architecture", help='of a bare file: "NAME" or "NAME:TAG"')
     parser.add_argument("--tokenizer", help="its tokenizer.json or SentencePiece .model")
     parser.add_argument("--image", required=True, metavar="FILE", help="JPEG, PNG or WebP")

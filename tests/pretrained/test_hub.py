@@ -31,7 +31,11 @@ from clip_jax.pretrained.by_name import parse_name, read_model
 from clip_jax.pretrained.download import PARTIAL
 from clip_jax.pretrained.load import read_checkpoint
 from clip_jax.pretrained.trees import from_variables
+from clip_jax.sections import ModelSection
 from clip_jax.tokenizers import train_sentencepiece
+from clip_jax.tools.convert import convert
+from clip_jax.tools.evaluate import model_label
+from clip_jax.training.setup import find_source
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "published"
 NAME = "hf-hub:me/model"
@@ -126,6 +130,21 @@ def test_create_and_the_lists_ask_nobody(server, monkeypatch):
     clip_jax.create("RN50")  # a name that `load` fetches
     assert clip_jax.list_models() and clip_jax.list_pretrained()
     assert server.asked == []
+
+
+def test_a_run_starts_from_a_name_and_a_dry_run_asks_nobody(server):
+    section = ModelSection(name="RN50", init_from=NAME)
+    assert find_source(section, None) is None and server.asked == []
+    source = find_source(section, "no/such/run")
+    assert source.path == NAME  # what messages say
+    assert_same(source.checkpoint, read_checkpoint(GOLDEN / "open_clip"))
+
+
+def test_names_of_files_and_results():
+    assert model_label("ViT-B-32:openai") == ("ViT-B-32-openai", "openai")
+    assert model_label("ViT-L/14@336px") == ("ViT-L-14@336px", "openai")
+    assert model_label("hf-hub:me/mine@v1") == ("mine", "me/mine")
+    assert model_label("runs/mine.pt") == ("mine", "")
 
 
 def test_a_revision_is_another_cache_entry(server):
@@ -590,3 +609,73 @@ def test_two_processes_write_one_file(server, tmp_path):
     assert [child.returncode for child in children] == [0, 0] and len(folders) == 1
     assert (Path(folders.pop()) / "weights.safetensors").read_bytes() == data
     assert len(server.bodies()) == 1
+
+
+# Of the hub's own code, about its own HTTP library.
+HUBS_OWN_WARNING = pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning")
+
+
+@pytest.fixture
+def writer(server, monkeypatch):
+    """Somebody who is logged in and has a run that was evaluated."""
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    return server
+
+
+def evaluated_run(folder: Path, scale: float) -> Path:
+    """Write a work folder of the golden model, and an evaluation of a model of this scale."""
+    convert(str(GOLDEN / "open_clip"), str(folder))
+    row = {
+        "dataset": "pets.tar",
+        "task": "zeroshot_classification",
+        "metrics": {"acc1": 0.5, "calibration_error": None},
+        "intervals": {"acc1": [0.4, 0.6]},
+        "images": 1234,
+    }
+    (folder / "eval.json").write_text(json.dumps({"results": [row], "scale": scale}))
+    return folder
+
+
+@HUBS_OWN_WARNING
+@pytest.mark.parametrize("to", ["own", "open_clip", "hf"])
+def test_a_run_is_uploaded_with_its_card_and_loaded_again(writer, tmp_path, to):
+    scale = clip_jax.load(GOLDEN / "open_clip").scale
+    run = evaluated_run(tmp_path / "run", scale if to == "own" else 2 * scale)
+    converted = convert(str(run), "hf-hub:me/mine", to=to, private=True)
+    assert converted.place == f"{writer.address}/me/mine"
+    loaded = read_model("hf-hub:me/mine")
+    assert_same(loaded, read_checkpoint(GOLDEN / "open_clip"))
+    assert [h for line, h in writer.asked if "create" in line]
+    card = writer.repos["me/mine"].files["README.md"].decode()
+    assert 'clip_jax.load("hf-hub:me/mine")' in card
+    line = "| zeroshot_classification | pets.tar | 1,234 | acc1 | 50.00 % | 40.0 to 60.0 |"
+    assert (line in card) == (to == "own")  # a table of other weights is left out
+    with pytest.raises(UserError, match="holds something already"):
+        convert(str(run), "hf-hub:me/mine")
+
+
+@HUBS_OWN_WARNING
+def test_uploads_that_are_refused(server, writer, tmp_path, monkeypatch):
+    golden = str(GOLDEN / "open_clip")
+
+    def refused(message, name="me/mine"):
+        with pytest.raises(UserError, match=message) as raised:
+            convert(golden, f"hf-hub:{name}")
+        assert "\n" not in str(raised.value)
+
+    monkeypatch.setenv("HF_TOKEN", "wrong")
+    refused("refuses the token")
+    monkeypatch.delenv("HF_TOKEN")
+    refused("nobody is logged in: log in with")
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    refused("me/model holds something already", "me/model")
+    refused("hf-hub:a/b/c was not uploaded", "a/b/c")
+    for path, code, message in (
+        ("repos/create", 403, "your token may not write there"),
+        ("/store/", 500, "answers 500"),
+        ("/commit/", 503, "answers 503"),
+    ):
+        server.faults[:] = [fault(path, answers(code))]
+        monkeypatch.setattr("time.sleep", lambda seconds: None)
+        refused(message)

@@ -164,7 +164,7 @@ def test_own_format_and_back(tmp_path, name):
     variables = write_random(tmp_path / "folder", TINY[name])
     converted = convert(str(tmp_path / "folder"), str(tmp_path / "own"), to="own")
     size = sum(x.size for x in jax.tree.leaves(variables))
-    assert converted == ConvertedModel(tmp_path / "own", "tiny", "own", size)
+    assert converted == ConvertedModel(str(tmp_path / "own"), "tiny", "own", size)
     clip = clip_jax.load(tmp_path / "own")
     assert clip.config == TINY[name]
     loaded = {"params": clip.params, "batch_stats": clip.batch_stats}
