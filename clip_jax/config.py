@@ -180,7 +180,7 @@ def _check_optim(o: OptimSection) -> None:
 
 
 def _check_data(d: DataSection, batch_size: int) -> None:
-    from clip_jax.data import caption_groups
+    from clip_jax.data import caption_packing
 
     _above_zero("data", d, "streams", "threads", "window", "max_pixels")
     _require(
@@ -193,8 +193,8 @@ def _check_data(d: DataSection, batch_size: int) -> None:
         f"config.data.processes is {d.processes}; it takes -1 to {d.threads}, the number of"
         " config.data.threads",
     )
-    if d.caption_groups not in caption_groups.CHOICES:
-        caption_groups.parse_shares(d.caption_groups)
+    if d.caption_packing not in caption_packing.CHOICES:
+        caption_packing.parse_shares(d.caption_packing)
     sources = 1 if isinstance(d.train, str) else len(d.train)
     _require(
         len(d.weights) in (0, sources) and all(w > 0 for w in d.weights),

@@ -148,12 +148,12 @@ class DataSection:
     on, where the data are tar shards."""
     cache_bytes: int = may_change(0)
     """Memory for decoded images kept between epochs; 0 keeps none."""
-    caption_groups: str = may_change("auto")
-    """How a batch's captions are trimmed: in groups by length, computed one by one, whose sizes
-    follow from the shares of captions that have at most so many tokens ("16:0.64,32:0.85"), or all
-    to the longest ("off"). "auto" counts the lengths of the first captions on accelerators, where
-    groups pay, and writes what it found into the work folder's config.json, which a resumed run
-    reads."""
+    caption_packing: str = may_change("auto")
+    """How a batch's captions lie: packed, several in a row, in as many rows as follow from the
+    shares of captions that have at most so many tokens ("16:0.64,32:0.85"), or one in a row, all
+    trimmed to the longest ("off"). "auto" counts the lengths of the first captions on accelerators,
+    where packing pays, and writes what it found into the work folder's config.json, which a resumed
+    run reads."""
     crop_scale: tuple[float, float] = (0.9, 1.0)
     """Share of the image's area that a training crop keeps."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)

@@ -55,7 +55,7 @@ class Batch(TypedDict, total=False):
     """This host's rows of one global batch; b = batch_size / hosts.
 
     `label` and `captions` are in evaluation batches only; `key` and `captions` stay on the host.
-    `groups` are the rows of `text` as `caption_groups.group_captions` sorts them, where it does.
+    `packed` are the captions of `text` as `caption_packing.pack_captions` lays them, where it does.
     """
 
     image: UInt8[np.ndarray, "b H W 3"]
@@ -65,7 +65,7 @@ class Batch(TypedDict, total=False):
     key: list[str]  # "shard/key"
     label: Int32[np.ndarray, " b"]  # class number, -1 when the sample has none
     captions: list[list[str]]  # every caption of the image
-    groups: dict[str, np.ndarray]
+    packed: dict[str, np.ndarray]
 
 
 class Loader(Iterator[Batch]):

@@ -170,6 +170,25 @@ def attend(
     )
 
 
+def attend_packed(
+    q_SRNK: Float[Array, "S R N K"],
+    k_SRNK: Float[Array, "S R N K"],
+    v_SRNK: Float[Array, "S R N K"],
+    positions_SR: Int[Array, "S R"],
+) -> Float[Array, "S R N K"]:
+    """Return causal attention within the sequences that lie one behind another in each segment.
+
+    `positions_SR`: the place of every row in its sequence. No row sees one before its sequence's
+    first.
+    """
+    row_R = jnp.arange(positions_SR.shape[1])
+    behind_RR = row_R[:, None] - row_R
+    seen_SRR = (behind_RR >= 0) & (behind_RR <= positions_SR[:, :, None])
+    return jax.nn.dot_product_attention(
+        q_SRNK, k_SRNK, v_SRNK, mask=seen_SRR[:, None], implementation="xla"
+    )
+
+
 def attend_short(
     q_BLNK: Float[Array, "B L N K"],
     k_BLNK: Float[Array, "B L N K"],

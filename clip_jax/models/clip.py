@@ -17,7 +17,7 @@ from clip_jax.models.execution import ExecConfig, remat_tower
 from clip_jax.models.resnet import HEAD_SIZE, ModifiedResNet, ResNetConfig
 from clip_jax.models.stack import stack_layers
 from clip_jax.models.target import ONE_CPU, Target
-from clip_jax.models.text import TextConfig, TextTransformer
+from clip_jax.models.text import PackedTokens, TextConfig, TextTransformer
 from clip_jax.models.vit import VisionTransformer, ViTConfig
 
 INITIAL_LOGIT_SCALE = float(np.log(1 / 0.07))  # section 2.5
@@ -60,45 +60,6 @@ def unit_length(z_BD: Float[Array, "B D"]) -> Float[Array, "B D"]:
     # The square root's derivative at zero is infinite: keep a zero row away from it.
     square_B1 = jnp.sum(z_BD * z_BD, axis=-1, keepdims=True)
     return z_BD / jnp.sqrt(jnp.maximum(square_B1, UNIT_EPS**2))
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TokenGroups:
-    """Captions in groups of one length each, see `data.caption_groups`; all sizes are fixed.
-
-    Attributes:
-      tokens: of each group, int32 [rows, length]; the rows of one part stand together.
-      place_B: where each row of the batch stands among its part's rows, group after group.
-      parts: in how many parts the batch is split, a device's rows in each.
-    """
-
-    tokens: tuple[Int[Array, "..."], ...]
-    place_B: Int[Array, " B"]
-    parts: int = dataclasses.field(metadata={"static": True})
-
-
-@jax.custom_vjp
-def put_in_order(
-    z_PnD: Float[Array, "P n D"], place_Pn: Int[Array, "P n"]
-) -> Float[Array, "P n D"]:
-    """Return the rows of each part in the order of their places, a permutation.
-
-    Its gradient is the permutation back, a gather too, where the one of a gather is a scatter.
-    """
-    return jnp.take_along_axis(z_PnD, place_Pn[..., None], axis=1)
-
-
-def _put_in_order_forward(z_PnD, place_Pn):
-    return put_in_order(z_PnD, place_Pn), place_Pn
-
-
-def _put_in_order_backward(place_Pn, dz_PnD):
-    back_Pn = jnp.argsort(place_Pn, axis=1)
-    return jnp.take_along_axis(dz_PnD, back_Pn[..., None], axis=1), None
-
-
-put_in_order.defvjp(_put_in_order_forward, _put_in_order_backward)
 
 
 class CLIP(nn.Module):
@@ -168,29 +129,20 @@ class CLIP(nn.Module):
         """
         return self.visual(images_BHWC, train, valid_B, patch_ids_Bl)
 
-    def encode_text(self, tokens_BL: Int[Array, "B L"]) -> Float[Array, "B D"]:
+    def encode_text(self, tokens_BL: Int[Array, "B L"] | PackedTokens) -> Float[Array, "B D"]:
         """Return text features, not of unit length."""
         return self.text(tokens_BL)
-
-    def encode_groups(self, groups: TokenGroups) -> Float[Array, "B D"]:
-        """Return text features as `encode_text` does, each group computed at its own length."""
-        z = [self.encode_text(tokens) for tokens in groups.tokens]
-        parts, width = groups.parts, z[0].shape[-1]
-        z_PnD = jnp.concatenate([x.reshape(parts, -1, width) for x in z], axis=1)
-        return put_in_order(z_PnD, groups.place_B.reshape(parts, -1)).reshape(-1, width)
 
     def __call__(
         self,
         images_BHWC: Float[Array, "B H W 3"],
-        tokens_BL: Int[Array, "B L"] | TokenGroups,
+        tokens_BL: Int[Array, "B L"] | PackedTokens,
         train: bool = False,
         valid_B: Bool[Array, " B"] | None = None,
         patch_ids_Bl: Int[Array, "B l"] | None = None,
     ) -> tuple[Float[Array, "B D"], Float[Array, "B D"]]:
         """Return image and text features of unit length, float32; see `encode_image`."""
         image_features = unit_length(self.encode_image(images_BHWC, train, valid_B, patch_ids_Bl))
-        if isinstance(tokens_BL, TokenGroups):
-            return image_features, unit_length(self.encode_groups(tokens_BL))
         return image_features, unit_length(self.encode_text(tokens_BL))
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from clip_jax.models.attention import attend, choose_kernel
+from clip_jax.models.attention import attend, attend_packed, choose_kernel
 from clip_jax.models.execution import ExecConfig, dense_product, remat_block
 from clip_jax.models.minimal_block import PROJECTIONS, BlockParts, residual_block
 from clip_jax.models.packing import Packing, choose_packing
@@ -145,10 +145,12 @@ class Attention(nn.Module):
         *,
         is_causal: bool = False,
         key_lengths_B: Int[Array, " B"] | None = None,
+        positions_BL: Int[Array, "B L"] | None = None,
     ) -> Array:
         """Return a row for each row of `query_BLD`.
 
         `key_lengths_B`: how many leading rows of `x_BLD` the queries see; None is all.
+        `positions_BL`: see `attention.attend_packed`.
         """
         width, target = x_BLD.shape[-1], self.exec_config.target
         product = dense_product(target)
@@ -165,15 +167,18 @@ class Attention(nn.Module):
         q_BLNK = project("q_proj")(query_BLD)
         k_BLNK = project("k_proj")(x_BLD)
         v_BLNK = project("v_proj")(x_BLD)
-        y_BLNK = attend(
-            q_BLNK,
-            k_BLNK,
-            v_BLNK,
-            is_causal=is_causal,
-            key_lengths_B=key_lengths_B,
-            implementation=self.exec_config.attention,
-            target=target,
-        )
+        if positions_BL is not None:
+            y_BLNK = attend_packed(q_BLNK, k_BLNK, v_BLNK, positions_BL)
+        else:
+            y_BLNK = attend(
+                q_BLNK,
+                k_BLNK,
+                v_BLNK,
+                is_causal=is_causal,
+                key_lengths_B=key_lengths_B,
+                implementation=self.exec_config.attention,
+                target=target,
+            )
         return nn.DenseGeneral(
             width,
             axis=(-2, -1),
@@ -271,9 +276,16 @@ def stream_kernel(
     return kernel.name if has_rows else "xla"
 
 
-def stream_packing(config: BlockConfig, exec_config: ExecConfig, shape: tuple[int, ...]) -> Packing:
-    """Return how those blocks lay out a residual stream [B, L, D] of this shape."""
+def stream_packing(
+    config: BlockConfig, exec_config: ExecConfig, shape: tuple[int, ...], *, is_ragged: bool = False
+) -> Packing:
+    """Return how those blocks lay out a residual stream [B, L, D] of this shape.
+
+    `is_ragged`: its rows are segments of shorter sequences.
+    """
     batch, length, width = shape
+    if is_ragged:
+        return Packing(batch, length, length, is_ragged=True)
     kernel = stream_kernel(config, exec_config, batch, length, width)
     if kernel == "pallas":
         return choose_packing(batch, length, exec_config.target)
@@ -292,11 +304,15 @@ def block_parts(
     is_padded = packing.stride > packing.length and not config.is_causal
     key_lengths_B = jnp.full(packing.batch, packing.length, jnp.int32)
 
-    def attend_heads(q_ND: Array, k_ND: Array, v_ND: Array, bias_3D: Array) -> Array:
+    def attend_heads(
+        q_ND: Array, k_ND: Array, v_ND: Array, bias_3D: Array, positions_SR: Array | None
+    ) -> Array:
         q, k, v = (
             (x + bias_3D[i].astype(x.dtype)).reshape(packing.batch, packing.stride, heads, -1)
             for i, x in enumerate((q_ND, k_ND, v_ND))
         )
+        if positions_SR is not None:
+            return attend_packed(q, k, v, positions_SR).reshape(q_ND.shape)
         y_BLNK = attend(
             q,
             k,
@@ -327,15 +343,18 @@ def block_parts(
             x_SRD, y_SRD = residual_norm(packing.segments(x), scale_D, bias_D, fast_norm)
             return x_SRD.reshape(x.shape), y_SRD.reshape(x.shape)
 
-        def attend_segments(qkv_NE: Array, bias_3D: Array) -> Array:
-            y_SRD = short_attention(packing.segments(qkv_NE), bias_3D, spec)
+        def attend_segments(
+            qkv_NE: Array, bias_3D: Array, positions_SR: Array | None = None
+        ) -> Array:
+            y_SRD = short_attention(packing.segments(qkv_NE), bias_3D, spec, positions_SR)
             return y_SRD.reshape(-1, width)
 
         return BlockParts(
             (PROJECTIONS,), norm_segments, attend_segments, plain_norm, activation, dtype, target
         )
     # XLA's kernel would keep the probabilities.
-    attend_again = jax.checkpoint(attend_heads) if kernel == "xla" else attend_heads
+    keeps_them = kernel == "xla" or packing.is_ragged
+    attend_again = jax.checkpoint(attend_heads) if keeps_them else attend_heads
     # Heads may be split over the devices: then three products stay in place, and one would not.
     alone = tuple((name,) for name in PROJECTIONS)
     return BlockParts(alone, norm, attend_again, plain_norm, activation, dtype, target)
@@ -353,11 +372,13 @@ class ResidualBlock(nn.Module):
         x_BLD: Array,
         pool_index_B: Int[Array, " B"] | None = None,
         packing: Packing | None = None,
+        positions_BL: Int[Array, "B L"] | None = None,
     ) -> Array:
         """Return all rows [B, L, D], or with `pool_index_B` that row of every sequence [B, 1, D].
 
         With `packing` rows are given as [N, D], all rows are returned so, and the block has its
-        own backward pass.
+        own backward pass. With `positions_BL` the rows are segments of shorter sequences, see
+        `attention.attend_packed`.
 
         The one row is equal to that row of all, because a row of the output depends on the other
         rows through keys and values alone: its query, out-projection and MLP are its own.
@@ -367,12 +388,12 @@ class ResidualBlock(nn.Module):
             parts = block_parts(c, self.exec_config, packing, x_BLD.shape[-1])
             params = self.variables["params"]
             if pool_index_B is None:
-                return residual_block(parts, params, x_BLD)
+                return residual_block(parts, params, x_BLD, positions_BL)
             return pooled_block(parts, params, x_BLD, pool_index_B, packing, is_causal=c.is_causal)
         attention = Attention(c.heads, c.init, self.exec_config, name="attn")
         h_BLD = LayerNorm(c.norm_eps, name="ln_1")(x_BLD)
         if pool_index_B is None:
-            y_BLD = attention(h_BLD, h_BLD, is_causal=c.is_causal)
+            y_BLD = attention(h_BLD, h_BLD, is_causal=c.is_causal, positions_BL=positions_BL)
         else:
             key_lengths_B = pool_index_B + 1 if c.is_causal else None
             query_BLD = gather_rows(h_BLD, pool_index_B)
@@ -403,9 +424,14 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BLD: Float[Array, "B L D"], pool_index_B: Int[Array, " B"] | None = None
+        self,
+        x_BLD: Float[Array, "B L D"],
+        pool_index_B: Int[Array, " B"] | None = None,
+        positions_BL: Int[Array, "B L"] | None = None,
     ) -> Float[Array, "B l D"]:
         """Return all rows, or with `pool_index_B` that one of every sequence: l is L or 1.
+
+        With `positions_BL` the rows are segments of shorter sequences, see `ResidualBlock`.
 
         Without `exec_config.pool_last_block` the last block is computed for all rows, one of which
         is then gathered: the plain form.
@@ -413,29 +439,34 @@ class Transformer(nn.Module):
         last, packing = self.layers - 1, None
         # Parameters are drawn by the modules of the plain block.
         if self.exec_config.is_minimal and not self.is_initializing():
-            packing = stream_packing(self.block, self.exec_config, x_BLD.shape)
+            is_ragged = positions_BL is not None
+            packing = stream_packing(self.block, self.exec_config, x_BLD.shape, is_ragged=is_ragged)
         x = x_BLD if packing is None else packing.flatten(x_BLD)
         if self.exec_config.scan and last > 0:
-            x = self._loop(x, packing, last)
+            x = self._loop(x, packing, positions_BL, last)
         block = remat_block(ResidualBlock, self.exec_config)
         for i in range(0 if not self.exec_config.scan else last, last):
-            x = block(self.block, self.exec_config, name=f"resblocks_{i}")(x, None, packing)
+            layer = block(self.block, self.exec_config, name=f"resblocks_{i}")
+            x = layer(x, None, packing, positions_BL)
         last_block = block(self.block, self.exec_config, name=f"resblocks_{last}")
         pool_in_block_B = pool_index_B if self.exec_config.pool_last_block else None
-        x = last_block(x, pool_in_block_B, packing)
+        x = last_block(x, pool_in_block_B, packing, positions_BL)
         if pool_in_block_B is not None:
             return x
         x_BLD = x if packing is None else packing.unflatten(x)
         return x_BLD if pool_index_B is None else gather_rows(x_BLD, pool_index_B)
 
-    def _loop(self, x: Array, packing: Packing | None, times: int) -> Array:
+    def _loop(
+        self, x: Array, packing: Packing | None, positions_BL: Array | None, times: int
+    ) -> Array:
         """Apply the stacked blocks, `times` of them."""
         loop = nn.scan(
-            lambda block, x, _: (block(x, None, packing), None),
+            lambda block, x, positions_BL: (block(x, None, packing, positions_BL), None),
             variable_axes={"params": 0},
             split_rngs={"params": True},
+            in_axes=nn.broadcast,
             length=times,
         )
         block = remat_block(ResidualBlock, self.exec_config, in_scan=True)
-        x, _ = loop(block(self.block, self.exec_config, name="resblocks"), x, None)
+        x, _ = loop(block(self.block, self.exec_config, name="resblocks"), x, positions_BL)
         return x

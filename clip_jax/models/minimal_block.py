@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from clip_jax.models.target import Target
 
@@ -34,8 +34,8 @@ class BlockParts:
     Attributes:
       projections: names of the projections that one product makes, side by side.
       norm: (x, scale, bias) -> (x, its layer norm).
-      attend: (what each of those products makes, the biases [3, D]) -> the heads' outputs side by
-        side. What its `jax.vjp` holds stays between the passes.
+      attend: (what each of those products makes, the biases [3, D], positions) -> the heads'
+        outputs side by side. What its `jax.vjp` holds stays between the passes.
       plain_norm: the same of any rows, the norm alone.
       activation: of the MLP.
       dtype: of activations and matrix products.
@@ -63,23 +63,29 @@ class Saved(NamedTuple):
 
 
 def residual_block(
-    parts: BlockParts, params: Any, x_ND: Float[Array, "N D"]
+    parts: BlockParts,
+    params: Any,
+    x_ND: Float[Array, "N D"],
+    positions_SR: Int[Array, "S R"] | None = None,
 ) -> Float[Array, "N D"]:
-    """Return a block's output; `params` are those of `layers.ResidualBlock`."""
+    """Return a block's output; `params` are those of `layers.ResidualBlock`.
+
+    `positions_SR`: of ragged packing, the place of every row in its sequence.
+    """
 
     @jax.custom_vjp
-    def block(params: Any, x_ND: Array) -> Array:
-        return _forward(parts, params, x_ND, differentiated=False)[0]
+    def block(params: Any, x_ND: Array, positions_SR: Array | None) -> Array:
+        return _forward(parts, params, x_ND, positions_SR, differentiated=False)[0]
 
     block.defvjp(
         functools.partial(_forward, parts, differentiated=True),
         functools.partial(_backward, parts),
     )
-    return block(params, x_ND)
+    return block(params, x_ND, positions_SR)
 
 
 def _forward(
-    parts: BlockParts, params: Any, x: Array, *, differentiated: bool
+    parts: BlockParts, params: Any, x: Array, positions_SR: Array | None, *, differentiated: bool
 ) -> tuple[Array, Saved | None]:
     attn, mlp, split = params["attn"], params["mlp"], parts.target.split_rows
     with jax.named_scope("ln_1"):
@@ -90,10 +96,9 @@ def _forward(
             with jax.named_scope(_joint_name(names)):
                 projected.append(split(h @ _side_by_side(parts, attn, names)))
         with jax.named_scope("attend"):
+            attend = functools.partial(parts.attend, positions_SR=positions_SR)
             inputs = (*projected, _projection_biases(attn))
-            y, attend_vjp = (
-                jax.vjp(parts.attend, *inputs) if differentiated else (parts.attend(*inputs), None)
-            )
+            y, attend_vjp = jax.vjp(attend, *inputs) if differentiated else (attend(*inputs), None)
         with jax.named_scope("out_proj"):
             mid = x + scaled(params, "ls_1", dense(parts, attn["out_proj"], y, inputs=2))
     mid = split(mid)
@@ -107,7 +112,7 @@ def _forward(
     return out, Saved(params, x, y, mid, hidden, attend_vjp) if differentiated else None
 
 
-def _backward(parts: BlockParts, saved: Saved, d: Array) -> tuple[Any, Array]:
+def _backward(parts: BlockParts, saved: Saved, d: Array) -> tuple[Any, Array, None]:
     params, split = saved.params, parts.target.split_rows
     attn, mlp = params["attn"], params["mlp"]
     grads: dict[str, Any] = {"attn": {}, "mlp": {}}
@@ -147,7 +152,7 @@ def _backward(parts: BlockParts, saved: Saved, d: Array) -> tuple[Any, Array]:
     with jax.named_scope("ln_1"):
         dx, *norm_grads = pull((d, split(dh)))
         grads["ln_1"] = dict(zip(("scale", "bias"), norm_grads, strict=True))
-    return grads, split(dx)
+    return grads, split(dx), None
 
 
 def _gain_and_bias(norm: Any) -> tuple[Array, Array]:

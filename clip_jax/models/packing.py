@@ -33,12 +33,15 @@ class Packing:
       length: rows of a sequence.
       stride: rows from one sequence's start to the next one's.
       sequences: of one segment.
+      is_ragged: a segment's rows are shorter sequences of any lengths, one behind another, and an
+        array says where in its sequence each row stands; else all have this length.
     """
 
     batch: int
     length: int
     stride: int
     sequences: int = 1
+    is_ragged: bool = False
 
     @property
     def segment(self) -> int:

@@ -3,6 +3,7 @@
 import dataclasses
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -73,6 +74,37 @@ class TextConfig:
         return self.causal and self.pool == "end"
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PackedTokens:
+    """Captions one behind another in segments of rows, see `data.caption_packing`.
+
+    Attributes:
+      tokens_SR: int32; the segments of one part stand together.
+      positions_SR: the place of each token in its caption.
+      end_B: the row of each caption's end token among all rows of its part.
+      parts: in how many parts the batch is split, a device's rows in each.
+    """
+
+    tokens_SR: Int[Array, "S R"]
+    positions_SR: Int[Array, "S R"]
+    end_B: Int[Array, " B"]
+    parts: int = dataclasses.field(metadata={"static": True})
+
+    def position_rows(self, position_LD: Float[Array, "L D"]) -> Float[Array, "S R D"]:
+        """Return each token's row of a table of positions."""
+        # A product with rows of one 1 is exact, and its gradient is no scatter.
+        select_SRL = jax.nn.one_hot(self.positions_SR, len(position_LD), dtype=position_LD.dtype)
+        return jnp.matmul(select_SRL, position_LD, precision="highest")
+
+    def end_rows(self, x_SRD: Float[Array, "S R D"]) -> Float[Array, "B D"]:
+        """Return the row of each caption's end token."""
+        x_PND = x_SRD.reshape(self.parts, -1, x_SRD.shape[-1])
+        end_Pn = self.end_B.reshape(self.parts, -1)
+        select_PnN = jax.nn.one_hot(end_Pn, x_PND.shape[1], dtype=x_SRD.dtype)
+        return jnp.matmul(select_PnN, x_PND, precision="highest").reshape(-1, x_SRD.shape[-1])
+
+
 def end_positions(tokens_BL: Int[Array, "B L"], eot_id: int) -> Int[Array, " B"]:
     """Return the position of each row's first end token; 0 in a row that has none.
 
@@ -103,7 +135,7 @@ class TextTransformer(nn.Module):
     """The text tower: embedding, positions, blocks, pooling, ln_final, projection.
 
     A row may be shorter than `context_length`: in a tower that supports trimming, what stands
-    behind the end token cannot matter, and the caller cuts it.
+    behind the end token cannot matter, and the caller cuts it, or packs several captions in a row.
     """
 
     config: TextConfig
@@ -111,15 +143,18 @@ class TextTransformer(nn.Module):
     exec_config: ExecConfig = DEFAULT_EXEC_CONFIG
 
     @nn.compact
-    def __call__(self, tokens_BL: Int[Array, "B L"]) -> Float[Array, "B D"]:
-        """Return features of token rows, not of unit length."""
+    def __call__(self, tokens_BL: Int[Array, "B L"] | PackedTokens) -> Float[Array, "B D"]:
+        """Return features of captions, not of unit length; a packed tower supports trimming."""
         c = self.config
+        packed = tokens_BL if isinstance(tokens_BL, PackedTokens) else None
+        tokens_BL = tokens_BL.tokens_SR if isinstance(tokens_BL, PackedTokens) else tokens_BL
         batch, length = tokens_BL.shape
         table = TokenEmbedding(c.vocab_size, c.width, name="token_embedding")
         x_BLD = table(tokens_BL).astype(self.exec_config.dtype)
         shape = (c.context_length, c.width)
         position_LD = self.param("positional_embedding", normal(0.01), shape)
-        x_BLD = x_BLD + position_LD[:length].astype(x_BLD.dtype)
+        position_LD = position_LD.astype(x_BLD.dtype)
+        x_BLD = x_BLD + (packed.position_rows(position_LD) if packed else position_LD[:length])
 
         block = BlockConfig(
             c.heads,
@@ -129,12 +164,13 @@ class TextTransformer(nn.Module):
             text_block_init(c.width, c.layers),
             is_causal=c.causal,
         )
-        if c.pool == "end":
-            pool_index_B = end_positions(tokens_BL, c.eot_id)
-        else:
-            pool_index_B = jnp.full(batch, length - 1, jnp.int32)
         transformer = Transformer(c.layers, block, self.exec_config, name="transformer")
-        x_BD = transformer(x_BLD, pool_index_B)[:, 0]
+        if packed is not None:
+            x_BD = packed.end_rows(transformer(x_BLD, None, packed.positions_SR))
+        elif c.pool == "end":
+            x_BD = transformer(x_BLD, end_positions(tokens_BL, c.eot_id))[:, 0]
+        else:
+            x_BD = transformer(x_BLD, jnp.full(batch, length - 1, jnp.int32))[:, 0]
         # Layer norm works on each row alone, so it may follow the pooling instead of preceding it.
         x_BD = LayerNorm(c.norm_eps, name="ln_final")(x_BD)
         return self._project(x_BD) if c.project else x_BD

@@ -20,7 +20,7 @@ from clip_jax.planning.memory import Memory, measure_memory
 from clip_jax.planning.refusal import DoesNotFitError, parse_refusal
 from clip_jax.planning.roofline import roofline_flops, time_by_roofline
 from clip_jax.sections import Config
-from clip_jax.training.batch_feed import grouped_shapes, trimmed_batch_shapes
+from clip_jax.training.batch_feed import packed_shapes, trimmed_batch_shapes
 from clip_jax.training.setup import RunComponents, build_run, make_step, pair_flops
 from clip_jax.training.state import parameter_counts
 
@@ -112,10 +112,10 @@ def compile_program(
 
 
 def batch_of_run(run: RunComponents) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return the shapes of a run's batches: captions in groups if the config gives their shares."""
+    """Return the shapes of a run's batches: captions packed if the config gives their shares."""
     shapes = batch_shapes(run.mesh, run.model.config, run.config.train.batch_size)
-    groups = run.caption_groups
-    return shapes if groups is None else grouped_shapes(shapes, groups)
+    packing = run.caption_packing
+    return shapes if packing is None else packed_shapes(shapes, packing)
 
 
 def compile_run(
@@ -139,7 +139,7 @@ def compile_run(
     lowered = step.lower(run.shapes, batch_of_run(run))
     compiled, program, flops, timing = compile_program(lowered, started, utilization=utilization)
     stats: Any = compiled.memory_analysis()
-    length = run.caption_groups or sizes.text.context_length
+    length = run.caption_packing or sizes.text.context_length
     tower_flops = pairs * pair_flops(run, length) / run.mesh.size
     return StepCosts(
         compiler=started.compiler,

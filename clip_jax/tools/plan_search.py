@@ -113,7 +113,7 @@ def program_config(config: Config) -> dict[str, Any]:
     for section in ("eval", "checkpoint"):
         del values[section]
     data = values["data"]
-    values["data"] = {k: data[k] for k in ("tokenizer", "color_jitter", "caption_groups")}
+    values["data"] = {k: data[k] for k in ("tokenizer", "color_jitter", "caption_packing")}
     del values["train"]["log_every"]
     return values
 

@@ -10,8 +10,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from clip_jax.data.caption_groups import CaptionGroups, group_captions
-from clip_jax.data.loader import Batch, Loader, bucket_length, caption_lengths
+from clip_jax.data.caption_packing import CaptionPacking, pack_captions
+from clip_jax.data.loader import Batch, Loader, bucket_length
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.parallel import distributed
 from clip_jax.parallel.mesh import BATCH_AXES, place_batch
@@ -20,8 +20,8 @@ from clip_jax.training.setup import RunComponents
 from clip_jax.training.signals import StopRequest
 from clip_jax.training.skip_limit import SkipLimit
 
-_IN_GROUPS = 0
-"""A length that processes announce: the captions fit into their groups."""
+_PACKED = 0
+"""A length that processes announce: the captions fit into their segments."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,13 +31,13 @@ class PlacedBatch:
     Attributes:
       arrays: what the step takes.
       keys: the keys of this process's rows.
-      length: tokens of a caption, after trimming; or the groups that captions came in.
+      length: tokens of a caption, after trimming; or how captions were packed.
       stop_signals: by process, the signal that asked it to stop, or 0.
     """
 
     arrays: dict[str, jax.Array]
     keys: list[str]
-    length: int | CaptionGroups
+    length: int | CaptionPacking
     stop_signals: np.ndarray
 
 
@@ -88,13 +88,13 @@ class BatchFeed:
             return None
         batch, answers = fetched
         self._limit.check(answers[:, 2:])
-        length, groups = int(answers[:, 0].max()), self._run.caption_groups
-        if groups is not None and length == _IN_GROUPS:
-            text = batch["groups"]
+        length, packing = int(answers[:, 0].max()), self._run.caption_packing
+        if packing is not None and length == _PACKED:
+            text = batch["packed"]
         else:
-            text, groups = {"text": batch["text"][:, :length]}, None
+            text, packing = {"text": batch["text"][:, :length]}, None
         arrays = place_batch(device_arrays(batch) | text, self._run.mesh)
-        return PlacedBatch(arrays, batch["key"], groups or length, stop_signals=answers[:, 1])
+        return PlacedBatch(arrays, batch["key"], packing or length, stop_signals=answers[:, 1])
 
     def _announce(self, batch: Batch) -> distributed.Announcement:
         """Tell all processes (caption length, stop signal, skipped rows, rows) of a batch."""
@@ -104,18 +104,18 @@ class BatchFeed:
         return distributed.Announcement((length, self._stop_request.signal, skipped, rows))
 
     def _trim(self, batch: Batch) -> int:
-        """Return the length that a batch's captions can be cut to; 0 if they come in groups."""
+        """Return the length that a batch's captions can be cut to; 0 if they come packed."""
         text, eot_id = batch["text"], self._run.tokenizer.eot_id
         if not self._run.model.config.text.supports_trimming:
             return text.shape[1]
-        groups = self._run.caption_groups
-        if groups is None:
+        packing = self._run.caption_packing
+        if packing is None:
             return bucket_length(text, eot_id)
-        grouped = group_captions(text, caption_lengths(text, eot_id), groups)
-        if grouped is None:
+        packed = pack_captions(text, eot_id, packing)
+        if packed is None:
             return text.shape[1]  # the one other shape that is compiled
-        batch["groups"] = grouped
-        return _IN_GROUPS
+        batch["packed"] = packed
+        return _PACKED
 
 
 def announced(
@@ -154,21 +154,21 @@ def trimmed_batch_shapes(
     }
 
 
-def grouped_shapes(
-    shapes: dict[str, jax.ShapeDtypeStruct], groups: CaptionGroups
+def packed_shapes(
+    shapes: dict[str, jax.ShapeDtypeStruct], packing: CaptionPacking
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return the shapes of a placed batch whose captions come in groups, from those of a plain one.
+    """Return the shapes of a placed batch whose captions are packed, from those of a plain one.
 
     The second program of such a run is the plain one's, with captions of the full length.
     """
     shapes = dict(shapes)
     text = shapes.pop("text")
-    parts = text.shape[0] // groups.all_rows
+    segments = text.shape[0] // packing.captions * packing.segments
     sizes = {
-        f"text_{k}": (parts * rows, length)
-        for k, (rows, length) in enumerate(zip(groups.rows, groups.lengths, strict=True))
+        "text_tokens": (segments, packing.segment_rows),
+        "text_positions": (segments, packing.segment_rows),
+        "text_end": text.shape[:1],
     }
-    sizes["text_place"] = text.shape[:1]
     return shapes | {
         name: jax.ShapeDtypeStruct(size, text.dtype, sharding=text.sharding)
         for name, size in sizes.items()

@@ -1,4 +1,4 @@
-"""The lengths of a run's captions, counted once, so that they can be computed in groups."""
+"""The lengths of a run's captions, counted once, so that they can be packed."""
 
 import dataclasses
 import math
@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from clip_jax.data.caption_groups import (
+from clip_jax.data.caption_packing import (
     AUTO,
-    MIN_ROWS,
+    MIN_CAPTIONS,
     OFF,
-    choose_groups,
+    choose_packing,
     format_shares,
     measured_shares,
     trimmed_tokens,
@@ -29,43 +29,43 @@ from clip_jax.training.warm_start import has_checkpoints
 SAMPLES = 4096
 """Captions that all processes together count."""
 WORTH = 0.9
-"""Groups are taken where they leave at most this share of the tokens that trimming leaves."""
+"""Captions are packed where that leaves at most this share of the tokens that trimming leaves."""
 _ROWS_PER_PART = 64
 
 
-def with_caption_groups(run: RunComponents, data: TrainingData, folder: Path) -> RunComponents:
-    """Return the run with `config.data.caption_groups` settled, where it is "auto".
+def with_caption_packing(run: RunComponents, data: TrainingData, folder: Path) -> RunComponents:
+    """Return the run with `config.data.caption_packing` settled, where it is "auto".
 
-    A resumed run takes what its work folder says; one that was made before there were groups goes
-    on without. All processes have to call it.
+    A resumed run takes what its work folder says; one that was made before captions were packed
+    goes on without. All processes have to call it.
     """
-    if run.config.data.caption_groups != AUTO:
+    if run.config.data.caption_packing != AUTO:
         return run
     if distributed.from_first(has_checkpoints(folder)):
-        value = saved_value(folder, "config.data.caption_groups", OFF)
+        value = saved_value(folder, "config.data.caption_packing", OFF)
     else:
-        value = measured_groups(run, data) if may_group(run) else OFF
-    section = dataclasses.replace(run.config.data, caption_groups=value)
+        value = settled_shares(run, data) if may_pack(run) else OFF
+    section = dataclasses.replace(run.config.data, caption_packing=value)
     return dataclasses.replace(run, config=dataclasses.replace(run.config, data=section))
 
 
-def may_group(run: RunComponents) -> bool:
-    """Return whether "auto" considers groups: on accelerators, for many pairs a device."""
+def may_pack(run: RunComponents) -> bool:
+    """Return whether "auto" considers packing: on accelerators, for many pairs a device."""
     return (
         run.model.config.text.supports_trimming
         and run.model.target.platform != "cpu"
-        and rows_of_device(run.config, run.mesh) >= MIN_ROWS
+        and rows_of_device(run.config, run.mesh) >= MIN_CAPTIONS
     )
 
 
-def measured_groups(run: RunComponents, data: TrainingData) -> str:
-    """Return the shares of the lengths of the run's first captions; "off" if groups do not pay."""
+def settled_shares(run: RunComponents, data: TrainingData) -> str:
+    """Return the shares of the lengths of the run's first captions; "off" if it does not pay."""
     context, size = run.model.config.text.context_length, run.config.train.batch_size
     counts = count_lengths(run, data)
     everywhere = np.sum(distributed.gather(counts.tolist()), axis=0)
     shares = measured_shares(everywhere, context)
-    groups = choose_groups(shares, rows_of_device(run.config, run.mesh), context)
-    worth = groups.tokens <= WORTH * trimmed_tokens(shares, size, context)
+    packing = choose_packing(shares, rows_of_device(run.config, run.mesh), context)
+    worth = packing.rows_per_caption <= WORTH * trimmed_tokens(shares, size, context)
     return format_shares(shares) if worth else OFF
 
 

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from clip_jax.data.loader import bucket_lengths
 from clip_jax.parallel.mesh import BATCH_AXES, batch_shards
-from clip_jax.training.batch_feed import grouped_shapes, trimmed_batch_shapes
+from clip_jax.training.batch_feed import packed_shapes, trimmed_batch_shapes
 from clip_jax.training.programs import ShapedPrograms
 from clip_jax.training.setup import RunComponents
 
@@ -31,11 +31,11 @@ def caption_lengths(run: RunComponents) -> list[int]:
 
 
 def prepare_step(run: RunComponents, step: ShapedPrograms) -> None:
-    """Compile the step for every length of captions; for their groups and the full length alone."""
-    size, groups, lengths = run.config.train.batch_size, run.caption_groups, caption_lengths(run)
-    if groups is not None:
+    """Compile the step for every length of captions; for packed ones and the full length alone."""
+    size, packing, lengths = run.config.train.batch_size, run.caption_packing, caption_lengths(run)
+    if packing is not None:
         batch = trimmed_batch_shapes(run.mesh, run.model.config, size, lengths[0])
-        step.prepare("the step for groups of captions", run.shapes, grouped_shapes(batch, groups))
+        step.prepare("the step for packed captions", run.shapes, packed_shapes(batch, packing))
         lengths = lengths[:1]
     for length in lengths:
         batch = trimmed_batch_shapes(run.mesh, run.model.config, size, length)

@@ -6,7 +6,7 @@ import math
 import jax
 
 from clip_jax.models.attention import Kernel
-from clip_jax.models.clip import CLIP, choose_kernels
+from clip_jax.models.clip import choose_kernels
 from clip_jax.models.vit import ViTConfig
 from clip_jax.parallel import distributed
 from clip_jax.training.setup import RunComponents, count_kept_patches
@@ -21,7 +21,7 @@ def with_checked_kernels(run: RunComponents) -> RunComponents:
         return run
     from clip_jax.models.kernels.check import ALLOWED
 
-    error = max(distributed.gather(_largest_error(run.model, count_kept_patches(run))))
+    error = max(distributed.gather(_largest_error(run)))
     if error <= ALLOWED:
         return run
     distributed.print_on_main(
@@ -32,20 +32,23 @@ def with_checked_kernels(run: RunComponents) -> RunComponents:
     return dataclasses.replace(run, model=run.model.clone(attention="xla"))
 
 
-def _largest_error(model: CLIP, num_patches: int | None) -> float:
+def _largest_error(run: RunComponents) -> float:
     """Return the largest error of this process's chips; infinite where a kernel does not run."""
     from clip_jax.models.kernels.check import kernels_error
 
+    model, num_patches, packing = run.model, count_kept_patches(run), run.caption_packing
     chosen = choose_kernels(model, num_patches)
     vision, text = model.config.vision, model.config.text
-    towers: list[tuple[Kernel | None, int, int, int, bool]] = [
-        (chosen.text, text.width, text.heads, text.context_length, text.causal)
+    towers: list[tuple[Kernel | None, int, int, int, bool, bool]] = [
+        (chosen.text, text.width, text.heads, text.context_length, text.causal, False)
     ]
+    if packing is not None:
+        towers.append((chosen.text, text.width, text.heads, packing.segment_rows, True, True))
     if isinstance(vision, ViTConfig):
         rows = vision.length if num_patches is None else num_patches + vision.class_token
-        towers.append((chosen.image, vision.width, vision.heads, rows, False))
+        towers.append((chosen.image, vision.width, vision.heads, rows, False, False))
     errors = [0.0]
-    for kernel, width, heads, length, is_causal in towers:
+    for kernel, width, heads, length, is_causal, is_ragged in towers:
         if kernel is None or kernel.name != "pallas":
             continue
         try:
@@ -54,6 +57,7 @@ def _largest_error(model: CLIP, num_patches: int | None) -> float:
                 head_size=width // heads,
                 length=length,
                 is_causal=is_causal,
+                is_ragged=is_ragged,
                 target=model.target,
             )
         except jax.errors.JaxRuntimeError:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 
-from clip_jax.data.caption_groups import CaptionGroups
+from clip_jax.data.caption_packing import CaptionPacking
 from clip_jax.data.dataset import TrainingData, incomplete_samples
 from clip_jax.data.loader import Loader
 from clip_jax.files import atomic_write
@@ -29,7 +29,6 @@ from clip_jax.training.setup import (
     RunComponents,
     attention_kernels,
     pair_flops,
-    rows_of_device,
 )
 from clip_jax.training.skip_limit import gather_skipped
 from clip_jax.training.state import parameter_counts
@@ -48,11 +47,11 @@ def print_summary(run: RunComponents, data: TrainingData, *, pairs: int, steps: 
         + mesh_text(run.mesh.shape),
         attention_kernels(run),
     ]
-    if run.caption_groups is not None:
-        rows = rows_of_device(config, run.mesh)
+    if run.caption_packing is not None:
+        packing = run.caption_packing
         lines.append(
-            f"captions of {rows} pairs on a device, by tokens: {run.caption_groups}, "
-            f"{run.caption_groups.tokens:.1f} in the mean"
+            f"captions of {packing.captions} pairs on a device packed into {packing}, "
+            f"{packing.rows_per_caption:.1f} a caption"
         )
     lines += [
         f"shards left out: {n} {cause.replace('_', ' ')}, listed in skipped.jsonl"
@@ -74,7 +73,7 @@ class RunLogger:
     """Writes a line now and then, `metrics.jsonl` and TensorBoard's files, and what went wrong.
 
     Attributes:
-      length: tokens a caption of the newest batch, after trimming, or its groups.
+      length: tokens a caption of the newest batch, after trimming, or how it was packed.
       data_wait: takes the time that is spent on waiting for data.
       steps: the number of the last step.
       folder: the work folder.
@@ -100,7 +99,7 @@ class RunLogger:
         config = run.config
         self._compiler, self._began = compiler, began
         self._startup: dict[str, float] | None = None
-        self.length: int | CaptionGroups = run.model.config.text.context_length
+        self.length: int | CaptionPacking = run.model.config.text.context_length
         self.data_wait = DataWait()
         self._pair_flops = functools.partial(pair_flops, run)
         self.steps = steps

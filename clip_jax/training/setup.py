@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from clip_jax.data import caption_groups
-from clip_jax.data.caption_groups import CaptionGroups, choose_groups, parse_shares
+from clip_jax.data import caption_packing
+from clip_jax.data.caption_packing import CaptionPacking, choose_packing, parse_shares
 from clip_jax.data.dataset import TrainingData, open_sources, steps_per_epoch
 from clip_jax.data.images import OPENAI, Preprocess
 from clip_jax.data.loader import Loader, make_train_loader
@@ -85,13 +85,13 @@ class RunComponents:
     source: SourceCheckpoint | None
 
     @functools.cached_property
-    def caption_groups(self) -> CaptionGroups | None:
-        """The groups of a device's captions in a micro-batch; None trims them to the longest."""
-        shares, text = self.config.data.caption_groups, self.model.config.text
-        if shares in caption_groups.CHOICES or not text.supports_trimming:
+    def caption_packing(self) -> CaptionPacking | None:
+        """How a device's captions lie in a micro-batch; None trims them to the longest."""
+        shares, text = self.config.data.caption_packing, self.model.config.text
+        if shares in caption_packing.CHOICES or not text.supports_trimming:
             return None
         rows = rows_of_device(self.config, self.mesh)
-        return choose_groups(parse_shares(shares), rows, text.context_length)
+        return choose_packing(parse_shares(shares), rows, text.context_length)
 
 
 def rows_of_device(config: Config, mesh: Mesh) -> int:
@@ -249,14 +249,13 @@ def count_kept_patches(run: RunComponents) -> int | None:
     return kept_patches(patches, dropout) if patches and dropout else None
 
 
-def pair_flops(run: RunComponents, length: int | CaptionGroups) -> int:
+def pair_flops(run: RunComponents, length: int | CaptionPacking) -> int:
     """Count the operations of training on one pair, its caption trimmed to `length`.
 
-    Of groups it is the mean of their rows.
+    Of packed captions it is that of one of the mean length.
     """
-    if isinstance(length, CaptionGroups):
-        rows = zip(length.rows, length.lengths, strict=True)
-        return sum(n * pair_flops(run, one) for n, one in rows) // length.all_rows
+    if isinstance(length, CaptionPacking):
+        length = round(length.mean_length)
     return train_flops_per_pair(
         run.model.config,
         length,

@@ -14,8 +14,9 @@ from jax.sharding import PartitionSpec as P
 
 from clip_jax.data.images import Preprocess
 from clip_jax.losses import LossFn, LossOutput
-from clip_jax.models.clip import CLIP, TokenGroups
+from clip_jax.models.clip import CLIP
 from clip_jax.models.target import Target
+from clip_jax.models.text import PackedTokens
 from clip_jax.parallel.mesh import BATCH_AXES, batch_shards
 from clip_jax.parallel.sharding import rows_stay_split, with_whole_table
 from clip_jax.sections import TrainSection
@@ -38,8 +39,8 @@ class TrainStep(Protocol):
         """Return the next state and the metrics of this step.
 
         `batch` holds image uint8 [B, H, W, 3], text int32 [B, L], caption_id uint32 [B] and
-        valid bool [B], split over the mesh's batch axes; or in place of the text its rows in
-        groups, as `data.caption_groups.group_captions` makes them.
+        valid bool [B], split over the mesh's batch axes; or in place of the text its captions
+        packed, as `data.caption_packing.pack_captions` makes them.
         """
         ...
 
@@ -78,13 +79,11 @@ def normalize_images(
     return (images_BHWC - jnp.array(mean)) / jnp.array(std)
 
 
-def tokens_of(rows: Batch, parts: int) -> jax.Array | TokenGroups:
+def tokens_of(rows: Batch, parts: int) -> jax.Array | PackedTokens:
     """Return the captions of rows that are split into so many parts."""
     if "text" in rows:
         return rows["text"]
-    count = sum(name.startswith("text_") for name in rows) - 1
-    groups = tuple(rows[f"text_{k}"] for k in range(count))
-    return TokenGroups(groups, rows["text_place"], parts)
+    return PackedTokens(rows["text_tokens"], rows["text_positions"], rows["text_end"], parts)
 
 
 def make_features(model: CLIP, *, mesh: Mesh, preprocess: Preprocess, freeze: str) -> FeaturesFn:
@@ -159,8 +158,8 @@ def make_cached_gradient(
     def split(x: jax.Array, count: int) -> jax.Array:
         """Reshape [B, ...] to [micro-batches, rows, ...], so many of them.
 
-        Each device gives rows of its own to every micro-batch, so nothing travels. A group of
-        captions is split like the rows that it is a part of.
+        Each device gives rows of its own to every micro-batch, so nothing travels. Segments of
+        packed captions are split like the rows whose captions they hold.
         """
         x = x.reshape(shards, count, -1, *x.shape[1:])
         x = jnp.moveaxis(x, 0, 1).reshape(count, -1, *x.shape[3:])

@@ -22,7 +22,7 @@ from clip_jax.pretrained.work_folder import RunDescription, write_description
 from clip_jax.sections import Config
 from clip_jax.training.batch_feed import BatchFeed, PlacedBatch
 from clip_jax.training.best_checkpoint import BestCheckpoint
-from clip_jax.training.caption_shares import with_caption_groups
+from clip_jax.training.caption_shares import with_caption_packing
 from clip_jax.training.checkpoint import Checkpoints
 from clip_jax.training.compile_ahead import compiles_ahead, prepare_encoders, prepare_step
 from clip_jax.training.fingerprint import (
@@ -78,7 +78,7 @@ def train(config: Config, workdir: str, *, began: float | None = None) -> int:
         )
     run = build_run(config, steps, workdir)
     check_streams(config.data.streams, batch_part(run.mesh)[1])
-    run = with_caption_groups(run, data, folder)
+    run = with_caption_packing(run, data, folder)
     config = run.config
     fingerprint = run_fingerprint(
         config,

@@ -1,6 +1,7 @@
 """The TPU kernels, interpreted, are the plain forms in values and gradients."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -127,6 +128,32 @@ def test_packed_sequences_are_sequences(batch, length, number, is_causal):
     q, k, v, bias, weights = random_arrays(rows, rows, rows, (3, rows[-1]), rows)
     arrays = (q, k, v, 0.3 * bias)
     assert_equal_to_plain(attention, plain_attention, arrays, [weights], packed, is_pair=False)
+
+
+def test_ragged_sequences_are_sequences():
+    """Also what the check at a run's start does of them."""
+    starts = [(0, 3, 4, 11), (0, 16), (0, 1, 2, 3), (0,)]
+    row = np.arange(16)
+    first = [np.maximum.accumulate(np.where(np.isin(row, start), row, 0)) for start in starts]
+    positions = jnp.asarray(row - np.stack(first), jnp.int32)
+    q, k, v, bias, dy = random_arrays(*[(4, 16, 128)] * 3, (3, 128), (4, 16, 128))
+
+    def kernel(q, k, v, bias, heads):
+        return short_attention(jnp.concatenate((q, k, v), -1), bias, heads, positions)
+
+    def plain(q, k, v, bias, heads):
+        sequences = []
+        for i, start in enumerate(starts):
+            bounds = [s for s in start if s < 16] + [16]
+            sequences += [
+                plain_attention(*(x[i : i + 1, a:b] for x in (q, k, v)), bias, heads)
+                for a, b in itertools.pairwise(bounds)
+            ]
+        return jnp.concatenate(sequences, 1).reshape(q.shape)
+
+    assert_equal_to_plain(kernel, plain, (q, k, v, bias), (dy,), CAUSAL, is_pair=False)
+    sizes = {"heads": 2, "head_size": 64, "length": 16, "target": INTERPRETED}
+    assert check.kernels_error(**sizes, is_causal=True, is_ragged=True) < check.ALLOWED
 
 
 def test_rows_are_whole_tiles_and_waste_little():

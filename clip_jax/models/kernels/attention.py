@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from clip_jax.models.kernels.vmem import segments_per_program, vmem_limit
 from clip_jax.models.packing import HIDDEN, Packing
@@ -43,7 +43,8 @@ class Heads:
       number: of heads; all features of a row are these, one head after the other.
       is_causal: a query sees the keys up to its own position.
       target: the devices.
-      packing: the place of the sequences in the rows; None is one sequence a segment.
+      packing: the place of the sequences in the rows; None is one sequence a segment. A ragged
+        one is causal.
     """
 
     number: int
@@ -54,39 +55,52 @@ class Heads:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def short_attention(
-    qkv_SRE: Float[Array, "S R E"], bias_3D: Float[Array, "3 D"], heads: Heads
+    qkv_SRE: Float[Array, "S R E"],
+    bias_3D: Float[Array, "3 D"],
+    heads: Heads,
+    positions_SR: Int[Array, "S R"] | None = None,
 ) -> Float[Array, "S R D"]:
     """Return softmax attention of q, k and v, each with its row of `bias_3D` added.
 
     They lie side by side in `qkv_SRE`, as one matrix product makes them. Logits, softmax and sums
     are float32; probabilities are rounded to the inputs' dtype before they multiply the values.
+    `positions_SR`: of ragged packing, the place of every row in its sequence.
     """
-    return _call(_forward_kernel, heads, (qkv_SRE,), bias_3D, outputs=1)[0]
+    return _call(_forward_kernel, heads, (qkv_SRE,), positions_SR, bias_3D, outputs=1)[0]
 
 
-def _forward(qkv_SRE, bias_3D, heads: Heads):
-    return short_attention(qkv_SRE, bias_3D, heads), (qkv_SRE, bias_3D)
+def _forward(qkv_SRE, bias_3D, heads: Heads, positions_SR):
+    y_SRD = short_attention(qkv_SRE, bias_3D, heads, positions_SR)
+    return y_SRD, (qkv_SRE, bias_3D, positions_SR)
 
 
 def _backward(heads: Heads, residuals, dy_SRD):
-    qkv_SRE, bias_3D = residuals
+    qkv_SRE, bias_3D, positions_SR = residuals
     dqkv_SRE, dbias_s3D = _call(
-        _backward_kernel, heads, (qkv_SRE, dy_SRD), bias_3D, outputs=3, sums=True
+        _backward_kernel, heads, (qkv_SRE, dy_SRD), positions_SR, bias_3D, outputs=3, sums=True
     )
-    return dqkv_SRE, jnp.sum(dbias_s3D, 0).astype(bias_3D.dtype)
+    return dqkv_SRE, jnp.sum(dbias_s3D, 0).astype(bias_3D.dtype), None
 
 
 short_attention.defvjp(_forward, _backward)
 
 
 def _call(
-    kernel: Any, heads: Heads, rows: tuple[Array, ...], bias_3D: Array, *, outputs: int, sums=False
+    kernel: Any,
+    heads: Heads,
+    rows: tuple[Array, ...],
+    positions_SR: Array | None,
+    bias_3D: Array,
+    *,
+    outputs: int,
+    sums: bool = False,
 ) -> tuple[Array, ...]:
     """Run a kernel on each device's rows, whose result is `outputs` times as wide as the stream.
 
     With `sums` it also returns float32 [programs, 3, D].
     """
     width = bias_3D.shape[1]
+    positions = () if positions_SR is None else (positions_SR[:, None],)
 
     def run(*arrays: Array) -> tuple[Array, ...]:
         segments, length, _ = arrays[0].shape
@@ -102,6 +116,7 @@ def _call(
             functools.partial(kernel, heads=heads),
             grid=(segments // taken,),
             in_specs=[block(x.shape[-1]) for x in rows]
+            + [pl.BlockSpec((taken, 1, length), lambda s: (s, 0, 0)) for _ in positions]
             + [pl.BlockSpec((3, width), lambda s: (0, 0))],
             out_specs=[block(outputs * width)] + [sums_block] * sums,
             out_shape=[shape] + [sums_shape] * sums,
@@ -112,12 +127,14 @@ def _call(
             ),
         )(*arrays)
 
-    return tuple(heads.target.map_rows(run, rows, (bias_3D.astype(rows[0].dtype),)))
+    whole = (bias_3D.astype(rows[0].dtype),)
+    return tuple(heads.target.map_rows(run, (*rows, *positions), whole))
 
 
-def _forward_kernel(qkv, bias, y, *, heads: Heads) -> None:
+def _forward_kernel(qkv, *refs, heads: Heads) -> None:
+    *positions, bias, y = refs
     scale = (y.shape[-1] // heads.number) ** -0.5
-    hidden = _hidden(y.shape[1], heads)
+    hidden = _hidden_of_segments(y.shape[0], y.shape[1], heads, positions)
 
     def attend(start: Any, columns: Columns) -> None:
         for segment in range(y.shape[0]):
@@ -125,17 +142,18 @@ def _forward_kernel(qkv, bias, y, *, heads: Heads) -> None:
             v_T = vs.T
             y_T = []
             for h in columns.heads:
-                p, total = _unnormalized(qs[:, h], ks[:, h], scale, hidden)
+                p, total = _unnormalized(qs[:, h], ks[:, h], scale, hidden[segment])
                 y_T.append(_dot(v_T[h], p.astype(y.dtype), MATRICES) * pl.reciprocal(total))
             y[segment, :, pl.ds(start, columns.size)] = _join(y_T, 0).astype(y.dtype).T
 
     _for_columns(attend, y.shape[-1], heads.number)
 
 
-def _backward_kernel(qkv, dy, bias, dqkv, dbias, *, heads: Heads) -> None:
+def _backward_kernel(qkv, dy, *refs, heads: Heads) -> None:
+    *positions, bias, dqkv, dbias = refs
     dtype, width = dy.dtype, dy.shape[-1]
     scale = (width // heads.number) ** -0.5
-    hidden = _hidden(dy.shape[1], heads)
+    hidden = _hidden_of_segments(dy.shape[0], dy.shape[1], heads, positions)
 
     def attend(start: Any, columns: Columns) -> None:
         sums = [jnp.zeros((1, columns.size), jnp.float32)] * 3
@@ -145,7 +163,7 @@ def _backward_kernel(qkv, dy, bias, dqkv, dbias, *, heads: Heads) -> None:
             k_T = ks.T
             dq_T, dk_heads, dv_heads = [], [], []
             for h in columns.heads:
-                p, total = _unnormalized(qs[:, h], ks[:, h], scale, hidden)
+                p, total = _unnormalized(qs[:, h], ks[:, h], scale, hidden[segment])
                 p = p * pl.reciprocal(total)
                 dp = _dot(vs[:, h], dys[:, h], ROWS_BY_ROWS)
                 ds = p * (dp - jnp.sum(p * dp, 0, keepdims=True)) * scale
@@ -212,6 +230,18 @@ def _with_bias(qkv: Any, bias: Any, segment: int, start: Any, columns: Columns) 
         + bias[i : i + 1, pl.ds(start, columns.size)]
         for i in range(3)
     ]
+
+
+def _hidden_of_segments(
+    segments: int, rows: int, heads: Heads, positions: list[Any]
+) -> list[Array | None]:
+    """Return for each segment which keys no query sees, bool [keys, queries]; None: none."""
+    if not positions:
+        return [_hidden(rows, heads)] * segments
+    key = lax.broadcasted_iota(jnp.int32, (rows, rows), 0)
+    query = lax.broadcasted_iota(jnp.int32, (rows, rows), 1)
+    behind = query - key
+    return [(behind < 0) | (behind > positions[0][segment]) for segment in range(segments)]
 
 
 def _hidden(rows: int, heads: Heads) -> Array | None:

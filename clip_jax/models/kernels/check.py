@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from clip_jax.models.attention import attend_packed
 from clip_jax.models.kernels.attention import Heads, short_attention
 from clip_jax.models.kernels.norm import Norm, residual_norm
 from clip_jax.models.layers import LAYER_NORM_EPS, layer_norm
-from clip_jax.models.packing import choose_packing
+from clip_jax.models.packing import Packing, choose_packing
 from clip_jax.models.target import Target
 
 SEQUENCES = 16
@@ -21,9 +22,17 @@ ALLOWED = 2.0
 
 
 def kernels_error(
-    *, heads: int, head_size: int, length: int, is_causal: bool, target: Target
+    *,
+    heads: int,
+    head_size: int,
+    length: int,
+    is_causal: bool,
+    target: Target,
+    is_ragged: bool = False,
 ) -> float:
     """Return how far the kernels are from the plain forms, computed on the first local device.
+
+    `is_ragged`: the rows are segments of shorter sequences.
 
     Returns:
       The largest error of a result or gradient, in norm, over that of the plain form in bfloat16,
@@ -35,11 +44,16 @@ def kernels_error(
     x, around, dx, scale, shift = _draw((SEQUENCES, length, width), 3, (width,), (width,))
     # As a run packs them: several short sequences share a program, and rows are padded.
     packing = choose_packing(SEQUENCES, length, target)
+    positions_SR = None
+    if is_ragged:
+        packing = Packing(SEQUENCES, length, length, is_ragged=True)
+        # Sequences of 1, 2, ... rows.
+        positions_SR = jnp.arange(length) % (1 + jnp.arange(SEQUENCES)[:, None])
     spec, norm = Heads(heads, is_causal, target, packing), Norm(LAYER_NORM_EPS, target)
 
     def attend(q: Array, k: Array, v: Array, bias_3D: Array) -> Array:
         qkv_ND = packing.flatten(jnp.concatenate((q, k, v), -1))
-        y_SRD = short_attention(packing.segments(qkv_ND), bias_3D, spec)
+        y_SRD = short_attention(packing.segments(qkv_ND), bias_3D, spec, positions_SR)
         return packing.unflatten(y_SRD.reshape(-1, width))
 
     def normalize(x: Array, scale_D: Array, bias_D: Array) -> tuple[Array, Array]:
@@ -49,7 +63,7 @@ def kernels_error(
 
     attention = _error(
         attend,
-        lambda q, k, v, b: _plain_attention(q, k, v, b, spec),
+        lambda q, k, v, b: _plain_attention(q, k, v, b, spec, positions_SR),
         (q, k, v, bias),
         dy,
     )
@@ -69,12 +83,17 @@ def _draw(rows: tuple[int, ...], count: int, *others: tuple[int, ...]) -> list[A
     return arrays + [jnp.asarray(0.3 * rng.standard_normal(shape), jnp.float32) for shape in others]
 
 
-def _plain_attention(q: Array, k: Array, v: Array, bias_3D: Array, heads: Heads) -> Array:
+def _plain_attention(
+    q: Array, k: Array, v: Array, bias_3D: Array, heads: Heads, positions_SR: Array | None
+) -> Array:
     q, k, v = (
         (x + bias_3D[i].astype(x.dtype)).reshape(*x.shape[:2], heads.number, -1)
         for i, x in enumerate((q, k, v))
     )
-    y = jax.nn.dot_product_attention(q, k, v, is_causal=heads.is_causal, implementation="xla")
+    if positions_SR is not None:
+        y = attend_packed(q, k, v, positions_SR)
+    else:
+        y = jax.nn.dot_product_attention(q, k, v, is_causal=heads.is_causal, implementation="xla")
     return y.reshape(*y.shape[:2], -1)
 
 
