@@ -331,33 +331,35 @@ def block_parts(
         return x, plain_norm(x, scale_D, bias_D)
 
     kernel = stream_kernel(config, exec_config, packing.batch, packing.length, width)
-    if kernel == "pallas":
-        # Importing Pallas takes half a second, which other devices need not spend.
-        from clip_jax.models.kernels.attention import Heads, short_attention
-        from clip_jax.models.kernels.norm import Norm, residual_norm
-
-        fast_norm = Norm(config.norm_eps, target)
-        spec = Heads(heads, config.is_causal, target, packing)
-
-        def norm_segments(x: Array, scale_D: Array, bias_D: Array) -> tuple[Array, Array]:
-            x_SRD, y_SRD = residual_norm(packing.segments(x), scale_D, bias_D, fast_norm)
-            return x_SRD.reshape(x.shape), y_SRD.reshape(x.shape)
-
-        def attend_segments(
-            qkv_NE: Array, bias_3D: Array, positions_SR: Array | None = None
-        ) -> Array:
-            y_SRD = short_attention(packing.segments(qkv_NE), bias_3D, spec, positions_SR)
-            return y_SRD.reshape(-1, width)
-
-        return BlockParts(
-            (PROJECTIONS,), norm_segments, attend_segments, plain_norm, activation, dtype, target
-        )
     # XLA's kernel would keep the probabilities.
     keeps_them = kernel == "xla" or packing.is_ragged
     attend_again = jax.checkpoint(attend_heads) if keeps_them else attend_heads
     # Heads may be split over the devices: then three products stay in place, and one would not.
     alone = tuple((name,) for name in PROJECTIONS)
-    return BlockParts(alone, norm, attend_again, plain_norm, activation, dtype, target)
+    parts = BlockParts(alone, norm, attend_again, plain_norm, activation, dtype, target)
+    return _with_kernels(parts, config, packing) if kernel == "pallas" else parts
+
+
+def _with_kernels(parts: BlockParts, config: BlockConfig, packing: Packing) -> BlockParts:
+    """Return a block's parts with the TPU's kernels, which take what one product makes."""
+    # Importing Pallas takes half a second, which other devices need not spend.
+    from clip_jax.models.kernels.attention import Heads, short_attention
+    from clip_jax.models.kernels.norm import Norm, residual_norm
+
+    spec = Heads(config.heads, config.is_causal, parts.target, packing)
+    fast_norm = Norm(config.norm_eps, parts.target)
+
+    def norm_segments(x: Array, scale_D: Array, bias_D: Array) -> tuple[Array, Array]:
+        x_SRD, y_SRD = residual_norm(packing.segments(x), scale_D, bias_D, fast_norm)
+        return x_SRD.reshape(x.shape), y_SRD.reshape(x.shape)
+
+    def attend_segments(qkv_NE: Array, bias_3D: Array, positions_SR: Array | None) -> Array:
+        y_SRD = short_attention(packing.segments(qkv_NE), bias_3D, spec, positions_SR)
+        return y_SRD.reshape(-1, bias_3D.shape[1])
+
+    return dataclasses.replace(
+        parts, projections=(PROJECTIONS,), norm=norm_segments, attend=attend_segments
+    )
 
 
 class ResidualBlock(nn.Module):
