@@ -12,13 +12,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from clip_jax.errors import UserError
 from clip_jax.models.attention import Kernel, choose_kernel
-from clip_jax.models.convnet import ConvNet, ConvNetConfig
 from clip_jax.models.execution import ExecConfig, remat_tower
-from clip_jax.models.resnet import HEAD_SIZE, ModifiedResNet, ResNetConfig
+from clip_jax.models.image_towers import IMAGE_TOWERS, VisionConfig
+from clip_jax.models.resnet import HEAD_SIZE, ResNetConfig
 from clip_jax.models.stack import stack_layers
 from clip_jax.models.target import ONE_CPU, Target
 from clip_jax.models.text import PackedTokens, TextConfig, TextTransformer
-from clip_jax.models.vit import VisionTransformer, ViTConfig
+from clip_jax.models.vit import ViTConfig
 
 INITIAL_LOGIT_SCALE = float(np.log(1 / 0.07))  # section 2.5
 UNIT_EPS = 1e-12  # the norm's floor, as torch.nn.functional.normalize has it
@@ -37,7 +37,7 @@ class CLIPConfig:
     """
 
     embed_dim: int
-    vision: ViTConfig | ResNetConfig | ConvNetConfig
+    vision: VisionConfig
     text: TextConfig
     init_logit_scale: float = INITIAL_LOGIT_SCALE
     init_logit_bias: float | None = None
@@ -103,12 +103,8 @@ class CLIP(nn.Module):
     def _image_tower(self) -> nn.Module:
         """Return the image tower of the config's kind."""
         c = self.config
-        towers = {
-            ViTConfig: VisionTransformer,
-            ResNetConfig: ModifiedResNet,
-            ConvNetConfig: ConvNet,
-        }
-        tower = remat_tower(towers[type(c.vision)], self.exec_config, static_argnums=(2,))
+        module = IMAGE_TOWERS[type(c.vision)].module
+        tower = remat_tower(module, self.exec_config, static_argnums=(2,))
         return tower(c.vision, c.embed_dim, self.exec_config)
 
     def encode_image(

@@ -6,38 +6,67 @@ peaks count them. A training step costs three times its forward pass.
 
 import itertools
 
+from clip_jax.models.block_form import BlockForm
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.convnet import ConvNetConfig
+from clip_jax.models.convnext import HALVING, STEM, ConvNeXtConfig
+from clip_jax.models.fastvit import FastViTConfig, fastvit_flops
 from clip_jax.models.resnet import EXPANSION, ResNetConfig
 from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
 
 
-def _blocks(length: int, width: int, mlp_width: int, layers: int, *, pool_last_block: bool) -> int:
+def _blocks(
+    length: int,
+    width: int,
+    mlp_width: int,
+    layers: int,
+    *,
+    pool_last_block: bool,
+    form: BlockForm | None = None,
+) -> int:
     """Count residual blocks over `length` positions, the last perhaps at the pooled one alone."""
-    matrices = 4 * width * width + 2 * width * mlp_width
-    whole = 2 * length * matrices + 4 * length * length * width
-    last = _one_query(length, width, mlp_width) if pool_last_block else whole
+    mlp = (2 if form is None or form.mlp == "plain" else 3) * width * mlp_width
+    whole = 2 * length * (4 * width * width + mlp) + 4 * length * length * width
+    last = _one_query(length, width, mlp) if pool_last_block else whole
     return (layers - 1) * whole + last
 
 
-def _one_query(length: int, width: int, mlp_width: int) -> int:
-    """Count attention of one query over `length` positions, and an MLP of its result."""
+def _one_query(length: int, width: int, mlp: int) -> int:
+    """Count attention of one query over `length` positions, and an MLP of `mlp` parameters."""
     # Keys and values everywhere; query, out-projection and MLP once; one row of attention.
-    once = 2 * width * width + 2 * width * mlp_width
+    once = 2 * width * width + mlp
     return 2 * (length * 2 * width**2 + once) + 4 * length * width
+
+
+def _patch_flops(c: ViTConfig) -> int:
+    """Count the operations that project all patches, in one convolution or several."""
+    total, side, fan_in = 0, c.image_size, 3
+    sizes = c.patch_stages or (c.patch_size,)
+    for i, size in enumerate(sizes):
+        side //= size
+        width = c.width if i == len(sizes) - 1 else c.width // 4
+        total += 2 * side**2 * fan_in * size**2 * width
+        fan_in = width
+    return total
 
 
 def _vit(c: ViTConfig, embed_dim: int, num_patches: int | None) -> int:
     """Count the operations of a vision transformer, of which `num_patches` are seen."""
     # All patches are projected before some are left out.
-    total = 2 * c.grid_size**2 * 3 * c.patch_size**2 * c.width
+    total = _patch_flops(c)
     patches = c.grid_size**2 if num_patches is None else num_patches
+    length = patches + c.class_token
     total += _blocks(
-        patches + c.class_token, c.width, c.mlp_width, c.layers, pool_last_block=c.pool == "token"
+        length,
+        c.width,
+        c.mlp_width,
+        c.layers,
+        pool_last_block=c.pool == "token",
+        form=c.form,
     )
     if c.pool == "map":
-        total += _one_query(patches, c.width, c.mlp_width)
+        total += _one_query(length, c.width, 2 * c.width * c.pool_block.mlp_width)
     return total + 2 * c.width * embed_dim * c.project
 
 
@@ -49,6 +78,20 @@ def _convnet(c: ConvNetConfig, embed_dim: int) -> int:
         side //= 2
         total += 2 * side**2 * 9 * fan_in * out
     return total + 2 * c.grid_size**2 * c.features[-1] * embed_dim
+
+
+def _convnext(c: ConvNeXtConfig, embed_dim: int) -> int:
+    """Count the operations of a ConvNeXt."""
+    side, fan_in = c.image_size // STEM, c.widths[0]
+    total = 2 * side**2 * 3 * STEM**2 * fan_in
+    for stage, (width, depth) in enumerate(zip(c.widths, c.depths, strict=True)):
+        if stage:
+            side //= HALVING
+            total += 2 * side**2 * HALVING**2 * fan_in * width
+        total += depth * 2 * side**2 * (49 * width + 8 * width**2)
+        fan_in = width
+    hidden = 2 * embed_dim if c.head == "mlp" else 0
+    return total + 2 * (fan_in * hidden + (hidden or fan_in) * embed_dim)
 
 
 def _resnet(c: ResNetConfig, embed_dim: int) -> int:
@@ -81,6 +124,10 @@ def image_flops(config: CLIPConfig, num_patches: int | None = None) -> int:
         return _resnet(config.vision, config.embed_dim)
     if isinstance(config.vision, ConvNetConfig):
         return _convnet(config.vision, config.embed_dim)
+    if isinstance(config.vision, FastViTConfig):
+        return fastvit_flops(config.vision, config.embed_dim)
+    if isinstance(config.vision, ConvNeXtConfig):
+        return _convnext(config.vision, config.embed_dim)
     return _vit(config.vision, config.embed_dim, num_patches)
 
 

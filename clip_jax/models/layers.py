@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from clip_jax.models.attention import attend, attend_packed, choose_kernel
-from clip_jax.models.execution import ExecConfig, dense_product, remat_block
+from clip_jax.models.block_form import BlockForm
+from clip_jax.models.execution import ExecConfig, dense_product
 from clip_jax.models.minimal_block import PROJECTIONS, BlockParts, residual_block
 from clip_jax.models.packing import Packing, choose_packing
 from clip_jax.models.pooled_block import pooled_block
@@ -248,6 +249,7 @@ class BlockConfig:
       init: of the matrices.
       is_causal: a row sees itself and those before it.
       layer_scale: start of the gains on both residual branches; None has no such gains.
+      form: what sets the block apart from CLIP's; None is CLIP's own.
     """
 
     heads: int
@@ -257,6 +259,7 @@ class BlockConfig:
     init: BlockInit
     is_causal: bool = False
     layer_scale: float | None = None
+    form: BlockForm | None = None
 
 
 def stream_kernel(
@@ -410,65 +413,3 @@ class ResidualBlock(nn.Module):
         """Apply the layer scale of this name, if there is one."""
         initial = self.config.layer_scale
         return y_BLD if initial is None else LayerScale(initial, name=name)(y_BLD)
-
-
-class Transformer(nn.Module):
-    """A stack of residual blocks.
-
-    With `exec_config.scan` all blocks but the last are one block in a loop, `resblocks`, its
-    parameters those of `resblocks_0`, `resblocks_1`, ... stacked. The last keeps its own name and
-    parameters: it may be computed at one position, which the loop's body cannot be.
-    """
-
-    layers: int
-    block: BlockConfig
-    exec_config: ExecConfig
-
-    @nn.compact
-    def __call__(
-        self,
-        x_BLD: Float[Array, "B L D"],
-        pool_index_B: Int[Array, " B"] | None = None,
-        positions_BL: Int[Array, "B L"] | None = None,
-    ) -> Float[Array, "B l D"]:
-        """Return all rows, or with `pool_index_B` that one of every sequence: l is L or 1.
-
-        With `positions_BL` the rows are segments of shorter sequences, see `ResidualBlock`.
-
-        Without `exec_config.pool_last_block` the last block is computed for all rows, one of which
-        is then gathered: the plain form.
-        """
-        last, packing = self.layers - 1, None
-        # Parameters are drawn by the modules of the plain block.
-        if self.exec_config.is_minimal and not self.is_initializing():
-            is_ragged = positions_BL is not None
-            packing = stream_packing(self.block, self.exec_config, x_BLD.shape, is_ragged=is_ragged)
-        x = x_BLD if packing is None else packing.flatten(x_BLD)
-        if self.exec_config.scan and last > 0:
-            x = self._loop(x, packing, positions_BL, last)
-        block = remat_block(ResidualBlock, self.exec_config)
-        for i in range(0 if not self.exec_config.scan else last, last):
-            layer = block(self.block, self.exec_config, name=f"resblocks_{i}")
-            x = layer(x, None, packing, positions_BL)
-        last_block = block(self.block, self.exec_config, name=f"resblocks_{last}")
-        pool_in_block_B = pool_index_B if self.exec_config.pool_last_block else None
-        x = last_block(x, pool_in_block_B, packing, positions_BL)
-        if pool_in_block_B is not None:
-            return x
-        x_BLD = x if packing is None else packing.unflatten(x)
-        return x_BLD if pool_index_B is None else gather_rows(x_BLD, pool_index_B)
-
-    def _loop(
-        self, x: Array, packing: Packing | None, positions_BL: Array | None, times: int
-    ) -> Array:
-        """Apply the stacked blocks, `times` of them."""
-        loop = nn.scan(
-            lambda block, x, positions_BL: (block(x, None, packing, positions_BL), None),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=times,
-        )
-        block = remat_block(ResidualBlock, self.exec_config, in_scan=True)
-        x, _ = loop(block(self.block, self.exec_config, name="resblocks"), x, positions_BL)
-        return x

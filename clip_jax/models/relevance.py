@@ -5,7 +5,7 @@ that is computed last: the weight that a head gives a patch, times what the cosi
 weight grows; what lowers the cosine is cut off, and heads are summed. Weights need not be held for
 it. A value enters through its weights alone, y = sum_j w_j v_j, so that w_j dc/dw_j =
 v_j . dc/dv_j: values and their gradients are enough, whatever computes the attention. The
-convolutional tower has no attention; its last feature map, times its gradient, stands for it.
+convolutional towers have no attention; their last feature map, times its gradient, stands for it.
 """
 
 from collections.abc import Mapping
@@ -18,6 +18,8 @@ from jaxtyping import Array, Float
 
 from clip_jax.models.clip import CLIP, CLIPConfig, unit_length
 from clip_jax.models.convnet import ConvNetConfig
+from clip_jax.models.convnext import ConvNeXtConfig
+from clip_jax.models.fastvit import FastViTConfig
 from clip_jax.models.resnet import ResNetConfig
 
 
@@ -45,8 +47,10 @@ def captured_module(config: CLIPConfig) -> tuple[tuple[str, ...], int]:
         return ("visual", "attnpool", "v_proj"), 1  # the mean of all places
     if isinstance(vision, ConvNetConfig):
         return ("visual", f"bn{len(vision.features)}"), 0
+    if isinstance(vision, ConvNeXtConfig | FastViTConfig):
+        return ("visual", f"stages_{len(vision.depths) - 1}"), 0
     if vision.pool == "map":
-        return ("visual", "attn_pool", "attn", "v_proj"), 0
+        return ("visual", "attn_pool", "attn", "v_proj"), int(vision.class_token)
     last = f"resblocks_{vision.layers - 1}"
     return ("visual", "transformer", last, "attn", "v_proj"), int(vision.class_token)
 

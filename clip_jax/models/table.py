@@ -17,7 +17,10 @@ import jax
 
 from clip_jax.models.clip import CLIP, CLIPConfig, variable_shapes
 from clip_jax.models.convnet import ConvNetConfig
+from clip_jax.models.convnext import ConvNeXtConfig
+from clip_jax.models.fastvit import FastViTConfig
 from clip_jax.models.flops import image_flops, text_flops
+from clip_jax.models.image_towers import VisionConfig
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
@@ -42,15 +45,33 @@ def parity_case(config: CLIPConfig) -> str | None:
     vision, text = config.vision, config.text
     if isinstance(vision, ConvNetConfig):
         return None
+    if isinstance(vision, FastViTConfig):
+        return f"fastvit {vision.norm}"
+    if isinstance(vision, ConvNeXtConfig):
+        return f"convnext {vision.head}"
     if isinstance(vision, ResNetConfig):
         return f"resnet {text.activation}"
+    if vision.form is not None:
+        return _form_case(vision)
     if vision.pool == "map":
         suffix = "" if text.project else " without projection"
         return f"siglip {vision.activation}/{text.activation}{suffix}"
+    if vision.proj_bias:
+        return "timm vit stem" if vision.patch_stages else "timm vit"
     kind = "clipa" if vision.pool == "average" else "vit"
     if text.pool == "end" and text.eot_id != text.vocab_size - 1:
         kind = "worldwide"
     return f"{kind} {text.activation}" + (" layer scale" if vision.layer_scale else "")
+
+
+def _form_case(vision: ViTConfig) -> str:
+    """Return the case of an image transformer whose blocks have a form of their own."""
+    assert vision.form is not None
+    if vision.pool == "map":
+        return "perception encoder" + ("" if vision.class_token else " without class token")
+    if vision.form.rotary is not None:
+        return "eva02"
+    return "eva02 norms behind" if vision.form.norms == "behind" else "eva01"
 
 
 def parameter_counts(config: CLIPConfig) -> tuple[int, int]:
@@ -60,9 +81,7 @@ def parameter_counts(config: CLIPConfig) -> tuple[int, int]:
 
 
 @functools.cache
-def _count_tower(
-    tower: ViTConfig | ResNetConfig | ConvNetConfig | TextConfig, embed_dim: int
-) -> int:
+def _count_tower(tower: VisionConfig | TextConfig, embed_dim: int) -> int:
     """Count the parameters of one tower."""
     if isinstance(tower, ViTConfig | TextConfig):
         # The blocks are of one size: trace the first alone, and count it for each of the others.
@@ -72,9 +91,7 @@ def _count_tower(
     return _count_tree(_tower_shapes(tower, embed_dim))
 
 
-def _tower_shapes(
-    tower: ViTConfig | ResNetConfig | ConvNetConfig | TextConfig, embed_dim: int
-) -> dict[str, Any]:
+def _tower_shapes(tower: VisionConfig | TextConfig, embed_dim: int) -> dict[str, Any]:
     """Return the shapes of one tower's parameters, in a model whose other tower is the smallest."""
     text = TextConfig(width=1, layers=1, heads=1, vocab_size=1, context_length=1)
     if isinstance(tower, TextConfig):

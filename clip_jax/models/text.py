@@ -14,10 +14,10 @@ from clip_jax.models.layers import (
     LAYER_NORM_EPS,
     BlockConfig,
     LayerNorm,
-    Transformer,
     normal,
     text_block_init,
 )
+from clip_jax.models.transformer import Transformer
 
 POOLS = ("end", "last")
 

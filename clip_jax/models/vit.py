@@ -8,19 +8,23 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from clip_jax.errors import UserError, check_choice
+from clip_jax.models.block_form import BlockForm
 from clip_jax.models.execution import DEFAULT_EXEC_CONFIG, ExecConfig
+from clip_jax.models.formed_block import BlockInputs
 from clip_jax.models.layers import (
     ACTIVATIONS,
     LAYER_NORM_EPS,
     BlockConfig,
     LayerNorm,
-    Transformer,
+    gelu,
     normal,
     timm_block_init,
     torch_uniform,
     vision_block_init,
 )
 from clip_jax.models.map_head import MAPHead
+from clip_jax.models.rotary import rotary_tables
+from clip_jax.models.transformer import NO_INPUTS, Transformer
 
 POOLS = ("token", "average", "map")
 
@@ -44,6 +48,12 @@ class ViTConfig:
       patch_bias: the patch convolution has a bias (SigLIP).
       layer_scale: start of learned gains on the residual branches; None has none.
       project: a matrix to the shared space follows; without it the width is `embed_dim`.
+      proj_bias: that projection has a bias (timm's towers).
+      pool_heads, pool_mlp_ratio: of the attention of pool "map"; None is those of the blocks.
+      form: what sets the blocks apart from CLIP's; None is CLIP's own.
+      patch_stages: sides of the patches that convolutions make one after the other, a GELU between,
+        all but the last of a quarter of the width (MobileCLIP-B); empty is one of `patch_size`.
+      class_position: the class token has a position too.
     """
 
     image_size: int
@@ -61,6 +71,12 @@ class ViTConfig:
     patch_bias: bool = False
     layer_scale: float | None = None
     project: bool = True
+    proj_bias: bool = False
+    pool_heads: int | None = None
+    pool_mlp_ratio: float | None = None
+    form: BlockForm | None = None
+    patch_stages: tuple[int, ...] = ()
+    class_position: bool = True
 
     def __post_init__(self) -> None:
         check_choice("vision.activation", self.activation, ACTIVATIONS)
@@ -85,7 +101,7 @@ class ViTConfig:
 
     @property
     def block(self) -> BlockConfig:
-        """Return the config of the transformer's blocks, and of a MAP head.
+        """Return the config of the transformer's blocks.
 
         SigLIP starts as timm does, CLIP as PyTorch.
         """
@@ -97,6 +113,15 @@ class ViTConfig:
             self.norm_eps,
             timm_block_init() if is_siglip else vision_block_init(self.width, self.mlp_width),
             layer_scale=self.layer_scale,
+            form=self.form,
+        )
+
+    @property
+    def pool_block(self) -> BlockConfig:
+        """Return the config of the MAP head, which has the attention and the MLP of a block."""
+        ratio = self.mlp_ratio if self.pool_mlp_ratio is None else self.pool_mlp_ratio
+        return dataclasses.replace(
+            self.block, heads=self.pool_heads or self.heads, mlp_width=int(self.width * ratio)
         )
 
 
@@ -113,7 +138,7 @@ class PatchProjection(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, images_BHWC: Float[Array, "B H W 3"]) -> Float[Array, "B L D"]:
+    def __call__(self, images_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B L D"]:
         """Return one row a patch, line by line; what a last, partial patch would hold is cut."""
         size, (batch, height, width, channels) = self.size, images_BHWC.shape
         rows, columns = height // size, width // size
@@ -156,40 +181,77 @@ class VisionTransformer(nn.Module):
             x_BLD = self._select_patches(x_BLD, patch_ids_Bl)
         if c.pre_norm:
             x_BLD = LayerNorm(c.norm_eps, name="ln_pre")(x_BLD)
+        inputs = self._block_inputs(patch_ids_Bl)
         transformer = Transformer(c.layers, c.block, self.exec_config, name="transformer")
         norm = LayerNorm(c.norm_eps, name="ln_post")
         if c.pool == "token":
             pool_index_B = jnp.zeros(x_BLD.shape[0], jnp.int32)
             # Layer norm works on each row alone, so it may follow the pooling.
-            x_BD = norm(transformer(x_BLD, pool_index_B)[:, 0])
+            x_BD = norm(transformer(x_BLD, pool_index_B, inputs=inputs)[:, 0])
         elif c.pool == "average":
-            x_BLD = transformer(x_BLD)
+            x_BLD = transformer(x_BLD, inputs=inputs)
             x_BLD = x_BLD if c.norm_after_pool else norm(x_BLD)
             x_BD = jnp.mean(self._patches(x_BLD), axis=1)
             x_BD = norm(x_BD) if c.norm_after_pool else x_BD
         else:
-            x_BLD = self._patches(norm(transformer(x_BLD)))
-            x_BD = MAPHead(c.block, self.exec_config, name="attn_pool")(x_BLD)
+            x_BLD = norm(transformer(x_BLD, inputs=inputs))
+            x_BD = MAPHead(c.pool_block, self.exec_config, name="attn_pool")(x_BLD)
         if not c.project:
             return x_BD
         projection_DD = self.param("proj", normal(c.width**-0.5), (c.width, self.embed_dim))
-        return x_BD @ projection_DD.astype(x_BD.dtype)
+        x_BD = x_BD @ projection_DD.astype(x_BD.dtype)
+        if c.proj_bias:
+            bias_D = self.param("proj_bias", nn.initializers.zeros, (self.embed_dim,))
+            x_BD = x_BD + bias_D.astype(x_BD.dtype)
+        return x_BD
+
+    def _block_inputs(self, patch_ids_Bl: Int[Array, "B l"] | None) -> BlockInputs:
+        """Return what blocks of a form read beside the rows: how far each row turns."""
+        c = self.config
+        if c.form is None or c.form.rotary is None:
+            return NO_INPUTS
+        prefix = int(c.class_token)
+        tables = rotary_tables(c.form.rotary, c.grid_size, c.width // c.heads, prefix)
+        if patch_ids_Bl is None:
+            return BlockInputs(jnp.asarray(tables))
+        ids_Bl = jnp.pad(patch_ids_Bl + prefix, ((0, 0), (prefix, 0)))
+        return BlockInputs(jnp.asarray(tables)[:, ids_Bl])
 
     def _embed(self, images_BHWC: Float[Array, "B H W 3"]) -> Float[Array, "B L D"]:
         """Return the projected patches behind the class token, their positions added."""
         c = self.config
-        x_BLD = PatchProjection(
-            c.width, c.patch_size, c.patch_bias, self.exec_config.dtype, name="conv1"
-        )(images_BHWC)
+        x_BLD = self._project_patches(images_BHWC)
+        if not c.class_position:
+            x_BLD = self._add_positions(x_BLD)
         batch = x_BLD.shape[0]
         small = normal(c.width**-0.5)
         if c.class_token:
             class_D = self.param("class_embedding", small, (c.width,))
             class_B1D = jnp.broadcast_to(class_D.astype(x_BLD.dtype), (batch, 1, c.width))
             x_BLD = jnp.concatenate([class_B1D, x_BLD], axis=1)
-        position_init = normal(0.02) if c.pool == "map" else small  # timm's, OpenAI's
-        position_LD = self.param("positional_embedding", position_init, (c.length, c.width))
+        return self._add_positions(x_BLD) if c.class_position else x_BLD
+
+    def _add_positions(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+        """Return the rows with their positions added."""
+        c = self.config
+        init = normal(0.02) if c.pool == "map" else normal(c.width**-0.5)  # timm's, OpenAI's
+        position_LD = self.param("positional_embedding", init, x_BLD.shape[1:])
         return x_BLD + position_LD.astype(x_BLD.dtype)
+
+    def _project_patches(self, images_BHWC: Float[Array, "B H W 3"]) -> Float[Array, "B L D"]:
+        """Return the projected patches, line by line."""
+        c, dtype = self.config, self.exec_config.dtype
+        if not c.patch_stages:
+            return PatchProjection(c.width, c.patch_size, c.patch_bias, dtype, name="conv1")(
+                images_BHWC
+            )
+        *earlier, last = c.patch_stages
+        x_BHWC, side = images_BHWC, c.image_size
+        for i, size in enumerate(earlier):
+            x_BLD = PatchProjection(c.width // 4, size, True, dtype, name=f"stem_{i}")(x_BHWC)
+            side //= size
+            x_BHWC = gelu(x_BLD).reshape(len(x_BLD), side, side, -1)
+        return PatchProjection(c.width, last, True, dtype, name=f"stem_{len(earlier)}")(x_BHWC)
 
     def _select_patches(
         self, x_BLD: Float[Array, "B L D"], patch_ids_Bl: Int[Array, "B l"]

@@ -16,8 +16,10 @@ import math
 from clip_jax.errors import UserError
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.convnet import ConvNetConfig
+from clip_jax.models.convnext import ConvNeXtConfig
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.text import TextConfig
+from clip_jax.models.timm_towers import TIMM_TOWERS
 from clip_jax.models.vit import ViTConfig
 
 # Width, layers, heads, MLP hidden features over the width. The ratios are open_clip's and timm's.
@@ -44,6 +46,9 @@ TEXT_1024 = TextConfig(1024, 12, 16)
 TEXT_H = TextConfig(1024, 24, 16)
 TEXT_G = TextConfig(1280, 32, 20)
 TEXT_E = TextConfig(1280, 36, 20)
+TEXT_CONVNEXT_XL = TextConfig(1024, 20, 16)
+TEXT_CONVNEXT_D = TextConfig(768, 16, 12)
+TEXT_PE_G = TextConfig(1280, 24, 20)
 
 # MetaCLIP 2's vocabularies: entries and end token.
 MT5 = (250_100, 1)
@@ -145,6 +150,34 @@ def siglip2(size: str, image_size: int, patch_size: int, activation: str = "gelu
     return siglip(
         size, image_size, patch_size, GEMMA, activation=activation, text_activation="gelu_tanh"
     )
+
+
+def timm(embed_dim: int, tower: str, text: TextConfig) -> CLIPConfig:
+    """Return CLIP with an image tower of timm, and a text tower with the exact GELU."""
+    text = dataclasses.replace(text, activation="gelu")
+    return CLIPConfig(embed_dim, TIMM_TOWERS[tower], text)
+
+
+def pe_core(embed_dim: int, tower: str, text: TextConfig, context_length: int = 32) -> CLIPConfig:
+    """Return a Perception Encoder (Bolya et al. 2025), whose captions are shorter than CLIP's."""
+    text = dataclasses.replace(text, context_length=context_length)
+    return timm(embed_dim, f"vit_pe_core_{tower}", text)
+
+
+def mobile(embed_dim: int, tower: str, text: TextConfig) -> CLIPConfig:
+    """Return a MobileCLIP (Vasu et al. 2024, arXiv:2311.17049) whose text tower has no mask."""
+    return timm(embed_dim, tower, dataclasses.replace(text, causal=False))
+
+
+def convnext(
+    embed_dim: int, image_size: int, size: str, text: TextConfig, head: str = "linear"
+) -> CLIPConfig:
+    """Return CLIP with a ConvNeXt."""
+    config = timm(embed_dim, f"convnext_{size}", text)
+    vision = dataclasses.replace(config.vision, image_size=image_size)
+    if isinstance(vision, ConvNeXtConfig):
+        vision = dataclasses.replace(vision, head=head)
+    return dataclasses.replace(config, vision=vision)
 
 
 RN50 = ResNetConfig(224, (3, 4, 6, 3), 64)
@@ -269,14 +302,46 @@ MODELS: dict[str, CLIPConfig] = {
     "ViT-SO400M-16-SigLIP2-512": siglip2("SO400M", 512, 16, "gelu_tanh"),
     "ViT-gopt-16-SigLIP2-256": siglip2("gopt", 256, 16, "gelu_tanh"),
     "ViT-gopt-16-SigLIP2-384": siglip2("gopt", 384, 16, "gelu_tanh"),
+    # Perception Encoder.
+    "PE-Core-T-16-384": pe_core(512, "tiny_patch16_384", TEXT_512),
+    "PE-Core-S-16-384": pe_core(512, "small_patch16_384", TEXT_512),
+    "PE-Core-B-16": pe_core(1024, "base_patch16_224", TEXT_H),
+    "PE-Core-L-14-336": pe_core(1024, "large_patch14_336", TEXT_H),
+    "PE-Core-bigG-14-448": pe_core(1280, "gigantic_patch14_448", TEXT_PE_G, 72),
+    # EVA.
+    "EVA01-g-14": timm(1024, "eva_giant_patch14_224", TEXT_768),
+    "EVA01-g-14-plus": timm(1024, "eva_giant_patch14_224", TEXT_H),
+    "EVA02-B-16": timm(512, "eva02_base_patch16_clip_224", TEXT_512),
+    "EVA02-L-14": timm(768, "eva02_large_patch14_clip_224", TEXT_768),
+    "EVA02-L-14-336": timm(768, "eva02_large_patch14_clip_336", TEXT_768),
+    "EVA02-E-14": timm(1024, "eva02_enormous_patch14_clip_224", TEXT_H),
+    "EVA02-E-14-plus": timm(1024, "eva02_enormous_patch14_clip_224", TEXT_G),
+    # MobileCLIP 1 and 2.
+    "MobileCLIP-S1": mobile(512, "fastvit_mci1", TEXT_512),
+    "MobileCLIP-S2": mobile(512, "fastvit_mci2", TEXT_512),
+    "MobileCLIP-B": timm(512, "vit_base_mci_224", TEXT_512),
+    "MobileCLIP2-S0": mobile(512, "fastvit_mci0", TEXT_512),
+    "MobileCLIP2-S2": mobile(512, "fastvit_mci2", TEXT_512),
+    "MobileCLIP2-S3": mobile(768, "fastvit_mci3", TEXT_768),
+    "MobileCLIP2-S4": mobile(768, "fastvit_mci4", TEXT_768),
+    "MobileCLIP2-B": timm(512, "vit_base_mci_224", TEXT_512),
+    "MobileCLIP2-L-14": mobile(768, "vit_large_patch14_clip_224", TEXT_768),
+    # ConvNeXt.
+    "convnext_tiny": convnext(1024, 224, "tiny", TEXT_512),
+    "convnext_small": convnext(512, 224, "small", TEXT_512),
+    "convnext_base": convnext(512, 224, "base", TEXT_512),
+    "convnext_base_w": convnext(640, 256, "base", TEXT_640),
+    "convnext_base_w_320": convnext(640, 320, "base", TEXT_640),
+    "convnext_large": convnext(768, 224, "large", TEXT_768),
+    "convnext_large_d": convnext(768, 256, "large", TEXT_CONVNEXT_D, "mlp"),
+    "convnext_large_d_320": convnext(768, 320, "large", TEXT_CONVNEXT_D, "mlp"),
+    "convnext_xlarge": convnext(1024, 256, "xlarge", TEXT_CONVNEXT_XL),
+    "convnext_xxlarge": convnext(1024, 256, "xxlarge", TEXT_H),
+    "convnext_xxlarge_320": convnext(1024, 320, "xxlarge", TEXT_H),
 }
 
 UNSUPPORTED_FAMILIES: dict[str, str] = {
-    "EVA": "EVA image towers (rotary positions, SwiGLU)",
     "ViTamin": "ViTamin image towers (convolutions before a transformer)",
-    "PE-Core": "Perception Encoder image towers (rotary positions)",
-    "MobileCLIP": "MobileCLIP's image towers (FastViT and other towers of timm)",
-    "convnext": "ConvNeXt image towers",
     "coca": "CoCa (attentional pooling and a multimodal decoder)",
     "swin": "Swin image towers",
     "vit_": "image towers of timm by their own names",

@@ -12,12 +12,13 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from clip_jax.errors import UserError
-from clip_jax.models.clip import CLIPConfig
+from clip_jax.models.fastvit import FastViTConfig
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.vit import ViTConfig
 from clip_jax.pretrained.hf_config import config_to_hf
 from clip_jax.pretrained.layouts import export_arrays
 from clip_jax.pretrained.open_clip_config import config_to_open_clip
+from clip_jax.pretrained.open_clip_naming import config_naming
 from clip_jax.pretrained.preprocess import preprocess_to_hf, preprocess_to_open_clip
 from clip_jax.pretrained.work_folder import RunDescription, write_work_folder
 from clip_jax.tokenizers.folder import write_clip_tokenizer
@@ -25,7 +26,11 @@ from clip_jax.tokenizers.folder import write_clip_tokenizer
 Arrays = Mapping[str, np.ndarray]
 
 # Names that the libraries' modules hold with leading dimensions of one, and how many in all.
-OPEN_CLIP_RANKS = {"visual.trunk.pos_embed": 3, "visual.trunk.attn_pool.latent": 3}
+OPEN_CLIP_RANKS = {
+    "visual.trunk.pos_embed": 3,
+    "visual.trunk.cls_token": 3,
+    "visual.trunk.attn_pool.latent": 3,
+}
 HF_SIGLIP_RANKS = {"vision_model.head.probe": 3, "logit_scale": 1, "logit_bias": 1}
 
 
@@ -43,8 +48,14 @@ def write_open_clip(folder: Path, description: RunDescription, arrays: Arrays) -
       UserError: open_clip has no such model.
     """
     config = description.model
+    vision = config.vision
+    if isinstance(vision, FastViTConfig) or (isinstance(vision, ViTConfig) and vision.patch_stages):
+        raise UserError(
+            "open_clip has this image tower with the branches that it was trained with, which are "
+            "folded into single convolutions here; convert it to a work folder instead"
+        )
     model_cfg = config_to_open_clip(config)
-    tensors = with_ranks(export_arrays(arrays, open_clip_naming(config)), OPEN_CLIP_RANKS)
+    tensors = with_ranks(export_arrays(arrays, config_naming(config)), OPEN_CLIP_RANKS)
     if isinstance(config.vision, ResNetConfig):
         # Batch norm counts its batches; a count changes nothing.
         tensors |= {
@@ -57,14 +68,6 @@ def write_open_clip(folder: Path, description: RunDescription, arrays: Arrays) -
     write_json(folder / "open_clip_config.json", values)
     save_file(tensors, folder / "open_clip_model.safetensors", metadata={"format": "pt"})
     write_tokenizer(folder, description)
-
-
-def open_clip_naming(config: CLIPConfig) -> str:
-    """Return the naming of open_clip's own module of this model."""
-    if isinstance(config.vision, ResNetConfig):
-        return "openai_resnet"
-    is_siglip = isinstance(config.vision, ViTConfig) and config.vision.pool == "map"
-    return "open_clip_siglip" if is_siglip else "openai"
 
 
 def write_hf(folder: Path, description: RunDescription, arrays: Arrays) -> None:

@@ -12,11 +12,16 @@ import numpy as np
 
 from clip_jax.errors import UserError
 from clip_jax.models.clip import CLIPConfig
+from clip_jax.models.convnet import ConvNetConfig
+from clip_jax.models.image_towers import IMAGE_TOWERS
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
 from clip_jax.models.zoo import MODELS
+from clip_jax.pretrained.layouts import has_arrays
+from clip_jax.pretrained.open_clip_naming import config_naming, trunk_naming
 from clip_jax.pretrained.siglip import SIGLIP_LOGIT_SCALE, siglip_vit
+from clip_jax.pretrained.trees import array_shapes
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -61,9 +66,7 @@ def find_naming(arrays: Iterable[str], where: str) -> str:
     if any(name.startswith("text_decoder.") for name in names):
         raise UserError(f"{where}: it holds a CoCa model, a family that is not supported")
     if any(name.startswith("visual.trunk.") for name in names):
-        if {"visual.trunk.attn_pool.latent", "text.ln_final.weight"} <= names:
-            return "open_clip_siglip"
-        raise UserError(f"{where}: its image tower is one of timm's that is not supported")
+        return trunk_naming(names, where)
     nested = "text.token_embedding.weight" in names
     if "visual.layer1.0.conv1.weight" in names:
         naming = "open_clip_nested_resnet" if nested else "openai_resnet"
@@ -131,6 +134,9 @@ def config_signature(config: CLIPConfig) -> Signature:
         image = (kind, v.width, (v.layers,), v.length, v.patch_size)
     elif isinstance(v, ResNetConfig):
         image = ("resnet", v.width, tuple(v.layers), v.grid_size**2 + 1, 0)
+    elif not isinstance(v, ConvNetConfig):
+        # Such a file's model is found by all of its shapes.
+        image = (IMAGE_TOWERS[type(v)].kind, 0, (), v.grid_size**2, 0)
     else:
         image = ("convnet", v.features[-1], (len(v.features),), v.grid_size**2, v.patch_size)
     return Signature(*image, config.embed_dim, t.width, t.layers, t.vocab_size, t.context_length)
@@ -192,6 +198,29 @@ def zoo_config(sizes: Signature, where: str) -> CLIPConfig:
             f"model= one of {', '.join(models)}"
         )
     return next(iter(models.values()))
+
+
+def model_of_arrays(arrays: Arrays, naming: str, where: str) -> str:
+    """Return the one model of the zoo that has these arrays, for towers without a `Signature`.
+
+    Raises:
+      UserError: there is none, or several: an image size need not show in any shape.
+    """
+    image = naming.partition("+")[0]
+    names = [
+        name
+        for name, config in MODELS.items()
+        if config_naming(config).partition("+")[0] == image
+        and has_arrays(arrays, array_shapes(config), naming)
+    ]
+    if not names:
+        raise UserError(f"{where}: no registered model has these arrays; give model= and its name")
+    if len(names) > 1:
+        raise UserError(
+            f"{where}: weights do not say which model they are of; give model= one of "
+            f"{', '.join(names)}"
+        )
+    return names[0]
 
 
 def big_vision_config(arrays: Arrays, where: str) -> CLIPConfig:

@@ -61,6 +61,15 @@ LAYOUTS: dict[str, Layout] = {
         lambda x, s: x.transpose(2, 3, 1, 0),
         lambda x, s: x.transpose(3, 2, 0, 1),
     ),
+    # [out, in, 1, 1] to [in, out].
+    "pointwise": Layout(
+        lambda s: (s[1], s[0], 1, 1),
+        lambda x, s: x[:, :, 0, 0].T,
+        lambda x, s: x.T[:, :, None, None],
+    ),
+    "gain": Layout(
+        lambda s: (s[0], 1, 1), lambda x, s: x.reshape(s), lambda x, s: x.reshape(-1, 1, 1)
+    ),
     # [heads * size, in] to [in, heads, size].
     "heads": Layout(
         lambda s: (s[1] * s[2], s[0]),
@@ -122,6 +131,17 @@ def check_shapes(
                 f"{where}: {place.key} has the shape {list(given)} and the model takes "
                 f"{list(wanted)}"
             )
+
+
+def has_arrays(source: Mapping[str, np.ndarray], shapes: Mapping[str, Shape], naming: str) -> bool:
+    """Return whether a file's arrays are those of a model, by their names and shapes."""
+    try:
+        places = {path: find_place(path, naming) for path in shapes}
+        check_keys(source, places, "")
+        check_shapes(source, places, shapes, "")
+    except UserError:
+        return False
+    return True
 
 
 def import_arrays(

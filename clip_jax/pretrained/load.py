@@ -23,6 +23,7 @@ from clip_jax.pretrained.layouts import import_arrays
 from clip_jax.pretrained.npz_file import read_npz
 from clip_jax.pretrained.open_clip_config import config_from_open_clip
 from clip_jax.pretrained.preprocess import preprocess_from_hf, preprocess_from_open_clip
+from clip_jax.pretrained.reparameterize import is_branched, reparameterize
 from clip_jax.pretrained.safetensors_file import read_safetensors
 from clip_jax.pretrained.tags import family_preprocess, find_pretrained
 from clip_jax.pretrained.torch_file import read_torch
@@ -117,6 +118,12 @@ def read_arrays(path: Path) -> Arrays:
     return plain
 
 
+def _read_foldable(path: Path) -> Arrays:
+    """Return the arrays of one file, those of branches that are one convolution folded."""
+    arrays = read_arrays(path)
+    return reparameterize(arrays) if is_branched(arrays) else arrays
+
+
 def unstack(arrays: Arrays) -> Arrays:
     """Return layers that big_vision scanned over, `encoderblock/...` [layers, ...], one by one."""
     unstacked: dict[str, np.ndarray] = {}
@@ -132,13 +139,16 @@ def unstack(arrays: Arrays) -> Arrays:
 
 
 def _from_file(path: Path, model: str | None) -> Checkpoint:
-    arrays = read_arrays(path)
+    arrays = _read_foldable(path)
     naming = infer.find_naming(arrays, str(path))
     if naming.startswith("hf_"):
         raise UserError(f"{path}: weights of Hugging Face need their {HF_CONFIG}; give the folder")
     if naming == "big_vision":
         config = infer.big_vision_config(arrays, str(path))
         return _make_checkpoint(path.stem, config, arrays, naming, SIGLIP, path)
+    if "+" in naming:
+        name, preprocess = _parse_model(model or infer.model_of_arrays(arrays, naming, str(path)))
+        return _make_checkpoint(name, model_config(name), arrays, naming, preprocess, path)
     sizes = infer.read_signature(arrays, naming, str(path))
     name, preprocess = model or path.stem, OPENAI
     if arrays.keys() & _OPENAI_BUFFERS:
@@ -229,7 +239,7 @@ def _from_open_clip_folder(folder: Path) -> Checkpoint:
     config = config_from_open_clip(values["model_cfg"], str(path))
     preprocess = preprocess_from_open_clip(values.get("preprocess_cfg") or {})
     weights = _find_weights(folder, OPEN_CLIP_WEIGHTS)
-    arrays = read_arrays(weights)
+    arrays = _read_foldable(weights)
     naming = infer.find_naming(arrays, str(weights))
     kwargs = values["model_cfg"]["text_cfg"].get("tokenizer_kwargs") or {}
     tokenizer = tokenizer_from_folder(

@@ -7,8 +7,9 @@ tree decides which rows apply: each of its arrays must match a row, and so have 
 file.
 
 Sources: openai/CLIP `clip/model.py`; open_clip 3.3 `transformer.py`, `modified_resnet.py` and, for
-SigLIP, timm's `vision_transformer.py`; transformers `modeling_clip.py` and `modeling_siglip.py`;
-big_vision `models/vit.py` and `models/proj/image_text/text_transformer.py`.
+timm's towers, timm's `vision_transformer.py`, `eva.py`, `convnext.py` and `fastvit.py`;
+transformers `modeling_clip.py` and `modeling_siglip.py`; big_vision `models/vit.py` and
+`models/proj/image_text/text_transformer.py`.
 """
 
 import re
@@ -53,11 +54,16 @@ KINDS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "linear": {"kernel": (".weight", "linear"), **_TORCH_BIAS},
     "conv": {"kernel": (".weight", "conv"), **_TORCH_BIAS},
+    # Convolutions of single places, which are matrices here, and gains of channels.
+    "pointwise": {"kernel": (".weight", "pointwise"), **_TORCH_BIAS},
+    "gain": {"gamma": (".gamma", "gain")},
     "heads": {"kernel": (".weight", "heads"), "bias": (".bias", "heads_bias")},
+    "heads_bias": {"bias": ("", "heads_bias")},
     "out": {"kernel": (".weight", "heads_out"), **_TORCH_BIAS},
     # torch.nn.MultiheadAttention keeps query, key and value in one array each.
     "fused": {"kernel": ("_weight", "heads"), "bias": ("_bias", "heads_bias")},
     "fused_linear": {"kernel": (".weight", "heads"), "bias": (".bias", "heads_bias")},
+    "fused_kernel": {"kernel": (".weight", "heads")},
     "flax": {
         "kernel": ("/kernel", "same"),
         "bias": ("/bias", "same"),
@@ -66,7 +72,7 @@ KINDS: dict[str, dict[str, tuple[str, str]]] = {
     },
 }
 # kind of a fused module -> which of the letters q, k, v its array holds, in order
-FUSED = {"fused": "qkv", "fused_linear": "qkv", "fused_kv": "kv"}
+FUSED = {"fused": "qkv", "fused_linear": "qkv", "fused_kernel": "qkv", "fused_kv": "kv"}
 KINDS["fused_kv"] = KINDS["fused_linear"]
 
 
@@ -88,6 +94,27 @@ def _block_timm(path: str, key: str) -> Rows:
         (rf"{path}/attn/out_proj", rf"{key}.attn.proj", "out"),
         (rf"{path}/mlp/c_fc", rf"{key}.mlp.fc1", "linear"),
         (rf"{path}/mlp/c_proj", rf"{key}.mlp.fc2", "linear"),
+    ]
+
+
+def _block_eva(path: str, key: str) -> Rows:
+    """Return the rows of EVA-01's blocks and EVA-02's largest, whose keys have no bias."""
+    return [
+        (rf"{path}/attn/[qkv]_proj", rf"{key}.attn.qkv", "fused_kernel"),
+        (rf"{path}/attn/([qv])_proj", rf"{key}.attn.\2_bias", "heads_bias"),
+        *_block_timm(path, key),
+    ]
+
+
+def _block_eva02(path: str, key: str) -> Rows:
+    """Return the rows of EVA-02's blocks, with a gated MLP and norms inside the branches."""
+    return [
+        (rf"{path}/attn/([qkv]_proj)", rf"{key}.attn.\2", "heads"),
+        (rf"{path}/attn/ln", rf"{key}.attn.norm", "norm"),
+        (rf"{path}/mlp/c_gate", rf"{key}.mlp.fc1_g", "linear"),
+        (rf"{path}/mlp/c_fc", rf"{key}.mlp.fc1_x", "linear"),
+        (rf"{path}/mlp/ln", rf"{key}.mlp.norm", "norm"),
+        *_block_timm(path, key),
     ]
 
 
@@ -135,11 +162,15 @@ _RESNET: Rows = [
     (r"visual/attnpool/([qkv]_proj)", r"visual.attnpool.\1", "heads"),
     (r"visual/attnpool/c_proj", "visual.attnpool.c_proj", "out"),
 ]
-_TIMM_SIGLIP: Rows = [
-    *_block_timm(VISION_BLOCK, r"visual.trunk.blocks.\1"),
+_TIMM_PARTS: Rows = [
+    (r"visual/class_embedding", "visual.trunk.cls_token", "array"),
     (r"visual/positional_embedding", "visual.trunk.pos_embed", "array"),
     (r"visual/conv1", "visual.trunk.patch_embed.proj", "conv"),
+    (r"visual/stem_(\d)", r"visual.trunk.patch_embed.backbone.\1.conv", "conv"),
+    (r"visual/ln_pre", "visual.trunk.norm_pre", "norm"),
     (r"visual/ln_post", "visual.trunk.norm", "norm"),
+    (r"visual/proj", "visual.trunk.head", "matrix"),
+    (r"visual/proj_bias", "visual.trunk.head", "bias"),
     (r"visual/attn_pool/probe", "visual.trunk.attn_pool.latent", "array"),
     (r"visual/attn_pool/attn/q_proj", "visual.trunk.attn_pool.q", "heads"),
     (r"visual/attn_pool/attn/[kv]_proj", "visual.trunk.attn_pool.kv", "fused_kv"),
@@ -148,6 +179,54 @@ _TIMM_SIGLIP: Rows = [
     (r"visual/attn_pool/mlp/c_fc", "visual.trunk.attn_pool.mlp.fc1", "linear"),
     (r"visual/attn_pool/mlp/c_proj", "visual.trunk.attn_pool.mlp.fc2", "linear"),
 ]
+_CONVNEXT_BLOCK = r"visual.trunk.stages.\1.blocks.\2"
+_CONVNEXT: Rows = [
+    (r"visual/stem_conv", "visual.trunk.stem.0", "conv"),
+    (r"visual/stem_ln", "visual.trunk.stem.1", "norm"),
+    (r"visual/stages_(\d+)/downsample_ln", r"visual.trunk.stages.\1.downsample.0", "norm"),
+    (r"visual/stages_(\d+)/downsample_conv", r"visual.trunk.stages.\1.downsample.1", "conv"),
+    (r"visual/stages_(\d+)/blocks_(\d+)/conv_dw", f"{_CONVNEXT_BLOCK}.conv_dw", "conv"),
+    (r"visual/stages_(\d+)/blocks_(\d+)/ln", f"{_CONVNEXT_BLOCK}.norm", "norm"),
+    (r"visual/stages_(\d+)/blocks_(\d+)/mlp/c_fc", f"{_CONVNEXT_BLOCK}.mlp.fc1", "linear"),
+    (r"visual/stages_(\d+)/blocks_(\d+)/mlp/c_proj", f"{_CONVNEXT_BLOCK}.mlp.fc2", "linear"),
+    (r"visual/stages_(\d+)/blocks_(\d+)/ls/gamma", f"{_CONVNEXT_BLOCK}.gamma", "array"),
+    (r"visual/ln_post", "visual.trunk.head.norm", "norm"),
+]
+_FASTVIT_STAGE, _FASTVIT_BLOCK = r"visual/stages_(\d+)", r"visual/stages_(\d+)/blocks_(\d+)"
+_FASTVIT_DOWN = r"visual.trunk.stages.\1.downsample.proj"
+_FASTVIT_KEY = r"visual.trunk.stages.\1.blocks.\2"
+# As `reparameterize` leaves them.
+_FASTVIT: Rows = [
+    (r"visual/stem_([01])", r"visual.trunk.stem.\1.reparam_conv", "conv"),
+    (r"visual/stem_2", r"visual.trunk.stem.2.reparam_conv", "pointwise"),
+    (f"{_FASTVIT_STAGE}/down_conv", f"{_FASTVIT_DOWN}.0.reparam_conv", "conv"),
+    (f"{_FASTVIT_STAGE}/down_se/(fc[12])", rf"{_FASTVIT_DOWN}.0.se.\2", "pointwise"),
+    (f"{_FASTVIT_STAGE}/down_proj", f"{_FASTVIT_DOWN}.1.reparam_conv", "pointwise"),
+    (f"{_FASTVIT_STAGE}/pos_conv", r"visual.trunk.stages.\1.pos_emb.reparam_conv", "conv"),
+    (f"{_FASTVIT_BLOCK}/mix_conv", f"{_FASTVIT_KEY}.token_mixer.reparam_conv", "conv"),
+    (f"{_FASTVIT_BLOCK}/mlp_conv", f"{_FASTVIT_KEY}.mlp.conv.conv", "conv"),
+    (f"{_FASTVIT_BLOCK}/mlp/c_fc", f"{_FASTVIT_KEY}.mlp.fc1", "pointwise"),
+    (f"{_FASTVIT_BLOCK}/mlp/c_proj", f"{_FASTVIT_KEY}.mlp.fc2", "pointwise"),
+    (f"{_FASTVIT_BLOCK}/ln", f"{_FASTVIT_KEY}.norm", "norm"),
+    (f"{_FASTVIT_BLOCK}/attn/[qkv]_proj", f"{_FASTVIT_KEY}.token_mixer.qkv", "fused_kernel"),
+    (f"{_FASTVIT_BLOCK}/attn/out_proj", f"{_FASTVIT_KEY}.token_mixer.proj", "out"),
+    (f"{_FASTVIT_BLOCK}/ls", f"{_FASTVIT_KEY}.layer_scale", "gain"),
+    (f"{_FASTVIT_BLOCK}/ls(_[12])", rf"{_FASTVIT_KEY}.layer_scale\3", "gain"),
+    (r"visual/final_conv", "visual.trunk.final_conv.reparam_conv", "conv"),
+    (r"visual/final_se/(fc[12])", r"visual.trunk.final_conv.se.\1", "pointwise"),
+    (r"visual/proj", "visual.trunk.head.fc", "matrix"),
+    (r"visual/proj_bias", "visual.trunk.head.fc", "bias"),
+]
+# open_clip's own head behind a tower of timm: a matrix, or an MLP.
+_HEAD_LINEAR: Rows = [(r"visual/proj", "visual.head.proj", "matrix")]
+_HEAD_MLP: Rows = [
+    (r"visual/head_fc", "visual.head.mlp.fc1", "linear"),
+    (r"visual/proj", "visual.head.mlp.fc2", "matrix"),
+]
+_TRUNK_BLOCK = r"visual.trunk.blocks.\1"
+_TIMM_VIT: Rows = [*_block_timm(VISION_BLOCK, _TRUNK_BLOCK), *_TIMM_PARTS]
+_TIMM_EVA: Rows = [*_block_eva(VISION_BLOCK, _TRUNK_BLOCK), *_TIMM_PARTS]
+_TIMM_EVA02: Rows = [*_block_eva02(VISION_BLOCK, _TRUNK_BLOCK), *_TIMM_PARTS]
 
 
 def _openai_text(prefix: str, projection: Rows) -> Rows:
@@ -228,17 +307,35 @@ _BIG_VISION: Rows = [
     (r"logit_bias", "params/b", "array"),
 ]
 
+# open_clip's names are those of an image tower and those of a text tower.
+IMAGE_NAMINGS: dict[str, Rows] = {
+    "openai": _OPENAI_VISION,
+    "resnet": _RESNET,
+    "timm_vit": _TIMM_VIT,
+    "timm_eva": _TIMM_EVA,
+    "timm_eva02": _TIMM_EVA02,
+    "convnext": [*_CONVNEXT, *_HEAD_LINEAR],
+    "fastvit": _FASTVIT,
+    "convnext_mlp": [*_CONVNEXT, *_HEAD_MLP],
+}
+TEXT_NAMINGS: dict[str, Rows] = {"flat": _FLAT_TEXT, "nested": _NESTED_TEXT}
+
 NAMINGS: dict[str, Rows] = {
     "openai": [*_OPENAI_VISION, *_FLAT_TEXT, *_SCALARS],
     "openai_resnet": [*_RESNET, *_FLAT_TEXT, *_SCALARS],
     "open_clip_nested": [*_OPENAI_VISION, *_NESTED_TEXT, *_SCALARS],
     "open_clip_nested_resnet": [*_RESNET, *_NESTED_TEXT, *_SCALARS],
-    "open_clip_siglip": [*_TIMM_SIGLIP, *_LINEAR_TEXT, *_SCALARS],
+    "open_clip_siglip": [*_TIMM_VIT, *_LINEAR_TEXT, *_SCALARS],
     "hf_clip": [*_HF_CLIP, *_SCALARS],
     "hf_siglip": [*_HF_SIGLIP, *_SCALARS],
     "big_vision": _BIG_VISION,
     # A work folder's weights lie under the paths themselves.
     "work_folder": [(r"(.+)", r"\1", "array")],
+    **{
+        f"{image}+{text}": [*image_rows, *text_rows, *_SCALARS]
+        for image, image_rows in IMAGE_NAMINGS.items()
+        for text, text_rows in TEXT_NAMINGS.items()
+    },
 }
 
 # Buffers that hold nothing learned, by the end of their names.

@@ -4,6 +4,7 @@ A setting that the modules here do not have is refused by name, never passed ove
 the numbers.
 """
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping
@@ -11,9 +12,14 @@ from typing import Any
 
 from clip_jax.errors import UserError, short
 from clip_jax.models.clip import CLIPConfig
+from clip_jax.models.convnext import ConvNeXtConfig
+from clip_jax.models.fastvit import FastViTConfig
+from clip_jax.models.image_towers import VisionConfig
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.text import TextConfig
+from clip_jax.models.timm_towers import TIMM_TOWERS
 from clip_jax.models.vit import ViTConfig
+from clip_jax.pretrained.open_clip_naming import is_timm
 from clip_jax.pretrained.siglip import SIGLIP_LOGIT_SCALE, siglip_vit
 
 # Settings that change nothing in a trained model's features.
@@ -83,14 +89,14 @@ def _activation(quick: bool, act_kwargs: Mapping[str, Any] | None) -> str:
     return "gelu_tanh" if (act_kwargs or {}).get("approximate") == "tanh" else "gelu"
 
 
-def _vision(v: dict[str, Any], quick: bool, where: str) -> ViTConfig | ResNetConfig:
+def _vision(v: dict[str, Any], quick: bool, where: str) -> VisionConfig:
     image_size = v.get("image_size", 224)
     if isinstance(image_size, list | tuple):
         if len(set(image_size)) != 1:
             raise UserError(f"{where}: images of {image_size} pixels are not square")
         image_size = image_size[0]
     if v.get("timm_model_name"):
-        return _siglip_vision(v, int(image_size), where)
+        return _timm_vision(v, int(image_size), where)
     _refuse_others(v, _VISION | _TRAINING_ONLY, "vision_cfg", where)
     width = int(v.get("width", 768))
     layers = v.get("layers", 12)
@@ -114,6 +120,31 @@ def _vision(v: dict[str, Any], quick: bool, where: str) -> ViTConfig | ResNetCon
         pre_norm=not v.get("no_ln_pre", False),
         layer_scale=v.get("ls_init_value"),
     )
+
+
+def _timm_vision(v: dict[str, Any], image_size: int, where: str) -> VisionConfig:
+    """Return the image tower of timm's name, at the config's image size."""
+    name = str(v["timm_model_name"])
+    tower = TIMM_TOWERS.get(name)
+    if tower is None:
+        return _siglip_vision(v, image_size, where)
+    _refuse_others(v, _TIMM | _TRAINING_ONLY, "vision_cfg", where)
+    if isinstance(tower, ConvNeXtConfig) and v.get("timm_proj") == "mlp":
+        tower = dataclasses.replace(tower, head="mlp")
+    asked = {key: v.get(key) or "" for key in _timm_head(tower)}
+    if asked != _timm_head(tower):
+        raise UserError(f"{where}: {name} of timm is not supported with {asked}")
+    return dataclasses.replace(tower, image_size=image_size)
+
+
+def _timm_head(tower: VisionConfig) -> dict[str, str]:
+    """Return open_clip's pooling and projection of a tower of `TIMM_TOWERS`."""
+    if isinstance(tower, ConvNeXtConfig):
+        return {"timm_pool": "", "timm_proj": tower.head}
+    if isinstance(tower, FastViTConfig):
+        return {"timm_pool": "avg", "timm_proj": ""}
+    assert isinstance(tower, ViTConfig)
+    return {"timm_pool": tower.pool, "timm_proj": ""}
 
 
 def _siglip_vision(v: dict[str, Any], image_size: int, where: str) -> ViTConfig:
@@ -184,6 +215,9 @@ def config_to_open_clip(config: CLIPConfig) -> dict[str, Any]:
             "width": v.width,
             "patch_size": None,
         }
+    elif _has_trunk(v):
+        vision = _timm_to_open_clip(v)
+        cfg["custom_text"] = True
     elif isinstance(v, ViTConfig) and v.pool == "map":
         vision = _siglip_to_open_clip(v)
         cfg |= {"init_logit_bias": -10, "custom_text": True}
@@ -209,6 +243,34 @@ def config_to_open_clip(config: CLIPConfig) -> dict[str, Any]:
     else:
         raise UserError("open_clip has no such convolutional image tower; train a ViT or a ResNet")
     return cfg | {"vision_cfg": vision, "text_cfg": _text_to_open_clip(t)}
+
+
+def _has_trunk(v: VisionConfig) -> bool:
+    """Return whether an image tower is one of `TIMM_TOWERS`."""
+    if isinstance(v, ViTConfig):
+        return is_timm(v) and v.project
+    return isinstance(v, ConvNeXtConfig | FastViTConfig)
+
+
+def _timm_to_open_clip(v: VisionConfig) -> dict[str, Any]:
+    sizes: dict[str, Any] = {"image_size": v.image_size}
+    if isinstance(v, ConvNeXtConfig):
+        sizes["head"] = v.head
+    names = [
+        name
+        for name, tower in TIMM_TOWERS.items()
+        if type(tower) is type(v) and dataclasses.replace(tower, **sizes) == v
+    ]
+    if not names:
+        raise UserError("open_clip has no image tower of timm of these sizes")
+    # Of one at several sizes, the name that has this one.
+    name = next((n for n in names if TIMM_TOWERS[n].image_size == v.image_size), names[0])
+    return {
+        "image_size": v.image_size,
+        "timm_model_name": name,
+        "timm_model_pretrained": False,
+        **_timm_head(v),
+    }
 
 
 def _siglip_to_open_clip(v: ViTConfig) -> dict[str, Any]:

@@ -57,15 +57,19 @@ def _resize_images(checkpoint: Checkpoint, image_size: int) -> Checkpoint:
     if isinstance(old, ConvNetConfig):
         raise UserError(f"{checkpoint.name} takes images of {old.image_size} pixels alone")
     step = old.patch_size if isinstance(old, ViTConfig) else 32
-    if image_size < step or (isinstance(old, ResNetConfig) and image_size % step):
+    if image_size < step or (not isinstance(old, ViTConfig) and image_size % step):
         raise UserError(f"image_size {image_size} is not a multiple of {step} pixels")
     new = dataclasses.replace(old, image_size=image_size)
-    prefix_tokens = int(old.class_token) if isinstance(old, ViTConfig) else 1
+    config = dataclasses.replace(checkpoint.config, vision=new)
+    if not isinstance(old, ViTConfig | ResNetConfig):
+        # It has no positions.
+        return dataclasses.replace(checkpoint, config=config)
+    has_prefix = isinstance(old, ResNetConfig) or (old.class_token and old.class_position)
+    prefix_tokens = int(has_prefix)
     path = f"visual/{'' if isinstance(old, ViTConfig) else 'attnpool/'}positional_embedding"
     read = checkpoint.arrays[path]
     grids = (old.grid_size,) * 2, (new.grid_size,) * 2
     resized = {path: lambda: resize_image_positions(read(), *grids, prefix_tokens)}
-    config = dataclasses.replace(checkpoint.config, vision=new)
     return dataclasses.replace(checkpoint, config=config, arrays=checkpoint.arrays | resized)
 
 

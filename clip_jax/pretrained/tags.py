@@ -8,7 +8,17 @@ be given: `clip_jax.load(file, model="ViT-B-32:metaclip_400m")`. Source: open_cl
 
 from typing import NamedTuple
 
-from clip_jax.data.images import CLIPA, DFN5B, INCEPTION, OPENAI, SIGLIP, Preprocess
+from clip_jax.data.images import (
+    CLIPA,
+    DFN5B,
+    INCEPTION,
+    MOBILECLIP,
+    MOBILECLIP2,
+    OPENAI,
+    PE,
+    SIGLIP,
+    Preprocess,
+)
 
 # A star marks QuickGELU. A model's "-quickgelu" twin has the starred tags.
 TAGS = {
@@ -74,6 +84,34 @@ TAGS = {
     "ViT-H-14-worldwide-378": "metaclip2_worldwide",
     "ViT-bigG-14-worldwide": "metaclip2_worldwide",
     "ViT-bigG-14-worldwide-378": "metaclip2_worldwide",
+    "PE-Core-T-16-384": "meta",
+    "PE-Core-S-16-384": "meta",
+    "PE-Core-B-16": "meta",
+    "PE-Core-L-14-336": "meta",
+    "PE-Core-bigG-14-448": "meta",
+    "EVA01-g-14": "laion400m_s11b_b41k",
+    "EVA01-g-14-plus": "merged2b_s11b_b114k",
+    "EVA02-B-16": "merged2b_s8b_b131k",
+    "EVA02-L-14": "merged2b_s4b_b131k",
+    "EVA02-L-14-336": "merged2b_s6b_b61k",
+    "EVA02-E-14": "laion2b_s4b_b115k",
+    "EVA02-E-14-plus": "laion2b_s9b_b144k",
+    "MobileCLIP-S1": "datacompdr",
+    "MobileCLIP-S2": "datacompdr",
+    "MobileCLIP-B": "datacompdr datacompdr_lt",
+    "MobileCLIP2-B": "dfndr2b",
+    "MobileCLIP2-S0": "dfndr2b",
+    "MobileCLIP2-S2": "dfndr2b",
+    "MobileCLIP2-S3": "dfndr2b",
+    "MobileCLIP2-S4": "dfndr2b",
+    "MobileCLIP2-L-14": "dfndr2b",
+    "convnext_base": "laion400m_s13b_b51k",
+    "convnext_base_w": "laion2b_s13b_b82k laion2b_s13b_b82k_augreg laion_aesthetic_s13b_b82k",
+    "convnext_base_w_320": "laion_aesthetic_s13b_b82k laion_aesthetic_s13b_b82k_augreg",
+    "convnext_large_d": "laion2b_s26b_b102k_augreg",
+    "convnext_large_d_320": "laion2b_s29b_b131k_ft laion2b_s29b_b131k_ft_soup",
+    "convnext_xxlarge": "laion2b_s34b_b82k_augreg laion2b_s34b_b82k_augreg_rewind "
+    "laion2b_s34b_b82k_augreg_soup",
 }
 _QUICK = "-quickgelu"
 
@@ -94,11 +132,21 @@ class Pretrained(NamedTuple):
     preprocess: Preprocess
 
 
+# A part of a model's name, lower case, and its family's preprocessing; the first that is there.
+_FAMILIES = (
+    ("siglip", SIGLIP),
+    ("clipa", CLIPA),
+    ("pe-core", PE),
+    ("mobileclip2-s3", MOBILECLIP2),
+    ("mobileclip2-s4", MOBILECLIP2),
+    ("mobileclip2-l", OPENAI),
+    ("mobileclip", MOBILECLIP),
+)
+
+
 def family_preprocess(model: str) -> Preprocess:
     """Return the preprocessing of a model's family, for where no tag says more."""
-    if "SigLIP" in model:
-        return SIGLIP
-    return CLIPA if "CLIPA" in model else OPENAI
+    return next((found for part, found in _FAMILIES if part in model.lower()), OPENAI)
 
 
 def list_pretrained() -> list[tuple[str, str]]:

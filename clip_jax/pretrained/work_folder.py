@@ -16,9 +16,10 @@ from safetensors.numpy import save_file
 from clip_jax.data.images import OPENAI, Preprocess
 from clip_jax.errors import UserError, short
 from clip_jax.files import atomic_write
+from clip_jax.models.block_form import BlockForm
 from clip_jax.models.clip import CLIPConfig
-from clip_jax.models.convnet import ConvNetConfig
-from clip_jax.models.resnet import ResNetConfig
+from clip_jax.models.image_towers import IMAGE_TOWERS, VISION_KINDS
+from clip_jax.models.rotary import RotaryConfig
 from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
 from clip_jax.pretrained.layouts import import_arrays
@@ -30,7 +31,20 @@ from clip_jax.tokenizers.spec import TokenizerSpec, spec_from_json, spec_to_json
 CONFIG_FILENAME = "config.json"
 WEIGHTS_FILENAME = "model.safetensors"
 CHECKPOINT_DIRNAME = "checkpoints"
-VISION_KINDS = {"vit": ViTConfig, "resnet": ResNetConfig, "convnet": ConvNetConfig}
+
+# Fields that earlier versions did not have, with their defaults, which are not written: a run of
+# theirs is resumed, and its model is the same.
+LATER_FIELDS: dict[str, dict[str, Any]] = {
+    "vision": {
+        "proj_bias": False,
+        "pool_heads": None,
+        "pool_mlp_ratio": None,
+        "form": None,
+        "patch_stages": (),
+        "class_position": True,
+    },
+    "text": {},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +78,15 @@ def is_work_folder(path: str | Path) -> bool:
 
 def model_to_json(config: CLIPConfig) -> dict[str, Any]:
     """Return the sizes of a model as values that JSON has."""
-    (kind,) = (k for k, cls in VISION_KINDS.items() if isinstance(config.vision, cls))
+    kind = IMAGE_TOWERS[type(config.vision)].kind
     values = dataclasses.asdict(config)
     values["vision"] = {"kind": kind, **values["vision"]}
+    for tower, fields in LATER_FIELDS.items():
+        values[tower] = {
+            name: value
+            for name, value in values[tower].items()
+            if name not in fields or value != fields[name]
+        }
     # One form, whether the dict is fresh or was read back: lists instead of tuples.
     return json.loads(json.dumps(values))
 
@@ -80,11 +100,20 @@ def model_from_json(values: Mapping[str, Any]) -> CLIPConfig:
     rest = {k: v for k, v in values.items() if k not in ("vision", "text", "activation")}
     cls = VISION_KINDS[vision.pop("kind")]
     vision = {k: tuple(v) if isinstance(v, list) else v for k, v in vision.items()}
+    for tower in (vision, text):
+        if tower.get("form") is not None:
+            tower["form"] = _form_from_json(tower["form"])
     if "activation" in values:
         text["activation"] = values["activation"]
         if cls is ViTConfig:
             vision["activation"] = values["activation"]
     return CLIPConfig(**rest, vision=cls(**vision), text=TextConfig(**text))
+
+
+def _form_from_json(values: Mapping[str, Any]) -> BlockForm:
+    """Return the form of a block that `model_to_json` wrote."""
+    rotary = values["rotary"]
+    return BlockForm(**{**values, "rotary": None if rotary is None else RotaryConfig(**rotary)})
 
 
 def write_description(workdir: Path, description: RunDescription) -> RunDescription:

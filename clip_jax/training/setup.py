@@ -27,7 +27,6 @@ from clip_jax.losses import make_loss
 from clip_jax.models.clip import CLIP, CLIPConfig, choose_kernels
 from clip_jax.models.convnet import ConvNetConfig
 from clip_jax.models.flops import train_flops_per_pair
-from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.target import Target
 from clip_jax.models.vit import ViTConfig
 from clip_jax.models.zoo import model_config
@@ -120,7 +119,7 @@ def sized_model(
     if image_size and image_size != vision.image_size:
         if isinstance(vision, ConvNetConfig):
             takes = f"{vision.image_size} alone"
-        elif isinstance(vision, ResNetConfig):
+        elif not isinstance(vision, ViTConfig):
             takes = "" if image_size % 32 == 0 else "multiples of 32"
         else:
             takes = "" if image_size >= vision.patch_size else f"{vision.patch_size} or more"

@@ -1,0 +1,106 @@
+"""A stack of residual blocks, one by one or in a loop."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+from jaxtyping import Array, Float, Int
+
+from clip_jax.models.execution import ExecConfig, remat_block
+from clip_jax.models.formed_block import BlockInputs, FormedBlock
+from clip_jax.models.layers import BlockConfig, ResidualBlock, gather_rows, stream_packing
+from clip_jax.models.packing import Packing
+
+NO_INPUTS = BlockInputs()
+
+
+class Transformer(nn.Module):
+    """A stack of residual blocks.
+
+    With `exec_config.scan` all blocks but the last are one block in a loop, `resblocks`, its
+    parameters those of `resblocks_0`, `resblocks_1`, ... stacked. The last keeps its own name and
+    parameters: it may be computed at one position, which the loop's body cannot be.
+    """
+
+    layers: int
+    block: BlockConfig
+    exec_config: ExecConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BLD: Float[Array, "B L D"],
+        pool_index_B: Int[Array, " B"] | None = None,
+        positions_BL: Int[Array, "B L"] | None = None,
+        inputs: BlockInputs = NO_INPUTS,
+    ) -> Float[Array, "B l D"]:
+        """Return all rows, or with `pool_index_B` that one of every sequence: l is L or 1.
+
+        With `positions_BL` the rows are segments of shorter sequences, see `ResidualBlock`, which
+        blocks of a form do not take. They alone read `inputs`.
+
+        Without `exec_config.pool_last_block` the last block is computed for all rows, one of which
+        is then gathered: the plain form.
+        """
+        last, packing = self.layers - 1, None
+        is_own_form = self.block.form is not None
+        # Parameters are drawn by the modules of the plain block.
+        if self.exec_config.is_minimal and not is_own_form and not self.is_initializing():
+            is_ragged = positions_BL is not None
+            packing = stream_packing(self.block, self.exec_config, x_BLD.shape, is_ragged=is_ragged)
+        x = x_BLD if packing is None else packing.flatten(x_BLD)
+        rest: tuple[Any, ...] = (inputs,) if is_own_form else (packing, positions_BL)
+        if self.exec_config.scan and last > 0:
+            if is_own_form:
+                x = self._formed_loop(x, inputs, last)
+            else:
+                x = self._loop(x, packing, positions_BL, last)
+        block = self._block()
+        for i in range(0 if not self.exec_config.scan else last, last):
+            layer = block(self.block, self.exec_config, name=f"resblocks_{i}")
+            x = layer(x, None, *rest)
+        last_block = block(self.block, self.exec_config, name=f"resblocks_{last}")
+        pool_in_block_B = pool_index_B if self.exec_config.pool_last_block else None
+        x = last_block(x, pool_in_block_B, *rest)
+        if pool_in_block_B is not None:
+            return x
+        x_BLD = x if packing is None else packing.unflatten(x)
+        return x_BLD if pool_index_B is None else gather_rows(x_BLD, pool_index_B)
+
+    def _block(self, *, in_scan: bool = False) -> Any:
+        """Return the class of the blocks, which may be computed again in the backward pass."""
+        exec_config = self.exec_config
+        if self.block.form is None:
+            return remat_block(ResidualBlock, exec_config, in_scan=in_scan)
+        if exec_config.is_minimal:
+            # The form has no backward pass of its own, and keeps its matrix products.
+            exec_config = dataclasses.replace(exec_config, remat="dots")
+        return remat_block(FormedBlock, exec_config, in_scan=in_scan)
+
+    def _loop(
+        self, x: Array, packing: Packing | None, positions_BL: Array | None, times: int
+    ) -> Array:
+        """Apply the stacked blocks, `times` of them."""
+        loop = nn.scan(
+            lambda block, x, positions_BL: (block(x, None, packing, positions_BL), None),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=times,
+        )
+        block = self._block(in_scan=True)
+        x, _ = loop(block(self.block, self.exec_config, name="resblocks"), x, positions_BL)
+        return x
+
+    def _formed_loop(self, x: Array, inputs: BlockInputs, times: int) -> Array:
+        """Apply the stacked blocks of a form, `times` of them."""
+        loop = nn.scan(
+            lambda block, x, inputs: (block(x, None, inputs), None),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=times,
+        )
+        block = self._block(in_scan=True)
+        x, _ = loop(block(self.block, self.exec_config, name="resblocks"), x, inputs)
+        return x
