@@ -18,9 +18,9 @@ from benchmarks.interleaved import make_parser, report
 from benchmarks.on_gpu import PROFILED_STEPS
 
 KINDS = (
-    ("attention", r"fmha|flash|sdpa|cudnn_generated|softmax"),
+    ("attention", r"fmha|flash|sdpa|cudnn"),
     ("matrix products", r"gemm|nvjet|cutlass|xmma|cublas|triton_gemm|wgmma"),
-    ("convolutions", r"conv|implicit|wgrad|dgrad"),
+    ("convolutions", r"implicit_conv|wgrad|dgrad|conv2d"),
     ("copies", r"memcpy|memset|copy|transpose"),
 )
 """(kind, pattern of the kernel's name); what none fits is `fusions`."""

@@ -84,5 +84,11 @@ class Stepper:
 
     def __call__(self) -> float:
         """Take one step, wait for it, and return the loss."""
-        self.state, metrics = jax.block_until_ready(self.step(self.state, self.batch))
-        return float(metrics["loss"])
+        loss = self.dispatch()
+        jax.block_until_ready(self.state)
+        return float(loss)
+
+    def dispatch(self) -> jax.Array:
+        """Take one step without waiting for it, and return the loss that it will have."""
+        self.state, metrics = self.step(self.state, self.batch)
+        return metrics["loss"]

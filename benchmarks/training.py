@@ -107,8 +107,9 @@ def device_memory() -> int:
 def torch_side(options: argparse.Namespace) -> tuple[Calls, None]:
     """Return open_clip's step, the count of its matrix products, and the memory it has held."""
     model, _, batch = compare_open_clip.prepare(options)
+    step = compare_open_clip.make_torch_step(options, model, batch)
     calls: Calls = {
-        "open_clip": compare_open_clip.make_torch_step(options, model, batch),
+        "open_clip": lambda: step().item(),
         "flops": lambda: compare_open_clip.count_torch_flops(options, model, batch),
         "memory": lambda: torch.cuda.max_memory_allocated() if options.device == "gpu" else 0,
     }

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from clip_jax.models.attention import attend, attend_packed, choose_kernel
 from clip_jax.models.block_form import BlockForm
 from clip_jax.models.execution import ExecConfig, dense_product
+from clip_jax.models.layer_norm import layer_norm, layer_norm_for_gpu
 from clip_jax.models.minimal_block import PROJECTIONS, BlockParts, residual_block
 from clip_jax.models.packing import Packing, choose_packing
 from clip_jax.models.pooled_block import pooled_block
@@ -103,19 +104,6 @@ def text_block_init(width: int, layers: int) -> BlockInit:
         c_fc=normal((2 * width) ** -0.5),
         c_proj=normal(residual),
     )
-
-
-def layer_norm(
-    x: Array, scale_D: Float[Array, " D"], bias_D: Float[Array, " D"], epsilon: float
-) -> Array:
-    """Return layer normalization computed in float32, in the input's dtype."""
-    # In two passes: flax's fast variance, E[x^2] - E[x]^2, cancels where the mean is large.
-    x32 = x.astype(jnp.float32)
-    deviation = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-    variance = jnp.mean(jnp.square(deviation), axis=-1, keepdims=True)
-    # In this order the factor of a row stays one number until it is multiplied.
-    y = deviation * jax.lax.rsqrt(variance + epsilon) * scale_D + bias_D
-    return y.astype(x.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -328,7 +316,8 @@ def block_parts(
         return y_BLNK.reshape(q_ND.shape)
 
     def plain_norm(x: Array, scale_D: Array, bias_D: Array) -> Array:
-        return layer_norm(x, scale_D, bias_D, config.norm_eps)
+        normalize = layer_norm_for_gpu if target.platform == "cuda" else layer_norm
+        return normalize(x, scale_D, bias_D, config.norm_eps)
 
     def norm(x: Array, scale_D: Array, bias_D: Array) -> tuple[Array, Array]:
         return x, plain_norm(x, scale_D, bias_D)

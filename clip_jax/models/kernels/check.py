@@ -12,7 +12,8 @@ from jaxtyping import Array
 from clip_jax.models.attention import attend_packed
 from clip_jax.models.kernels.attention import Heads, short_attention
 from clip_jax.models.kernels.norm import Norm, residual_norm
-from clip_jax.models.layers import LAYER_NORM_EPS, layer_norm
+from clip_jax.models.layer_norm import layer_norm
+from clip_jax.models.layers import LAYER_NORM_EPS
 from clip_jax.models.packing import Packing, choose_packing
 from clip_jax.models.target import Target
 

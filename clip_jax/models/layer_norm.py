@@ -1,0 +1,67 @@
+"""Layer normalization in float32, and a form of it whose gradients are made for GPUs."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+
+def layer_norm(
+    x: Array, scale_D: Float[Array, " D"], bias_D: Float[Array, " D"], epsilon: float
+) -> Array:
+    """Return layer normalization computed in float32, in the input's dtype."""
+    mean, factor = _mean_and_factor(x, epsilon)
+    # In this order the factor of a row stays one number until it is multiplied.
+    return ((x.astype(jnp.float32) - mean) * factor * scale_D + bias_D).astype(x.dtype)
+
+
+def layer_norm_for_gpu(
+    x: Array, scale_D: Float[Array, " D"], bias_D: Float[Array, " D"], epsilon: float
+) -> Array:
+    """Return `layer_norm`, whose gradients read the rows twice and write no float32 array.
+
+    JAX's own derivative multiplies rows and gradient once for the sums over features and the sums
+    over rows: XLA writes that product to memory, float32 and as large as the rows, and reads it
+    again. Here each of the two makes it for itself.
+    """
+    return _layer_norm(x, scale_D, bias_D, epsilon)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _layer_norm(x: Array, scale_D: Array, bias_D: Array, epsilon: float) -> Array:
+    return layer_norm(x, scale_D, bias_D, epsilon)
+
+
+def _forward(x: Array, scale_D: Array, bias_D: Array, epsilon: float):
+    return layer_norm(x, scale_D, bias_D, epsilon), (x, scale_D)
+
+
+def _backward(epsilon: float, saved: tuple[Array, Array], dy: Array):
+    x, scale_D = saved
+    mean, factor = _mean_and_factor(x, epsilon)
+    normal = (x.astype(jnp.float32) - mean) * factor
+    dnormal = dy.astype(jnp.float32) * scale_D
+    along = jnp.mean(dnormal * normal, axis=-1, keepdims=True)
+    dx = factor * (dnormal - jnp.mean(dnormal, axis=-1, keepdims=True) - normal * along)
+    # Behind the barriers the compiler does not see that the products are the same, and the two
+    # numbers of a row are in memory before the sums over rows are taken.
+    x, dy = lax.optimization_barrier((x, dy))
+    mean, factor = lax.optimization_barrier(_mean_and_factor(x, epsilon))
+    dy32, rows = dy.astype(jnp.float32), tuple(range(x.ndim - 1))
+    dscale_D = jnp.sum(dy32 * ((x.astype(jnp.float32) - mean) * factor), rows)
+    dbias_D = jnp.sum(dy32, rows)
+    return dx.astype(x.dtype), dscale_D.astype(scale_D.dtype), dbias_D.astype(scale_D.dtype)
+
+
+_layer_norm.defvjp(_forward, _backward)
+
+
+def _mean_and_factor(x: Array, epsilon: float) -> tuple[Array, Array]:
+    """Return each row's mean and the reciprocal of its standard deviation, float32 [..., 1]."""
+    # In two passes: flax's fast variance, E[x^2] - E[x]^2, cancels where the mean is large.
+    x32 = x.astype(jnp.float32)
+    mean = jnp.mean(x32, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(x32 - mean), axis=-1, keepdims=True)
+    return mean, jax.lax.rsqrt(variance + epsilon)
