@@ -31,6 +31,8 @@ def load(
     image_size: int | None = None,
     context_length: int | None = None,
     mesh: "Mesh | None" = None,
+    dtype: str = "float32",
+    towers: str = "both",
 ) -> "LoadedCLIP":
     """Load a model: a run's work folder, a published checkpoint, or a published model by its name.
 
@@ -50,6 +52,9 @@ def load(
       image_size, context_length: other than the checkpoint's; positions are interpolated.
       mesh: places every array by the rules of `clip_jax.parallel.sharding`; None takes the first
         device.
+      dtype: "bfloat16" halves the memory of the weights: activations and matrices are bfloat16,
+        results float32.
+      towers: "image" or "text" loads one tower; the other's arrays are not read.
 
     Raises:
       UserError: the path is no checkpoint, is damaged, or holds another model; or a name is none,
@@ -64,6 +69,8 @@ def load(
         image_size=image_size,
         context_length=context_length,
         mesh=mesh,
+        dtype=dtype,
+        towers=towers,
     )
 
 

@@ -1,4 +1,8 @@
-"""Load or create a model for notebooks and commands: `encode_image`, `encode_text`, `classify`."""
+"""Load or create a model for notebooks and commands.
+
+`encode_image` and `encode_text` give features, `logits`, `probabilities` and `classify` what is
+made of them, `image_states` and `text_states` what precedes them.
+"""
 
 import hashlib
 import json
@@ -13,16 +17,19 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from clip_jax.data.images import OPENAI, Preprocess, eval_transform
-from clip_jax.errors import UserError
+from clip_jax.errors import UserError, check_choice
 from clip_jax.evaluation.encoders import Encoders, mesh_encoders
 from clip_jax.evaluation.zero_shot import class_embeddings
 from clip_jax.models.clip import CLIP, CLIPConfig, init_variables, unit_length
+from clip_jax.models.execution import DTYPES
 from clip_jax.models.relevance import make_relevance
+from clip_jax.models.states import TOWERS, StatesFn, TowerStates, make_states
 from clip_jax.models.zoo import model_config
 from clip_jax.parallel.mesh import device_target, make_mesh
 from clip_jax.pretrained.load import tokenizer_family
 from clip_jax.pretrained.resize import resize_checkpoint
 from clip_jax.pretrained.tags import family_preprocess
+from clip_jax.pretrained.trees import by_path, to_variables
 from clip_jax.sections import EvalSection
 from clip_jax.tokenizers import TokenizerSpec, make_tokenizer, spec_digest, tokenizer_from_file
 from clip_jax.training.checkpoint import tree_digests
@@ -37,6 +44,11 @@ from clip_jax.typing import Tokenizer
 
 TEXT_BATCH = 256
 
+ImageInput = Image.Image | np.ndarray | jax.Array | Sequence[Image.Image | np.ndarray]
+"""One image or several: PIL images, or arrays of pixels [height, width, 3]."""
+TextInput = str | np.ndarray | jax.Array | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
+"""One text or several: captions, or token ids."""
+
 
 class LoadedCLIP:
     """A model, its parameters, its tokenizer and its preprocessing.
@@ -44,11 +56,12 @@ class LoadedCLIP:
     Attributes:
       name: of the zoo's entry, or of the file.
       config: the sizes of both towers.
-      params: the parameter pytree, float32.
+      params: the parameter pytree, matrices in `dtype`, all else float32.
       batch_stats: a ResNet's running statistics; empty for a ViT.
       preprocessing: how images are made for it.
       tokenizer_spec: which tokenizer it was trained with; None where that is not known.
       tokenizer: captions to ids; None where it is not known.
+      dtype: of activations and matrix products, "float32" or "bfloat16"; results are float32.
     """
 
     def __init__(
@@ -59,18 +72,22 @@ class LoadedCLIP:
         *,
         tokenizer_spec: TokenizerSpec | None = None,
         preprocessing: Preprocess = OPENAI,
+        dtype: str = "float32",
     ) -> None:
         self.name = name
+        self.dtype = dtype
         self.config = config
         self.params = variables["params"]
         self.batch_stats = variables.get("batch_stats", {})
         self.preprocessing = preprocessing
         self.tokenizer_spec = tokenizer_spec
         self.tokenizer = None if tokenizer_spec is None else make_tokenizer(tokenizer_spec)
-        model = CLIP(config, target=device_target(jax.devices()[0]))
+        model = CLIP(config, dtype=jnp.dtype(dtype), target=device_target(jax.devices()[0]))
+        self._model = model
         self._encode_image, self._encode_text = make_encoders(model, preprocessing)
         self._unit_length = jax.jit(unit_length)
         self._relevance = jax.jit(make_relevance(model))
+        self._states: dict[tuple[str, tuple[int, ...]], StatesFn] = {}
 
     def known_tokenizer(self) -> Tokenizer:
         """Return the tokenizer.
@@ -99,15 +116,34 @@ class LoadedCLIP:
     def _variables(self) -> dict[str, Any]:
         return {"params": self.params, "batch_stats": self.batch_stats}
 
-    def preprocess(self, images: Image.Image | Sequence[Image.Image]) -> np.ndarray:
-        """Prepare PIL images as the model takes them: uint8 [batch, height, width, 3].
+    @property
+    def bias(self) -> float:
+        """What is added to scaled cosines to give logits: a sigmoid model's, else 0."""
+        return float(self.params.get("logit_bias", 0.0))
+
+    @property
+    def is_sigmoid(self) -> bool:
+        """Whether each pair has a probability of its own (SigLIP), instead of a share of 1."""
+        return "logit_bias" in self.params
+
+    def preprocess(self, images: ImageInput) -> np.ndarray:
+        """Prepare images of any size as the model takes them: uint8 [batch, height, width, 3].
 
         They stay uint8 until `encode_image` normalizes them on the device.
+
+        Args:
+          images: PIL images, or uint8 arrays [height, width, 3]; one or several.
+
+        Raises:
+          UserError: there is none, or an array is not uint8.
         """
-        if isinstance(images, Image.Image):
-            images = [images]
+        items = _items(images)
+        if not items:
+            raise UserError("preprocess got no image")
         size = self.config.vision.image_size
-        return np.stack([eval_transform(image, size, self.preprocessing) for image in images])
+        return np.stack(
+            [eval_transform(_as_pil(image), size, self.preprocessing) for image in items]
+        )
 
     def tokenize(self, texts: str | Sequence[str]) -> np.ndarray:
         """Turn captions into ids, int32 [batch, context_length].
@@ -117,23 +153,38 @@ class LoadedCLIP:
         texts = [texts] if isinstance(texts, str) else list(texts)
         return self.known_tokenizer()(texts, self.config.text.context_length)
 
-    def encode_image(self, images: np.ndarray | jax.Array, normalize: bool = True) -> jax.Array:
+    def encode_image(self, images: ImageInput, normalize: bool = True) -> jax.Array:
         """Encode images: float32 [batch, embed_dim], of unit length unless `normalize=False`.
 
+        An image's features do not depend on the others'.
+
         Args:
-          images: [batch, height, width, 3]; uint8 as `preprocess` returns them, or floats that
-            are normalized already.
+          images: PIL images, prepared as `preprocess` does; or arrays [height, width, 3] of the
+            model's size, one, several or a batch of them: uint8 as `preprocess` returns them, or
+            floats that are normalized already.
 
         Raises:
-          UserError: the shape is not what the model takes.
+          UserError: the shape is not what the model takes, or it has no image tower.
         """
         z_BD = self._encode_image(self._variables, self._check_images(images, "encode_image"))
         return self._unit_length(z_BD) if normalize else z_BD
 
-    def _check_images(self, images: np.ndarray | jax.Array, method: str) -> jax.Array:
+    def _check_images(self, images: ImageInput, method: str) -> jax.Array:
         """Return the images as an array, or raise UserError with the method's name."""
+        self._check_tower("visual", "image")
         size = self.config.vision.image_size
+        if isinstance(images, Image.Image | Sequence):
+            items = _items(images)
+            if any(isinstance(image, Image.Image) for image in items):
+                images = self.preprocess(items)
+            elif {np.shape(image) for image in items} == {(size, size, 3)}:
+                images = np.stack(items)
+            else:
+                raise UserError(
+                    f"{method} takes arrays of [{size}, {size}, 3]; make them with preprocess()"
+                )
         images = jnp.asarray(images)
+        images = images[None] if images.ndim == 3 else images
         if images.shape[1:] != (size, size, 3):
             raise UserError(
                 f"{method} takes [batch, {size}, {size}, 3] and got "
@@ -143,35 +194,119 @@ class LoadedCLIP:
             raise UserError(f"{method} takes uint8 or normalized floats and got {images.dtype}")
         return images
 
-    def encode_text(self, tokens: np.ndarray | jax.Array, normalize: bool = True) -> jax.Array:
+    def encode_text(self, texts: TextInput, normalize: bool = True) -> jax.Array:
         """Encode captions: float32 [batch, embed_dim], of unit length unless `normalize=False`.
 
+        A caption's features do not depend on the others'.
+
         Args:
-          tokens: int32 [batch, length] as `tokenize` returns them; length may be shorter, except
-            for SigLIP and CLIPA, which see or read their padding.
+          texts: captions, one or several; or ids [batch, length] as `tokenize` returns them, or
+            one row of them: length may be shorter, except for SigLIP and CLIPA, which see or read
+            their padding.
 
         Raises:
-          UserError: the shape is not what the model takes.
+          UserError: the shape is not what the model takes, or it has no text tower.
         """
+        z_BD = self._encode_text(self._variables, self._check_tokens(texts, "encode_text"))
+        return self._unit_length(z_BD) if normalize else z_BD
+
+    def _check_tokens(self, texts: TextInput, method: str) -> jax.Array:
+        """Return the texts as token ids, or raise UserError with the method's name."""
+        self._check_tower("text", "text")
+        if isinstance(texts, str) or (isinstance(texts, Sequence) and isinstance(texts[0], str)):
+            texts = self.tokenize(texts)  # type: ignore[arg-type]
+        tokens = texts if isinstance(texts, jax.Array) else np.asarray(texts)
+        tokens = tokens[None] if tokens.ndim == 1 else tokens
         text = self.config.text
         longest = text.context_length
         shortest = 1 if text.supports_trimming else longest
         if tokens.ndim != 2 or not shortest <= tokens.shape[1] <= longest:
             takes = f"at most {longest}" if text.supports_trimming else f"{longest}"
             raise UserError(
-                f"encode_text takes [batch, {takes}] token ids and got "
+                f"{method} takes [batch, {takes}] token ids and got "
                 f"{list(tokens.shape)}; make them with tokenize()"
             )
-        z_BD = self._encode_text(self._variables, jnp.asarray(tokens, jnp.int32))
-        return self._unit_length(z_BD) if normalize else z_BD
+        return jnp.asarray(tokens, jnp.int32)
+
+    def _check_tower(self, module: str, tower: str) -> None:
+        if module not in self.params:
+            raise UserError(f'{self.name} was loaded without its {tower} tower; give towers="both"')
+
+    def logits(self, images: ImageInput, texts: TextInput) -> jax.Array:
+        """Return what the loss compares, float32 [images, texts]: scaled cosines, plus the bias.
+
+        Args:
+          images, texts: as `encode_image` and `encode_text` take them.
+
+        Raises:
+          UserError: a shape is not what the model takes.
+        """
+        return self.scale * self.encode_image(images) @ self.encode_text(texts).T + self.bias
+
+    def probabilities(self, images: ImageInput, texts: TextInput) -> jax.Array:
+        """Return the probability of each text for each image, float32 [images, texts].
+
+        Of a sigmoid model (`is_sigmoid`) each pair has its own; else those of an image sum to 1.
+
+        Args:
+          images, texts: as `encode_image` and `encode_text` take them.
+
+        Raises:
+          UserError: a shape is not what the model takes.
+        """
+        return self._from_logits(self.logits(images, texts))
+
+    def _from_logits(self, logits_BM: jax.Array) -> jax.Array:
+        return jax.nn.sigmoid(logits_BM) if self.is_sigmoid else jax.nn.softmax(logits_BM, axis=-1)
+
+    def image_states(self, images: ImageInput, blocks: Sequence[int] = ()) -> TowerStates:
+        """Return all rows of the image tower, the pooled row, and the outputs of some blocks.
+
+        For segmentation, for heads that see patches, and for diffusion. Transformers alone have
+        them.
+
+        Args:
+          images: as `encode_image` takes them.
+          blocks: numbers of blocks, from 0; -1 is the last.
+
+        Raises:
+          UserError: the shape is not what the model takes, or the tower has no such blocks.
+        """
+        images = self._check_images(images, "image_states")
+        if images.dtype == jnp.uint8:
+            mean, std = self.preprocessing.mean, self.preprocessing.std
+            images = normalize_images(unit_range(images), mean, std)
+        return self._tower_states("image", blocks)(self._variables, images)
+
+    def text_states(self, texts: TextInput, blocks: Sequence[int] = ()) -> TowerStates:
+        """Return all rows of the text tower, the pooled row, and the outputs of some blocks.
+
+        Args:
+          texts: as `encode_text` takes them.
+          blocks: numbers of blocks, from 0; -1 is the last, -2 what Stable Diffusion 2 and XL take.
+
+        Raises:
+          UserError: the shape is not what the model takes, or the tower has no such blocks.
+        """
+        tokens = self._check_tokens(texts, "text_states")
+        return self._tower_states("text", blocks)(self._variables, tokens)
+
+    def _tower_states(self, tower: str, blocks: Sequence[int]) -> StatesFn:
+        key = (tower, tuple(blocks))
+        if key not in self._states:
+            self._states[key] = jax.jit(make_states(self._model, *key))
+        return self._states[key]
 
     def classify(
         self,
-        images: np.ndarray | jax.Array,
+        images: ImageInput,
         class_names: Sequence[str],
         templates: Sequence[str] = EvalSection.templates,
     ) -> jax.Array:
         """Return zero-shot probabilities, float32 [batch, classes] (paper, section 3.1.2).
+
+        They are the model's own: of a sigmoid model (`is_sigmoid`) each class has its own, with
+        the bias; else those of an image sum to 1.
 
         Args:
           images: as `encode_image` takes them.
@@ -189,10 +324,10 @@ class LoadedCLIP:
             batch_size=TEXT_BATCH,
             context_length=self.config.text.context_length,
         )
-        logits_BM = self.scale * self.encode_image(images) @ jnp.asarray(class_MD).T
-        return jax.nn.softmax(logits_BM, axis=-1)
+        logits_BM = self.scale * self.encode_image(images) @ jnp.asarray(class_MD).T + self.bias
+        return self._from_logits(logits_BM)
 
-    def relevance(self, images: np.ndarray | jax.Array, text: str | Sequence[str]) -> jax.Array:
+    def relevance(self, images: ImageInput, text: str | Sequence[str]) -> jax.Array:
         """Return what each patch adds to the cosine with a caption, float32 [batch, rows, columns].
 
         Gradient-weighted attention; see `models.relevance`. Nothing is below zero.
@@ -240,45 +375,86 @@ def load(
     image_size: int | None = None,
     context_length: int | None = None,
     mesh: Mesh | None = None,
+    dtype: str = "float32",
+    towers: str = "both",
 ) -> LoadedCLIP:
     """Load a run's model, or a published one in any format; see `clip_jax.load`."""
+    check_choice("dtype", dtype, DTYPES)
+    check_choice("towers", towers, (*TOWERS, "both"))
     checkpoint = read_source(str(path), model).checkpoint
     spec = checkpoint.tokenizer
     if tokenizer is not None:
         spec = tokenizer_from_file(tokenizer, tokenizer_family(checkpoint.config))
     if checkpoint.arrays:
         checkpoint = resize_checkpoint(checkpoint, image_size, context_length)
-        variables = place_arrays(
-            checkpoint.arrays, sharded_variable_shapes(checkpoint.config, mesh)
+        shapes = sharded_variable_shapes(
+            checkpoint.config, mesh, dtype=jnp.dtype(dtype), towers=towers
         )
+        variables = place_arrays(checkpoint.arrays, shapes)
     elif image_size or context_length:
         raise UserError(f"{path} is a run: its sizes are its own; convert it first")
     else:
-        variables = restore_run(path, sharded_variable_shapes(checkpoint.config, mesh))
+        variables = _restored(path, checkpoint.config, mesh, dtype, towers)
     return LoadedCLIP(
         checkpoint.name,
         checkpoint.config,
         variables,
         tokenizer_spec=spec,
         preprocessing=checkpoint.preprocess,
+        dtype=dtype,
     )
 
 
+def _restored(
+    path: str | Path, config: CLIPConfig, mesh: Mesh | None, dtype: str, towers: str
+) -> dict[str, Any]:
+    """Restore a run's variables, which are checked whole, and keep what is wanted of them."""
+    variables = by_path(restore_run(path, sharded_variable_shapes(config, mesh)))
+    wanted = by_path(sharded_variable_shapes(config, mesh, dtype=jnp.dtype(dtype), towers=towers))
+    return to_variables({name: variables[name].astype(x.dtype) for name, x in wanted.items()})
+
+
+def _items(images: ImageInput) -> list[Any]:
+    """Return one or several images one by one."""
+    if isinstance(images, Image.Image):
+        return [images]
+    if isinstance(images, Sequence):
+        return list(images)
+    return [images] if images.ndim < 4 else list(images)
+
+
+def _as_pil(image: Image.Image | np.ndarray | jax.Array) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image
+    pixels = np.asarray(image)
+    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3):
+        raise UserError(
+            f"preprocess takes uint8 arrays [height, width, 3] and got {list(pixels.shape)} of "
+            f"{pixels.dtype}"
+        )
+    return Image.fromarray(pixels)
+
+
 def load_encoders(
-    model: str, *, architecture: str | None = None, tokenizer: str | None = None
+    model: str,
+    *,
+    architecture: str | None = None,
+    tokenizer: str | None = None,
+    dtype: str = "float32",
 ) -> Encoders:
     """Load a model as the evaluators take it, its parameters and batches over all devices.
 
     Args:
-      model: the path, as `load` takes it.
+      model: the path or name, as `load` takes it.
       architecture: a name of the zoo, or "name:tag", for a file that does not say it.
       tokenizer: for a checkpoint that came without one.
+      dtype: of activations and matrix products, "float32" or "bfloat16".
 
     Raises:
       UserError: the path is no checkpoint, or its tokenizer is not known.
     """
     mesh = make_mesh(data=-1, fsdp=1, tensor=1)
-    clip = load(model, architecture, tokenizer=tokenizer, mesh=mesh)
+    clip = load(model, architecture, tokenizer=tokenizer, mesh=mesh, dtype=dtype)
     known, spec = clip.known_tokenizer(), clip.tokenizer_spec
     digests = tree_digests({"params": clip.params, "batch_stats": clip.batch_stats})
     described = json.dumps([digests, repr(clip.config), spec and spec_digest(spec)])

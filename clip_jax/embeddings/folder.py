@@ -46,6 +46,7 @@ class EmbeddingInfo:
       part_rows: the samples of a part, of the last one at most so many.
       batch_size: images encoded at a time, which moves the last bits of a feature.
       texts: whether captions are embedded too.
+      dtype: of the model's products.
     """
 
     model: str
@@ -60,6 +61,7 @@ class EmbeddingInfo:
     part_rows: int
     batch_size: int
     texts: bool = True
+    dtype: str = "float32"
 
     @property
     def parts(self) -> int:
@@ -99,7 +101,7 @@ def begin_folder(folder: Path, info: EmbeddingInfo) -> None:
         dataclasses.asdict(info),
         name=INFO_FILENAME,
         may_differ=["model"],  # the same weights may have moved
-        defaults={"texts": True},
+        defaults={"texts": True, "dtype": "float32"},
         foreign=[*EMBEDDING_DIRNAMES.values(), METADATA_DIRNAME],
     )
 

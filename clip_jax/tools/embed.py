@@ -28,6 +28,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="a run, or a published model's path or name")
     parser.add_argument("--architecture", default="", help='of a bare file: "NAME" or "NAME:TAG"')
     parser.add_argument("--tokenizer", default="", help="its tokenizer.json or .model")
+    parser.add_argument("--dtype", default="float32", help="float32, or bfloat16: half the memory")
     parser.add_argument("--data", required=True, help="images, as docs/data.md names sources")
     parser.add_argument("--out", required=True, help="the folder")
     parser.add_argument("--batch-size", type=int, default=256, help="images at a time")
@@ -103,7 +104,10 @@ def embed_source(args: argparse.Namespace) -> EmbedResult:
     if not (samples := sum(map(len, shards))):
         raise UserError(f"--data {args.data} holds no image")
     encoders = load_encoders(
-        args.model, architecture=args.architecture or None, tokenizer=args.tokenizer or None
+        args.model,
+        architecture=args.architecture or None,
+        tokenizer=args.tokenizer or None,
+        dtype=args.dtype,
     )
     if jax.process_count() > 1:
         raise UserError(
@@ -138,6 +142,7 @@ def embedding_info(
         part_rows=max(1, args.part_size // args.batch_size) * args.batch_size,
         batch_size=args.batch_size,
         texts=not args.no_text,
+        dtype=args.dtype,
     )
 
 

@@ -31,6 +31,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--architecture", help='of a bare file: "NAME" or "NAME:TAG"')
     parser.add_argument("--tokenizer", help="its tokenizer.json or SentencePiece .model")
+    parser.add_argument("--dtype", default="float32", help="float32, or bfloat16: half the memory")
     parser.add_argument("--data", help="tar shards; .cls members hold the classes")
     parser.add_argument(
         "--task", dest="tasks", action="append", help="one or several, joined by commas"
@@ -68,7 +69,7 @@ def evaluate_model(model: str, spec: "EvalSpec", out: str | Path, **load: Any) -
     """Evaluate what `clip_jax.load` reads; the seconds are those of loading and evaluating.
 
     Args:
-      load: `architecture` and `tokenizer`, as `api.load_encoders` takes them.
+      load: `architecture`, `tokenizer` and `dtype`, as `api.load_encoders` takes them.
 
     Raises:
       UserError: the model, the data or the names cannot be read, or do not fit each other.
@@ -82,18 +83,19 @@ def evaluate_model(model: str, spec: "EvalSpec", out: str | Path, **load: Any) -
 
 
 def evaluate_workdir(
-    workdir: str, *, out: str | Path | None = None, **changes: Any
+    workdir: str, *, out: str | Path | None = None, dtype: str = "float32", **changes: Any
 ) -> "Evaluation":
     """Evaluate the newest checkpoint of a run as its config says.
 
     Args:
       out: where the results go; None is the work folder.
+      dtype: of the model's products.
       changes: fields of `evaluation.spec.EvalSpec` other than the config's.
 
     Raises:
       UserError: the folder is no work folder, or there is nothing to evaluate on.
     """
-    return evaluate_model(workdir, workdir_spec(workdir, **changes), out or workdir)
+    return evaluate_model(workdir, workdir_spec(workdir, **changes), out or workdir, dtype=dtype)
 
 
 def workdir_spec(workdir: str, **changes: Any) -> "EvalSpec":
@@ -204,7 +206,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     tasks = changes.get("tasks", ())
     check_tasks(tasks)
     if is_work_folder(args.model):
-        print(evaluation_text(evaluate_workdir(args.model, out=args.out, **changes)))
+        evaluation = evaluate_workdir(args.model, out=args.out, dtype=args.dtype, **changes)
+        print(evaluation_text(evaluation))
         return 0
     if "data" not in changes:
         raise UserError(f"--data is missing: {args.model} names no evaluation data of its own")
@@ -213,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     label, tag = model_label(args.model)
     spec = EvalSpec.from_section(EvalSection(), **{"pretrained": tag} | changes)
     out = args.out or f"eval-{label}"
-    load = {"architecture": args.architecture, "tokenizer": args.tokenizer}
+    load = {"architecture": args.architecture, "tokenizer": args.tokenizer, "dtype": args.dtype}
     print(evaluation_text(evaluate_model(args.model, spec, out, **load)))
     return 0
 

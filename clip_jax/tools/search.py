@@ -60,7 +60,10 @@ def load_encoders(args: argparse.Namespace, embeddings: "Embeddings") -> "Encode
     architecture = args.architecture or (info.architecture if info else None)
     tokenizer = args.tokenizer or (info.tokenizer if info else None)
     encoders = api.load_encoders(
-        model, architecture=architecture or None, tokenizer=tokenizer or None
+        model,
+        architecture=architecture or None,
+        tokenizer=tokenizer or None,
+        dtype=info.dtype if info else "float32",
     )
     check_model(embeddings, encoders, model)
     return encoders

@@ -21,6 +21,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
 from clip_jax.errors import UserError
 from clip_jax.models.clip import CLIPConfig
@@ -255,11 +256,23 @@ def restore_run(path: str | Path, shapes: Mapping[str, Any]) -> dict[str, Any]:
     return restored[0]
 
 
-def sharded_variable_shapes(config: CLIPConfig, mesh: Mesh | None) -> dict[str, Any]:
+def sharded_variable_shapes(
+    config: CLIPConfig,
+    mesh: Mesh | None,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    towers: str = "both",
+) -> dict[str, Any]:
     """Return ShapeDtypeStructs of a model's variables with their shardings; nothing is allocated.
 
     They lie on the first device, or over a mesh by the rules of `sharding`; positions are whole
     on every device.
+
+    Args:
+      config: the model's sizes.
+      mesh: None is the first device.
+      dtype: of matrices; gains, biases, scalars and statistics stay float32, which costs nothing.
+      towers: "both", or the one tower that is there, "image" or "text"; scalars always are.
     """
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
@@ -268,10 +281,18 @@ def sharded_variable_shapes(config: CLIPConfig, mesh: Mesh | None) -> dict[str, 
         if mesh is not None:
             spec = P() if POSITIONS.search(path) else partition_spec(path, shape, mesh)
             sharding = NamedSharding(mesh, spec)
-        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+        kind = dtype if len(shape) > 1 else jnp.float32
+        return jax.ShapeDtypeStruct(shape, kind, sharding=sharding)
 
+    absent = {"image": "text/", "text": "visual/", "both": None}[towers]
     shapes = array_shapes(config)
-    return to_variables({path: struct(path, shape) for path, shape in shapes.items()})
+    return to_variables(
+        {
+            path: struct(path, shape)
+            for path, shape in shapes.items()
+            if absent is None or not path.startswith(absent)
+        }
+    )
 
 
 def place_arrays(
@@ -280,7 +301,8 @@ def place_arrays(
     """Make variables laid out as `shapes` from arrays by path, every layer by itself.
 
     Only as many arrays as there are threads are on the host at a time, and of each device's part
-    no more than that part is sent: a model larger than the host can be placed.
+    no more than that part is sent: a model larger than the host can be placed. What `shapes` does
+    not have is not read; what has another dtype there is converted.
     """
     wanted = by_path(shapes)
 
@@ -293,6 +315,8 @@ def place_arrays(
 
     def put(path: str) -> jax.Array:
         value, sharding = read(path, wanted[path].shape), wanted[path].sharding
+        if value.dtype != wanted[path].dtype:
+            value = value.astype(wanted[path].dtype)
         if isinstance(value, jax.Array):
             return jax.device_put(value, sharding)
         # Unlike `device_put`, it asks no other process whether its array is the same.
