@@ -39,9 +39,28 @@ def valid_rows(valid_B: Bool[Array, " B"] | None, target: Target) -> ValidRows |
     if valid_B is None:
         return None
     mask_B = valid_B | ~jnp.any(valid_B)
-    shards = _shards(target, len(mask_B))
-    counts_S = jnp.sum(_split(mask_B, shards, target), axis=1, dtype=jnp.float32)
-    return ValidRows(mask_B[:, None, None, None], _replicate(counts_S, target))
+    shards = part_count(target, len(mask_B))
+    counts_S = jnp.sum(split_parts(mask_B, shards, target), axis=1, dtype=jnp.float32)
+    return ValidRows(mask_B[:, None, None, None], replicate(counts_S, target))
+
+
+def all_rows(batch: int, target: Target) -> ValidRows:
+    """Return all rows of a batch."""
+    rows = valid_rows(jnp.ones(batch, bool), target)
+    assert rows is not None
+    return rows
+
+
+def update_running(
+    module: nn.Module, mean_C: Float[Array, " C"], var_C: Float[Array, " C"], momentum: float
+) -> None:
+    """Move the running statistics of a norm towards those of a batch."""
+    shape = mean_C.shape
+    running_mean = module.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
+    running_var = module.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
+    if not module.is_initializing():
+        for running, newest in ((running_mean, mean_C), (running_var, var_C)):
+            running.value = momentum * running.value + (1 - momentum) * newest
 
 
 class OnePassBatchNorm(nn.Module):
@@ -74,18 +93,12 @@ class OnePassBatchNorm(nn.Module):
           rows: the images that statistics are taken of; None is all.
         """
         shape = x_BHWC.shape[-1:]
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
-        running_var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
         scale_C = self.param("scale", self.scale_init, shape)
         bias_C = self.param("bias", nn.initializers.zeros, shape)
-        if rows is None:
-            rows = valid_rows(jnp.ones(len(x_BHWC), bool), self.target)
-            assert rows is not None
+        rows = rows or all_rows(len(x_BHWC), self.target)
         features, row_BWC = jax.lax.stop_gradient((x_BHWC, row_BWC))
         mean_C, var_C = batch_statistics(features, row_BWC, rows, self.target)
-        if not self.is_initializing():
-            for running, newest in ((running_mean, mean_C), (running_var, var_C)):
-                running.value = self.momentum * running.value + (1 - self.momentum) * newest
+        update_running(self, mean_C, var_C, self.momentum)
         rstd_C = jax.lax.rsqrt(var_C + self.epsilon)
         spec = _Spec(jnp.dtype(self.dtype), self.relu, self.target)
         return _normalize(spec, x_BHWC, scale_C, bias_C, mean_C, rstd_C, rows)
@@ -106,7 +119,7 @@ def batch_statistics(
     shards = len(rows.counts_S)
 
     def split(x: Array) -> Array:
-        return _split(x, shards, target)
+        return split_parts(x, shards, target)
 
     mask_Sb = split(rows.mask_B111[:, 0, 0, 0])
     # Each device's own, which it knows without the others.
@@ -119,8 +132,27 @@ def batch_statistics(
     sums_SC = jnp.sum(deviation_SbHWC, axis=(1, 2, 3))
     mean_SC = sums_SC / (count_S1 * pixels)
     squares_SC = jnp.sum(jnp.square(deviation_SbHWC), axis=(1, 2, 3)) - sums_SC * mean_SC
-    moments_S2C = jnp.stack([shift_SC + mean_SC, jnp.maximum(squares_SC, 0)], axis=1)
-    mean_SC, squares_SC = jnp.moveaxis(_replicate(moments_S2C, target), 1, 0)
+    return join_moments(shift_SC + mean_SC, squares_SC, rows, pixels, target)
+
+
+def join_moments(
+    mean_SC: Float[Array, "S C"],
+    squares_SC: Float[Array, "S C"],
+    rows: ValidRows,
+    pixels: int,
+    target: Target,
+) -> tuple[Float[Array, " C"], Float[Array, " C"]]:
+    """Return mean and variance of all parts' features; the devices exchange theirs once.
+
+    Args:
+      mean_SC: of each part's valid rows.
+      squares_SC: of their deviations from that, summed.
+      rows: the valid ones.
+      pixels: of an image.
+      target: the devices.
+    """
+    moments_S2C = jnp.stack([mean_SC, jnp.maximum(squares_SC, 0)], axis=1)
+    mean_SC, squares_SC = jnp.moveaxis(replicate(moments_S2C, target), 1, 0)
     count = jnp.sum(rows.counts_S)
     share_S1 = (rows.counts_S / count)[:, None]
     mean_C = jnp.sum(share_S1 * mean_SC, axis=0)
@@ -167,7 +199,7 @@ def _normalize_backward(spec: _Spec, saved, dy_BHWC: Array):
     shards = len(rows.counts_S)
 
     def total(x_BHWC: Array) -> Array:
-        return jnp.sum(_split(x_BHWC, shards, spec.target), axis=(1, 2, 3))
+        return jnp.sum(split_parts(x_BHWC, shards, spec.target), axis=(1, 2, 3))
 
     sums_S2C = jnp.stack([total(dy_BHWC), total(dy_BHWC * centered_BHWC)], axis=1)
     dbias_C, dscale_C = jnp.sum(sums_S2C, axis=0)
@@ -181,18 +213,18 @@ def _normalize_backward(spec: _Spec, saved, dy_BHWC: Array):
 _normalize.defvjp(_normalize_forward, _normalize_backward)
 
 
-def _shards(target: Target, batch: int) -> int:
+def part_count(target: Target, batch: int) -> int:
     """Return the number of parts of a batch; 1 where the devices do not split it evenly."""
     return target.batch_shards if batch % target.batch_shards == 0 else 1
 
 
-def _split(x: Array, shards: int, target: Target) -> Array:
+def split_parts(x: Array, shards: int, target: Target) -> Array:
     """Reshape [B, ...] to [S, B / S, ...], each device with its own part."""
     x = x.reshape(shards, -1, *x.shape[1:])
     return target.split_rows(x) if shards > 1 else x
 
 
-def _replicate(x_S: Array, target: Target) -> Array:
+def replicate(x_S: Array, target: Target) -> Array:
     """Give every device all parts of an array."""
     if target.mesh is None:
         return x_S

@@ -3,12 +3,14 @@
 from typing import Any
 
 import flax.linen as nn
+import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from clip_jax.models.batch_norm import OnePassBatchNorm, ValidRows
 from clip_jax.models.execution import ExecConfig
 from clip_jax.models.layers import torch_uniform
+from clip_jax.models.product_norm import ProductBatchNorm
 
 MOMENTUM = 0.9
 EPSILON = 1e-5
@@ -54,6 +56,10 @@ def normalized(
     """
     init = nn.initializers.zeros if zero_scale else nn.initializers.ones
     dtype, target = exec_config.dtype, exec_config.target
+    if train and not relu and _fuses(conv, x_BHWC, exec_config):
+        kernel_IO = conv.variables["params"]["kernel"][0, 0]
+        product_norm = ProductBatchNorm(MOMENTUM, EPSILON, dtype, init, target, name=name)
+        return product_norm(x_BHWC, kernel_IO, rows)
     y_BHWC = conv(x_BHWC)
     if train and (target.platform != "cpu" or target.mesh is not None):
         norm = OnePassBatchNorm(MOMENTUM, EPSILON, dtype, init, relu, target, name=name)
@@ -70,6 +76,19 @@ def normalized(
     )
     y_BHWC = plain_norm(y_BHWC, mask=None if rows is None else rows.mask_B111)
     return nn.relu(y_BHWC) if relu else y_BHWC
+
+
+def _fuses(conv: nn.Conv, x_BHWC: Array, exec_config: ExecConfig) -> bool:
+    """Return whether a convolution is computed with its norm as one.
+
+    On accelerators, which wait for their memory there; parameters are drawn by the modules.
+    """
+    layer: Any = conv  # flax allows sizes of other forms too
+    is_product = set(layer.kernel_size) == {1} == set(layer.strides)
+    is_wider = layer.features > x_BHWC.shape[-1]
+    is_narrow_dtype = jnp.dtype(exec_config.dtype).itemsize == 2
+    runs = exec_config.target.platform != "cpu" and not conv.is_initializing()
+    return is_product and is_wider and is_narrow_dtype and runs
 
 
 def middle_row(conv: nn.Conv, x_BHWC: Array) -> Array:
