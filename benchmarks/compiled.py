@@ -79,8 +79,8 @@ PROGRAMS = {
 }
 
 
-def command(program: Program, path: str) -> list[str]:
-    """Return the command that compiles a program and writes its figures there."""
+def command(program: Program, path: str, more: Sequence[str] = ()) -> list[str]:
+    """Return the command that compiles a program, with more flags, and writes its figures there."""
     if program.tower:
         return [
             sys.executable,
@@ -96,16 +96,21 @@ def command(program: Program, path: str) -> list[str]:
         *("--config", f"experiments/{program.experiment}.py"),
         *("--device", program.device, "--devices", str(program.devices)),
         *("--compiler", device_platform(program.device), "--json", path),
+        *more,
         *(f"--config.{field}" for field in fields),
     ]
 
 
-def compile_program(program: Program) -> dict[str, Any]:
-    """Return a program's figures, or under "failed" the line that its process ended with."""
+def compile_program(program: Program, more: Sequence[str] = ()) -> dict[str, Any]:
+    """Return a program's figures, or under "failed" the line that its process ended with.
+
+    `more`: flags of `clip_jax.plan`.
+    """
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="clip_jax_compiled_") as folder:
         path = Path(folder) / "figures.json"
-        done = subprocess.run(command(program, str(path)), capture_output=True, text=True)
+        words = command(program, str(path), more)
+        done = subprocess.run(words, capture_output=True, text=True)
         seconds = round(time.perf_counter() - start)
         if done.returncode or not path.exists():
             lines = done.stderr.strip().splitlines() or ["no message"]
