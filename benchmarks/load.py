@@ -2,13 +2,16 @@
 
     python -m benchmarks.load --model ViT-L/14
 
-A file of random weights is written in each format, then read and loaded in alternation. The file
-is in the page cache from the first round on, for both. Memory is the process's own: pages of a
-mapped file are not counted (`private_memory.py`).
+A file of random weights is written in each format, then read and loaded in alternation; from our
+own format in bfloat16 and one tower at a time as well. The file is in the page cache from the first
+round on, for both. Memory is the process's own: pages of a mapped file are not counted
+(`private_memory.py`).
 """
 
+import functools
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -28,6 +31,19 @@ WEIGHTS = {
     "open_clip": "open_clip_model.safetensors",
     "hf": "model.safetensors",
 }
+CASES: list[tuple[str, dict[str, str]]] = [
+    *((form, {}) for form in WEIGHTS),
+    ("own", {"dtype": "bfloat16"}),
+    ("own", {"towers": "image"}),
+    ("own", {"towers": "text"}),
+    ("own", {"dtype": "bfloat16", "towers": "text"}),
+]
+"""The format, and what `clip_jax.load` is given beside the folder."""
+
+
+def load_params(folder: Path, **given: str) -> Any:
+    """Load a model, and return its parameters when they are there."""
+    return jax.block_until_ready(clip_jax.load(folder, **given).params)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -48,17 +64,18 @@ def main(argv: list[str] | None = None) -> None:
             (Path(folder) / form).mkdir()
             WRITERS[form](Path(folder) / form, description, arrays)
         arrays.clear()
-        for form, name in WEIGHTS.items():
-            target = Path(folder) / form
+        for form, given in CASES:
+            folder_of_form, name = Path(folder) / form, WEIGHTS[form]
             reads, loads, memory = [], [], []
             for _ in range(options.repeats):
-                reads.append(measure_call((target / name).read_bytes)[0])
+                reads.append(measure_call((folder_of_form / name).read_bytes)[0])
                 seconds, peak = measure_call(
-                    lambda target=target: jax.block_until_ready(clip_jax.load(target).params)
+                    functools.partial(load_params, folder_of_form, **given)
                 )
                 loads.append(seconds)
-                memory.append(peak / (target / name).stat().st_size)
-            row = {"format": form, "read, s": spread(reads), "load, s": spread(loads)}
+                memory.append(peak / (folder_of_form / name).stat().st_size)
+            title = " ".join([form, *given.values()])
+            row = {"format": title, "read, s": spread(reads), "load, s": spread(loads)}
             rows.append(row | {"load / read": ratio(loads, reads), "memory": max(memory)})
     report("load", options, rows, weights_MB=weights_mb, memory="most above the start / weights")
 

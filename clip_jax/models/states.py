@@ -15,7 +15,9 @@ from jaxtyping import Array, Float
 
 from clip_jax.errors import UserError, check_choice
 from clip_jax.models.clip import CLIP
-from clip_jax.models.layers import layer_norm
+from clip_jax.models.layer_norm import layer_norm
+from clip_jax.models.text import TextConfig
+from clip_jax.models.vit import ViTConfig
 
 TOWERS = {"image": "visual", "text": "text"}
 """The names of the towers' modules."""
@@ -70,9 +72,9 @@ def make_states(model: CLIP, tower: str, blocks: Sequence[int]) -> StatesFn:
     """
     check_choice("tower", tower, TOWERS)
     config = model.config.vision if tower == "image" else model.config.text
-    layers = getattr(config, "layers", None)
-    if not isinstance(layers, int):
+    if not isinstance(config, ViTConfig | TextConfig):
         raise UserError(f"this {tower} tower is no transformer: it has no rows and no blocks")
+    layers = config.layers
     for number in blocks:
         if not -layers <= number < layers:
             raise UserError(f"the {tower} tower has {layers} blocks, and none of number {number}")

@@ -7,12 +7,14 @@ kill and do not look at digests; ours go on and do, and lie where it looks for t
 
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import httpx2
+from filelock import Timeout
 from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -240,8 +242,7 @@ def _fetch_file(repository: Repository, name: str, remote: RemoteFile, blobs: Pa
         lock = Path(constants.HF_HUB_CACHE) / ".locks" / blobs.parent.name / f"{remote.digest}.lock"
         for folder in (blobs, lock.parent):
             folder.mkdir(parents=True, exist_ok=True)
-        # The hub's own lock: whoever comes second finds the file.
-        with WeakFileLock(lock):
+        with _locked(lock, repository.shown):
             if not blob.is_file():
                 download(
                     remote, blob, title=name, headers=build_hf_headers(library_name="clip_jax")
@@ -255,6 +256,18 @@ def _fetch_file(repository: Repository, name: str, remote: RemoteFile, blobs: Pa
         endpoint=constants.ENDPOINT,
         library_name="clip_jax",
     )
+
+
+@contextmanager
+def _locked(lock: Path, shown: str) -> Iterator[None]:
+    """Hold a lock, the hub's own for its files: whoever comes second finds the file."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(WeakFileLock(lock, timeout=1.0))
+        except Timeout:
+            print(f"{shown}: another process fetches it; waiting", file=sys.stderr, flush=True)
+            stack.enter_context(WeakFileLock(lock))
+        yield
 
 
 def _remember(repository: Repository) -> None:
@@ -284,7 +297,7 @@ def fetch_address(remote: RemoteFile, target: Path, shown: str) -> Path:
         )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with WeakFileLock(f"{target}.lock"):
+        with _locked(target.with_name(target.name + ".lock"), shown):
             if not target.is_file():
                 remote = _with_size(remote)
                 _announce(shown, target.parent, {target.name: (remote, target)})
