@@ -24,6 +24,7 @@ class Repo:
     token: str = ""  # who has it may read a private repository
     gated: bool = False
     revisions: tuple[str, ...] = ("main",)
+    listed: dict = field(default_factory=dict)  # what the listing says of each file instead
 
     @property
     def commit(self) -> str:
@@ -135,7 +136,7 @@ def listing(handler: Handler, name: str, revision: str) -> None:
         if len(data) >= LARGE:
             sha = hashlib.sha256(data).hexdigest()
             entry["lfs"] = {"sha256": sha, "size": len(data), "pointerSize": 134}
-        siblings.append(entry)
+        siblings.append(entry if not repo.listed else {"rfilename": file, **repo.listed})
     config = {}
     if "config.json" in repo.files:
         config["model_type"] = json.loads(repo.files["config.json"]).get("model_type")

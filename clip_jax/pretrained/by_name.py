@@ -82,7 +82,7 @@ def parse_name(text: str | Path) -> PublishedName | None:
         return None
     if text.startswith(HUB_PREFIX):
         match = _HUB_NAME.fullmatch(text)
-        if match is None:
+        if match is None or ".." in text:
             raise UserError(f"{text!r} is no repository: write hf-hub:owner/name, or @revision too")
         name, revision = match[1], match[2] or ""
         return PublishedName(text, name.split("/")[-1], name, name, revision)
@@ -154,7 +154,7 @@ def _read_published(name: PublishedName) -> Checkpoint:
     path = _fetch_repository(open_repository(name.repository, name.revision))
     checkpoint = read_model(path.parent if is_work_folder(path.parent) else path)
     if checkpoint.tokenizer is None and path.name in OPEN_CLIP_WEIGHTS:
-        text = read_json(path.parent / OPEN_CLIP_CONFIG)["model_cfg"]["text_cfg"]
+        text = dict(read_json(path.parent / OPEN_CLIP_CONFIG)["model_cfg"]["text_cfg"])
         if text.get("hf_tokenizer_name"):
             checkpoint = _fetch_tokenizer(checkpoint, str(text["hf_tokenizer_name"]))
     return dataclasses.replace(checkpoint, name=name.label)

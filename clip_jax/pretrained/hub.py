@@ -5,6 +5,7 @@ Through `huggingface_hub`: its cache (`HF_HOME`), its token (`HF_TOKEN` or `hf a
 kill and do not look at digests; ours go on and do, and lie where it looks for them.
 """
 
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
 )
 from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import (
     WeakFileLock,
     build_hf_headers,
@@ -44,6 +46,8 @@ from clip_jax.pretrained.hub_errors import hub_error
 from clip_jax.pretrained.repositories import HUB_PREFIX
 
 LISTING_TRIES = 3
+LARGEST_IN_GIT = 11_000_000
+"""Bytes above which the hub keeps a file outside git."""
 
 T = TypeVar("T")
 
@@ -145,15 +149,31 @@ def _listed_repository(name: str, revision: str) -> Repository:
         raise UserError(f"{HUB_PREFIX}{name} is no repository's name ({short(error)})") from None
     except (ValueError, KeyError, TypeError) as error:
         raise BrokenOffError(f"what it answers is no listing: {short(error)}") from None
-    if not info.sha or info.siblings is None:
+    # They become parts of paths here.
+    commit = str(info.sha)
+    if not re.fullmatch(r"[0-9a-f]{40}", commit) or info.siblings is None:
         raise BrokenOffError("what it answers is no listing")
     files = {}
     for file in info.siblings:
-        url = hf_hub_url(name, file.rfilename, revision=info.sha, endpoint=constants.ENDPOINT)
-        digest = file.lfs.sha256 if file.lfs is not None else file.blob_id
-        files[file.rfilename] = RemoteFile(url, file.size, digest or "")
+        url = hf_hub_url(name, file.rfilename, revision=commit, endpoint=constants.ENDPOINT)
+        size = file.size if isinstance(file.size, int) and file.size >= 0 else None
+        files[file.rfilename] = RemoteFile(url, size, _published_digest(file))
     model_type = (info.config or {}).get("model_type")
-    return Repository(name, revision, info.sha, files, model_type, online=True)
+    return Repository(name, revision, commit, files, model_type, online=True)
+
+
+def _published_digest(file: RepoSibling) -> str:
+    """Return the SHA-256 of a large file, git's digest of a small one; empty for what is neither.
+
+    Of a large file git's digest would be that of a pointer.
+    """
+    if file.lfs is not None:
+        digest, length = str(file.lfs.sha256), 64
+    else:
+        digest, length = str(file.blob_id), 40
+        if not isinstance(file.size, int) or file.size > LARGEST_IN_GIT:
+            return ""
+    return digest if re.fullmatch(rf"[0-9a-f]{{{length}}}", digest) else ""
 
 
 def _cached_repository(name: str, revision: str) -> Repository | None:

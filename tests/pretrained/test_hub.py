@@ -205,6 +205,22 @@ def test_shards_come_with_their_index(server, tmp_path):
     assert not any("training_args" in path for path in server.paths())
 
 
+@pytest.mark.parametrize(
+    "listed",
+    [
+        {"size": None},
+        {"size": 109_000, "lfs": {"sha256": "../../../x", "size": 109_000, "pointerSize": 1}},
+        {"size": 20_000_000, "blobId": "0" * 40},
+        {"size": "many", "blobId": "0" * 40},
+    ],
+    ids=["names alone", "a path for a digest", "a pointer's digest", "no number"],
+)
+def test_a_mirror_that_lists_no_digests_is_left_to_the_hubs_own_code(server, listed):
+    server.repos["me/model"].listed = listed
+    assert_same(read_model(NAME), read_checkpoint(GOLDEN / "open_clip"))
+    assert not list(Path(constants.HF_HOME).parent.glob("**/x*"))
+
+
 def test_a_token_goes_to_the_hub_alone(server, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "secret")
     server.repos["me/model"].token = "secret"
@@ -222,7 +238,8 @@ def refuses(message: str, name: str = NAME) -> None:
 def test_wrong_names_say_what_there_is(server, tmp_path, monkeypatch):
     refuses("has no tag 'laion2b'; there is .*ViT-B-32:laion2b_e16", "ViT-B-32:laion2b")
     refuses("names no tag; there is ViT-B-32:openai", "ViT-B-32")
-    refuses("write hf-hub:owner/name", "hf-hub:a/b/c")
+    for name in ("hf-hub:a/b/c", "hf-hub:", "hf-hub:a/b@../c"):
+        refuses("write hf-hub:owner/name", name)
     refuses("does not exist; give a checkpoint's file or folder, or a name", "no/such/file.pt")
     assert parse_name("no-such-model:tag") is None
     assert parse_name("ViT-B-32:LAION2B-s34b-b79k").pair == "ViT-B-32:laion2b_s34b_b79k"
@@ -572,6 +589,7 @@ def wait_for(condition, seconds=60.0):
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_killed_at_five_points_the_next_call_finishes_it(server, tmp_path):
     data = np.random.default_rng(0).bytes(1_200_000)
     server.repos["me/model"].files["weights.safetensors"] = data
