@@ -17,6 +17,7 @@ class BlockForm:
       norms: a layer norm stands "before" each branch (CLIP), "behind" it and before the sum
         (EVA-02's largest), or "after" the sum (BERT).
       mlp: "plain", or gated: "swiglu" (Shazeer 2020; see `gated_mlp`), "geglu".
+      mlp_norm: a norm of its own stands before the MLP, behind the block's (ViTamin).
       inner_norms: layer norms stand before the last matrix of both branches too (EVA-02).
       key_bias: keys have a bias as queries and values do.
       rotary: queries and keys turn with their places; None has no such positions.
@@ -24,6 +25,7 @@ class BlockForm:
 
     norms: str = "before"
     mlp: str = "plain"
+    mlp_norm: bool = False
     inner_norms: bool = False
     key_bias: bool = True
     rotary: RotaryConfig | None = None

@@ -18,6 +18,7 @@ from clip_jax.models.resnet import HEAD_SIZE, ResNetConfig
 from clip_jax.models.stack import stack_layers
 from clip_jax.models.target import ONE_CPU, Target
 from clip_jax.models.text import PackedTokens, TextConfig, TextTransformer
+from clip_jax.models.text_encoder import TextEncoder
 from clip_jax.models.vit import ViTConfig
 
 INITIAL_LOGIT_SCALE = float(np.log(1 / 0.07))  # section 2.5
@@ -93,7 +94,8 @@ class CLIP(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.visual = self._image_tower()
-        text = remat_tower(TextTransformer, self.exec_config)
+        module = TextTransformer if c.text.encoder is None else TextEncoder
+        text = remat_tower(module, self.exec_config)
         self.text = text(c.text, c.embed_dim, self.exec_config)
         constant = nn.initializers.constant
         self.logit_scale = self.param("logit_scale", constant(c.init_logit_scale), ())

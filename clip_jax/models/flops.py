@@ -11,6 +11,7 @@ from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.convnet import ConvNetConfig
 from clip_jax.models.convnext import HALVING, STEM, ConvNeXtConfig
 from clip_jax.models.fastvit import FastViTConfig, fastvit_flops
+from clip_jax.models.mbconv import mbconv_flops
 from clip_jax.models.resnet import EXPANSION, ResNetConfig
 from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
@@ -41,6 +42,8 @@ def _one_query(length: int, width: int, mlp: int) -> int:
 
 def _patch_flops(c: ViTConfig) -> int:
     """Count the operations that project all patches, in one convolution or several."""
+    if c.mbconv_widths:
+        return mbconv_flops(c.image_size, c.mbconv_widths, c.width)
     total, side, fan_in = 0, c.image_size, 3
     sizes = c.patch_stages or (c.patch_size,)
     for i, size in enumerate(sizes):
@@ -65,6 +68,10 @@ def _vit(c: ViTConfig, embed_dim: int, num_patches: int | None) -> int:
         pool_last_block=c.pool == "token",
         form=c.form,
     )
+    if c.pool == "queries":
+        # Keys and values of all rows; of the first query what is left.
+        total += 4 * length * (c.width + 1) * embed_dim + 4 * embed_dim**2
+        return total + 2 * embed_dim**2
     if c.pool == "map":
         total += _one_query(length, c.width, 2 * c.width * c.pool_block.mlp_width)
     return total + 2 * c.width * embed_dim * c.project
@@ -134,7 +141,12 @@ def image_flops(config: CLIPConfig, num_patches: int | None = None) -> int:
 def text_flops(config: CLIPConfig, length: int) -> int:
     """Count the operations that embed one caption of `length` tokens (after trimming)."""
     c: TextConfig = config.text
-    blocks = _blocks(length, c.width, c.mlp_width, c.layers, pool_last_block=True)
+    length += c.class_token
+    is_pooled = c.encoder is None or c.encoder.pool == "first"
+    blocks = _blocks(length, c.width, c.mlp_width, c.layers, pool_last_block=is_pooled)
+    if c.encoder is not None and c.encoder.projection == "mlp":
+        hidden = (c.width + config.embed_dim) // 2
+        return blocks + 2 * hidden * (c.width + config.embed_dim)
     return blocks + 2 * c.width * config.embed_dim * c.project
 
 

@@ -6,8 +6,9 @@ It is computed plainly: a form with a backward pass of its own is `layers.Residu
 from typing import NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from clip_jax.models.attention import attend
 from clip_jax.models.block_form import BlockForm
@@ -22,11 +23,11 @@ class BlockInputs(NamedTuple):
 
     Attributes:
       rotary: the tables of `rotary.rotary_tables`, [2, L, K] or [2, B, L, K]; None does not turn.
-      key_lengths_B: how many leading rows of each sequence are seen; None is all.
+      seen_BL: which rows are seen by others; None is all.
     """
 
     rotary: Float[Array, "..."] | None = None
-    key_lengths_B: Int[Array, " B"] | None = None
+    seen_BL: Bool[Array, "B L"] | None = None
 
 
 class FormedAttention(nn.Module):
@@ -44,8 +45,8 @@ class FormedAttention(nn.Module):
         pool_index_B: Int[Array, " B"] | None = None,
     ) -> Array:
         """Return a row for each row, or for row `pool_index_B` of every sequence alone."""
-        c, width, target = self.config, x_BLD.shape[-1], self.exec_config.target
-        product = dense_product(target)
+        c, width = self.config, x_BLD.shape[-1]
+        product = dense_product(self.exec_config.target)
 
         def project(name: str, x: Array, *, use_bias: bool = True) -> Array:
             return nn.DenseGeneral(
@@ -64,18 +65,7 @@ class FormedAttention(nn.Module):
         if inputs.rotary is not None:
             q_BLNK = rotate(q_BLNK, _rows_of(inputs.rotary, pool_index_B))
             k_BLNK = rotate(k_BLNK, inputs.rotary)
-        key_lengths_B = inputs.key_lengths_B
-        if c.is_causal and pool_index_B is not None:
-            key_lengths_B = pool_index_B + 1
-        y_BLNK = attend(
-            q_BLNK,
-            k_BLNK,
-            v_BLNK,
-            is_causal=c.is_causal and pool_index_B is None,
-            key_lengths_B=key_lengths_B,
-            implementation=self.exec_config.attention,
-            target=target,
-        )
+        y_BLNK = self._attend(q_BLNK, k_BLNK, v_BLNK, inputs.seen_BL, pool_index_B)
         if self.form.inner_norms:
             y_BLD = y_BLNK.reshape(*y_BLNK.shape[:2], width)
             y_BLNK = LayerNorm(c.norm_eps, name="ln")(y_BLD).reshape(y_BLNK.shape)
@@ -87,6 +77,38 @@ class FormedAttention(nn.Module):
             dot_general=product,
             name="out_proj",
         )(y_BLNK)
+
+    def _attend(
+        self,
+        q_BLNK: Array,
+        k_BLNK: Array,
+        v_BLNK: Array,
+        seen_BL: Array | None,
+        pool_index_B: Array | None,
+    ) -> Array:
+        """Return attention to the rows that are seen."""
+        is_causal = self.config.is_causal and pool_index_B is None
+        lengths_B = pool_index_B + 1 if self.config.is_causal and pool_index_B is not None else None
+        if seen_BL is None:
+            return attend(
+                q_BLNK,
+                k_BLNK,
+                v_BLNK,
+                is_causal=is_causal,
+                key_lengths_B=lengths_B,
+                implementation=self.exec_config.attention,
+                target=self.exec_config.target,
+            )
+        # Rows that are hidden anywhere are XLA's alone.
+        return jax.nn.dot_product_attention(
+            q_BLNK,
+            k_BLNK,
+            v_BLNK,
+            mask=seen_BL[:, None, None, :],
+            is_causal=is_causal,
+            key_value_seq_lengths=lengths_B,
+            implementation="xla",
+        )
 
 
 def _rows_of(tables: Array, index_B: Array | None) -> Array:
@@ -125,6 +147,8 @@ class FormedBlock(nn.Module):
             x_BLD = gather_rows(x_BLD, pool_index_B)
         x_BLD = self._join(x_BLD, y_BLD, ln_1, "ls_1")
         h_BLD = ln_2(x_BLD) if form.norms == "before" else x_BLD
+        if form.mlp_norm:
+            h_BLD = LayerNorm(c.norm_eps, name="ln_mlp")(h_BLD)
         return self._join(x_BLD, self._mlp(form)(h_BLD), ln_2, "ls_2")
 
     def _mlp(self, form: BlockForm) -> nn.Module:

@@ -51,6 +51,8 @@ def captured_module(config: CLIPConfig) -> tuple[tuple[str, ...], int]:
         return ("visual", f"stages_{len(vision.depths) - 1}"), 0
     if vision.pool == "map":
         return ("visual", "attn_pool", "attn", "v_proj"), int(vision.class_token)
+    if vision.pool == "queries":
+        return ("visual", "attn_pool", "v_proj"), int(vision.class_token)
     last = f"resblocks_{vision.layers - 1}"
     return ("visual", "transformer", last, "attn", "v_proj"), int(vision.class_token)
 

@@ -43,6 +43,11 @@ COLUMNS = (
 def parity_case(config: CLIPConfig) -> str | None:
     """Return the parity tests' case that stands for a model; None where no reference has it."""
     vision, text = config.vision, config.text
+    if text.encoder is not None:
+        kind = "roberta" if text.encoder.norms == "after" else "nllb"
+        return f"{kind} siglip" if isinstance(vision, ViTConfig) and vision.pool == "map" else kind
+    if text.class_token:
+        return "coca"
     if isinstance(vision, ConvNetConfig):
         return None
     if isinstance(vision, FastViTConfig):
@@ -67,6 +72,8 @@ def parity_case(config: CLIPConfig) -> str | None:
 def _form_case(vision: ViTConfig) -> str:
     """Return the case of an image transformer whose blocks have a form of their own."""
     assert vision.form is not None
+    if vision.mbconv_widths:
+        return "vitamin" if vision.has_positions else "vitamin without positions"
     if vision.pool == "map":
         return "perception encoder" + ("" if vision.class_token else " without class token")
     if vision.form.rotary is not None:

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from clip_jax.errors import check_choice
+from clip_jax.models.block_form import NORMS, BlockForm
 from clip_jax.models.execution import DEFAULT_EXEC_CONFIG, ExecConfig
+from clip_jax.models.formed_block import BlockInputs
 from clip_jax.models.layers import (
     ACTIVATIONS,
     LAYER_NORM_EPS,
@@ -17,9 +19,35 @@ from clip_jax.models.layers import (
     normal,
     text_block_init,
 )
-from clip_jax.models.transformer import Transformer
+from clip_jax.models.transformer import NO_INPUTS, Transformer
 
 POOLS = ("end", "last")
+ENCODER_POOLS = ("mean", "first")
+PROJECTIONS = ("linear", "mlp")
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderForm:
+    """What sets a text encoder like BERT's apart from CLIP's own tower.
+
+    Attributes:
+      norms: where the blocks have theirs, as in `block_form.BlockForm`.
+      positions: rows of the table of places; 0 has sinusoids instead, and larger tokens.
+      pool: "mean", that of all tokens; "first", the first one.
+      projection: to the shared space: "linear", a matrix; "mlp", two with a GELU between.
+      pad_id: the token that pads, which is not seen.
+    """
+
+    norms: str
+    positions: int
+    pool: str
+    projection: str
+    pad_id: int = 1
+
+    def __post_init__(self) -> None:
+        check_choice("text.encoder.norms", self.norms, NORMS)
+        check_choice("text.encoder.pool", self.pool, ENCODER_POOLS)
+        check_choice("text.encoder.projection", self.projection, PROJECTIONS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +68,10 @@ class TextConfig:
         full length).
       project: a matrix to the shared space follows; without it the width is `embed_dim`.
       proj_bias: that projection has a bias (SigLIP).
+      class_token: a learned row stands behind the tokens, and is pooled (CoCa); padding, the
+        tokens of id 0, is not seen.
+      encoder: what an encoder like BERT's has besides; `causal` and `pool` mean nothing there.
+        None is CLIP's own tower.
     """
 
     width: int
@@ -55,6 +87,8 @@ class TextConfig:
     pool: str = "end"
     project: bool = True
     proj_bias: bool = False
+    class_token: bool = False
+    encoder: EncoderForm | None = None
 
     def __post_init__(self) -> None:
         check_choice("text.activation", self.activation, ACTIVATIONS)
@@ -71,7 +105,8 @@ class TextConfig:
 
         Elsewhere padding is seen or pooled, and a row must come at the full `context_length`.
         """
-        return self.causal and self.pool == "end"
+        is_plain = not self.class_token and self.encoder is None
+        return self.causal and self.pool == "end" and is_plain
 
 
 @jax.tree_util.register_dataclass
@@ -151,7 +186,14 @@ class TextTransformer(nn.Module):
         batch, length = tokens_BL.shape
         table = TokenEmbedding(c.vocab_size, c.width, name="token_embedding")
         x_BLD = table(tokens_BL).astype(self.exec_config.dtype)
-        shape = (c.context_length, c.width)
+        inputs = NO_INPUTS
+        if c.class_token:
+            x_BLD = self._with_class_token(x_BLD)
+            # In CoCa's weights a token hides itself by the place before it, and the row behind
+            # the last token is seen: `correct_cls_mask` of open_clip is off.
+            seen_BL = jnp.pad(tokens_BL != 0, ((0, 0), (1, 0)), constant_values=True)
+            inputs, length = BlockInputs(seen_BL=seen_BL), length + 1
+        shape = (c.context_length + c.class_token, c.width)
         position_LD = self.param("positional_embedding", normal(0.01), shape)
         position_LD = position_LD.astype(x_BLD.dtype)
         x_BLD = x_BLD + (packed.position_rows(position_LD) if packed else position_LD[:length])
@@ -163,17 +205,26 @@ class TextTransformer(nn.Module):
             c.norm_eps,
             text_block_init(c.width, c.layers),
             is_causal=c.causal,
+            form=BlockForm() if c.class_token else None,
         )
         transformer = Transformer(c.layers, block, self.exec_config, name="transformer")
         if packed is not None:
             x_BD = packed.end_rows(transformer(x_BLD, None, packed.positions_SR))
-        elif c.pool == "end":
+        elif c.pool == "end" and not c.class_token:
             x_BD = transformer(x_BLD, end_positions(tokens_BL, c.eot_id))[:, 0]
         else:
-            x_BD = transformer(x_BLD, jnp.full(batch, length - 1, jnp.int32))[:, 0]
+            last_B = jnp.full(batch, length - 1, jnp.int32)
+            x_BD = transformer(x_BLD, last_B, inputs=inputs)[:, 0]
         # Layer norm works on each row alone, so it may follow the pooling instead of preceding it.
         x_BD = LayerNorm(c.norm_eps, name="ln_final")(x_BD)
         return self._project(x_BD) if c.project else x_BD
+
+    def _with_class_token(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B M D"]:
+        """Return the rows with a learned one behind them."""
+        batch, _, width = x_BLD.shape
+        class_D = self.param("class_embedding", normal(0.01), (width,)).astype(x_BLD.dtype)
+        class_B1D = jnp.broadcast_to(class_D, (batch, 1, width))
+        return jnp.concatenate([x_BLD, class_B1D], axis=1)
 
     def _project(self, x_BD: Float[Array, "B W"]) -> Float[Array, "B D"]:
         """Return features of the tower's width projected to the shared space."""

@@ -2,7 +2,8 @@
 
 Each is as open_clip makes it: with a projection to the shared space, as timm's classifier (with a
 bias) or as open_clip's own head. Sources: timm 1.0.31 `models/eva.py`,
-`convnext.py`, `fastvit.py`, `vision_transformer.py` and `vision_transformer_hybrid.py`.
+`convnext.py`, `fastvit.py`, `vitamin.py`, `vision_transformer.py` and
+`vision_transformer_hybrid.py`.
 """
 
 from clip_jax.models.block_form import BlockForm
@@ -77,6 +78,30 @@ def pe_core(
     )
 
 
+def vitamin(image_size: int, width: int, layers: int, heads: int, stem: int) -> ViTConfig:
+    """Return a ViTamin (Chen et al. 2024, arXiv:2404.02132): convolutions, then a transformer.
+
+    The largest has no learned positions.
+    """
+    return ViTConfig(
+        image_size,
+        16,
+        width,
+        layers,
+        heads,
+        2.0,
+        activation="gelu",
+        norm_eps=1e-6,
+        pool="average",
+        norm_after_pool=True,
+        class_token=False,
+        pre_norm=False,
+        form=BlockForm(mlp="geglu", mlp_norm=True),
+        has_positions=width < 1152,
+        mbconv_widths=(stem, 2 * stem),
+    )
+
+
 def fastvit_large(depths: tuple[int, ...], width: int) -> FastViTConfig:
     """Return a FastViT of five stages (MobileCLIP 2, Faghri et al. 2025, arXiv:2508.20691)."""
     widths = tuple(width * 2**i for i in range(len(depths)))
@@ -96,6 +121,11 @@ TIMM_TOWERS: dict[str, VisionConfig] = {
     "eva02_large_patch14_clip_224": eva(224, 14, 1024, 24, 16, 4 * 2 / 3, _EVA02_FORM),
     "eva02_large_patch14_clip_336": eva(336, 14, 1024, 24, 16, 4 * 2 / 3, _EVA02_FORM),
     "eva02_enormous_patch14_clip_224": eva(224, 14, 1792, 64, 16, 15360 / 1792, _EVA02_E_FORM),
+    "vitamin_small_224": vitamin(224, 384, 14, 6, 64),
+    "vitamin_base_224": vitamin(224, 768, 14, 12, 128),
+    **{f"vitamin_large_{n}": vitamin(n, 1024, 31, 16, 160) for n in (224, 256, 336, 384)},
+    **{f"vitamin_large2_{n}": vitamin(n, 1024, 31, 16, 160) for n in (224, 256, 336, 384)},
+    **{f"vitamin_xlarge_{n}": vitamin(n, 1152, 32, 16, 192) for n in (256, 336, 384)},
     # MobileCLIP's: a ViT whose patches are convolved in three stages, and FastViT.
     "vit_base_mci_224": ViTConfig(
         224,

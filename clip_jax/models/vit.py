@@ -23,10 +23,12 @@ from clip_jax.models.layers import (
     vision_block_init,
 )
 from clip_jax.models.map_head import MAPHead
+from clip_jax.models.mbconv import MBConvStages
+from clip_jax.models.query_pool import QueryPool
 from clip_jax.models.rotary import rotary_tables
 from clip_jax.models.transformer import NO_INPUTS, Transformer
 
-POOLS = ("token", "average", "map")
+POOLS = ("token", "average", "map", "queries")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +43,8 @@ class ViTConfig:
       activation: of the MLPs, a name in `layers.ACTIVATIONS`.
       norm_eps: of the layer norms.
       pool: how one vector is made of all: "token", the class token (CLIP); "average", the mean of
-        the patches (CLIPA); "map", attention of a learned query, with an MLP (SigLIP).
+        the patches (CLIPA); "map", attention of a learned query, with an MLP (SigLIP); "queries",
+        attention of many, of which the first is read (CoCa).
       norm_after_pool: ln_post follows the average (CLIPA) instead of preceding it.
       class_token: a learned row stands before the patches (CLIP and CLIPA).
       pre_norm: ln_pre stands before the blocks (CLIP).
@@ -53,7 +56,11 @@ class ViTConfig:
       form: what sets the blocks apart from CLIP's; None is CLIP's own.
       patch_stages: sides of the patches that convolutions make one after the other, a GELU between,
         all but the last of a quarter of the width (MobileCLIP-B); empty is one of `patch_size`.
-      class_position: the class token has a position too.
+      has_positions: rows have learned positions.
+      class_position: the class token has one too.
+      mbconv_widths: features of the two stages of convolutions that make the rows (ViTamin); empty
+        has none.
+      pool_queries: queries of pool "queries".
     """
 
     image_size: int
@@ -76,7 +83,10 @@ class ViTConfig:
     pool_mlp_ratio: float | None = None
     form: BlockForm | None = None
     patch_stages: tuple[int, ...] = ()
+    has_positions: bool = True
     class_position: bool = True
+    mbconv_widths: tuple[int, ...] = ()
+    pool_queries: int = 256
 
     def __post_init__(self) -> None:
         check_choice("vision.activation", self.activation, ACTIVATIONS)
@@ -193,12 +203,18 @@ class VisionTransformer(nn.Module):
             x_BLD = x_BLD if c.norm_after_pool else norm(x_BLD)
             x_BD = jnp.mean(self._patches(x_BLD), axis=1)
             x_BD = norm(x_BD) if c.norm_after_pool else x_BD
+        elif c.pool == "queries":
+            pool = QueryPool(
+                c.pool_block, c.pool_queries, self.embed_dim, self.exec_config, name="attn_pool"
+            )
+            x_BD = norm(pool(transformer(x_BLD, inputs=inputs)))
         else:
             x_BLD = norm(transformer(x_BLD, inputs=inputs))
             x_BD = MAPHead(c.pool_block, self.exec_config, name="attn_pool")(x_BLD)
         if not c.project:
             return x_BD
-        projection_DD = self.param("proj", normal(c.width**-0.5), (c.width, self.embed_dim))
+        shape = (x_BD.shape[-1], self.embed_dim)
+        projection_DD = self.param("proj", normal(c.width**-0.5), shape)
         x_BD = x_BD @ projection_DD.astype(x_BD.dtype)
         if c.proj_bias:
             bias_D = self.param("proj_bias", nn.initializers.zeros, (self.embed_dim,))
@@ -232,8 +248,10 @@ class VisionTransformer(nn.Module):
         return self._add_positions(x_BLD) if c.class_position else x_BLD
 
     def _add_positions(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        """Return the rows with their positions added."""
+        """Return the rows with their positions added, where they have any."""
         c = self.config
+        if not c.has_positions:
+            return x_BLD
         init = normal(0.02) if c.pool == "map" else normal(c.width**-0.5)  # timm's, OpenAI's
         position_LD = self.param("positional_embedding", init, x_BLD.shape[1:])
         return x_BLD + position_LD.astype(x_BLD.dtype)
@@ -241,6 +259,9 @@ class VisionTransformer(nn.Module):
     def _project_patches(self, images_BHWC: Float[Array, "B H W 3"]) -> Float[Array, "B L D"]:
         """Return the projected patches, line by line."""
         c, dtype = self.config, self.exec_config.dtype
+        if c.mbconv_widths:
+            stages = MBConvStages(c.mbconv_widths, c.width, self.exec_config, name="mbconv")
+            return stages(images_BHWC)
         if not c.patch_stages:
             return PatchProjection(c.width, c.patch_size, c.patch_bias, dtype, name="conv1")(
                 images_BHWC

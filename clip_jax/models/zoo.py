@@ -19,6 +19,7 @@ from clip_jax.models.convnet import ConvNetConfig
 from clip_jax.models.convnext import ConvNeXtConfig
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.text import TextConfig
+from clip_jax.models.text_encoders import TEXT_ENCODERS
 from clip_jax.models.timm_towers import TIMM_TOWERS
 from clip_jax.models.vit import ViTConfig
 
@@ -49,6 +50,9 @@ TEXT_E = TextConfig(1280, 36, 20)
 TEXT_CONVNEXT_XL = TextConfig(1024, 20, 16)
 TEXT_CONVNEXT_D = TextConfig(768, 16, 12)
 TEXT_PE_G = TextConfig(1280, 24, 20)
+
+TEXT_XL = TextConfig(1152, 27, 16)
+NLLB_600M, NLLB_1B = "facebook/nllb-200-distilled-600M", "facebook/nllb-200-distilled-1.3B"
 
 # MetaCLIP 2's vocabularies: entries and end token.
 MT5 = (250_100, 1)
@@ -162,6 +166,18 @@ def pe_core(embed_dim: int, tower: str, text: TextConfig, context_length: int = 
     """Return a Perception Encoder (Bolya et al. 2025), whose captions are shorter than CLIP's."""
     text = dataclasses.replace(text, context_length=context_length)
     return timm(embed_dim, f"vit_pe_core_{tower}", text)
+
+
+def encoder(config: CLIPConfig, name: str) -> CLIPConfig:
+    """Return a model with a text encoder of transformers in place of its own text tower."""
+    return dataclasses.replace(config, text=TEXT_ENCODERS[name])
+
+
+def coca(embed_dim: int, vision: ViTConfig, text: TextConfig) -> CLIPConfig:
+    """Return the two towers of a CoCa (Yu et al. 2022, arXiv:2205.01917)."""
+    vision = dataclasses.replace(vision, pool="queries", pool_heads=8)
+    text = dataclasses.replace(text, context_length=76, class_token=True)
+    return clip(embed_dim, vision, text)
 
 
 def mobile(embed_dim: int, tower: str, text: TextConfig) -> CLIPConfig:
@@ -326,6 +342,37 @@ MODELS: dict[str, CLIPConfig] = {
     "MobileCLIP2-S4": mobile(768, "fastvit_mci4", TEXT_768),
     "MobileCLIP2-B": timm(512, "vit_base_mci_224", TEXT_512),
     "MobileCLIP2-L-14": mobile(768, "vit_large_patch14_clip_224", TEXT_768),
+    # ViTamin.
+    "ViTamin-S": timm(384, "vitamin_small_224", TEXT_384),
+    "ViTamin-S-LTT": timm(768, "vitamin_small_224", TEXT_768),
+    "ViTamin-B": timm(512, "vitamin_base_224", TEXT_512),
+    "ViTamin-B-LTT": timm(768, "vitamin_base_224", TEXT_768),
+    "ViTamin-L": timm(768, "vitamin_large_224", TEXT_768),
+    "ViTamin-L-256": timm(768, "vitamin_large_256", TEXT_768),
+    "ViTamin-L-336": timm(768, "vitamin_large_336", TEXT_768),
+    "ViTamin-L-384": timm(768, "vitamin_large_384", TEXT_768),
+    "ViTamin-L2": timm(1024, "vitamin_large2_224", TEXT_H),
+    "ViTamin-L2-256": timm(1024, "vitamin_large2_256", TEXT_H),
+    "ViTamin-L2-336": timm(1024, "vitamin_large2_336", TEXT_H),
+    "ViTamin-L2-384": timm(1024, "vitamin_large2_384", TEXT_H),
+    "ViTamin-XL-256": timm(1152, "vitamin_xlarge_256", TEXT_XL),
+    "ViTamin-XL-336": timm(1152, "vitamin_xlarge_336", TEXT_XL),
+    "ViTamin-XL-384": timm(1152, "vitamin_xlarge_384", TEXT_XL),
+    # Text encoders of transformers.
+    "roberta-ViT-B-32": encoder(openai(512, vit("B", 224, 32), TEXT_512), "roberta-base"),
+    "xlm-roberta-base-ViT-B-32": encoder(
+        clip(512, vit("B", 224, 32), TEXT_512), "xlm-roberta-base"
+    ),
+    "xlm-roberta-large-ViT-H-14": encoder(
+        clip(1024, vit("H", 224, 14), TEXT_H), "xlm-roberta-large"
+    ),
+    "nllb-clip-base": encoder(clip(512, vit("B", 224, 32), TEXT_512), NLLB_600M),
+    "nllb-clip-large": encoder(clip(1024, vit("H", 224, 14), TEXT_H), NLLB_1B),
+    "nllb-clip-base-siglip": encoder(siglip("B", 384, 16), NLLB_600M),
+    "nllb-clip-large-siglip": encoder(siglip("SO400M", 384, 14), NLLB_1B),
+    # CoCa, without its captioner.
+    "coca_ViT-B-32": coca(512, vit("B", 224, 32), TEXT_512),
+    "coca_ViT-L-14": coca(768, vit("L", 224, 14), TEXT_768),
     # ConvNeXt.
     "convnext_tiny": convnext(1024, 224, "tiny", TEXT_512),
     "convnext_small": convnext(512, 224, "small", TEXT_512),
@@ -341,14 +388,10 @@ MODELS: dict[str, CLIPConfig] = {
 }
 
 UNSUPPORTED_FAMILIES: dict[str, str] = {
-    "ViTamin": "ViTamin image towers (convolutions before a transformer)",
-    "coca": "CoCa (attentional pooling and a multimodal decoder)",
+    "coca": "CoCa of other towers than ViT-B-32's and ViT-L-14's",
     "swin": "Swin image towers",
     "vit_": "image towers of timm by their own names",
-    "nllb-clip": "NLLB text towers of Hugging Face",
     "mt5": "mT5 text towers of Hugging Face",
-    "roberta": "RoBERTa text towers of Hugging Face",
-    "xlm-roberta": "XLM-RoBERTa text towers of Hugging Face",
 }
 """open_clip's other families: the start of their names, and what they are."""
 

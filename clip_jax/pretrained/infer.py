@@ -19,7 +19,7 @@ from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
 from clip_jax.models.zoo import MODELS
 from clip_jax.pretrained.layouts import has_arrays
-from clip_jax.pretrained.open_clip_naming import config_naming, trunk_naming
+from clip_jax.pretrained.open_clip_naming import config_naming, find_open_clip_naming
 from clip_jax.pretrained.siglip import SIGLIP_LOGIT_SCALE, siglip_vit
 from clip_jax.pretrained.trees import array_shapes
 
@@ -63,23 +63,7 @@ def find_naming(arrays: Iterable[str], where: str) -> str:
     ):
         if key in names:
             return naming
-    if any(name.startswith("text_decoder.") for name in names):
-        raise UserError(f"{where}: it holds a CoCa model, a family that is not supported")
-    if any(name.startswith("visual.trunk.") for name in names):
-        return trunk_naming(names, where)
-    nested = "text.token_embedding.weight" in names
-    if "visual.layer1.0.conv1.weight" in names:
-        naming = "open_clip_nested_resnet" if nested else "openai_resnet"
-    elif "visual.conv1.weight" in names:
-        naming = "open_clip_nested" if nested else "openai"
-    else:
-        raise UserError(
-            f"{where}: its {len(names)} arrays are not those of a CLIP in a known format; the "
-            f"first is {min(names, default='none')}"
-        )
-    if not nested and "token_embedding.weight" not in names:
-        raise UserError(f"{where}: its text tower is not one of CLIP's own, and not supported")
-    return naming
+    return find_open_clip_naming(names, where)
 
 
 def read_signature(arrays: Arrays, naming: str, where: str) -> Signature:
@@ -206,11 +190,12 @@ def model_of_arrays(arrays: Arrays, naming: str, where: str) -> str:
     Raises:
       UserError: there is none, or several: an image size need not show in any shape.
     """
-    image = naming.partition("+")[0]
+    # A text tower of CLIP's own has two forms of names.
+    plain = naming.removesuffix("flat").removesuffix("nested")
     names = [
         name
         for name, config in MODELS.items()
-        if config_naming(config).partition("+")[0] == image
+        if config_naming(config).removesuffix("nested") == plain
         and has_arrays(arrays, array_shapes(config), naming)
     ]
     if not names:

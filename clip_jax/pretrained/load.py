@@ -7,6 +7,7 @@ is executed, and no part of a model is returned where another is wrong.
 import dataclasses
 import json
 import re
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ OPEN_CLIP_CONFIG, HF_CONFIG = "open_clip_config.json", "config.json"
 # In a folder, the first of these that is there holds the weights.
 OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 HF_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+CAPTIONER = "text_decoder."  # what the names of CoCa's third part begin with
 CLIP_VOCABULARY = 49_408
 TORCH_ENDINGS = (".pt", ".pth", ".bin", ".ckpt")
 # What a training run or a compiler puts before every name.
@@ -121,7 +123,14 @@ def read_arrays(path: Path) -> Arrays:
 def _read_foldable(path: Path) -> Arrays:
     """Return the arrays of one file, those of branches that are one convolution folded."""
     arrays = read_arrays(path)
-    return reparameterize(arrays) if is_branched(arrays) else arrays
+    towers = {key: array for key, array in arrays.items() if not key.startswith(CAPTIONER)}
+    if len(towers) < len(arrays):
+        left_out = len(arrays) - len(towers)
+        message = (
+            f"{path}: the {left_out} arrays of its captioner, which is not built, are left out"
+        )
+        print(message, file=sys.stderr, flush=True)
+    return reparameterize(towers) if is_branched(towers) else towers
 
 
 def unstack(arrays: Arrays) -> Arrays:
@@ -254,6 +263,8 @@ def _from_open_clip_folder(folder: Path) -> Checkpoint:
 def tokenizer_family(config: CLIPConfig) -> str:
     """Return the family of a model's tokenizer: a name of `tokenizers.folder.FAMILIES`."""
     text = config.text
+    if text.encoder is not None:
+        return "encoder"
     if text.pool == "last":
         if config.init_logit_bias is None:
             return "clipa"

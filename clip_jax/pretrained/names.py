@@ -7,9 +7,9 @@ tree decides which rows apply: each of its arrays must match a row, and so have 
 file.
 
 Sources: openai/CLIP `clip/model.py`; open_clip 3.3 `transformer.py`, `modified_resnet.py` and, for
-timm's towers, timm's `vision_transformer.py`, `eva.py`, `convnext.py` and `fastvit.py`;
-transformers `modeling_clip.py` and `modeling_siglip.py`; big_vision `models/vit.py` and
-`models/proj/image_text/text_transformer.py`.
+timm's towers, timm's `vision_transformer.py`, `eva.py`, `convnext.py`, `fastvit.py` and
+`vitamin.py`; transformers `modeling_clip.py`, `modeling_siglip.py`, `modeling_roberta.py` and
+`modeling_m2m_100.py`; big_vision `models/vit.py` and `models/proj/image_text/text_transformer.py`.
 """
 
 import re
@@ -59,6 +59,8 @@ KINDS: dict[str, dict[str, tuple[str, str]]] = {
     "gain": {"gamma": (".gamma", "gain")},
     "heads": {"kernel": (".weight", "heads"), "bias": (".bias", "heads_bias")},
     "heads_bias": {"bias": ("", "heads_bias")},
+    "heads_kernel": {"kernel": ("_weight", "heads")},
+    "fused_bias": {"bias": ("_bias", "heads_bias")},
     "out": {"kernel": (".weight", "heads_out"), **_TORCH_BIAS},
     # torch.nn.MultiheadAttention keeps query, key and value in one array each.
     "fused": {"kernel": ("_weight", "heads"), "bias": ("_bias", "heads_bias")},
@@ -72,7 +74,13 @@ KINDS: dict[str, dict[str, tuple[str, str]]] = {
     },
 }
 # kind of a fused module -> which of the letters q, k, v its array holds, in order
-FUSED = {"fused": "qkv", "fused_linear": "qkv", "fused_kernel": "qkv", "fused_kv": "kv"}
+FUSED = {
+    "fused": "qkv",
+    "fused_linear": "qkv",
+    "fused_kernel": "qkv",
+    "fused_bias": "qkv",
+    "fused_kv": "kv",
+}
 KINDS["fused_kv"] = KINDS["fused_linear"]
 
 
@@ -150,6 +158,12 @@ _OPENAI_VISION: Rows = [
     (r"visual/(class_embedding|positional_embedding|proj)", r"visual.\1", "array"),
     (r"visual/conv1", "visual.conv1", "conv"),
     (r"visual/(ln_pre|ln_post)", r"visual.\1", "norm"),
+    # CoCa's attentional pooler, whose keys are wider than its queries.
+    (r"visual/attn_pool/query", "visual.attn_pool.query", "array"),
+    (r"visual/attn_pool/(ln_[qk])", r"visual.attn_pool.\1", "norm"),
+    (r"visual/attn_pool/([qkv]_proj)", r"visual.attn_pool.attn.\1", "heads_kernel"),
+    (r"visual/attn_pool/[qkv]_proj", "visual.attn_pool.attn.in_proj", "fused_bias"),
+    (r"visual/attn_pool/out_proj", "visual.attn_pool.attn.out_proj", "out"),
 ]
 _RESNET: Rows = [
     (r"visual/(conv[123])", r"visual.\1", "conv"),
@@ -223,6 +237,27 @@ _HEAD_MLP: Rows = [
     (r"visual/head_fc", "visual.head.mlp.fc1", "linear"),
     (r"visual/proj", "visual.head.mlp.fc2", "matrix"),
 ]
+_VITAMIN_STAGE = r"visual/mbconv/stages_(\d)_(\d)"
+_VITAMIN_KEY = r"visual.trunk.patch_embed.backbone.stages.\1.\2"
+_VITAMIN: Rows = [
+    (rf"{VISION_BLOCK}/mlp/c_gate", r"visual.trunk.blocks.\1.mlp.w0", "linear"),
+    (rf"{VISION_BLOCK}/mlp/c_fc", r"visual.trunk.blocks.\1.mlp.w1", "linear"),
+    (rf"{VISION_BLOCK}/mlp/c_proj", r"visual.trunk.blocks.\1.mlp.w2", "linear"),
+    (rf"{VISION_BLOCK}/ln_mlp", r"visual.trunk.blocks.\1.mlp.norm", "norm"),
+    *_block_timm(VISION_BLOCK, r"visual.trunk.blocks.\1"),
+    (r"visual/mbconv/(conv[12])", r"visual.trunk.patch_embed.backbone.stem.\1", "conv"),
+    (r"visual/mbconv/ln_1", "visual.trunk.patch_embed.backbone.stem.norm1", "norm"),
+    (f"{_VITAMIN_STAGE}/ln", f"{_VITAMIN_KEY}.pre_norm", "norm"),
+    (f"{_VITAMIN_STAGE}/expand", f"{_VITAMIN_KEY}.conv1_1x1", "pointwise"),
+    (f"{_VITAMIN_STAGE}/conv_dw", f"{_VITAMIN_KEY}.conv2_kxk", "conv"),
+    (f"{_VITAMIN_STAGE}/project", f"{_VITAMIN_KEY}.conv3_1x1", "pointwise"),
+    (f"{_VITAMIN_STAGE}/shortcut", f"{_VITAMIN_KEY}.shortcut.expand", "pointwise"),
+    (r"visual/mbconv/ln_2", "visual.trunk.patch_embed.backbone.pool.norm", "norm"),
+    (r"visual/mbconv/conv3", "visual.trunk.patch_embed.backbone.pool.proj", "conv"),
+    (r"visual/positional_embedding", "visual.trunk.pos_embed", "array"),
+    (r"visual/ln_post", "visual.trunk.fc_norm", "norm"),
+    *_HEAD_LINEAR,
+]
 _TRUNK_BLOCK = r"visual.trunk.blocks.\1"
 _TIMM_VIT: Rows = [*_block_timm(VISION_BLOCK, _TRUNK_BLOCK), *_TIMM_PARTS]
 _TIMM_EVA: Rows = [*_block_eva(VISION_BLOCK, _TRUNK_BLOCK), *_TIMM_PARTS]
@@ -250,6 +285,36 @@ _LINEAR_TEXT = _openai_text(
         (r"text/text_projection_bias", "text.text_projection", "bias"),
     ],
 )
+_ROBERTA_KEY = r"text.transformer.encoder.layer.\1"
+_ROBERTA_EMBED = "text.transformer.embeddings"
+_ROBERTA: Rows = [
+    (f"{TEXT_BLOCK}/attn/q_proj", f"{_ROBERTA_KEY}.attention.self.query", "heads"),
+    (f"{TEXT_BLOCK}/attn/k_proj", f"{_ROBERTA_KEY}.attention.self.key", "heads"),
+    (f"{TEXT_BLOCK}/attn/v_proj", f"{_ROBERTA_KEY}.attention.self.value", "heads"),
+    (f"{TEXT_BLOCK}/attn/out_proj", f"{_ROBERTA_KEY}.attention.output.dense", "out"),
+    (f"{TEXT_BLOCK}/ln_1", f"{_ROBERTA_KEY}.attention.output.LayerNorm", "norm"),
+    (f"{TEXT_BLOCK}/mlp/c_fc", f"{_ROBERTA_KEY}.intermediate.dense", "linear"),
+    (f"{TEXT_BLOCK}/mlp/c_proj", f"{_ROBERTA_KEY}.output.dense", "linear"),
+    (f"{TEXT_BLOCK}/ln_2", f"{_ROBERTA_KEY}.output.LayerNorm", "norm"),
+    (r"text/token_embedding", f"{_ROBERTA_EMBED}.word_embeddings", "embedding"),
+    (r"text/positional_embedding", f"{_ROBERTA_EMBED}.position_embeddings", "table"),
+    (r"text/token_type_embedding", f"{_ROBERTA_EMBED}.token_type_embeddings", "table"),
+    (r"text/ln_embed", f"{_ROBERTA_EMBED}.LayerNorm", "norm"),
+    (r"text/proj_fc", "text.proj.0", "linear"),
+    (r"text/text_projection", "text.proj.2", "matrix"),
+]
+_NLLB_KEY = r"text.transformer.layers.\1"
+_NLLB: Rows = [
+    (f"{TEXT_BLOCK}/attn/([qkv]_proj)", rf"{_NLLB_KEY}.self_attn.\2", "heads"),
+    (f"{TEXT_BLOCK}/attn/out_proj", f"{_NLLB_KEY}.self_attn.out_proj", "out"),
+    (f"{TEXT_BLOCK}/ln_1", f"{_NLLB_KEY}.self_attn_layer_norm", "norm"),
+    (f"{TEXT_BLOCK}/mlp/c_fc", f"{_NLLB_KEY}.fc1", "linear"),
+    (f"{TEXT_BLOCK}/mlp/c_proj", f"{_NLLB_KEY}.fc2", "linear"),
+    (f"{TEXT_BLOCK}/ln_2", f"{_NLLB_KEY}.final_layer_norm", "norm"),
+    (r"text/token_embedding", "text.transformer.embed_tokens", "embedding"),
+    (r"text/ln_final", "text.transformer.layer_norm", "norm"),
+    (r"text/text_projection", "text.proj", "matrix"),
+]
 
 _HF_TEXT: Rows = [
     *_block_hf(TEXT_BLOCK, r"text_model.encoder.layers.\1"),
@@ -315,10 +380,17 @@ IMAGE_NAMINGS: dict[str, Rows] = {
     "timm_eva": _TIMM_EVA,
     "timm_eva02": _TIMM_EVA02,
     "convnext": [*_CONVNEXT, *_HEAD_LINEAR],
+    "vitamin": _VITAMIN,
     "fastvit": _FASTVIT,
     "convnext_mlp": [*_CONVNEXT, *_HEAD_MLP],
 }
-TEXT_NAMINGS: dict[str, Rows] = {"flat": _FLAT_TEXT, "nested": _NESTED_TEXT}
+TEXT_NAMINGS: dict[str, Rows] = {
+    "flat": _FLAT_TEXT,
+    "nested": _NESTED_TEXT,
+    "coca": [*_NESTED_TEXT, (r"text/class_embedding", "text.cls_emb", "array")],
+    "roberta": _ROBERTA,
+    "nllb": _NLLB,
+}
 
 NAMINGS: dict[str, Rows] = {
     "openai": [*_OPENAI_VISION, *_FLAT_TEXT, *_SCALARS],

@@ -16,7 +16,8 @@ from clip_jax.models.convnext import ConvNeXtConfig
 from clip_jax.models.fastvit import FastViTConfig
 from clip_jax.models.image_towers import VisionConfig
 from clip_jax.models.resnet import ResNetConfig
-from clip_jax.models.text import TextConfig
+from clip_jax.models.text import EncoderForm, TextConfig
+from clip_jax.models.text_encoders import TEXT_ENCODERS
 from clip_jax.models.timm_towers import TIMM_TOWERS
 from clip_jax.models.vit import ViTConfig
 from clip_jax.pretrained.open_clip_naming import is_timm
@@ -30,10 +31,12 @@ _TOKENIZING = {"hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs", "pad_i
 _TOKENIZING |= {"hf_model_pretrained", "hf_proj_type", "hf_pooler_type"}
 _VISION = {"layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size"}
 _VISION |= {"ls_init_value", "no_ln_pre", "final_ln_after_pool", "pool_type"}
-_VISION |= {"act_kwargs", "norm_kwargs"}
+_VISION |= {"act_kwargs", "norm_kwargs", "attentional_pool"}
 _TIMM = {"image_size", "timm_model_name", "timm_pool", "timm_proj", "timm_proj_bias"}
 _TEXT = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "eos_id"}
 _TEXT |= {"no_causal_mask", "pool_type", "proj_bias", "proj_type", "act_kwargs", "norm_kwargs"}
+_TEXT |= {"embed_cls"}
+_ENCODER = {"hf_model_name", "context_length", "vocab_size"}
 
 # timm's image towers of SigLIP: width, layers, heads, mlp_ratio.
 _SIGLIP_SIZES = {
@@ -61,8 +64,6 @@ def config_from_open_clip(cfg: Mapping[str, Any], where: str) -> CLIPConfig:
     """
     try:
         vision, text = dict(cfg["vision_cfg"]), dict(cfg["text_cfg"])
-        if cfg.get("multimodal_cfg"):
-            raise UserError(f"{where}: CoCa models (multimodal_cfg) are not supported")
         quick = bool(cfg.get("quick_gelu", False))
         bias = cfg.get("init_logit_bias")
         return CLIPConfig(
@@ -104,8 +105,17 @@ def _vision(v: dict[str, Any], quick: bool, where: str) -> VisionConfig:
         one, two, three, four = (int(n) for n in layers)
         return ResNetConfig(int(image_size), (one, two, three, four), width)
     pool = {"tok": "token", "avg": "average"}.get(v.get("pool_type", "tok"))
-    if pool is None:
-        raise UserError(f"{where}: vision_cfg has pool_type = {v['pool_type']!r}, not supported")
+    queries = v.get("attentional_pool")
+    if pool is None or (queries and (queries is not True or pool != "token")):
+        shown = {key: v.get(key) for key in ("pool_type", "attentional_pool")}
+        raise UserError(f"{where}: vision_cfg has {shown}, which is not supported")
+    pooling: dict[str, Any] = {"pool": pool}
+    if queries:
+        pooling = {
+            "pool": "queries",
+            "pool_heads": int(v.get("attn_pooler_heads", 8)),
+            "pool_queries": int(v.get("attn_pooler_queries", 256)),
+        }
     return ViTConfig(
         image_size=int(image_size),
         patch_size=int(v.get("patch_size", 16)),
@@ -115,7 +125,7 @@ def _vision(v: dict[str, Any], quick: bool, where: str) -> VisionConfig:
         mlp_ratio=float(v.get("mlp_ratio", 4.0)),
         activation=_activation(quick, v.get("act_kwargs")),
         norm_eps=float((v.get("norm_kwargs") or {}).get("eps", 1e-5)),
-        pool=pool,
+        **pooling,
         norm_after_pool=bool(v.get("final_ln_after_pool", False)),
         pre_norm=not v.get("no_ln_pre", False),
         layer_scale=v.get("ls_init_value"),
@@ -123,7 +133,10 @@ def _vision(v: dict[str, Any], quick: bool, where: str) -> VisionConfig:
 
 
 def _timm_vision(v: dict[str, Any], image_size: int, where: str) -> VisionConfig:
-    """Return the image tower of timm's name, at the config's image size."""
+    """Return the image tower of timm's name.
+
+    Where it has positions it has timm's image size, whatever the config says: as in open_clip.
+    """
     name = str(v["timm_model_name"])
     tower = TIMM_TOWERS.get(name)
     if tower is None:
@@ -134,6 +147,8 @@ def _timm_vision(v: dict[str, Any], image_size: int, where: str) -> VisionConfig
     asked = {key: v.get(key) or "" for key in _timm_head(tower)}
     if asked != _timm_head(tower):
         raise UserError(f"{where}: {name} of timm is not supported with {asked}")
+    if isinstance(tower, ViTConfig):
+        return tower
     return dataclasses.replace(tower, image_size=image_size)
 
 
@@ -144,6 +159,8 @@ def _timm_head(tower: VisionConfig) -> dict[str, str]:
     if isinstance(tower, FastViTConfig):
         return {"timm_pool": "avg", "timm_proj": ""}
     assert isinstance(tower, ViTConfig)
+    if tower.mbconv_widths:
+        return {"timm_pool": "", "timm_proj": "linear"}
     return {"timm_pool": tower.pool, "timm_proj": ""}
 
 
@@ -169,7 +186,7 @@ def _siglip_vision(v: dict[str, Any], image_size: int, where: str) -> ViTConfig:
 
 def _text(t: dict[str, Any], quick: bool, where: str) -> TextConfig:
     if t.get("hf_model_name"):
-        raise UserError(f"{where}: the text tower {t['hf_model_name']} is not supported")
+        return _encoder(t, where)
     _refuse_others(t, _TEXT | _TOKENIZING | _TRAINING_ONLY, "text_cfg", where)
     pool = {"argmax": "end", "eos": "end", "last": "last"}.get(t.get("pool_type", "argmax"))
     if pool is None:
@@ -195,7 +212,28 @@ def _text(t: dict[str, Any], quick: bool, where: str) -> TextConfig:
         pool=pool,
         project=t.get("proj_type", "linear") != "none",
         proj_bias=bool(t.get("proj_bias", False)),
+        class_token=bool(t.get("embed_cls", False)),
     )
+
+
+def _encoder(t: dict[str, Any], where: str) -> TextConfig:
+    """Return the text tower of a name of transformers, as open_clip pools and projects it."""
+    name = str(t["hf_model_name"])
+    if name not in TEXT_ENCODERS:
+        raise UserError(f"{where}: the text tower {name} is not supported")
+    _refuse_others(t, _ENCODER | _TOKENIZING, "text_cfg", where)
+    config = TEXT_ENCODERS[name]
+    assert config.encoder is not None
+    given = t.get("hf_pooler_type") or "mean_pooler", t.get("hf_proj_type", "mlp")
+    if given != _encoder_head(config.encoder):
+        raise UserError(f"{where}: the text tower {name} is not supported with {given}")
+    return dataclasses.replace(config, context_length=int(t.get("context_length", 77)))
+
+
+def _encoder_head(form: EncoderForm) -> tuple[str, str]:
+    """Return open_clip's pooling and projection of a text encoder."""
+    pooler = {"mean": "mean_pooler", "first": "cls_pooler"}[form.pool]
+    return pooler, form.projection
 
 
 def config_to_open_clip(config: CLIPConfig) -> dict[str, Any]:
@@ -206,7 +244,11 @@ def config_to_open_clip(config: CLIPConfig) -> dict[str, Any]:
     """
     v, t = config.vision, config.text
     cfg: dict[str, Any] = {"embed_dim": config.embed_dim}
-    if t.activation == "quick_gelu":
+    # An encoder of transformers has its own activation.
+    quick = {t.activation == "quick_gelu"} if t.encoder is None else set()
+    if isinstance(v, ViTConfig) and not is_timm(v):
+        quick.add(v.activation == "quick_gelu")
+    if True in quick:
         cfg["quick_gelu"] = True
     if isinstance(v, ResNetConfig):
         vision: dict[str, Any] = {
@@ -222,7 +264,7 @@ def config_to_open_clip(config: CLIPConfig) -> dict[str, Any]:
         vision = _siglip_to_open_clip(v)
         cfg |= {"init_logit_bias": -10, "custom_text": True}
     elif isinstance(v, ViTConfig):
-        if (v.activation == "quick_gelu") != (t.activation == "quick_gelu"):
+        if len(quick) > 1:
             raise UserError("open_clip has one activation for both towers, and this model has two")
         vision = {
             "image_size": v.image_size,
@@ -253,7 +295,7 @@ def _has_trunk(v: VisionConfig) -> bool:
 
 
 def _timm_to_open_clip(v: VisionConfig) -> dict[str, Any]:
-    sizes: dict[str, Any] = {"image_size": v.image_size}
+    sizes: dict[str, Any] = {} if isinstance(v, ViTConfig) else {"image_size": v.image_size}
     if isinstance(v, ConvNeXtConfig):
         sizes["head"] = v.head
     names = [
@@ -289,7 +331,30 @@ def _siglip_to_open_clip(v: ViTConfig) -> dict[str, Any]:
     }
 
 
+def _encoder_to_open_clip(t: TextConfig) -> dict[str, Any]:
+    """Return the `text_cfg` of an encoder of transformers."""
+    for name, config in TEXT_ENCODERS.items():
+        if dataclasses.replace(config, context_length=t.context_length) == t:
+            assert t.encoder is not None
+            pooler, projection = _encoder_head(t.encoder)
+            return {
+                "hf_model_name": name,
+                "hf_tokenizer_name": name,
+                "hf_pooler_type": pooler,
+                "hf_proj_type": projection,
+                "context_length": t.context_length,
+            }
+    raise UserError("open_clip has no text tower of transformers of these sizes")
+
+
 def _text_to_open_clip(t: TextConfig) -> dict[str, Any]:
+    if t.encoder is not None:
+        return _encoder_to_open_clip(t)
+    if t.class_token:
+        raise UserError(
+            "open_clip builds CoCa with a captioner, which is left out here; convert it to a work "
+            "folder instead"
+        )
     cfg: dict[str, Any] = {
         "context_length": t.context_length,
         "vocab_size": t.vocab_size,

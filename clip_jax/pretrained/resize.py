@@ -60,13 +60,13 @@ def _resize_images(checkpoint: Checkpoint, image_size: int) -> Checkpoint:
     if image_size < step or (not isinstance(old, ViTConfig) and image_size % step):
         raise UserError(f"image_size {image_size} is not a multiple of {step} pixels")
     new = dataclasses.replace(old, image_size=image_size)
+    path = f"visual/{'' if isinstance(old, ViTConfig) else 'attnpool/'}positional_embedding"
     config = dataclasses.replace(checkpoint.config, vision=new)
-    if not isinstance(old, ViTConfig | ResNetConfig):
+    if not isinstance(old, ViTConfig | ResNetConfig) or path not in checkpoint.arrays:
         # It has no positions.
         return dataclasses.replace(checkpoint, config=config)
     has_prefix = isinstance(old, ResNetConfig) or (old.class_token and old.class_position)
     prefix_tokens = int(has_prefix)
-    path = f"visual/{'' if isinstance(old, ViTConfig) else 'attnpool/'}positional_embedding"
     read = checkpoint.arrays[path]
     grids = (old.grid_size,) * 2, (new.grid_size,) * 2
     resized = {path: lambda: resize_image_positions(read(), *grids, prefix_tokens)}

@@ -20,7 +20,7 @@ from clip_jax.models.block_form import BlockForm
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.image_towers import IMAGE_TOWERS, VISION_KINDS
 from clip_jax.models.rotary import RotaryConfig
-from clip_jax.models.text import TextConfig
+from clip_jax.models.text import EncoderForm, TextConfig
 from clip_jax.models.vit import ViTConfig
 from clip_jax.pretrained.layouts import import_arrays
 from clip_jax.pretrained.preprocess import preprocess_from_json, preprocess_to_json
@@ -41,9 +41,12 @@ LATER_FIELDS: dict[str, dict[str, Any]] = {
         "pool_mlp_ratio": None,
         "form": None,
         "patch_stages": (),
+        "has_positions": True,
         "class_position": True,
+        "mbconv_widths": (),
+        "pool_queries": 256,
     },
-    "text": {},
+    "text": {"class_token": False, "encoder": None},
 }
 
 
@@ -100,9 +103,10 @@ def model_from_json(values: Mapping[str, Any]) -> CLIPConfig:
     rest = {k: v for k, v in values.items() if k not in ("vision", "text", "activation")}
     cls = VISION_KINDS[vision.pop("kind")]
     vision = {k: tuple(v) if isinstance(v, list) else v for k, v in vision.items()}
-    for tower in (vision, text):
-        if tower.get("form") is not None:
-            tower["form"] = _form_from_json(tower["form"])
+    if vision.get("form") is not None:
+        vision["form"] = _form_from_json(vision["form"])
+    if text.get("encoder") is not None:
+        text["encoder"] = EncoderForm(**text["encoder"])
     if "activation" in values:
         text["activation"] = values["activation"]
         if cls is ViTConfig:

@@ -47,6 +47,7 @@ FAMILIES = {
     "siglip2": Family("canonicalize", "<pad>"),
     "clipa": Family(pad="[PAD]", strip_sep=True),
     "metaclip2": Family(),
+    "encoder": Family(pad="<pad>"),  # RoBERTa, XLM-RoBERTa, NLLB: what pads is not seen
 }
 # Hugging Face's classes that settle the family.
 CLASSES = {"SiglipTokenizer": "siglip", "Siglip2Tokenizer": "siglip2"}

@@ -16,7 +16,9 @@ from clip_jax.models.vit import ViTConfig
 from clip_jax.pretrained.work_folder import model_from_json, model_to_json
 
 FORMS = {
-    "before": BlockForm("before", "swiglu", True, False, RotaryConfig(3, 1.0, "columns first")),
+    "before": BlockForm(
+        "before", "swiglu", True, True, False, RotaryConfig(3, 1.0, "columns first")
+    ),
     "after": BlockForm("after", "geglu"),
 }
 

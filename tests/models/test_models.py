@@ -148,9 +148,9 @@ def test_a_work_folder_of_one_activation_is_read():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: dataclasses.replace(TEXT, activation="relu"), "text.activation is 'relu'"),
+        (lambda: dataclasses.replace(TEXT, activation="tanh"), "text.activation is 'tanh'"),
         (lambda: dataclasses.replace(TEXT, pool="first"), "must be one of end, last"),
-        (lambda: dataclasses.replace(VIT.vision, activation="relu"), "vision.activation"),
+        (lambda: dataclasses.replace(VIT.vision, activation="tanh"), "vision.activation"),
         (lambda: dataclasses.replace(VIT.vision, pool="none"), "token, average, map"),
         (lambda: dataclasses.replace(VIT.vision, class_token=False), "set class_token"),
         (lambda: dataclasses.replace(SIGLIP, embed_dim=40), "must equal embed_dim, 40"),

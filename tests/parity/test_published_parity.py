@@ -70,7 +70,7 @@ def test_every_pretrained_pair_is_as_open_clip_lists_it():
 
     listed = {(model, tag): cfg for model, tags in _PRETRAINED.items() for tag, cfg in tags.items()}
     supported = list_pretrained()
-    assert len(listed) == 196 and len(supported) == len(set(supported)) == 168
+    assert len(listed) == 196 and len(supported) == len(set(supported)) == 196
     for pair in supported:
         pretrained, cfg = find_pretrained(*pair), listed[pair]
         assert pretrained.model.endswith("-quickgelu") == bool(cfg.get("quick_gelu")), pair

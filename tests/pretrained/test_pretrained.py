@@ -275,7 +275,7 @@ def test_weights_that_do_not_say_their_activation_are_refused(tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        ({"multimodal_cfg": {"width": 8}}, "CoCa models"),
+        ({"vision_cfg": {"attentional_pool": "cascade"}}, "attentional_pool': 'cascade"),
         ({"text_cfg": {"hf_model_name": "roberta-base"}}, "text tower roberta-base is not"),
         ({"vision_cfg": {"timm_model_name": "swin_tiny"}}, "swin_tiny of timm is not"),
         ({"vision_cfg": {"attentional_pool": True}}, "attentional_pool = True, which is not"),
@@ -378,7 +378,7 @@ def test_convert_command(tmp_path, monkeypatch, capsys, to):
 
 def test_pretrained_pairs():
     pairs = list_pretrained()
-    assert len(pairs) == len(set(pairs)) == 168
+    assert len(pairs) == len(set(pairs)) == 196
     assert {find_pretrained(*pair).model for pair in pairs} <= set(clip_jax.list_models())
     assert find_pretrained("ViT-B-32", "metaclip_400m").model == "ViT-B-32-quickgelu"
     assert find_pretrained("ViT-B-32", "laion2b_e16").model == "ViT-B-32"
