@@ -74,6 +74,10 @@ def make_states(model: CLIP, tower: str, blocks: Sequence[int]) -> StatesFn:
     config = model.config.vision if tower == "image" else model.config.text
     if not isinstance(config, ViTConfig | TextConfig):
         raise UserError(f"this {tower} tower is no transformer: it has no rows and no blocks")
+    if isinstance(config, TextConfig) and config.encoder and config.encoder.norms == "after":
+        raise UserError(
+            "the rows of a text tower like RoBERTa's are not given: it has no last norm"
+        )
     layers = config.layers
     for number in blocks:
         if not -layers <= number < layers:
@@ -98,7 +102,8 @@ def make_states(model: CLIP, tower: str, blocks: Sequence[int]) -> StatesFn:
             last = captured.get(("ln_post",), rows_BLD)
             if last.ndim == 3:
                 rows_BLD, last = last, jnp.mean(last[:, leading_rows:], axis=1)
-            pooled_BD = captured.get(("attn_pool",), last)
+            is_map = getattr(config, "pool", "") == "map"
+            pooled_BD = captured["attn_pool",] if is_map else last
         rows = (rows_BLD, pooled_BD, *map(block, numbers))
         rows_BLD, pooled_BD, *outputs = (x.astype(jnp.float32) for x in rows)
         return TowerStates(rows_BLD, pooled_BD, tuple(outputs), leading_rows)
