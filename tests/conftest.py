@@ -9,9 +9,10 @@ from quick import QUICK
 
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {QUICK}"
 os.environ["JAX_PLATFORMS"] = "cpu"
-# A program that several tests share is compiled once.
-_CACHE = tempfile.TemporaryDirectory(prefix="clip_jax_test_programs_")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+# A program that several tests share is compiled once; pytest-xdist's workers inherit the folder.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _CACHE = tempfile.TemporaryDirectory(prefix="clip_jax_test_programs_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 

@@ -97,7 +97,8 @@ def test_what_is_not_finite_is_not_applied(where, value):
         state = state.replace(params=params)
     else:
         # A loss that overflows: features are finite, their scale is not.
-        state = state.replace(params={**state.params, "logit_scale": jnp.array(value, jnp.float32)})
+        scale = jax.device_put(jnp.float32(value), state.params["logit_scale"].sharding)
+        state = state.replace(params={**state.params, "logit_scale": scale})
     before = jax.device_get(state)
     after, metrics = step(state, place_batch(make_batch(RESNET), mesh))
     assert not bool(metrics["finite"])
