@@ -7,6 +7,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from clip_jax.models.row_sums import sum_rows_first
+from clip_jax.models.target import ONE_CPU, Target
+
 
 def layer_norm(
     x: Array, scale_D: Float[Array, " D"], bias_D: Float[Array, " D"], epsilon: float
@@ -18,7 +21,11 @@ def layer_norm(
 
 
 def layer_norm_for_gpu(
-    x: Array, scale_D: Float[Array, " D"], bias_D: Float[Array, " D"], epsilon: float
+    x: Array,
+    scale_D: Float[Array, " D"],
+    bias_D: Float[Array, " D"],
+    epsilon: float,
+    target: Target = ONE_CPU,
 ) -> Array:
     """Return `layer_norm`, whose gradients read the rows twice and write no float32 array.
 
@@ -26,19 +33,19 @@ def layer_norm_for_gpu(
     over rows: XLA writes that product to memory, float32 and as large as the rows, and reads it
     again. Here each of the two makes it for itself.
     """
-    return _layer_norm(x, scale_D, bias_D, epsilon)
+    return _layer_norm(x, scale_D, bias_D, epsilon, target)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _layer_norm(x: Array, scale_D: Array, bias_D: Array, epsilon: float) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _layer_norm(x: Array, scale_D: Array, bias_D: Array, epsilon: float, target: Target) -> Array:
     return layer_norm(x, scale_D, bias_D, epsilon)
 
 
-def _forward(x: Array, scale_D: Array, bias_D: Array, epsilon: float):
+def _forward(x: Array, scale_D: Array, bias_D: Array, epsilon: float, target: Target):
     return layer_norm(x, scale_D, bias_D, epsilon), (x, scale_D)
 
 
-def _backward(epsilon: float, saved: tuple[Array, Array], dy: Array):
+def _backward(epsilon: float, target: Target, saved: tuple[Array, Array], dy: Array):
     x, scale_D = saved
     mean, factor = _mean_and_factor(x, epsilon)
     normal = (x.astype(jnp.float32) - mean) * factor
@@ -48,11 +55,15 @@ def _backward(epsilon: float, saved: tuple[Array, Array], dy: Array):
     # Behind the barriers the compiler does not see that the products are the same, and the two
     # numbers of a row are in memory before the sums over rows are taken.
     x, dy = lax.optimization_barrier((x, dy))
-    mean, factor = lax.optimization_barrier(_mean_and_factor(x, epsilon))
-    dy32, rows = dy.astype(jnp.float32), tuple(range(x.ndim - 1))
-    dscale_D = jnp.sum(dy32 * ((x.astype(jnp.float32) - mean) * factor), rows)
-    dbias_D = jnp.sum(dy32, rows)
-    return dx.astype(x.dtype), dscale_D.astype(scale_D.dtype), dbias_D.astype(scale_D.dtype)
+
+    def parameter_gradients(x: Array, dy: Array) -> tuple[Array, Array]:
+        mean, factor = lax.optimization_barrier(_mean_and_factor(x, epsilon))
+        dy32, rows = dy.astype(jnp.float32), tuple(range(x.ndim - 1))
+        dscale_D = jnp.sum(dy32 * ((x.astype(jnp.float32) - mean) * factor), rows)
+        return dscale_D, jnp.sum(dy32, rows)
+
+    dparams, dx = sum_rows_first(target, parameter_gradients, (x, dy), dx.astype(x.dtype))
+    return dx, *(d.astype(scale_D.dtype) for d in dparams)
 
 
 _layer_norm.defvjp(_forward, _backward)

@@ -321,8 +321,9 @@ def block_parts(
         return y_BLNK.reshape(q_ND.shape)
 
     def plain_norm(x: Array, scale_D: Array, bias_D: Array) -> Array:
-        normalize = layer_norm_for_gpu if target.platform == "cuda" else layer_norm
-        return normalize(x, scale_D, bias_D, config.norm_eps)
+        if target.platform == "cuda":
+            return layer_norm_for_gpu(x, scale_D, bias_D, config.norm_eps, target)
+        return layer_norm(x, scale_D, bias_D, config.norm_eps)
 
     def norm(x: Array, scale_D: Array, bias_D: Array) -> tuple[Array, Array]:
         return x, plain_norm(x, scale_D, bias_D)

@@ -20,6 +20,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from clip_jax.models.row_sums import puts_sums_off, sum_rows_first
 from clip_jax.models.target import Target
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
@@ -128,7 +129,7 @@ def _backward(parts: BlockParts, saved: Saved, d: Array) -> tuple[Any, Array, No
         (_, h), pull = jax.vjp(parts.norm, mid, *_gain_and_bias(params["ln_2"]))
     with jax.named_scope("mlp/c_fc"):
         dh, grads["mlp"]["c_fc"] = _dense_gradients(
-            parts, params, grads, None, mlp["c_fc"], h, dhidden, inputs=1
+            parts, params, grads, "", mlp["c_fc"], h, dhidden, inputs=1
         )
     with jax.named_scope("ln_2"):
         d, *norm_grads = pull((d, split(dh)))
@@ -143,10 +144,15 @@ def _backward(parts: BlockParts, saved: Saved, d: Array) -> tuple[Any, Array, No
     with jax.named_scope("ln_1"):
         (_, h), pull = jax.vjp(parts.norm, x, *_gain_and_bias(params["ln_1"]))
     dh, kernels = jnp.zeros((), parts.dtype), []
-    for names, d_names in zip(parts.projections, dprojected, strict=True):
+    for i, (names, d_names) in enumerate(zip(parts.projections, dprojected, strict=True)):
         with jax.named_scope(f"attn/{_joint_name(names)}"):
-            kernels += jnp.split(_kernel_gradient(h, d_names), len(names), axis=1)
             dh = dh + d_names @ _side_by_side(parts, attn, names).T
+            if puts_sums_off(parts.target):
+                (kernel, dbias), dh = _parameter_gradients(parts.target, h, d_names, dh)
+                dbiases = dbiases.at[i].set(dbias)
+            else:
+                kernel = _kernel_gradient(h, d_names)
+            kernels += jnp.split(kernel, len(names), axis=1)
     for name, kernel, bias in zip(PROJECTIONS, kernels, dbiases, strict=True):
         grads["attn"][name] = _like(attn[name], kernel, bias)
     with jax.named_scope("ln_1"):
@@ -204,7 +210,7 @@ def _dense_gradients(
     parts: BlockParts,
     params: Any,
     grads: dict[str, Any],
-    scale: str | None,
+    scale: str,
     layer: Any,
     x: Array,
     d: Array,
@@ -213,19 +219,30 @@ def _dense_gradients(
 ) -> tuple[Array, dict[str, Array]]:
     """Return the gradients of a dense layer's input and of its parameters.
 
-    A layer scale behind it, `scale`, puts its own into `grads`. Of g (x W + b) that is the sum of
-    d (x W + b) over rows, which needs no product of its own: with G = x^T d, the gradient of W
-    without the scale, it is the sum over inputs of W G, and b times the sum of d.
+    A layer scale behind it, of the name `scale`, puts its own into `grads`. Of g (x W + b) that is
+    the sum of d (x W + b) over rows, which needs no product of its own: with G = x^T d, the
+    gradient of W without the scale, it is the sum over inputs of W G, and b times the sum of d.
     """
     weights = matrix(parts.dtype, layer, inputs=inputs)
-    dkernel, dbias = _kernel_gradient(x, d), _row_sum(parts.target, d)
-    if scale is not None and scale in params:
-        gamma = params[scale]["gamma"]
+    gamma = params[scale]["gamma"] if scale in params else None
+    dx = (d if gamma is None else d * gamma.astype(d.dtype)) @ weights.T
+    (dkernel, dbias), dx = _parameter_gradients(parts.target, x, d, dx)
+    if gamma is not None:
         dgamma = jnp.sum(weights.astype(jnp.float32) * dkernel, 0) + layer["bias"] * dbias
         grads[scale] = {"gamma": dgamma.astype(gamma.dtype)}
         dkernel, dbias = dkernel * gamma, dbias * gamma
-        d = d * gamma.astype(d.dtype)
-    return d @ weights.T, _like(layer, dkernel, dbias)
+    return dx, _like(layer, dkernel, dbias)
+
+
+def _parameter_gradients(
+    target: Target, x: Array, d: Array, waiting: Array
+) -> tuple[tuple[Array, ...], Array]:
+    """Return the gradients of a kernel and of its bias, float32, and `waiting`."""
+
+    def sums(x: Array, d: Array) -> tuple[Array, Array]:
+        return _kernel_gradient(x, d), _row_sum(target, d)
+
+    return sum_rows_first(target, sums, (x, d), waiting)
 
 
 def _kernel_gradient(x: Array, d: Array) -> Array:

@@ -1,0 +1,55 @@
+"""Sums over rows that are taken first are the plain sums, and blocks with them the plain blocks."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from model_cases import assert_trees_close, features_and_gradients, make_inputs, random_variables
+from tiny import VIT
+
+from clip_jax.models.clip import CLIP
+from clip_jax.models.row_sums import puts_sums_off, sum_rows_first
+from clip_jax.models.target import Target
+from clip_jax.parallel.mesh import BATCH_AXES, make_mesh
+
+
+def gpus(**axes):
+    """Return the target of several GPUs, in whose place are CPUs."""
+    mesh = make_mesh(**({"data": 1, "fsdp": 1, "tensor": 1} | axes))
+    return Target("cuda", "H100", (9, 0), mesh=mesh, batch_axes=BATCH_AXES)
+
+
+@pytest.mark.parametrize(
+    ("axes", "puts_off"),
+    [({"data": 4, "fsdp": 2}, True), ({"data": 4, "tensor": 2}, False), ({"data": 8}, True)],
+)
+def test_which_devices_put_them_off(axes, puts_off):
+    assert puts_sums_off(gpus(**axes)) == puts_off
+    assert not puts_sums_off(dataclasses.replace(gpus(**axes), platform="tpu"))
+
+
+@pytest.mark.parametrize("rows", [16, 12], ids=["shared", "not shared"])
+def test_sums(rows):
+    x, d = np.random.default_rng(0).standard_normal((2, rows, 5)).astype(np.float32)
+
+    @jax.jit
+    def both(x, d):
+        return sum_rows_first(
+            gpus(data=4, fsdp=2), lambda x, d: (x.T @ d, jnp.sum(d, 0)), (x, d), 2 * x
+        )
+
+    (product, total), waiting = both(x, d)
+    # Float32 sums in another order.
+    np.testing.assert_allclose(product, x.T @ d, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(total, d.sum(0), rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(waiting, 2 * x)
+
+
+def test_blocks():
+    variables = random_variables(VIT)
+    images, tokens = (np.repeat(x, 8, 0)[:8] for x in make_inputs(VIT))
+    plain = features_and_gradients(CLIP(VIT), variables, images, tokens)
+    model = CLIP(VIT, remat="minimal", attention="xla", target=gpus(data=4, fsdp=2))
+    assert_trees_close(features_and_gradients(model, variables, images, tokens), plain)
