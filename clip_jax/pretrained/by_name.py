@@ -152,7 +152,9 @@ def _read_published(name: PublishedName) -> Checkpoint:
     from clip_jax.pretrained.hub import open_repository
 
     path = _fetch_repository(open_repository(name.repository, name.revision))
-    checkpoint = read_model(path.parent if is_work_folder(path.parent) else path)
+    if is_work_folder(path.parent):
+        return read_model(path.parent)
+    checkpoint = read_checkpoint(path)
     if checkpoint.tokenizer is None and path.name in OPEN_CLIP_WEIGHTS:
         text = dict(read_json(path.parent / OPEN_CLIP_CONFIG)["model_cfg"]["text_cfg"])
         if text.get("hf_tokenizer_name"):

@@ -663,6 +663,7 @@ def test_a_run_is_uploaded_with_its_card_and_loaded_again(writer, tmp_path, to):
     converted = convert(str(run), "hf-hub:me/mine", to=to, private=True)
     assert converted.place == f"{writer.address}/me/mine"
     loaded = read_model("hf-hub:me/mine")
+    assert loaded.name == ("open_clip" if to == "own" else "mine")  # what its config says
     assert_same(loaded, read_checkpoint(GOLDEN / "open_clip"))
     assert [h for line, h in writer.asked if "create" in line]
     card = writer.repos["me/mine"].files["README.md"].decode()
