@@ -157,6 +157,13 @@ def _backward(parts: BlockParts, saved: Saved, d: Array) -> tuple[Any, Array, No
         grads["attn"][name] = _like(attn[name], kernel, bias)
     with jax.named_scope("ln_1"):
         dx, *norm_grads = pull((d, split(dh)))
+    if puts_sums_off(parts.target):
+        # The devices exchange what was summed above beside the attention's backward pass.
+        early = {"mlp": grads["mlp"], "ln_2": grads["ln_2"], "out_proj": grads["attn"]["out_proj"]}
+        dx, early = lax.optimization_barrier((dx, early))
+        grads |= {"mlp": early["mlp"], "ln_2": early["ln_2"]}
+        grads["attn"]["out_proj"] = early["out_proj"]
+    with jax.named_scope("ln_1"):
         grads["ln_1"] = dict(zip(("scale", "bias"), norm_grads, strict=True))
     return grads, split(dx), None
 
