@@ -192,9 +192,11 @@ def model_of_arrays(arrays: Arrays, naming: str, where: str) -> str:
     """
     # A text tower of CLIP's own has two forms of names.
     plain = naming.removesuffix("flat").removesuffix("nested")
+    # One name for each different config.
+    configs = {config: name for name, config in reversed(MODELS.items())}
     names = [
         name
-        for name, config in MODELS.items()
+        for config, name in configs.items()
         if config_naming(config).removesuffix("nested") == plain
         and has_arrays(arrays, array_shapes(config), naming)
     ]
@@ -203,7 +205,7 @@ def model_of_arrays(arrays: Arrays, naming: str, where: str) -> str:
     if len(names) > 1:
         raise UserError(
             f"{where}: weights do not say which model they are of; give model= one of "
-            f"{', '.join(names)}"
+            f"{', '.join(sorted(names))}"
         )
     return names[0]
 

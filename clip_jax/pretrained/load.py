@@ -17,7 +17,7 @@ import numpy as np
 from clip_jax.data.images import OPENAI, SIGLIP, Preprocess
 from clip_jax.errors import UserError, short
 from clip_jax.models.clip import CLIPConfig
-from clip_jax.models.zoo import GEMMA, model_config
+from clip_jax.models.zoo import GEMMA, MODELS, model_config
 from clip_jax.pretrained import infer
 from clip_jax.pretrained.hf_config import config_from_hf
 from clip_jax.pretrained.layouts import import_arrays
@@ -27,7 +27,7 @@ from clip_jax.pretrained.preprocess import preprocess_from_hf, preprocess_from_o
 from clip_jax.pretrained.reparameterize import is_branched, reparameterize
 from clip_jax.pretrained.safetensors_file import read_safetensors
 from clip_jax.pretrained.tags import family_preprocess, find_pretrained
-from clip_jax.pretrained.torch_file import read_torch
+from clip_jax.pretrained.torch_file import read_torch, read_torch_shards
 from clip_jax.pretrained.trees import array_shapes
 from clip_jax.tokenizers.folder import tokenizer_from_folder
 from clip_jax.tokenizers.spec import TokenizerSpec
@@ -37,8 +37,16 @@ Arrays = Mapping[str, np.ndarray]
 OPEN_CLIP_CONFIG, HF_CONFIG = "open_clip_config.json", "config.json"
 # In a folder, the first of these that is there holds the weights.
 OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-HF_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+HF_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 CAPTIONER = "text_decoder."  # what the names of CoCa's third part begin with
+# Long-CLIP's two tables of positions, and how many rows of the first are read.
+SHORT_POSITIONS, LONG_POSITIONS, LONG_KEEPS = "positional_embedding", "positional_embedding_res", 20
+LONG_CONTEXT = 248
 CLIP_VOCABULARY = 49_408
 TORCH_ENDINGS = (".pt", ".pth", ".bin", ".ckpt")
 # What a training run or a compiler puts before every name.
@@ -110,6 +118,8 @@ def read_arrays(path: Path) -> Arrays:
         return unstack(read_npz(path))
     if ending == ".safetensors" or path.name.endswith(".safetensors.index.json"):
         arrays = read_safetensors(path)
+    elif path.name.endswith(".bin.index.json"):
+        arrays = read_torch_shards(path)
     elif ending in TORCH_ENDINGS:
         arrays = read_torch(path)
     else:
@@ -130,7 +140,25 @@ def _read_foldable(path: Path) -> Arrays:
             f"{path}: the {left_out} arrays of its captioner, which is not built, are left out"
         )
         print(message, file=sys.stderr, flush=True)
+    if LONG_POSITIONS in towers:
+        return _merge_long_positions(towers)
     return reparameterize(towers) if is_branched(towers) else towers
+
+
+def _merge_long_positions(arrays: Arrays) -> Arrays:
+    """Return the arrays of a Long-CLIP with one table of positions.
+
+    It trains those behind the first twenty in a table of their own (Zhang et al. 2024,
+    arXiv:2403.15378, section 3.1), and reads each table at its own rows alone.
+    """
+    first, rest = arrays[SHORT_POSITIONS], arrays[LONG_POSITIONS]
+    if first.shape != rest.shape or first.ndim != 2:
+        raise UserError(
+            f"{LONG_POSITIONS} has the shape {list(rest.shape)} and {SHORT_POSITIONS} "
+            f"{list(first.shape)}: no Long-CLIP has"
+        )
+    merged = np.concatenate([first[:LONG_KEEPS], rest[LONG_KEEPS:]])
+    return {k: v for k, v in arrays.items() if k != LONG_POSITIONS} | {SHORT_POSITIONS: merged}
 
 
 def unstack(arrays: Arrays) -> Arrays:
@@ -160,13 +188,19 @@ def _from_file(path: Path, model: str | None) -> Checkpoint:
         return _make_checkpoint(name, model_config(name), arrays, naming, preprocess, path)
     sizes = infer.read_signature(arrays, naming, str(path))
     name, preprocess = model or path.stem, OPENAI
-    if arrays.keys() & _OPENAI_BUFFERS:
+    if arrays.keys() & _OPENAI_BUFFERS or sizes.context_length == LONG_CONTEXT:
+        # Long-CLIPs are OpenAI's models, trained on.
         config = infer.openai_config(sizes)
     elif model is None:
         config = infer.zoo_config(sizes, str(path))
         preprocess = family_preprocess(next(iter(infer.matching_models(sizes))))
     else:
         name, preprocess = _parse_model(model)
+        if name == model and f"{name}-gelu" in MODELS:
+            raise UserError(
+                f"{path}: {name} is {name}-quickgelu to OpenAI and {name}-gelu to open_clip, and "
+                "the weights do not say which they are; give one of the two as model="
+            )
         config = model_config(name)
     return _make_checkpoint(name, config, arrays, naming, preprocess, path, sizes=sizes)
 

@@ -6,18 +6,15 @@ where ml_dtypes happens to be imported, so the arrays are made here. It takes th
 tensors with one name, so names that stand twice are refused here too.
 """
 
-import json
 import math
-import re
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from clip_jax.errors import UserError
 from clip_jax.pretrained.mapped_file import BadFileError, map_file, reading, shown
+from clip_jax.pretrained.shard_index import read_json_object, read_shards
 
 DTYPES = {
     "BOOL": np.dtype(np.bool),
@@ -36,10 +33,7 @@ DTYPES = {
 }
 """The types that are read, by the format's names: not those of 8 and fewer bits beside integers."""
 
-# A tensor takes about a hundred bytes of JSON. Python's objects can take twenty times the text.
-_MAX_JSON = 4 << 20
 _MAX_RANK = 32
-_SHARD = re.compile(r"[\w-][\w.-]*\.safetensors", re.ASCII)
 
 
 def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
@@ -49,39 +43,10 @@ def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
       UserError: a file is missing, cut or damaged, or an index names a file outside its folder.
     """
     path = Path(path)
+    if path.suffix == ".json":
+        return read_shards(path, ".safetensors", read_safetensors)
     with reading(path):
-        if path.suffix != ".json":
-            return _arrays(path)
-        shards = _shards(map_file(path))
-    arrays: dict[str, np.ndarray] = {}
-    for shard, names in shards.items():
-        tensors = read_safetensors(path.parent / shard)
-        if tensors.keys() != names:
-            odd = sorted(tensors.keys() ^ names)
-            raise UserError(
-                f"{path.parent / shard}: its tensors are not those that {path.name} lists for it"
-                f" ({shown(odd[0])} and {len(odd) - 1} more); fetch both again"
-            )
-        arrays |= tensors
-    return arrays
-
-
-def _shards(index_U: np.ndarray) -> dict[str, set[str]]:
-    """Return the names of tensors by the file that holds them, in the index's own folder."""
-    weight_map = _json(index_U).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise BadFileError(
-            "has no weight_map", "give the model.safetensors.index.json of a checkpoint"
-        )
-    shards: dict[str, set[str]] = {}
-    for name, shard in weight_map.items():
-        if not isinstance(shard, str) or not _SHARD.fullmatch(shard):
-            raise BadFileError(
-                f"names the file {shown(shard)}, which is no plain name in its folder",
-                "put the files beside the index, and their plain names in it",
-            )
-        shards.setdefault(shard, set()).add(name)
-    return shards
+        return _arrays(path)
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
@@ -93,7 +58,7 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
             f"declares a header of {length} bytes and has {len(file_U)} in all",
             "it is cut, damaged, or no safetensors file: fetch it again",
         )
-    _json(file_U[8 : 8 + length])  # which is small, and has no name twice
+    read_json_object(file_U[8 : 8 + length])  # which is small, and has no name twice
     try:
         with safe_open(path, framework="numpy") as file:
             tensors = {name: file.get_slice(name) for name in file.offset_keys()}
@@ -111,25 +76,3 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
         start, stop = stop, stop + math.prod(shape) * DTYPES[kind].itemsize
         arrays[name] = file_U[start:stop].view(DTYPES[kind]).reshape(shape)
     return arrays
-
-
-def _json(text_U: np.ndarray) -> dict[str, Any]:
-    """Return a JSON object in which no name stands twice."""
-    if len(text_U) > _MAX_JSON:
-        raise BadFileError(f"has {len(text_U)} bytes of JSON, more than any checkpoint needs")
-    try:
-        value = json.loads(text_U.tobytes().decode(), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:  # not UTF-8, no JSON, a number too long
-        raise BadFileError(f"its JSON cannot be read ({shown(error)})") from None
-    if not isinstance(value, dict):
-        raise BadFileError("its JSON is not an object")
-    return value
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in names:
-            raise BadFileError(f"its JSON holds the name {shown(name)} twice")
-        names[name] = value
-    return names

@@ -15,12 +15,15 @@ import ml_dtypes
 import numpy as np
 
 from clip_jax.pretrained.mapped_file import BadFileError, map_file, reading, shown
+from clip_jax.pretrained.shard_index import read_shards
 from clip_jax.pretrained.torch_pickle import Object, Storage, Tensor, load_pickle
 from clip_jax.pretrained.zip_file import Member, member_bytes, zip_members
 
 # A ViT-bigG with its optimizer has 2 MB of pickle.
 _MAX_PICKLE = 16 << 20
 _MAX_RANK = 8
+# Where a training wrapper keeps its weights; the first that is there.
+_WRAPPED = ("state_dict_ema", "state_dict")
 # Bounds on what the walk through a TorchScript module yields: modules may be shared.
 _MAX_NAMES, _MAX_NAME = 100_000, 512
 _LEGACY = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
@@ -32,7 +35,8 @@ def read_torch(path: str | Path) -> dict[str, np.ndarray]:
     """Return the tensors of a checkpoint by name, as read-only arrays.
 
     A training wrapper (`{"epoch": ..., "state_dict": ..., "optimizer": ...}`) gives its
-    `state_dict`. Of a TorchScript archive, names are the paths of attributes joined by dots;
+    `state_dict`, and where the mean of the weights over the steps was kept, that one
+    (`state_dict_ema`). Of a TorchScript archive, names are the paths of attributes joined by dots;
     tensors that the module does not list in its `state_dict()` (a mask) are among them.
     Values that are no tensors are left out. Names are as stored, `module.` and all.
 
@@ -55,6 +59,15 @@ def read_torch(path: str | Path) -> dict[str, np.ndarray]:
         return _arrays(tensors, storages, len(file_U))
 
 
+def read_torch_shards(path: Path) -> dict[str, np.ndarray]:
+    """Return the tensors of all files that a `.bin.index.json` names, as `read_torch` does.
+
+    Raises:
+      UserError: as `read_torch`, or the index names a file outside its folder.
+    """
+    return read_shards(path, ".bin", read_torch)
+
+
 def _read_pickle(file_U: np.ndarray, members: dict[str, Member]) -> tuple[str, Any]:
     """Return the folder inside the archive, and what its pickle describes."""
     pickles = [name for name in members if name.split("/")[-1] == "data.pkl"]
@@ -75,8 +88,8 @@ def _read_pickle(file_U: np.ndarray, members: dict[str, Member]) -> tuple[str, A
 
 def _find_tensors(root: Any) -> dict[str, Tensor]:
     """Return the tensors by name: of a module, a state dict, or the state dict in a wrapper."""
-    if isinstance(root, dict) and isinstance(root.get("state_dict"), dict | Object):
-        root = root["state_dict"]
+    if isinstance(root, dict):
+        root = next((root[k] for k in _WRAPPED if isinstance(root.get(k), dict | Object)), root)
     if isinstance(root, Object):
         tensors = _module_tensors(root)
     elif isinstance(root, dict):

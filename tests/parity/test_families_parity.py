@@ -9,6 +9,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,9 @@ timm = pytest.importorskip("timm")
 transformers = pytest.importorskip("transformers")
 
 import published  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 
+import clip_jax  # noqa: E402
 from clip_jax.models.clip import CLIP, CLIPConfig, unit_length  # noqa: E402
 from clip_jax.models.table import parity_case  # noqa: E402
 from clip_jax.models.zoo import MODELS  # noqa: E402
@@ -284,3 +287,70 @@ def test_features_agree(name):
 def test_every_kind_has_its_features_compared():
     kinds = {parity_case(MODELS[name]) for name in FAMILIES}
     assert {parity_case(MODELS[name]) for name in SHALLOW} == kinds
+
+
+# OpenVision's tiny model at 160 pixels as its folder describes it, of two blocks.
+OPEN_VISION = {
+    "embed_dim": 192,
+    "vision_cfg": {
+        "image_size": 160,
+        "layers": 2,
+        "width": 192,
+        "patch_size": 16,
+        "no_ln_pre": True,
+        "pool_type": "avg",
+        "final_ln_after_pool": True,
+        "norm_kwargs": {"eps": 1e-6},
+        "head_width": 64,
+    },
+    "text_cfg": {
+        "context_length": 80,
+        "vocab_size": 600,
+        "hf_tokenizer_name": "bert-base-uncased",
+        "tokenizer_kwargs": {"strip_sep_token": True},
+        "width": 192,
+        "heads": 3,
+        "layers": 2,
+        "pool_type": "last",
+        "no_causal_mask": True,
+        "act_kwargs": {"approximate": "tanh"},
+        "norm_kwargs": {"eps": 1e-6},
+    },
+}
+
+
+def test_an_open_vision_folder(tmp_path):
+    model = published.open_clip_model(OPEN_VISION)
+    values = {"model_cfg": OPEN_VISION, "preprocess_cfg": {"resize_mode": "squash"}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(values))
+    save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
+    image, text, _ = published.difference(model, clip_jax.load(tmp_path))
+    assert image < 1e-5 and text < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "vision"),
+    [
+        # TinyCLIP's widths; SigLIP 2's vocabulary at a fixed size; a distilled MetaCLIP 2's ends.
+        ("CLIP", {"hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 1024}, {}),
+        ("Siglip", {"vocab_size": 2560, "projection_size": 768}, {"patch_size": 32}),
+        ("MetaClip2", {"hidden_size": 384, "num_attention_heads": 6}, {"patch_size": 16}),
+    ],
+)
+def test_folders_of_transformers_in_pickled_shards(tmp_path, kind, text, vision):
+    text = {"vocab_size": 600, "eos_token_id": 599, "num_hidden_layers": 1} | text
+    vision = {"num_hidden_layers": 1, "image_size": 64} | vision
+    config = getattr(transformers, f"{kind}Config")(text_config=text, vision_config=vision)
+    torch.manual_seed(0)
+    model = published.move(getattr(transformers, f"{kind}Model")(config))
+    config.save_pretrained(tmp_path)
+    names = list(model.state_dict())
+    places = {}
+    for i, part in enumerate((names[::2], names[1::2])):
+        shard = f"pytorch_model-{i + 1:05}-of-00002.bin"
+        torch.save({name: model.state_dict()[name] for name in part}, tmp_path / shard)
+        places |= dict.fromkeys(part, shard)
+    index = json.dumps({"weight_map": places})
+    (tmp_path / "pytorch_model.bin.index.json").write_text(index)
+    image, text, _ = published.difference(model, clip_jax.load(tmp_path))
+    assert image < 1e-5 and text < 1e-5

@@ -85,12 +85,13 @@ def test_every_entry_of_the_zoo_is_open_clips_config():
     from clip_jax.models.zoo import MODELS
 
     shared = [name for name in _MODEL_CONFIGS if name in MODELS and not name.startswith("RN")]
-    assert len(shared) > 70
+    assert len(shared) > 120
     for name in shared:
         cfg = _MODEL_CONFIGS[name]
         config = config_from_open_clip(cfg, name)
         assert config == MODELS[name], name
-        assert config_from_open_clip(config_to_open_clip(config), name) == config
+        if not config.text.class_token:  # CoCa is exported without its captioner nowhere
+            assert config_from_open_clip(config_to_open_clip(config), name) == config
 
 
 @pytest.mark.parametrize(
