@@ -9,6 +9,7 @@ so they are imported when values are checked: a key that does not exist is refus
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from typing import Any
@@ -84,6 +85,8 @@ def _convert(kind: Any, value: Any, key: str) -> Any:
         return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise UserError(f"config.{key} is {value!r}; it takes a value of type {kind.__name__}")
+    if kind is float and not math.isfinite(value):
+        raise UserError(f"config.{key} is {value}; it takes a finite number")
     return value
 
 

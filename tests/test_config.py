@@ -71,6 +71,8 @@ def test_the_papers_hyper_parameters(file, model, learning_rate, beta2, eps):
         ("train", "batch_size", 100, "not a multiple of config.data.streams 8"),
         ("train", "loss", "hinge", "one of softmax, sigmoid"),
         ("train", "freeze", "both", 'one of "", image, text'),
+        ("optim", "learning_rate", float("inf"), "learning_rate is inf; it takes a finite number"),
+        ("data", "crop_scale", (0.5, float("nan")), "crop_scale[1] is nan; it takes a finite"),
         ("optim", "name", "sgd", f"one of {', '.join(SCALERS)}"),
         ("model", "dtype", "float16", "one of float32, bfloat16"),
         ("model", "attention", "flash", "one of auto, xla, cudnn"),

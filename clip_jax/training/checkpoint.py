@@ -73,6 +73,18 @@ def tree_digests(tree: Any) -> dict[str, int]:
     return {path: int(d) for path, d in zip(leaves_by_path(tree), digests, strict=True)}
 
 
+@jax.jit
+def _finite(tree: Any) -> list[jax.Array]:
+    return [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
+
+
+def first_not_finite(tree: Any) -> str | None:
+    """Return the path of the first array that holds a value that is not finite; None without."""
+    finite = jax.device_get(_finite(tree))
+    paths = zip(leaves_by_path(tree), finite, strict=True)
+    return next((path for path, is_finite in paths if not is_finite), None)
+
+
 class Checkpoints:
     """The checkpoints of a work folder. Saving is asynchronous; `close` waits for it.
 
@@ -134,12 +146,13 @@ class Checkpoints:
           metrics: of an evaluation of this state.
 
         Raises:
-          UserError: the disk has no room for it.
+          UserError: the disk has no room for it, or the state holds what is not finite.
         """
         if step in self._manager.all_steps():
             return
         self.require_room(state)
         items = _items(state)
+        self._require_finite(items, step)
         meta = {
             "format": FORMAT,
             "step": step,
@@ -150,6 +163,18 @@ class Checkpoints:
         args = {name: ocp.args.StandardSave(item) for name, item in items.items()}
         self._manager.save(
             step, args=ocp.args.Composite(**args, meta=ocp.args.JsonSave(meta)), force=True
+        )
+
+    def _require_finite(self, items: dict[str, Any], step: int) -> None:
+        # The step's guard sees its loss and gradients; what the update makes of them is seen here.
+        path = first_not_finite(items)
+        if path is None:
+            return
+        earlier = self.steps()
+        kept = f"step {earlier[0]} in {self.folder} stays" if earlier else "none was saved before"
+        raise UserError(
+            f"the state after step {step} is not finite, first in {path}, and is not saved; "
+            f"{kept}; lower config.optim.learning_rate"
         )
 
     def require_room(self, state: TrainState) -> None:

@@ -8,15 +8,16 @@ import re
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from tensorboardX import SummaryWriter
 
 from clip_jax.errors import UserError
 from clip_jax.files import atomic_write
+from clip_jax.training.tensorboard_file import TensorBoardFile
 
 
 class Peak(NamedTuple):
@@ -202,7 +203,9 @@ class MetricsWriter:
     A line is {"step": 12, "loss": 4.1, ...} in the order given. Floats are written with every
     digit that distinguishes them, so two runs compare to the last bit. JSON has no NaN: the
     strings "NaN", "Infinity" and "-Infinity" stand for those, and `float()` reads them back.
-    Every line is handed to the operating system at once, so killing the process loses none.
+    Every line is handed to the operating system at once, so killing the process loses none. A line
+    that cannot be written, on a full disk say, is left out whole: the first is told, the run goes
+    on, and the next is tried again.
 
     Args:
       workdir: the folder of the files.
@@ -220,10 +223,9 @@ class MetricsWriter:
         lines = [] if resume_step is None else read_lines_until(self.path, resume_step)
         with atomic_write(self.path) as partial:
             partial.write_text("".join(lines), encoding="utf-8")
-        self._file = self.path.open("a", encoding="utf-8")
-        # TensorBoard forgets what earlier files of the folder say from this step on.
-        purge_step = 0 if resume_step is None else resume_step + 1
-        self._board = SummaryWriter(str(workdir), purge_step=purge_step)
+        self._file = self.path.open("ab", buffering=0)
+        self._told = False
+        self._board = TensorBoardFile(workdir, 0 if resume_step is None else resume_step + 1)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Append one line; numbers go to TensorBoard too.
@@ -234,16 +236,39 @@ class MetricsWriter:
             dicts of these, by name.
         """
         line = {"step": int(step)} | {name: to_json(value) for name, value in metrics.items()}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
-        for name, value in metrics.items():
-            number = value.item() if hasattr(value, "item") else value
-            # tensorboardX answers each non-finite value with a warning in the log.
-            if isinstance(number, int | float) and math.isfinite(number):
-                self._board.add_scalar(name, number, int(step))
+        self._append(json.dumps(line, allow_nan=False) + "\n")
+        numbers = {
+            name: value.item() if hasattr(value, "item") else value
+            for name, value in metrics.items()
+        }
+        # TensorBoard has no use for what is not finite.
+        finite = {
+            name: number
+            for name, number in numbers.items()
+            if isinstance(number, int | float) and math.isfinite(number)
+        }
+        self._board.add_scalars(int(step), finite)
+
+    def _append(self, line: str) -> None:
+        data = line.encode()
+        size = os.fstat(self._file.fileno()).st_size
+        try:
+            written = self._file.write(data)
+            if written == len(data):
+                return
+            reason = "the disk is full"
+        except OSError as error:
+            reason = error.strerror or str(error)
+        with suppress(OSError):  # never half a line in the middle
+            os.truncate(self._file.fileno(), size)
+        if not self._told:
+            self._told = True
+            print(
+                f"{self.path} takes no more lines ({reason}); make room, they are lost until then"
+            )
 
     def close(self) -> None:
-        """Write what TensorBoard still holds back, and close both files."""
+        """Close both files."""
         self._file.close()
         self._board.close()
 

@@ -33,6 +33,7 @@ from clip_jax.training.fingerprint import (
 )
 from clip_jax.training.kernel_check import with_checked_kernels
 from clip_jax.training.programs import ProgramCompiler, ShapedPrograms
+from clip_jax.training.run_lock import only_run
 from clip_jax.training.run_logger import RunLogger, print_summary
 from clip_jax.training.setup import (
     RunComponents,
@@ -67,6 +68,11 @@ def train(config: Config, workdir: str, *, began: float | None = None) -> int:
     began = time.perf_counter() if began is None else began
     # First of all: what is wrong with the data is listed there.
     folder = make_workdir(workdir)
+    with only_run(folder):
+        return _train(config, workdir, folder, began)
+
+
+def _train(config: Config, workdir: str, folder: Path, began: float) -> int:
     cache_folder = start_program_cache(config.train.compile_cache, folder)
     data = open_data(config, workdir)
     pairs = sum(len(shard) for shard in data.shards)

@@ -126,6 +126,19 @@ def test_a_full_disk_is_one_line_before_anything_is_written(
     saver.close()
 
 
+def test_what_is_not_finite_is_not_saved(tmp_path, state):
+    saver = Checkpoints(tmp_path)
+    saver.save(state, 1, {})
+    scale = state.params["logit_scale"] + jnp.inf
+    spoiled = state.replace(params={**state.params, "logit_scale": scale})
+    with pytest.raises(
+        UserError, match=r"step 2 is not finite, first in model/.*logit_scale, .* 1 "
+    ):
+        saver.save(spoiled, 2, {})
+    assert saver.steps() == [1]
+    saver.close()
+
+
 def test_other_arrays_are_not_taken_for_damage(tmp_path, state, shapes):
     saver = Checkpoints(tmp_path)
     saver.save(state, 1, {})

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import resource
 import struct
 from concurrent.futures import Future
 
@@ -148,6 +149,26 @@ def test_a_foreign_line_is_named(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nhello\n{"step": 2}\n')
     with pytest.raises(UserError, match=r"metrics\.jsonl line 2"):
         MetricsWriter(tmp_path, resume_step=2)
+
+
+def test_a_disk_that_fills_stops_nothing(tmp_path, capsys):
+    """Files may not grow beyond 1,000 bytes for a while, which a write answers as a full disk."""
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with contextlib.closing(MetricsWriter(tmp_path)) as writer:
+        for step in range(60):
+            if step in (10, 40):
+                limit = 1000 if step == 10 else unlimited[0]
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, unlimited[1]))
+            writer.write(step, {"loss": step / 3})
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines]
+    lost = sorted(set(range(60)) - set(steps))
+    assert steps[:11] == list(range(11)) and steps[-20:] == list(range(40, 60))
+    assert lost == list(range(lost[0], 40))
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == 2
+    assert any("takes no more lines" in line for line in told)
+    assert any("the run goes on without TensorBoard's file" in line for line in told)
 
 
 def tensorboard_records(path):
