@@ -298,7 +298,7 @@ def tokenizer_family(config: CLIPConfig) -> str:
     """Return the family of a model's tokenizer: a name of `tokenizers.folder.FAMILIES`."""
     text = config.text
     if text.encoder is not None:
-        return "encoder"
+        return "encoder" if text.encoder.norms == "after" else "nllb"
     if text.pool == "last":
         if config.init_logit_bias is None:
             return "clipa"

@@ -32,11 +32,14 @@ class Family:
       clean: see `clean.CLEANERS`.
       pad: the token that pads; None leaves it to the files.
       strip_sep: see `TokenizerSpec`.
+      start: the token before every text, whatever the file's template has; None leaves both ends
+        to the files.
     """
 
     clean: str = "whitespace"
     pad: str | None = None
     strip_sep: bool = False
+    start: str | None = None
 
 
 # From open_clip's model_configs and its `SigLipTokenizer`; MetaCLIP 2's L/14 (mT5) alone
@@ -47,7 +50,10 @@ FAMILIES = {
     "siglip2": Family("canonicalize", "<pad>"),
     "clipa": Family(pad="[PAD]", strip_sep=True),
     "metaclip2": Family(),
-    "encoder": Family(pad="<pad>"),  # RoBERTa, XLM-RoBERTa, NLLB: what pads is not seen
+    # RoBERTa, XLM-RoBERTa and NLLB, whose padding is not seen. NLLB's language stands before a
+    # text, as transformers has it; the templates of older files set it behind the end token.
+    "encoder": Family(pad="<pad>"),
+    "nllb": Family(pad="<pad>", start="eng_Latn"),
 }
 # Hugging Face's classes that settle the family.
 CLASSES = {"SiglipTokenizer": "siglip", "Siglip2Tokenizer": "siglip2"}
@@ -184,7 +190,10 @@ def _huggingface_spec(
         return call_rust(lambda: tokenizer.token_to_id(name), f"{path} is damaged")
 
     sot_id = eot_id = None
-    if "add_bos_token" in config or "add_eos_token" in config:
+    if defaults.start is not None:
+        sot_id = _id_of(_token(config, "src_lang") or defaults.start, token_id, path)
+        eot_id = _id_of(_token(config, "eos_token") or "</s>", token_id, path)
+    elif "add_bos_token" in config or "add_eos_token" in config:
         # transformers then builds the template anew from these two.
         if not config.get("add_eos_token", False):
             raise UserError(

@@ -265,3 +265,21 @@ def test_a_damaged_file_is_a_tokenizer_or_one_line(bert_text, tmp_path_factory, 
         assert tokens.shape == (2, 9) and tokens.dtype == np.int32
     except UserError as error:
         assert "\n" not in str(error)
+
+
+def test_an_nllbs_language_stands_before_a_text(tmp_path):
+    """Its older files have a template that sets the language behind the end token."""
+    vocab = ["<s>", "<pad>", "</s>", "<unk>", "a", "dog", "eng_Latn", "deu_Latn"]
+    model = models.WordLevel({word: i for i, word in enumerate(vocab)}, unk_token="<unk>")
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s> eng_Latn", special_tokens=[("</s>", 2), ("eng_Latn", 6)]
+    )
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    spec = tokenizer_from_folder(tmp_path, "nllb")
+    assert (spec.sot_id, spec.eot_id, spec.pad_id) == (6, 2, 1)
+    rows = make_tokenizer(spec)(["a dog", "a " * 9], 6)
+    np.testing.assert_array_equal(rows, [[6, 4, 5, 2, 1, 1], [6, 4, 4, 4, 4, 2]])
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"src_lang": "deu_Latn"}))
+    assert tokenizer_from_folder(tmp_path, "nllb").sot_id == 7
