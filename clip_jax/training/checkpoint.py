@@ -15,9 +15,11 @@ With several processes all of them save and restore, each its own parts of the a
 system they share; process 0 alone renames and reads what decides for all.
 """
 
+import functools
 import json
 import logging
 import shutil
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -44,19 +46,25 @@ FORMAT = 1
 QUARANTINE_DIRNAME = "quarantine"
 
 
-@jax.jit
-def _digests(tree: Any) -> list[jax.Array]:
-    return [_digest(x) for x in jax.tree.leaves(tree)]
+DIGEST = 2
+"""The version of the digests that are saved; those of a checkpoint say theirs. 1 mixes no bits."""
 
 
-def _digest(x: jax.Array) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=1)
+def _digests(tree: Any, version: int) -> list[jax.Array]:
+    return [_digest(x, version) for x in jax.tree.leaves(tree)]
+
+
+def _digest(x: jax.Array, version: int) -> jax.Array:
     """Compute a uint32 over an array's raw bits, the same however it is sharded.
 
-    The sum of bits weighted by odd numbers, modulo 2^32: a change of any one element changes
-    it, since an odd number has an inverse.
+    The sum of mixed bits weighted by odd numbers, modulo 2^32: a change of any one element changes
+    it, since an odd number has an inverse and the mixing too. Without the mixing an even number of
+    signs could flip unseen, for each moves the sum by 2^31.
     """
     kinds = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
     bits = jax.lax.bitcast_convert_type(x, kinds[x.dtype.itemsize]).astype(jnp.uint32)
+    bits = bits if version == 1 else _mixed(bits)
     weight = jnp.ones((), jnp.uint32)
     stride = 2
     for axis in reversed(range(x.ndim)):
@@ -67,10 +75,23 @@ def _digest(x: jax.Array) -> jax.Array:
     return jnp.sum(bits * weight, dtype=jnp.uint32)
 
 
-def tree_digests(tree: Any) -> dict[str, int]:
+def _mixed(bits: jax.Array) -> jax.Array:
+    """Return MurmurHash3's finalizer of 32 bits, in which each bit moves half of the others."""
+    bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
+    bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
+    return bits ^ (bits >> 16)
+
+
+def tree_digests(tree: Any, version: int = 1) -> dict[str, int]:
     """Compute a digest of every array of a tree, by its path."""
-    digests = jax.device_get(_digests(tree))
+    digests = jax.device_get(_digests(tree, version))
     return {path: int(d) for path, d in zip(leaves_by_path(tree), digests, strict=True)}
+
+
+def _meta_check(meta: dict[str, Any]) -> int:
+    """Return a checksum of what `meta` says beside it."""
+    rest = {key: value for key, value in meta.items() if key != "check"}
+    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
 
 
 @jax.jit
@@ -157,9 +178,13 @@ class Checkpoints:
             "format": FORMAT,
             "step": step,
             "fingerprint": fingerprint,
-            "digests": tree_digests(items),
+            "digest": DIGEST,
+            "digests": tree_digests(items, DIGEST),
             "metrics": metrics or {},
         }
+        # Of what is read back: JSON turns tuples into lists.
+        meta = json.loads(json.dumps(meta))
+        meta["check"] = _meta_check(meta)
         args = {name: ocp.args.StandardSave(item) for name, item in items.items()}
         self._manager.save(
             step, args=ocp.args.Composite(**args, meta=ocp.args.JsonSave(meta)), force=True
@@ -232,7 +257,10 @@ class Checkpoints:
     def _read_meta(self, step: int) -> dict[str, Any] | None:
         try:
             meta = json.loads((self.folder / str(step) / "meta" / "metadata").read_text())
-            return meta if meta.get("format") == FORMAT and "digests" in meta else None
+            # Checkpoints of earlier versions have no checksum here.
+            is_earlier = not {"digest", "check"} & meta.keys()
+            whole = is_earlier or meta.get("check") == _meta_check(meta)
+            return meta if whole and meta.get("format") == FORMAT and "digests" in meta else None
         except (OSError, ValueError, AttributeError):
             return None
 
@@ -264,7 +292,7 @@ class Checkpoints:
             items, fault = self._try_read(step, self._saved_layout(meta, shapes))
             if together:
                 fault = next((f for f in gather(fault) if f), None)
-            fault = fault or _first_difference(items, meta["digests"])
+            fault = fault or _first_difference(items, meta)
             if fault is None:
                 return _lay_out(items, shapes), meta
             self._quarantine(step, fault)
@@ -353,10 +381,10 @@ def _lay_out(items: dict[str, Any], shapes: dict[str, Any]) -> dict[str, Any]:
     return jax.jit(lambda tree: _with_names(tree, names), out_shardings=shardings)(items)
 
 
-def _first_difference(items: dict[str, Any], digests: dict[str, int]) -> str | None:
+def _first_difference(items: dict[str, Any], meta: dict[str, Any]) -> str | None:
     """Return which array differs from what was saved, if one does."""
-    actual = tree_digests(items)
-    expected = {k: v for k, v in digests.items() if k.split("/")[0] in items}
+    actual = tree_digests(items, meta.get("digest", 1))
+    expected = {k: v for k, v in meta["digests"].items() if k.split("/")[0] in items}
     for name in sorted(actual.keys() | expected.keys()):
         if actual.get(name) != expected.get(name):
             return f"{name} differs from what was saved"

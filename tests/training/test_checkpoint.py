@@ -1,5 +1,6 @@
 """Checkpoints: the same bits on any mesh, damage found and set aside, other runs refused."""
 
+import json
 import random
 import shutil
 
@@ -16,7 +17,7 @@ from clip_jax.errors import UserError
 from clip_jax.models.clip import CLIP
 from clip_jax.parallel.mesh import make_mesh
 from clip_jax.sections import OptimSection, TrainSection
-from clip_jax.training.checkpoint import Checkpoints, tree_digests
+from clip_jax.training.checkpoint import DIGEST, Checkpoints, tree_digests
 from clip_jax.training.optimizer import make_optimizer
 from clip_jax.training.state import init_state, state_shapes
 
@@ -126,6 +127,30 @@ def test_a_full_disk_is_one_line_before_anything_is_written(
     saver.close()
 
 
+@pytest.fixture(scope="module")
+def saved_twice(tmp_path_factory, state):
+    folder = tmp_path_factory.mktemp("twice")
+    saver = Checkpoints(folder, keep=2)
+    for step in (1, 2):
+        saver.save(state, step, {"seed": 3, "sizes": (1, 2)})
+    saver.close()
+    return folder
+
+
+def test_earlier_digests_are_verified_by_their_own_version(tmp_path, state, shapes):
+    saver = Checkpoints(tmp_path, keep=2)
+    saver.save(state, 1, {})
+    saver.steps()
+    path = tmp_path / "checkpoints" / "1" / "meta" / "metadata"
+    meta = json.loads(path.read_text())
+    items = {"model": {"params": state.params, "batch_stats": state.batch_stats}}
+    items["train"] = {"step": state.step, "opt_state": state.opt_state}
+    del meta["check"], meta["digest"]
+    path.write_text(json.dumps(meta | {"digests": tree_digests(items)}))
+    assert saver.restore(shapes)[1]["step"] == 1
+    saver.close()
+
+
 def test_what_is_not_finite_is_not_saved(tmp_path, state):
     saver = Checkpoints(tmp_path)
     saver.save(state, 1, {})
@@ -156,7 +181,37 @@ def test_digest_sees_every_bit(place, bit):
     x = np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4)
     bits = x.view(np.uint32).copy()
     bits.reshape(-1)[place] ^= np.uint32(1 << bit)
-    assert tree_digests({"x": x}) != tree_digests({"x": bits.view(np.float32)})
+    for version in (1, 2):
+        damaged = tree_digests({"x": bits.view(np.float32)}, version)
+        assert tree_digests({"x": x}, version) != damaged
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.sets(st.integers(0, 11), min_size=2, max_size=12))
+def test_digest_sees_signs_that_flip_together(places):
+    x = np.linspace(-1, 1, 12, dtype=np.float32)
+    flipped = x.copy()
+    flipped[list(places)] *= -1
+    assert tree_digests({"x": x}, DIGEST) != tree_digests({"x": flipped}, DIGEST)
+
+
+@settings(max_examples=60, deadline=None)
+@given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_a_flipped_bit_of_meta_falls_back_to_the_checkpoint_before(saved_twice, place, bit):
+    """Whichever it is: none of them makes the run another, or stops it."""
+    path = saved_twice / "checkpoints" / "2" / "meta" / "metadata"
+    whole = path.read_bytes()
+    damaged = bytearray(whole)
+    damaged[int(place * len(whole))] ^= 1 << bit
+    path.write_bytes(damaged)
+    reader = Checkpoints(saved_twice, read_only=True)
+    try:
+        meta = reader.latest_meta()
+        assert meta["step"] == 1 or meta == json.loads(whole)
+        assert meta["fingerprint"] == {"seed": 3, "sizes": [1, 2]}
+    finally:
+        reader.close()
+        path.write_bytes(whole)
 
 
 def test_digest_does_not_depend_on_the_sharding():
