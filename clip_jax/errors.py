@@ -1,5 +1,6 @@
 """The one error class a user meets, and how commands end on it."""
 
+import functools
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import NoReturn
@@ -15,6 +16,12 @@ class UserError(Exception):
 
     The commands print it without a traceback and exit with code 2.
     """
+
+
+@functools.cache
+def note(message: str) -> None:
+    """Print a line on stderr, once in a process: what was done that nobody asked for."""
+    print(f"note: {message}", file=sys.stderr, flush=True)
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:

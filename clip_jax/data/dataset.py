@@ -288,8 +288,22 @@ def open_all_shards(
     sources = open_sources(source, where=where, unique_keys=unique_keys, log=log)
     shards = [shard for one in sources for shard in one]
     if not sum(map(len, shards)):
-        raise UserError(f"{' and '.join(source)}: no sample" + (" meets --filter" if where else ""))
+        raise _no_sample(source, log, where)
     return shards
+
+
+def _no_sample(source: Sequence[str], log: SkipLog, where: str) -> UserError:
+    """Make the error of sources without a sample: why the shards cannot be read, if that is it."""
+    lost = [
+        detail if name in detail else f"{name}: {detail or cause}"
+        for cause, name, detail in log.excluded_shards
+    ]
+    if where or not lost:
+        because = f"; {lost[0]}" if lost else ""
+        meets = " meets --filter" if where else ""
+        return UserError(f"{' and '.join(source)}: no sample{meets}{because}")
+    more = f" (and {len(lost) - 1} more shards cannot be read)" if len(lost) > 1 else ""
+    return UserError(lost[0] + more)
 
 
 def _open_now(pattern: str, log: SkipLog | None) -> list[Shard]:

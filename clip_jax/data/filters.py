@@ -3,7 +3,7 @@
 import hashlib
 import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -114,6 +114,16 @@ class FilteredShard:
 
     def record(self, i: int, handles: Handles) -> dict[str, Any]:
         return self.shard.record(self._row(i), handles)
+
+    @property
+    def classes(self) -> list[str]:
+        """The names of the whole shard's classes, in label order; empty where it knows none."""
+        return getattr(self.shard, "classes", [])
+
+    def image_id(self, i: int, handles: Handles) -> Hashable:
+        """Return what the rows of one image have in common; None where each has its own."""
+        shared = getattr(self.shard, "image_id", None)
+        return None if shared is None else shared(self._row(i), handles)
 
     def incomplete(self) -> dict[str, list[str]]:
         """Return the keys of the incomplete samples that are there, by cause."""

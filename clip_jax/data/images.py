@@ -16,8 +16,11 @@ from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from clip_jax.data.shards import BadSampleError
@@ -78,9 +81,15 @@ MOBILECLIP2 = Preprocess(interpolation="bilinear")  # 2: MobileCLIP2-S3 and -S4
 INCEPTION = Preprocess(mean=_HALF, std=_HALF)  # 1: ViT-L-14 laion2b_s32b_b82k
 
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "jfif", "jpe")
 """Names of images in archives, folders, tables and records: what `image_suffix` can tell."""
-IMAGE_KINDS = "JPEG, PNG or WebP"
+UNREAD_SUFFIXES = (
+    *("avif", "heic", "heif", "jxl", "jp2", "j2k", "svg", "psd", "ico", "tga", "dds", "exr", "hdr"),
+    *("ppm", "pgm", "pbm", "pnm", "pcx", "dib", "apng", "cr2", "cr3", "nef", "arw", "dng", "orf"),
+    *("raw", "eps", "dcm", "xcf", "ai"),
+)
+"""Names of images that are not read; in a folder each is counted and named."""
+IMAGE_KINDS = "JPEG, PNG, WebP, GIF, BMP or TIFF"
 """The same, for messages."""
 
 
@@ -93,7 +102,7 @@ class ImageError(BadSampleError):
 
 
 def image_suffix(data: bytes) -> str:
-    """Return `jpg`, `png` or `webp`, by the first bytes.
+    """Return `jpg`, `png`, `webp`, `gif`, `bmp` or `tif`, by the first bytes.
 
     Raises:
       ImageError: `empty` or `not_an_image`.
@@ -106,13 +115,19 @@ def image_suffix(data: bytes) -> str:
         return "png"
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "webp"
+    if data[:6] in (b"GIF87a", b"GIF89a"):
+        return "gif"
+    if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        return "tif"
+    if data[:2] == b"BM" and data[6:10] == bytes(4):
+        return "bmp"
     raise ImageError("not_an_image", data[:8].hex())
 
 
 def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode JPEG, PNG or WebP bytes into a loaded image in the mode of the file.
+    """Decode an image's bytes (of `IMAGE_KINDS`) into a loaded image in the mode of the file.
 
-    Of an animation it is the first frame. The size is checked before any pixel is decoded.
+    Of an animation or of pages it is the first. The size is checked before any pixel is decoded.
 
     Raises:
       ImageError: whatever is wrong with the bytes; never another exception.
@@ -157,6 +172,16 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
         if data.rfind(b"IEND") < 0:
             raise ImageError("truncated", "no IEND chunk")
         return _pillow(PngImageFile, file)
+    if suffix == "gif":
+        return _pillow(GifImageFile, file)
+    if suffix == "bmp":
+        return _pillow(BmpImageFile, file)
+    if suffix == "tif":
+        image = _pillow(TiffImageFile, file)
+        if image.mode[:1] in "IF":
+            # Conversion to RGB would cut the values at 255, or at 1.
+            raise ImageError("broken", f"a TIFF of {image.mode} values, which are no 8 bits")
+        return image
     if len(data) < 8 + int.from_bytes(data[4:8], "little"):
         raise ImageError("truncated", f"{len(data)} bytes")
     # Opening allocates the canvas, so its size must be known before.

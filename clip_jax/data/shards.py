@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -166,9 +167,34 @@ class Shard(Protocol):
 def caption_lines(text: str | bytes) -> list[str]:
     """Split a text into captions, one a line, blank ones left out.
 
+    A line feed ends a line, and nothing else does: form feeds and Unicode's separators may stand
+    inside a caption.
+
     Raises:
       BadSampleError: `caption_not_utf8`, `caption_too_long` or `empty_caption`.
     """
+    lines = [line.strip()[:MAX_CAPTION_CHARS] for line in _caption_text(text).split("\n")]
+    lines = [line for line in lines if line]
+    if not lines:
+        raise BadSampleError("empty_caption")
+    return lines
+
+
+def whole_caption(text: str | bytes) -> str:
+    """Return a text as one caption, its line ends as spaces.
+
+    Raises:
+      BadSampleError: as `caption_lines`.
+    """
+    lines = [line.strip() for line in _caption_text(text).split("\n")]
+    caption = " ".join(line for line in lines if line)[:MAX_CAPTION_CHARS]
+    if not caption:
+        raise BadSampleError("empty_caption")
+    return caption
+
+
+def _caption_text(text: str | bytes) -> str:
+    """Return the text, or raise BadSampleError if it is too long or no UTF-8."""
     if len(text) > MAX_TEXT_BYTES:
         raise BadSampleError("caption_too_long", f"{len(text)} bytes")
     try:
@@ -178,29 +204,51 @@ def caption_lines(text: str | bytes) -> list[str]:
             text.encode("utf-8")  # JSON can spell half a surrogate pair; UTF-8 cannot
     except UnicodeError as e:
         raise BadSampleError("caption_not_utf8", str(e)) from e
-    lines = [line.strip()[:MAX_CAPTION_CHARS] for line in text.splitlines()]
-    lines = [line for line in lines if line]
-    if not lines:
-        raise BadSampleError("empty_caption")
-    return lines
+    return text
+
+
+def text_captions(text: bytes, other: Callable[[], Any], whole: bool = False) -> list[str]:
+    """Return the captions of a `.txt` file, or of a field beside it where the file is blank.
+
+    Args:
+      other: returns the value of the field.
+      whole: take the file for one caption, and not each line.
+
+    Raises:
+      BadSampleError: as `caption_lines`.
+    """
+    try:
+        return [whole_caption(text)] if whole else caption_lines(text)
+    except BadSampleError as blank:
+        if blank.cause != "empty_caption":
+            raise
+        try:
+            return caption_values(other())
+        except BadSampleError:
+            raise blank from None
 
 
 def caption_values(value: Any) -> list[str]:
-    """Return the captions of a field that holds one text or a list of them.
+    """Return the captions of a field that holds one text or number, or a list of them.
+
+    Each is one caption, whatever line ends it has.
 
     Raises:
       BadSampleError: `no_caption` if there is no text, or as for `caption_lines`.
     """
     values = value if isinstance(value, list | tuple) else [value]
-    texts = [v for v in values if isinstance(v, str | bytes)]
+    texts = [str(v) if _is_number(v) else v for v in values]
+    texts = [v for v in texts if isinstance(v, str | bytes)]
     if not texts:
         raise BadSampleError("no_caption", f"no text in {value!r:.80}" if value is not None else "")
-    if len(texts) == 1:
-        return caption_lines(texts[0])
-    lines = [line for text in texts if text.strip() for line in caption_lines(text)]
-    if not lines:
+    captions = [whole_caption(text) for text in texts if text.strip()]
+    if not captions:
         raise BadSampleError("empty_caption")
-    return lines
+    return captions
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
 
 
 def json_record(text: str | bytes) -> dict[str, Any]:
@@ -222,23 +270,33 @@ def json_record(text: str | bytes) -> dict[str, Any]:
     return record
 
 
-def parse_label(value: Any) -> int:
-    """Parse a class number, an integer or its digits; -1 for None.
+def parse_label(value: Any, *, named: bool = True) -> int:
+    """Parse a class number, an integer or its digits; -1 for None, NaN, "" and -1.
+
+    Args:
+      value: a number, or its digits as text or bytes; a fraction of zero may follow ("3.0").
+      named: the user has named the field as one of class numbers. Where False, it was found by its
+        usual name, and words in it are no label: many tables keep names of classes there.
 
     Raises:
       BadSampleError: `bad_label`.
     """
+    if isinstance(value, float):
+        value = int(value) if value.is_integer() else None if value != value else value
     if value is None:
         return -1
-    if isinstance(value, int) and not isinstance(value, bool):
-        digits = str(value)
-    elif isinstance(value, bytes | str):
-        digits = value.strip() if isinstance(value, str) else value.strip().decode("latin-1")
-    else:
-        raise BadSampleError("bad_label", repr(value)[:80])
-    if not (digits.isascii() and digits.isdigit()) or int(digits) >= 2**31:
-        raise BadSampleError("bad_label", repr(value)[:80])
-    return int(digits)
+    text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    if isinstance(text, bytes):
+        text = text.decode("utf-8", "replace")
+    if isinstance(text, str):
+        text = re.sub(r"\.0+$", "", text.strip())
+        if re.fullmatch(r"-1|", text):
+            return -1
+        if text.isascii() and text.isdigit() and int(text) < 2**31:
+            return int(text)
+    if not named and not re.fullmatch(r"[-+]?\d+", str(text)) and "\ufffd" not in str(text):
+        return -1
+    raise BadSampleError("bad_label", repr(value)[:80])
 
 
 def with_templates(names: list[str], templates: tuple[str, ...]) -> list[str]:

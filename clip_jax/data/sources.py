@@ -21,7 +21,7 @@ from clip_jax.data.formats.errors import ShardError
 from clip_jax.data.formats.options import Options, split_options
 from clip_jax.data.formats.remote import is_url, list_urls
 from clip_jax.data.shards import OPEN_THREADS, Shard
-from clip_jax.errors import UserError
+from clip_jax.errors import UserError, note
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ FORMATS = (
     Format(
         "tar",
         r".*\.tar",
-        lambda path, o: webdataset.open_shard(path, o.caption or "caption"),
+        lambda path, o: webdataset.open_shard(path, o.caption or "caption", whole_txt=o.whole_txt),
         True,
     ),
     Format("csv", r".*\.(csv|tsv)", tables.open_csv),
@@ -204,7 +204,32 @@ def _expand_folder(folder: str) -> list[str]:
         raise UserError(
             f"folder {folder} holds no .tar file and no image: name the folder of the shards"
         )
+    if shards:
+        _note_passed_over(folder, files, shards)
     return shards or [folder]
+
+
+def _note_passed_over(folder: str, files: Sequence[str], shards: Sequence[str]) -> None:
+    """Say which data in a folder is not read, because the folder is taken for other shards.
+
+    Tables beside shards of their own names, as img2dataset leaves them, are no data of their own.
+    """
+    stems = {os.path.splitext(shard)[0] for shard in shards}
+    endings = re.compile(r".*\.(tar|parquet|csv|tsv|jsonl|ndjson|tfrecords?|array_?record)")
+    images = os.path.basename(shards[0]) not in _METADATA
+    passed = [
+        file
+        for file in files
+        if file not in shards
+        and os.path.splitext(file)[0] not in stems
+        and os.path.basename(file)[0] not in "._"
+        and (endings.fullmatch(file.lower()) or (images and folders.is_image(file)))
+    ]
+    if passed:
+        note(
+            f"folder {folder} is read as its {len(shards)} {os.path.splitext(shards[0])[1]} files; "
+            f"{len(passed)} others are passed over, the first {os.path.basename(passed[0])}"
+        )
 
 
 def _of_one_format(files: Sequence[str]) -> list[str]:

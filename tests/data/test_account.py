@@ -136,7 +136,7 @@ JPEG = encode(make_image("RGB", 40, 30), "JPEG")
 DAMAGES = {
     "truncated": lambda k: JPEG[: -20 - k % 100],
     "empty": lambda k: b"",
-    "not_an_image": lambda k: b"GIF89a" + bytes([k % 256]),
+    "not_an_image": lambda k: b"no image" + bytes([k % 256]),
     "too_large": lambda k: bomb(30_000),
 }
 

@@ -113,7 +113,7 @@ def test_exif_does_not_turn_the_image():
     assert decode_image(encode(make_image("RGB", 40, 30), "JPEG", exif=exif)).size == (40, 30)
 
 
-@pytest.mark.parametrize("fmt", ["GIF", "BMP", "TIFF", "PPM", "ICO"])
+@pytest.mark.parametrize("fmt", ["PPM", "ICO"])
 def test_other_formats_are_refused(fmt):
     assert cause(encode(make_image("RGB", 16, 16), fmt)) == "not_an_image"
 

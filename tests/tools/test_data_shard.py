@@ -73,7 +73,7 @@ def damaged_set(folder: Path) -> str:
             data = encode(make_image("RGB", 30, 24, seed=k), "JPEG")
             sample = {"__key__": f"{k:04d}", "jpg": data, "txt": f"caption {k}"}
             if k % 10 == 0:
-                sample["jpg"] = b"GIF89a"
+                sample["jpg"] = b"no image"
             if k % 10 == 5:
                 sample["txt"] = " "
             writer.write(sample)

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 
-from clip_jax.errors import UserError
+from clip_jax.errors import UserError, check_choice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,11 +22,18 @@ class Options:
     """Of a TFDS set."""
     template: str = ""
     """Sentences joined by `|` in which `{}` is the caption or the class name."""
+    txt: str = "lines"
+    """Of `.txt` files: "lines" takes each line for a caption, "whole" the file for one."""
 
     @property
     def templates(self) -> tuple[str, ...]:
         """The sentences; the bare name if none is given."""
         return tuple(self.template.split("|")) if self.template else ("{}",)
+
+    @property
+    def whole_txt(self) -> bool:
+        """Whether a `.txt` file is one caption."""
+        return self.txt == "whole"
 
 
 NO_OPTIONS = Options()
@@ -37,7 +44,7 @@ def split_options(source: str) -> tuple[str, Options]:
     """Return a source without its options, and the options.
 
     Raises:
-      UserError: an unknown option, one that comes twice, or a template without {}.
+      UserError: an unknown option or value, one that comes twice, or a template without {}.
     """
     path, hash_, tail = source.partition("#")
     if not hash_ or not re.match(r"\w+=", tail):
@@ -51,6 +58,7 @@ def split_options(source: str) -> tuple[str, Options]:
             raise UserError(f"{source!r} gives {name} twice: give it once")
         values[name] = value
     options = Options(**values)
+    check_choice(f"{source!r}: option 'txt'", options.txt, ("lines", "whole"))
     bad = [t for t in options.templates if "{}" not in t]
     if bad:
         raise UserError(f"{source!r}: template {bad[0]!r} needs a {{}} for the caption")

@@ -130,7 +130,8 @@ class _ExampleShard(FileShard):
 
     def label(self, i: int, handles: Handles) -> int:
         values = self._values(i, handles, self._options.label, LABEL_FEATURES)
-        return parse_label(values[0] if values else None)
+        value = values[0] if values else None
+        return parse_label(value, named=bool(self._options.label))
 
     def record(self, i: int, handles: Handles) -> dict[str, Any]:
         """Return the features of one value, numbers and texts; images are left out."""

@@ -5,17 +5,20 @@ found by their usual names (open_clip's `filepath` and `title` among them) or na
 """
 
 import csv
+import hashlib
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 from jaxtyping import UInt64
 
-from clip_jax.data.formats.errors import unreadable
+from clip_jax.data.formats.errors import ShardError, unreadable
 from clip_jax.data.formats.file_shard import FileShard
 from clip_jax.data.formats.options import Options
 from clip_jax.data.formats.remote import CACHE, RemoteError, is_url, open_local, read_whole
@@ -58,17 +61,25 @@ def read_image(root: str, path: str) -> bytes:
     return read_whole(resolve(root, path), MAX_IMAGE_BYTES)
 
 
+def _path_id(root: str, path: str) -> str:
+    return path if is_url(path) or is_url(root) else os.path.normpath(os.path.join(root, path))
+
+
 def root_of(path: str, options: Options) -> str:
     """Return where the relative paths of a table start."""
     return options.root or path.rpartition("/")[0] or "."
 
 
 class Columns(NamedTuple):
-    """The names of a table's columns; `label` is empty where there is none."""
+    """The names of a table's columns; `label` is empty where there is none.
+
+    `label_is_named` says that an option names it; else it has one of the usual names.
+    """
 
     image: str
     caption: str
     label: str
+    label_is_named: bool
 
 
 def find_columns(names: Sequence[str], options: Options, path: str, *, image: str = "") -> Columns:
@@ -86,6 +97,7 @@ def find_columns(names: Sequence[str], options: Options, path: str, *, image: st
         image or _find_column(names, options.image, IMAGE_COLUMNS, "image", path),
         _find_column(names, options.caption, CAPTION_COLUMNS, "caption", path),
         _find_column(names, options.label, LABEL_COLUMNS, "label", path),
+        bool(options.label),
     )
 
 
@@ -136,12 +148,29 @@ class TableShard(FileShard):
             raise BadSampleError("no_image", f"the path is {value!r:.80}")
         return read_image(self._root, os.fsdecode(value) if value else "")
 
+    def image_id(self, i: int, handles: Handles) -> Hashable:
+        """Return the path of the image, which the rows of its captions have in common."""
+        return _path_id(self._root, self.key(i))
+
+    @property
+    def classes(self) -> list[str]:
+        """The names in Hugging Face's description of the label; empty where there is none."""
+        metadata = self._table.schema.metadata or {}
+        try:
+            features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
+            names = features[self._columns.label]["names"]
+        except (ValueError, KeyError, TypeError):
+            return []
+        return [str(name) for name in names] if isinstance(names, list) else []
+
     def captions(self, i: int, handles: Handles) -> list[str]:
         return caption_values(self._value(self._columns.caption, i))
 
     def label(self, i: int, handles: Handles) -> int:
         column = self._columns.label
-        return parse_label(self._value(column, i)) if column else -1
+        if not column:
+            return -1
+        return parse_label(self._value(column, i), named=self._columns.label_is_named)
 
     def record(self, i: int, handles: Handles) -> dict[str, Any]:
         row = {name: self._value(name, i) for name in self._table.column_names}
@@ -184,7 +213,37 @@ def open_csv(path: str, options: Options) -> TableShard:
     except pa.ArrowInvalid as e:
         message = f"table {path} cannot be read: {short(e)}; mend the row, or leave it out"
         raise unreadable(e, message) from e
+    _check_quotes(path, table, delimiter)
     return TableShard(path, size, table, find_columns(names, options, path), root_of(path, options))
+
+
+def _check_quotes(path: str, table: pa.Table, delimiter: str) -> None:
+    """Raise ShardError if a quote that is not closed has taken in the rows after it.
+
+    Only a table in which a value spans lines is read again, by the rules that Arrow does not
+    check: a quote that opens a value must be closed, and a comma or the line's end must follow.
+    """
+    if not any(
+        pc.any(pc.match_substring(column, end)).as_py()
+        for column in table.columns
+        for end in (b"\n", b"\r")
+    ):
+        return
+    csv.field_size_limit(MAX_IMAGE_BYTES)
+    with open(open_local(path), encoding="latin-1", newline="") as file:
+        rows = csv.reader(file, delimiter=delimiter, strict=True)
+        number, line = 0, 1
+        try:
+            for row in rows:
+                if row and len(row) != table.num_columns:
+                    raise csv.Error(f"{len(row)} values, and the header has {table.num_columns}")
+                number, line = number + 1, rows.line_num + 1
+        except csv.Error as e:
+            raise ShardError(
+                "shard_damaged",
+                f"table {path}: row {number}, line {line}: a quote that opens a value is not "
+                f"closed ({e}): close it, or write the value in quotes with each quote in it twice",
+            ) from None
 
 
 class JsonLinesShard(FileShard):
@@ -223,11 +282,17 @@ class JsonLinesShard(FileShard):
             raise BadSampleError("no_image", "no path in the line")
         return read_image(self._root, path)
 
+    def image_id(self, i: int, handles: Handles) -> Hashable:
+        """Return the path of the image, which the rows of its captions have in common."""
+        path = self._field(i, handles, self._options.image, IMAGE_COLUMNS)
+        return _path_id(self._root, str(path))
+
     def captions(self, i: int, handles: Handles) -> list[str]:
         return caption_values(self._field(i, handles, self._options.caption, CAPTION_COLUMNS))
 
     def label(self, i: int, handles: Handles) -> int:
-        return parse_label(self._field(i, handles, self._options.label, LABEL_COLUMNS))
+        value = self._field(i, handles, self._options.label, LABEL_COLUMNS)
+        return parse_label(value, named=bool(self._options.label))
 
 
 def open_jsonl(path: str, options: Options) -> JsonLinesShard:
@@ -270,6 +335,10 @@ class ParquetShard(TableShard):
     def key(self, i: int) -> str:
         """Return the row's number, from 0."""
         return f"{i:08d}"
+
+    def image_id(self, i: int, handles: Handles) -> Hashable:
+        """Return a hash of the image's bytes: the rows of its captions hold the same."""
+        return hashlib.blake2b(self.image(i, handles), digest_size=16).digest()
 
     def image(self, i: int, handles: Handles) -> bytes:
         group = int(np.searchsorted(self._starts, i, side="right")) - 1

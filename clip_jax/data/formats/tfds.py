@@ -85,6 +85,12 @@ class TfdsShard:
                 " name one, #caption=FEATURE"
             )
 
+    @property
+    def classes(self) -> list[str]:
+        """The names of the classes in label order; empty where the set has none."""
+        names = getattr(self._features[self._label], "names", None) if self._label else None
+        return list(names or [])
+
     def __len__(self) -> int:
         return len(self._source)
 

@@ -7,6 +7,7 @@ the suffix (`000.jpg`, `000.txt`, `000.json`, `000.cls`).
 A shard is opened by its headers alone, see `clip_jax.data.formats.tar`; nothing is extracted.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -27,14 +28,16 @@ from clip_jax.data.shards import (
     MAX_TEXT_BYTES,
     BadSampleError,
     Handles,
-    caption_lines,
     caption_values,
     json_record,
     parse_label,
+    text_captions,
 )
 from clip_jax.files import atomic_write
 
 SUFFIXES = (*IMAGE_SUFFIXES, "txt", "json", "cls")
+# Side files of earlier versions do not know these members.
+_LATER_SUFFIXES = set(IMAGE_SUFFIXES) - {"jpg", "jpeg", "png", "webp"}
 SIDE_SUFFIX = ".index.json"
 """Of the file beside a shard that says what it must hold."""
 
@@ -56,6 +59,7 @@ class TarShard:
         length in bytes. Block 0 (always a header) says that the sample has no such member.
       ignored: members that belong to no sample or have a suffix that is not read.
       caption_key: the field of `.json` that holds the caption or a list of them.
+      whole_txt: a `.txt` member is one caption, and not one a line.
     """
 
     path: str
@@ -65,6 +69,7 @@ class TarShard:
     members: dict[str, UInt32[np.ndarray, "samples 2"]]
     ignored: int
     caption_key: str = "caption"
+    whole_txt: bool = False
 
     def __len__(self) -> int:
         return len(self.key_ends)
@@ -111,20 +116,28 @@ class TarShard:
             handles.read_ahead(self.path, self.size, start, end - start)
 
     def captions(self, i: int, handles: Handles) -> list[str]:
-        """Return the lines of `.txt`, or else `self.caption_key` of `.json`."""
+        """Return the lines of `.txt`, or else `self.caption_key` of `.json`.
+
+        A blank `.txt` gives way to a `.json` with a caption.
+        """
         if place := self.member(i, "txt"):
             if handles.reads_images:
                 self._read_with_image(i, place, handles)
-            return caption_lines(self._text(place, handles))
+            text = self._text(place, handles)
+            return text_captions(text, lambda: self._json_caption(i, handles), self.whole_txt)
         if not self.member(i, "json"):
             raise BadSampleError("no_caption")
-        return caption_values(self.record(i, handles).get(self.caption_key))
+        return caption_values(self._json_caption(i, handles))
+
+    def _json_caption(self, i: int, handles: Handles) -> Any:
+        return self.record(i, handles).get(self.caption_key)
 
     def label(self, i: int, handles: Handles) -> int:
         place = self.member(i, "cls")
         if place is None:
             return -1
-        return parse_label(handles.read(self.path, self.size, place[0], min(place[1], 32)))
+        data = handles.read(self.path, self.size, place[0], min(place[1], 32))
+        return parse_label(data, named=False)
 
     def record(self, i: int, handles: Handles) -> dict[str, Any]:
         place = self.member(i, "json")
@@ -150,13 +163,13 @@ class TarShard:
         """Return a hash of keys, offsets and lengths, but not of the members' contents."""
         state = hashlib.blake2b(self.key_bytes, digest_size=16)
         state.update(self.key_ends.astype("<u4").tobytes())
-        for suffix in sorted(self.members):
+        for suffix in sorted(set(self.members) - _LATER_SUFFIXES):
             state.update(suffix.encode() + b"\0")
             state.update(self.members[suffix].astype("<u4").tobytes())
         return state.hexdigest()
 
 
-def open_shard(path: str, caption_key: str = "caption") -> TarShard:
+def open_shard(path: str, caption_key: str = "caption", *, whole_txt: bool = False) -> TarShard:
     """Read a shard's headers and prove that they are all there.
 
     The walk must end at the archive's closing zeros, no member may run past the end of the file,
@@ -171,6 +184,7 @@ def open_shard(path: str, caption_key: str = "caption") -> TarShard:
             size = os.fstat(file.fileno()).st_size
             _refuse_compressed(path, file.read(8))
             shard = _collect(path, size, tar.members(path, file, size), caption_key)
+            shard = dataclasses.replace(shard, whole_txt=whole_txt)
     except RemoteError as e:
         raise unreadable(e, f"shard {path} cannot be fetched: {e}") from e
     except OSError as e:

@@ -15,6 +15,7 @@ from clip_jax.files import atomic_write
 JPEG_QUALITY = 95
 """Pillow's quality of an image that is encoded again."""
 
+# Others become PNG.
 _FORMAT = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 
 
@@ -47,12 +48,13 @@ class Shrink:
         if short <= self.side:
             return data
         width, height = (max(1, round(length * self.side / short)) for length in image.size)
-        if image.mode in ("P", "1"):
+        form = _FORMAT.get(image_suffix(data), "PNG")
+        if image.mode in ("P", "1") or (form == "PNG" and image.mode in ("CMYK", "LAB", "YCbCr")):
             image = image.convert("RGB")  # places in a palette cannot be averaged
         image = image.resize((width, height))
         out = io.BytesIO()
         # PNG has no quality, and Pillow ignores it there.
-        image.save(out, _FORMAT[image_suffix(data)], quality=self.quality)
+        image.save(out, form, quality=self.quality)
         return out.getvalue()
 
 
