@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,12 @@ def encode_dataset(
         skipped=lambda: getattr(batches, "skipped", {}),
     )
     if not sum(len(part) for part in parts):
-        raise UserError(f"{title}: no image that could be read, so there is nothing to evaluate")
+        skipped = sum((Counter(part.skipped) for part in parts), Counter())
+        causes = ", ".join(f"{count:,} {cause}" for cause, count in skipped.most_common())
+        raise UserError(
+            f"{title}: no image that could be read, so there is nothing to evaluate"
+            + f" ({causes}); python -m clip_jax.data.inspect lists them" * bool(causes)
+        )
     return concatenate(parts)
 
 

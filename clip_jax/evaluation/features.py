@@ -6,13 +6,15 @@ A part is some batches' features and what is known of their images.
 import dataclasses
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jaxtyping import Float32, Int32, Int64
 
+from clip_jax.data.shards import ConcatShards, Handles, Shard
+from clip_jax.errors import note
 from clip_jax.evaluation.encoders import Encoders, encode_padded, unit_rows
 from clip_jax.parallel.distributed import gather
 
@@ -31,6 +33,7 @@ class FeatureSet:
       captions: what each text says.
       image_of_text: the position in `z_image_BD` of each text's image.
       skipped: cause -> images that could not be used.
+      joined: rows that are not images of their own, see `join_rows_of_one_image`.
     """
 
     z_image_BD: Float32[np.ndarray, "B D"]
@@ -41,6 +44,7 @@ class FeatureSet:
     captions: list[str]
     image_of_text: Int64[np.ndarray, " texts"]
     skipped: dict[str, int]
+    joined: int = 0
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -63,6 +67,30 @@ def concatenate(parts: Sequence[FeatureSet]) -> FeatureSet:
         ),
         skipped=dict(skipped),
     )
+
+
+def join_rows_of_one_image(features: FeatureSet, shards: Sequence[Shard]) -> FeatureSet:
+    """Give the captions of a table's rows that hold one image to the first of these rows.
+
+    Tables often have a row for each caption. Formats without `image_id` have an image a sample.
+    """
+    if not any(getattr(shard, "image_id", None) for shard in shards):
+        return features
+    samples = ConcatShards(shards)
+    owners: dict[Hashable, int] = {}
+    owner_B = np.arange(len(features))
+    with Handles() as handles:
+        for position, row in enumerate(features.row_B.tolist()):
+            shard, i = samples.at(row)
+            shared = getattr(shard, "image_id", None)
+            identity = None if shared is None else shared(i, handles)
+            if identity is not None:
+                owner_B[position] = owners.setdefault(identity, position)
+    joined = len(owner_B) - len(np.unique(owner_B))
+    if joined:
+        note(f"{len(features)} rows are {len(features) - joined} images with several captions")
+    image_of_text = owner_B[features.image_of_text]
+    return dataclasses.replace(features, image_of_text=image_of_text, joined=joined)
 
 
 def encode_parts(

@@ -71,7 +71,7 @@ def load_templates(name_or_path: str | Path | Sequence[str]) -> list[str]:
         templates = named or _read_strings(Path(name_or_path), "templates")
     else:
         templates = [t for item in name_or_path for t in _named_templates(item) or [item]]
-    return check_templates([template.replace("{c}", "{}") for template in templates])
+    return check_templates(templates)
 
 
 def _named_templates(name: str) -> list[str]:
@@ -82,13 +82,17 @@ def _named_templates(name: str) -> list[str]:
 
 
 def check_templates(templates: Sequence[str]) -> list[str]:
-    """Return the templates, or raise UserError that names the first one without its "{}"."""
+    """Return the templates, or raise UserError that names the first one without its "{}".
+
+    The "{c}" of CLIP_benchmark's files is read as "{}".
+    """
+    templates = [template.replace("{c}", "{}") for template in templates]
     if not templates:
         raise UserError('there are no templates: give at least one, such as "a photo of a {}."')
     for number, template in enumerate(templates, 1):
         if "{}" not in template:
             raise UserError(f'template {number}, {template!r}, has no "{{}}" for the class name')
-    return list(templates)
+    return templates
 
 
 def _read_strings(path: Path, what: str) -> list[str]:

@@ -54,7 +54,7 @@ def result_rows(
             "task": task,
             "metrics": result.metrics,
             "intervals": result.intervals,
-            "images": images,
+            "images": images if result.images is None else result.images,
         }
         for task, results in task_results.items()
         for result in results

@@ -13,7 +13,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from clip_jax.data.sources import Shard, expand, open_shards
+from clip_jax.data.formats.options import split_options
+from clip_jax.data.sources import Shard, expand, format_of, open_shards
+from clip_jax.errors import UserError
 from clip_jax.evaluation.encoders import Encoders
 from clip_jax.evaluation.feature_store import (
     class_file,
@@ -21,7 +23,7 @@ from clip_jax.evaluation.feature_store import (
     encode_shards,
     feature_folder,
 )
-from clip_jax.evaluation.features import FeatureSet
+from clip_jax.evaluation.features import FeatureSet, join_rows_of_one_image
 from clip_jax.evaluation.plots import loss_curve, prediction_grid
 from clip_jax.evaluation.prompts import load_class_names, load_templates
 from clip_jax.evaluation.read_images import read_images
@@ -37,6 +39,7 @@ from clip_jax.evaluation.results import (
 )
 from clip_jax.evaluation.spec import EvalSpec
 from clip_jax.evaluation.tasks import (
+    RETRIEVAL,
     TRAINED_TASKS,
     ZERO_SHOT,
     Predictions,
@@ -52,6 +55,8 @@ from clip_jax.pretrained.preprocess import preprocess_to_json
 FEATURES = "features"
 # Images in the grid of predictions.
 EXAMPLES = 24
+# Formats of `data.sources.FORMATS` in which the classes can have names.
+_NAMED_FORMATS = {"folder", "tfds", "parquet"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +124,8 @@ def run_evaluation(
     store = folder / FEATURES
     inputs = make_task_inputs(encoders, spec, sources, store, progress=progress)
     task_results = run_tasks(inputs)
+    if not any(task_results.values()):
+        raise _nothing_scored(inputs)
     results = result_rows(
         task_results,
         dataset=spec.dataset or Path(spec.data).name,
@@ -153,7 +160,13 @@ def make_task_inputs(
     progress: bool = True,
 ) -> TaskInputs:
     """Encode the classes and all the data; `store` keeps the features, None keeps none."""
-    names = load_class_names(spec.classnames) if spec.classnames else []
+    own_names = _own_class_names(sources)
+    names = load_class_names(spec.classnames) if spec.classnames else own_names
+    if own_names and len(names) != len(own_names) and ZERO_SHOT in spec.tasks:
+        raise UserError(
+            f"{spec.classnames} holds {len(names)} class names, and {spec.data} has "
+            f"{len(own_names)} classes: give --classnames for these, or none to take the data's own"
+        )
     class_MD = None
     if names and ZERO_SHOT in spec.tasks:
         templates = load_templates(spec.templates)
@@ -165,9 +178,12 @@ def make_task_inputs(
             encoders, shards, spec.batch_size, store, title=title, progress=progress
         )
 
+    test = features(sources.test, spec.data)
+    if RETRIEVAL in spec.tasks:
+        test = join_rows_of_one_image(test, sources.test)
     return TaskInputs(
         spec=spec,
-        test=features(sources.test, spec.data),
+        test=test,
         scale=encoders.scale,
         train=features(sources.train, spec.train_data) if sources.train else None,
         validation=features(sources.validation, spec.val_data) if sources.validation else None,
@@ -176,6 +192,57 @@ def make_task_inputs(
         mesh=encoders.mesh,
         progress=progress,
     )
+
+
+def source_class_names(pattern: str) -> list[str]:
+    """Return the class names that a source itself has, in label order; empty where it has none.
+
+    Raises:
+      UserError: the source names nothing, or cannot be read.
+    """
+    names = expand(pattern)
+    kinds = {format_of(split_options(name)[0]).name for name in names}
+    return _class_names(open_shards(names)) if kinds <= _NAMED_FORMATS else []
+
+
+def _own_class_names(sources: Sources) -> list[str]:
+    """Return the class names that the data has, which all of the labeled data must share."""
+    test, *others = [_class_names(s) for s in (sources.test, sources.train, sources.validation)]
+    for names in others:
+        if names and test and names != test:
+            raise UserError(
+                "--data and --train-data (or --val-data) have other classes, so a label means "
+                f"another one in each: {', '.join(sorted(set(names) ^ set(test))[:5]) or names[:5]}"
+            )
+    return [name.replace("_", " ") for name in test]
+
+
+def _class_names(shards: Sequence[Shard]) -> list[str]:
+    """Return the names that all of these shards have; empty where one knows none.
+
+    Raises:
+      UserError: two of them have other names.
+    """
+    classes = [getattr(shard, "classes", []) for shard in shards]
+    if not all(classes):
+        return []
+    for shard, names in zip(shards, classes, strict=True):
+        if names != classes[0]:
+            raise UserError(
+                f"{shards[0].name} and {shard.name} have other classes, so a label means another "
+                "one in each: evaluate them one by one"
+            )
+    return classes[0] if classes else []
+
+
+def _nothing_scored(inputs: TaskInputs) -> UserError:
+    """Make the error of data that has nothing for any of the tasks."""
+    spec, test = inputs.spec, inputs.test
+    has_labels = bool((test.label_B >= 0).any())
+    lacks = "" if has_labels else " no image has a class number (a .cls member, a label column);"
+    lacks += "" if inputs.class_names else " there are no class names (--classnames);"
+    lacks += "" if test.captions else " no image has a caption;"
+    return UserError(f"{spec.data} has nothing for {', '.join(spec.tasks)}:{lacks.rstrip(';')}")
 
 
 def compare_templates(

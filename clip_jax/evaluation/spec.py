@@ -16,7 +16,8 @@ class EvalSpec:
 
     Attributes:
       data: the source that is scored; train_data, val_data: labeled ones to learn from.
-      classnames: a file or a shipped data set; empty leaves classification out.
+      classnames: a file or a shipped data set; empty takes the names that the data has (a folder of
+        class folders, TFDS), and leaves classification out where it has none.
       templates, ablate: prompts and names of lists; `ablate` are compared, each by itself.
       batch_size: images at a time.
       dataset, pretrained: for the results; empty takes the data's name and nothing.

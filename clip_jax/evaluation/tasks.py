@@ -80,11 +80,13 @@ class TaskResult:
       metrics: by CLIP_benchmark's names, where it has them.
       intervals: of 95 %, for some of the metrics.
       predictions: of zero-shot classification alone.
+      images: that were scored; None is all.
     """
 
     metrics: dict[str, float]
     intervals: dict[str, Interval] = dataclasses.field(default_factory=dict)
     predictions: Predictions | None = None
+    images: int | None = None
 
 
 def zero_shot(inputs: TaskInputs) -> list[TaskResult]:
@@ -99,7 +101,7 @@ def zero_shot(inputs: TaskInputs) -> list[TaskResult]:
     share_B = share_Bk[:, 0].astype(np.float64)
     metrics["calibration_error"] = calibration_error(share_B, right_B)
     predictions = Predictions(rows, top_Bk, share_Bk, reliability(share_B, right_B))
-    return [TaskResult(metrics, intervals, predictions)]
+    return [TaskResult(metrics, intervals, predictions, images=len(rows))]
 
 
 def retrieval(inputs: TaskInputs) -> list[TaskResult]:
@@ -112,7 +114,8 @@ def retrieval(inputs: TaskInputs) -> list[TaskResult]:
     captions = None if inputs.spec.confuse_equal_captions else test.captions
     ranks = retrieval_ranks(test.z_image_BD[rows], test.z_text_BD, image_of_text, captions=captions)
     metrics = recalls(ranks)
-    return [TaskResult(metrics, _recall_intervals(ranks, image_of_text, metrics))]
+    intervals = _recall_intervals(ranks, image_of_text, metrics)
+    return [TaskResult(metrics, intervals, images=len(test) - test.joined)]
 
 
 def linear_probe(inputs: TaskInputs) -> list[TaskResult]:

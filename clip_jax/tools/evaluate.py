@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clip_jax.errors import UserError, run_command
+from clip_jax.errors import UserError, note, run_command
 from clip_jax.sections import EvalSection
 
 if TYPE_CHECKING:
@@ -100,13 +100,22 @@ def evaluate_workdir(
 
 def workdir_spec(workdir: str, **changes: Any) -> "EvalSpec":
     """Return what the config of a run evaluates, with changes."""
+    from clip_jax.evaluation.run import source_class_names
     from clip_jax.evaluation.spec import EvalSpec
+    from clip_jax.evaluation.tasks import ZERO_SHOT
     from clip_jax.pretrained.work_folder import read_description
 
     # A model that was converted names nothing to evaluate on; an older run lacks newer fields.
     saved = read_description(workdir).config.get("eval") or {}
     known = {field.name for field in dataclasses.fields(EvalSection)}
     section = EvalSection(**{name: value for name, value in saved.items() if name in known})
+    if "data" in changes and "classnames" not in changes and ZERO_SHOT in section.tasks:
+        if source_class_names(changes["data"]):
+            changes["classnames"] = ""  # the data's own
+        elif section.classnames and changes["data"] != section.data:
+            note(
+                f"class names are those of the run, {section.classnames}; --classnames gives others"
+            )
     spec = EvalSpec.from_section(section, **{"pretrained": Path(workdir).name} | changes)
     if not spec.data:
         raise UserError(f"the run in {workdir} names no evaluation data; give --data")
@@ -197,6 +206,7 @@ def model_label(model: str) -> tuple[str, str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the flags, evaluate and print the results; return the exit code."""
+    from clip_jax.evaluation.run import source_class_names
     from clip_jax.evaluation.spec import EvalSpec
     from clip_jax.evaluation.tasks import RETRIEVAL, TRAINED_TASKS, check_tasks
     from clip_jax.pretrained.work_folder import is_work_folder
@@ -211,7 +221,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if "data" not in changes:
         raise UserError(f"--data is missing: {args.model} names no evaluation data of its own")
-    if "classnames" not in changes and not set(tasks) & {*TRAINED_TASKS, RETRIEVAL}:
+    needs_names = "classnames" not in changes and not set(tasks) & {*TRAINED_TASKS, RETRIEVAL}
+    if needs_names and not source_class_names(changes["data"]):
         raise UserError("classification needs class names; give --classnames or --dataset")
     label, tag = model_label(args.model)
     spec = EvalSpec.from_section(EvalSection(), **{"pretrained": tag} | changes)
