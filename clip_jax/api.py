@@ -6,7 +6,8 @@ made of them, `image_states` and `text_states` what precedes them.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,24 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from clip_jax.data.images import OPENAI, Preprocess, eval_transform
+from clip_jax.api_inputs import (
+    as_array,
+    block_numbers,
+    check_normalized,
+    image_items,
+    is_array,
+    is_text,
+    pil_image,
+    several,
+    shown,
+    text_items,
+    token_ids,
+)
+from clip_jax.api_inputs import class_names as check_class_names
+from clip_jax.data.images import OPENAI, ImageError, Preprocess, eval_transform
 from clip_jax.errors import UserError, check_choice
 from clip_jax.evaluation.encoders import Encoders, mesh_encoders
+from clip_jax.evaluation.prompts import load_templates
 from clip_jax.evaluation.zero_shot import class_embeddings
 from clip_jax.models.clip import CLIP, CLIPConfig, init_variables, unit_length
 from clip_jax.models.execution import DTYPES
@@ -44,9 +60,10 @@ from clip_jax.typing import Tokenizer
 
 TEXT_BATCH = 256
 
-ImageInput = Image.Image | np.ndarray | jax.Array | Sequence[Image.Image | np.ndarray]
-"""One image or several: PIL images, or arrays of pixels [height, width, 3]."""
-TextInput = str | np.ndarray | jax.Array | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
+OneImage = Image.Image | np.ndarray | str | Path | bytes
+ImageInput = OneImage | jax.Array | Iterable[OneImage]
+"""One image or several: PIL images, files of images, or arrays of pixels [height, width, 3]."""
+TextInput = str | np.ndarray | jax.Array | Iterable[str] | Sequence[int] | Sequence[Sequence[int]]
 """One text or several: captions, or token ids."""
 
 
@@ -88,6 +105,7 @@ class LoadedCLIP:
         self._unit_length = jax.jit(unit_length)
         self._relevance = jax.jit(make_relevance(model))
         self._states: dict[tuple[str, tuple[int, ...]], StatesFn] = {}
+        self._is_checked = False
 
     def known_tokenizer(self) -> Tokenizer:
         """Return the tokenizer.
@@ -132,25 +150,28 @@ class LoadedCLIP:
         They stay uint8 until `encode_image` normalizes them on the device.
 
         Args:
-          images: PIL images, or uint8 arrays [height, width, 3]; one or several.
+          images: PIL images, paths, bytes or open files of images, or uint8 arrays [height, width,
+            3]; one or several.
 
         Raises:
-          UserError: there is none, or an array is not uint8.
+          UserError: there is none, one cannot be read, or an array is not uint8.
         """
-        items = _items(images)
-        if not items:
-            raise UserError("preprocess got no image")
         size = self.config.vision.image_size
-        return np.stack(
-            [eval_transform(_as_pil(image), size, self.preprocessing) for image in items]
-        )
+        items = [pil_image(image) for image in image_items(images, "preprocess")]
+        try:
+            return np.stack([eval_transform(item, size, self.preprocessing) for item in items])
+        except ImageError as error:
+            raise UserError(f"preprocess: an image cannot be used: {error}") from None
 
-    def tokenize(self, texts: str | Sequence[str]) -> np.ndarray:
+    def tokenize(self, texts: str | Iterable[str]) -> np.ndarray:
         """Turn captions into ids, int32 [batch, context_length].
 
         A caption that is too long is cut and keeps its end token.
+
+        Raises:
+          UserError: one is no text.
         """
-        texts = [texts] if isinstance(texts, str) else list(texts)
+        texts = text_items(texts, "tokenize")
         return self.known_tokenizer()(texts, self.config.text.context_length)
 
     def encode_image(self, images: ImageInput, normalize: bool = True) -> jax.Array:
@@ -164,7 +185,8 @@ class LoadedCLIP:
             floats that are normalized already.
 
         Raises:
-          UserError: the shape is not what the model takes, or it has no image tower.
+          UserError: the shape is not what the model takes, it has no image tower, or its weights
+            are not finite.
         """
         z_BD = self._encode_image(self._variables, self._check_images(images, "encode_image"))
         return self._unit_length(z_BD) if normalize else z_BD
@@ -173,26 +195,31 @@ class LoadedCLIP:
         """Return the images as an array, or raise UserError with the method's name."""
         self._check_tower("visual", "image")
         size = self.config.vision.image_size
-        if isinstance(images, Image.Image | Sequence):
-            items = _items(images)
+        batch: Any = as_array(images) if is_array(images) else None
+        if batch is None or batch.dtype == object:
+            items, shape = image_items(images, method), (size, size, 3)
             if any(isinstance(image, Image.Image) for image in items):
-                images = self.preprocess(items)
-            elif {np.shape(image) for image in items} == {(size, size, 3)}:
-                images = np.stack(items)
+                batch = self.preprocess(items)
+            elif {(np.shape(x), np.result_type(x)) for x in items} == {(shape, items[0].dtype)}:
+                batch = np.stack(items)
             else:
                 raise UserError(
-                    f"{method} takes arrays of [{size}, {size}, 3]; make them with preprocess()"
+                    f"{method} takes arrays of [{size}, {size}, 3] and of one type; make them with "
+                    "preprocess()"
                 )
-        images = jnp.asarray(images)
-        images = images[None] if images.ndim == 3 else images
-        if images.shape[1:] != (size, size, 3):
+        if batch.dtype != jnp.uint8 and not jnp.issubdtype(batch.dtype, jnp.floating):
+            raise UserError(f"{method} takes uint8 or normalized floats and got {batch.dtype}")
+        check_normalized(batch, method)
+        batch = jnp.asarray(batch)
+        batch = batch[None] if batch.ndim == 3 else batch
+        if batch.shape[1:] != (size, size, 3):
             raise UserError(
                 f"{method} takes [batch, {size}, {size}, 3] and got "
-                f"{list(images.shape)}; make it with preprocess()"
+                f"{list(batch.shape)}; make it with preprocess()"
             )
-        if images.dtype != jnp.uint8 and not jnp.issubdtype(images.dtype, jnp.floating):
-            raise UserError(f"{method} takes uint8 or normalized floats and got {images.dtype}")
-        return images
+        if not len(batch):
+            raise UserError(f"{method} got no image")
+        return batch
 
     def encode_text(self, texts: TextInput, normalize: bool = True) -> jax.Array:
         """Encode captions: float32 [batch, embed_dim], of unit length unless `normalize=False`.
@@ -205,7 +232,8 @@ class LoadedCLIP:
             their padding.
 
         Raises:
-          UserError: the shape is not what the model takes, or it has no text tower.
+          UserError: the shape is not what the model takes, it has no text tower, or its weights are
+            not finite.
         """
         z_BD = self._encode_text(self._variables, self._check_tokens(texts, "encode_text"))
         return self._unit_length(z_BD) if normalize else z_BD
@@ -213,9 +241,14 @@ class LoadedCLIP:
     def _check_tokens(self, texts: TextInput, method: str) -> jax.Array:
         """Return the texts as token ids, or raise UserError with the method's name."""
         self._check_tower("text", "text")
-        if isinstance(texts, str) or (isinstance(texts, Sequence) and isinstance(texts[0], str)):
-            texts = self.tokenize(texts)  # type: ignore[arg-type]
-        tokens = texts if isinstance(texts, jax.Array) else np.asarray(texts)
+        if not isinstance(texts, str | bytes) and not is_array(texts):
+            texts = several(texts, method, "texts or token ids")
+        if is_text(texts):
+            texts = text_items(texts, method)
+            if not texts:
+                raise UserError(f"{method} got no text")
+            texts = self.tokenize(texts)
+        tokens = token_ids(texts, self.config.text.vocab_size, method)
         tokens = tokens[None] if tokens.ndim == 1 else tokens
         text = self.config.text
         longest = text.context_length
@@ -231,6 +264,23 @@ class LoadedCLIP:
     def _check_tower(self, module: str, tower: str) -> None:
         if module not in self.params:
             raise UserError(f'{self.name} was loaded without its {tower} tower; give towers="both"')
+        self._check_finite()
+
+    def _check_finite(self) -> None:
+        """Raise UserError, at the first use, if a weight is not finite: figures would be NaN."""
+        if self._is_checked:
+            return
+        # Also while a caller's function is traced: the weights are there.
+        with jax.ensure_compile_time_eval():
+            finite = jax.jit(lambda tree: jax.tree.map(lambda x: jnp.isfinite(x).all(), tree))
+            flags = by_path(jax.device_get(finite(self._variables)))
+        bad = [name for name, is_finite in flags.items() if not is_finite]
+        if bad:
+            raise UserError(
+                f"{self.name}: {len(bad)} of {len(flags)} arrays hold values that are not finite "
+                f"(NaN or infinity), the first {bad[0]}: fetch or train it again"
+            )
+        self._is_checked = True
 
     def logits(self, images: ImageInput, texts: TextInput) -> jax.Array:
         """Return what the loss compares, float32 [images, texts]: scaled cosines, plus the bias.
@@ -259,7 +309,7 @@ class LoadedCLIP:
     def _from_logits(self, logits_BM: jax.Array) -> jax.Array:
         return jax.nn.sigmoid(logits_BM) if self.is_sigmoid else jax.nn.softmax(logits_BM, axis=-1)
 
-    def image_states(self, images: ImageInput, blocks: Sequence[int] = ()) -> TowerStates:
+    def image_states(self, images: ImageInput, blocks: int | Sequence[int] = ()) -> TowerStates:
         """Return all rows of the image tower, the pooled row, and the outputs of some blocks.
 
         For segmentation, for heads that see patches, and for diffusion. Transformers alone have
@@ -278,7 +328,7 @@ class LoadedCLIP:
             images = normalize_images(unit_range(images), mean, std)
         return self._tower_states("image", blocks)(self._variables, images)
 
-    def text_states(self, texts: TextInput, blocks: Sequence[int] = ()) -> TowerStates:
+    def text_states(self, texts: TextInput, blocks: int | Sequence[int] = ()) -> TowerStates:
         """Return all rows of the text tower, the pooled row, and the outputs of some blocks.
 
         Args:
@@ -291,8 +341,8 @@ class LoadedCLIP:
         tokens = self._check_tokens(texts, "text_states")
         return self._tower_states("text", blocks)(self._variables, tokens)
 
-    def _tower_states(self, tower: str, blocks: Sequence[int]) -> StatesFn:
-        key = (tower, tuple(blocks))
+    def _tower_states(self, tower: str, blocks: int | Sequence[int]) -> StatesFn:
+        key = (tower, block_numbers(blocks, f"{tower}_states"))
         if key not in self._states:
             self._states[key] = jax.jit(make_states(self._model, *key))
         return self._states[key]
@@ -300,8 +350,8 @@ class LoadedCLIP:
     def classify(
         self,
         images: ImageInput,
-        class_names: Sequence[str],
-        templates: Sequence[str] = EvalSection.templates,
+        class_names: str | Iterable[str],
+        templates: str | Iterable[str] = EvalSection.templates,
     ) -> jax.Array:
         """Return zero-shot probabilities, float32 [batch, classes] (paper, section 3.1.2).
 
@@ -311,23 +361,25 @@ class LoadedCLIP:
         Args:
           images: as `encode_image` takes them.
           class_names: what is asked for.
-          templates: prompts with {} for the name; their unit features are averaged.
+          templates: prompts with {} (or {c}) for the name, or names of lists ("imagenet_80"); their
+            unit features are averaged.
 
         Raises:
-          UserError: a template lacks its {}, or there are no class names.
+          UserError: a template lacks its {}, there are no class names, or one is no text.
         """
+        self._check_tower("text", "text")
         class_MD = class_embeddings(
             self.encode_text,
             self.known_tokenizer(),
-            class_names,
-            templates,
+            check_class_names(class_names, "classify"),
+            load_templates(text_items(templates, "classify", "templates")),
             batch_size=TEXT_BATCH,
             context_length=self.config.text.context_length,
         )
         logits_BM = self.scale * self.encode_image(images) @ jnp.asarray(class_MD).T + self.bias
         return self._from_logits(logits_BM)
 
-    def relevance(self, images: ImageInput, text: str | Sequence[str]) -> jax.Array:
+    def relevance(self, images: ImageInput, text: str | Iterable[str]) -> jax.Array:
         """Return what each patch adds to the cosine with a caption, float32 [batch, rows, columns].
 
         Gradient-weighted attention; see `models.relevance`. Nothing is below zero.
@@ -340,7 +392,8 @@ class LoadedCLIP:
           UserError: the shape is not what the model takes, or captions are too few or too many.
         """
         images = self._check_images(images, "relevance")
-        texts = [text] * len(images) if isinstance(text, str) else list(text)
+        texts = text_items(text, "relevance")
+        texts = texts * len(images) if isinstance(text, str) else texts
         if len(texts) != len(images):
             raise UserError(f"relevance got {len(images)} images and {len(texts)} captions")
         if images.dtype == jnp.uint8:
@@ -356,6 +409,7 @@ def create(name: str, seed: int = 0) -> LoadedCLIP:
     Raises:
       UserError: no model has that name.
     """
+    _check_types("create", name=(name, str), seed=(seed, int | np.integer))
     config = model_config(name)
     variables = jax.jit(lambda: init_variables(CLIP(config), seed))()
     return LoadedCLIP(
@@ -379,12 +433,23 @@ def load(
     towers: str = "both",
 ) -> LoadedCLIP:
     """Load a run's model, or a published one in any format; see `clip_jax.load`."""
+    _check_types(
+        "load",
+        path=(path, str | os.PathLike),
+        model=(model, str | None),
+        tokenizer=(tokenizer, str | os.PathLike | None),
+        image_size=(image_size, int | np.integer | None),
+        context_length=(context_length, int | np.integer | None),
+        mesh=(mesh, Mesh | None),
+        dtype=(dtype, str),
+        towers=(towers, str),
+    )
     check_choice("dtype", dtype, DTYPES)
     check_choice("towers", towers, (*TOWERS, "both"))
     checkpoint = read_source(str(path), model).checkpoint
     spec = checkpoint.tokenizer
     if tokenizer is not None:
-        spec = tokenizer_from_file(tokenizer, tokenizer_family(checkpoint.config))
+        spec = tokenizer_from_file(str(tokenizer), tokenizer_family(checkpoint.config))
     if checkpoint.arrays:
         checkpoint = resize_checkpoint(checkpoint, image_size, context_length)
         shapes = sharded_variable_shapes(
@@ -414,25 +479,11 @@ def _restored(
     return to_variables({name: variables[name].astype(x.dtype) for name, x in wanted.items()})
 
 
-def _items(images: ImageInput) -> list[Any]:
-    """Return one or several images one by one."""
-    if isinstance(images, Image.Image):
-        return [images]
-    if isinstance(images, Sequence):
-        return list(images)
-    return [images] if images.ndim < 4 else list(images)
-
-
-def _as_pil(image: Image.Image | np.ndarray | jax.Array) -> Image.Image:
-    if isinstance(image, Image.Image):
-        return image
-    pixels = np.asarray(image)
-    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3):
-        raise UserError(
-            f"preprocess takes uint8 arrays [height, width, 3] and got {list(pixels.shape)} of "
-            f"{pixels.dtype}"
-        )
-    return Image.fromarray(pixels)
+def _check_types(method: str, **arguments: tuple[Any, Any]) -> None:
+    """Raise UserError for an argument of another type: name -> (value, types)."""
+    for name, (value, types) in arguments.items():
+        if not isinstance(value, types) or isinstance(value, bool):
+            raise UserError(f"{method}: {name} is a {type(value).__name__}: {shown(value)}")
 
 
 def load_encoders(

@@ -17,7 +17,7 @@ LEVELS = [
     {"files", "host_memory", "protobuf", "typing", "progress_bar", "sections"},
     {"models", "losses", "data", "tokenizers"},
     {"parallel", "pretrained"},
-    {"evaluation"},
+    {"evaluation", "api_inputs"},
     {"training"},
     {"api", "config"},
     {"planning", "embeddings", "report_page"},
