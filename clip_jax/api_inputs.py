@@ -70,7 +70,7 @@ def image_items(images: Any, method: str) -> list[Any]:
     """
     if isinstance(images, Image.Image | str | os.PathLike | bytes) or hasattr(images, "read"):
         images = [images]
-    elif is_array(images) and getattr(images, "dtype", None) != object:
+    elif is_array(images) and str(getattr(images, "dtype", "")) != "object":
         images = as_array(images)
         if images.dtype != object:
             images = [images] if images.ndim < 4 else images
