@@ -81,8 +81,8 @@ def smallest(compile_on: Compile, counts: Sequence[int], memory: float, start: i
     return tried[min(fitting)] if fitting else tried[max(tried)]
 
 
-def run(name: str, device: str) -> dict[str, Any]:
-    """Return what is kept of an experiment on a kind of device."""
+def run(name: str, device: str, start: int) -> dict[str, Any]:
+    """Return what is kept of an experiment on a kind of device; the search begins at `start`."""
     batch, pairs, fields = EXPERIMENTS[name]
     counts = [n for n in device_counts(device) if n <= MOST and batch % n == 0]
     counts = [n for n in counts if n & (n - 1) == 0]
@@ -91,7 +91,6 @@ def run(name: str, device: str) -> dict[str, Any]:
         program = Program(name, device, count, batch // count, name, fields)
         return compile_program(program, ("--pairs", str(pairs)))
 
-    start = max(1, START * batch // 32_768)
     values = smallest(compile_on, counts, DEVICES[device].memory, start)
     keys = ("failed", "devices", "fits", "memory_bytes", "estimated_seconds", "steps", "compiler")
     kept = {key: values[key] for key in keys if key in values}
@@ -171,6 +170,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("names", nargs="*", help="experiments; all by default")
     parser.add_argument("--device", action="append", choices=COLUMNS, help="all by default")
     parser.add_argument("--platform", choices=("tpu", "cuda"), help="devices of one compiler")
+    parser.add_argument("--start", type=int, default=START, help="devices to begin with")
     parser.add_argument("--missing", action="store_true", help="those that have no figures yet")
     parser.add_argument("--list", action="store_true", help="print what is known and end")
     return parser.parse_args(argv)
@@ -198,7 +198,7 @@ def main() -> int:
                 device, {"failed": ""}
             ):
                 continue
-            values = run(name, device)
+            values = run(name, device, args.start)
             failed += "failed" in values
             figures = read_figures()  # another of these may have written meanwhile
             figures.setdefault(name, {})[device] = values
