@@ -267,7 +267,10 @@ def attention_kernels(run: RunComponents) -> str:
     """Return one line on what computes the attention of each tower on these devices."""
     kernels = choose_kernels(run.model, count_kept_patches(run))
     causal = ", causal" if run.model.config.text.causal else ""
-    return f"attention: image tower {kernels.image or 'none'}, text tower {kernels.text}{causal}"
+    text = str(kernels.text)
+    if run.caption_packing is not None and kernels.text.name == "cudnn":
+        text = f"xla, and {text} where captions are not packed"
+    return f"attention: image tower {kernels.image or 'none'}, text tower {text}{causal}"
 
 
 def make_step(run: RunComponents) -> TrainStep:
