@@ -19,6 +19,7 @@ from clip_jax.models.batch_norm import ValidRows, valid_rows
 from clip_jax.models.convolution import conv, normalized
 from clip_jax.models.execution import DEFAULT_EXEC_CONFIG, ExecConfig, remat_block
 from clip_jax.models.layers import normal, torch_uniform
+from clip_jax.models.target import Target
 
 EXPANSION = 4  # a bottleneck's output features over its inner ones
 HEAD_SIZE = 64
@@ -54,9 +55,30 @@ class ResNetConfig:
         return self.image_size // 32
 
 
-def average_pool(x_BHWC: Array, size: int) -> Array:
-    """Return the means of squares of this side, which is also the stride."""
-    return x_BHWC if size == 1 else nn.avg_pool(x_BHWC, (size, size), (size, size))
+POOLED_BY_PRODUCTS = 256
+"""Features up to which a TPU pools by products: their number grows with the square."""
+
+
+def average_pool(x_BHWC: Array, size: int, target: Target) -> Array:
+    """Return the means of squares of this side, which is also the stride.
+
+    On TPUs where there are few features as a convolution with a multiple of the identity, whose
+    gradient is one too, which sums and adds what is beside it while it is computed.
+    """
+    if size == 1:
+        return x_BHWC
+    features = x_BHWC.shape[-1]
+    if target.platform != "tpu" or features > POOLED_BY_PRODUCTS:
+        return nn.avg_pool(x_BHWC, (size, size), (size, size))
+    kernel = jnp.eye(features, dtype=x_BHWC.dtype) / size**2
+    return jax.lax.conv_general_dilated(
+        x_BHWC,
+        jnp.broadcast_to(kernel, (size, size, features, features)),
+        (size, size),
+        "VALID",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision="highest",
+    )
 
 
 class Bottleneck(nn.Module):
@@ -79,14 +101,14 @@ class Bottleneck(nn.Module):
         y = norm(
             conv(self.width, 3, self.width, dtype=dtype, name="conv2"), y, relu=True, name="bn2"
         )
-        y = average_pool(y, self.stride)
+        y = average_pool(y, self.stride, self.exec_config.target)
         # A zero scale makes every block start as the identity.
         y = norm(
             conv(out, 1, self.width, dtype=dtype, name="conv3"), y, zero_scale=True, name="bn3"
         )
 
         if self.stride > 1 or fan_in != out:
-            x_BHWC = average_pool(x_BHWC, self.stride)
+            x_BHWC = average_pool(x_BHWC, self.stride, self.exec_config.target)
             downsample = conv(out, 1, fan_in, dtype=dtype, name="downsample_0")
             x_BHWC = norm(downsample, x_BHWC, name="downsample_1")
         return nn.relu(y + x_BHWC)
@@ -211,4 +233,4 @@ class ModifiedResNet(nn.Module):
                 relu=True,
                 name=f"bn{i}",
             )
-        return average_pool(x, 2)
+        return average_pool(x, 2, self.exec_config.target)

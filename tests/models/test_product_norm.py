@@ -12,6 +12,7 @@ from clip_jax.models.batch_norm import valid_rows
 from clip_jax.models.convolution import EPSILON, MOMENTUM, conv, normalized
 from clip_jax.models.execution import ExecConfig
 from clip_jax.models.product_norm import ProductBatchNorm
+from clip_jax.models.resnet import average_pool
 from clip_jax.models.target import ONE_CPU, Target
 from clip_jax.parallel.mesh import BATCH_AXES, make_mesh, mesh_target
 from clip_jax.planning.counts import find_collectives
@@ -147,3 +148,16 @@ def test_wide_products_on_accelerators_are_one_with_their_norm():
         assert set(variables["params"]) == {"conv", "bn"}
         traced = jax.make_jaxpr(lambda v, net=net: net.apply(v, x, mutable=["batch_stats"]))
         assert str(traced(variables)).count("_normalized_product") == fused
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_pooling_by_products_is_pooling(size):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((2, 6, 4, INPUTS)), jnp.float32)
+    dy = jnp.asarray(rng.standard_normal((2, 6 // size, 4 // size, INPUTS)), jnp.float32)
+    results = []
+    for target in (ONE_CPU, Target("tpu", "v5e")):
+        y, back = jax.vjp(lambda x, target=target: average_pool(x, size, target), x)
+        results.append((y, *back(dy)))
+    for want, got in zip(*results, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
