@@ -131,7 +131,7 @@ quarter, and take the compiler longer); times of GPUs are a roofline, which no r
 pairs, `vit_l14_336` one more, `clipa_l16_short` six; `vit_s16` is 32 of 3 million. With more
 devices the days fall in proportion, or nearly; with fewer, `config.train.microbatch_size` takes a
 third more computation, and `python -m clip_jax.plan --search` finds the settings. The emoji
-experiments fit on one device of any kind, and on a laptop.
+experiments fit on one device of any kind, and on a laptop. What is empty was not compiled yet.
 
 """
 

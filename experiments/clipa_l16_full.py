@@ -5,6 +5,9 @@
 
 It goes on from `experiments/clipa_l16_short.py` for 131 million pairs, as open_clip's script
 `docs/script_examples/clipa/vit_l16/i37_t8_finetune.sh` does with eight GPUs' batch of 7,168.
+
+The fewest devices that hold it whole, and the days of the run there, as compiled (`docs/fits.md`):
+h100 16: 0.1 days.
 """
 
 import ml_collections

@@ -9,6 +9,9 @@ classify ImageNet zero-shot at 57.9 % after this half and at 69.3 % after the ot
 (`docs/clipa.md`). What differs there: captions are cut so that nouns stay, here behind their first
 words; the image tower averages the patches, here it reads the class token; colors change on 80 %
 of the images, hue too, and 20 % turn gray.
+
+The fewest devices that hold it whole, and the days of the run there, as compiled (`docs/fits.md`):
+h100 16: 0.4 days.
 """
 
 import ml_collections

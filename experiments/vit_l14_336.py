@@ -6,6 +6,9 @@
 Learning rate 2e-5 for one epoch, from the weights of `experiments/vit_l14.py` (or of OpenAI's file
 `ViT-L-14.pt`), their positions interpolated from 16 x 16 patches to 24 x 24. The published model
 classifies ImageNet zero-shot at 76.2 % (table 11).
+
+The fewest devices that hold it whole, and the days of the run there, as compiled (`docs/fits.md`):
+h100 256: 0.1 days.
 """
 
 import ml_collections

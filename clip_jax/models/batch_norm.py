@@ -152,11 +152,7 @@ def join_moments(
       target: the devices.
     """
     moments_S2C = jnp.stack([mean_SC, jnp.maximum(squares_SC, 0)], axis=1)
-    moments_S2C = replicate(moments_S2C, target)
-    if target.platform == "tpu":
-        # Else its compiler makes two sums of the one gather, the second after the first.
-        moments_S2C = jax.lax.optimization_barrier(moments_S2C)
-    mean_SC, squares_SC = jnp.moveaxis(moments_S2C, 1, 0)
+    mean_SC, squares_SC = jnp.moveaxis(replicate(moments_S2C, target), 1, 0)
     count = jnp.sum(rows.counts_S)
     share_S1 = (rows.counts_S / count)[:, None]
     mean_C = jnp.sum(share_S1 * mean_SC, axis=0)
