@@ -15,9 +15,13 @@ def layer_norm(
     x: Array, scale_D: Float[Array, " D"], bias_D: Float[Array, " D"], epsilon: float
 ) -> Array:
     """Return layer normalization computed in float32, in the input's dtype."""
-    mean, factor = _mean_and_factor(x, epsilon)
+    # In two passes: flax's fast variance, E[x^2] - E[x]^2, cancels where the mean is large.
+    x32 = x.astype(jnp.float32)
+    deviation = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(deviation), axis=-1, keepdims=True)
     # In this order the factor of a row stays one number until it is multiplied.
-    return ((x.astype(jnp.float32) - mean) * factor * scale_D + bias_D).astype(x.dtype)
+    y = deviation * jax.lax.rsqrt(variance + epsilon) * scale_D + bias_D
+    return y.astype(x.dtype)
 
 
 def layer_norm_for_gpu(
@@ -71,7 +75,6 @@ _layer_norm.defvjp(_forward, _backward)
 
 def _mean_and_factor(x: Array, epsilon: float) -> tuple[Array, Array]:
     """Return each row's mean and the reciprocal of its standard deviation, float32 [..., 1]."""
-    # In two passes: flax's fast variance, E[x^2] - E[x]^2, cancels where the mean is large.
     x32 = x.astype(jnp.float32)
     mean = jnp.mean(x32, axis=-1, keepdims=True)
     variance = jnp.mean(jnp.square(x32 - mean), axis=-1, keepdims=True)
