@@ -1,7 +1,7 @@
 """The rooms whose array types the tests check."""
 
 CHECKED = (
-    *("models", "losses", "data", "pretrained", "evaluation", "embeddings", "tools"),
+    *("models", "losses", "data", "pretrained", "evaluation", "embeddings", "exporting", "tools"),
     *("report_page.load_run", "report_page.select_examples"),
     *("training.device_augment", "training.step"),
 )

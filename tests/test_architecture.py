@@ -20,7 +20,7 @@ LEVELS = [
     {"evaluation", "api_inputs"},
     {"training"},
     {"api", "config"},
-    {"planning", "embeddings", "report_page"},
+    {"planning", "embeddings", "exporting", "report_page"},
     {"search_page"},
     {"tools"},
     {"main"},

@@ -1,0 +1,1 @@
+"""Export towers as programs that run without this package: StableHLO and ONNX."""
