@@ -75,7 +75,7 @@ class MBConvStages(nn.Module):
                 x_BHWC = block(x_BHWC)
         x_BHWC = LayerNorm(NORM_EPS, name="ln_2")(x_BHWC)
         x_BHWC = conv3(self.out_width, width, 2, exec_config, "conv3")(x_BHWC)
-        return x_BHWC.reshape(len(x_BHWC), -1, self.out_width)
+        return x_BHWC.reshape(x_BHWC.shape[0], -1, self.out_width)
 
 
 def mbconv_flops(image_size: int, widths: tuple[int, ...], out_width: int) -> int:

@@ -33,7 +33,7 @@ class QueryPool(nn.Module):
         c, exec_config = self.config, self.exec_config
         query_QE = self.param("query", normal(1.0), (self.queries, self.width))
         query_1E = LayerNorm(c.norm_eps, name="ln_q")(query_QE[:1].astype(x_BLD.dtype))
-        query_B1E = jnp.broadcast_to(query_1E, (len(x_BLD), *query_1E.shape))
+        query_B1E = jnp.broadcast_to(query_1E, (x_BLD.shape[0], *query_1E.shape))
         x_BLD = LayerNorm(c.norm_eps, name="ln_k")(x_BLD)
 
         def project(name: str, x: Array) -> Array:

@@ -49,7 +49,7 @@ class TextEncoder(nn.Module):
         transformer = Transformer(c.layers, block, self.exec_config, name="transformer")
         x_BLD, inputs = self._embed(tokens_BL), BlockInputs(seen_BL=seen_BL)
         if form.pool == "first":
-            first_B = jnp.zeros(len(tokens_BL), jnp.int32)
+            first_B = jnp.zeros(tokens_BL.shape[0], jnp.int32)
             x_BD = transformer(x_BLD, first_B, inputs=inputs)[:, 0]
         else:
             x_BLD = transformer(x_BLD, inputs=inputs)
