@@ -222,8 +222,9 @@ def _fetch_repository(repository: "Repository") -> Path:
     config, weights = choose_weights(repository)
     files = [config, weights, *choose_shards(repository.files, weights)]
     files += choose_tokenizer(repository.files)
-    if "preprocessor_config.json" in repository.files and config == HF_CONFIG:
-        files.append("preprocessor_config.json")
+    processors = ("processor_config.json", "preprocessor_config.json")
+    if config == HF_CONFIG:
+        files += [name for name in processors if name in repository.files]
     return fetch_files(repository, files) / weights
 
 

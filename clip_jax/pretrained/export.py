@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from clip_jax.errors import UserError
+from clip_jax.errors import UserError, note
 from clip_jax.models.fastvit import FastViTConfig
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.vit import ViTConfig
@@ -85,6 +85,8 @@ def write_hf(folder: Path, description: RunDescription, arrays: Arrays) -> None:
     """
     values = config_to_hf(description.model)
     is_siglip = values["model_type"] == "siglip"
+    if description.model.init_logit_bias is not None and not is_siglip:
+        note("transformers' CLIPModel has no logit_bias: its logits lack what the file holds there")
     tensors = export_arrays(arrays, "hf_siglip" if is_siglip else "hf_clip")
     tensors = with_ranks(tensors, HF_SIGLIP_RANKS if is_siglip else {})
     image_size = description.model.vision.image_size

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from clip_jax.data.images import OPENAI, SIGLIP, Preprocess
-from clip_jax.errors import UserError, short
+from clip_jax.errors import UserError, note, short
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.zoo import GEMMA, MODELS, model_config
 from clip_jax.pretrained import infer
@@ -127,7 +127,38 @@ def read_arrays(path: Path) -> Arrays:
     plain = {_WRAPPERS.sub("", name): array for name, array in arrays.items()}
     if len(plain) < len(arrays):
         raise UserError(f"{path}: it has some arrays twice, with and without `module.` before them")
-    return plain
+    return _inner_model(plain, path)
+
+
+def _inner_model(arrays: Arrays, path: Path) -> Arrays:
+    """Return the arrays of the model that a module around it holds, as Lightning's `model.`.
+
+    Raises:
+      UserError: it holds several.
+    """
+    if "logit_scale" in arrays:
+        return arrays
+    prefixes = [
+        name.removesuffix("logit_scale") for name in arrays if name.endswith(".logit_scale")
+    ]
+    if "model." in prefixes:
+        prefixes = ["model."]
+    if len(prefixes) > 1:
+        raise UserError(
+            f"{path} holds several models, {', '.join(prefixes)}: save one alone, "
+            "torch.save(model.state_dict(), path)"
+        )
+    for prefix in prefixes:
+        inner = {
+            _WRAPPERS.sub("", name.removeprefix(prefix)): array
+            for name, array in arrays.items()
+            if name.startswith(prefix)
+        }
+        if len(inner) < len(arrays):
+            left_out = len(arrays) - len(inner)
+            note(f"{path}: {left_out} arrays beside those of the model in {prefix} are left out")
+        return inner
+    return arrays
 
 
 def _read_foldable(path: Path) -> Arrays:
@@ -238,6 +269,11 @@ def _make_checkpoint(
     Raises:
       UserError: arrays are missing or unexpected, or a shape differs.
     """
+    if tokenizer is None and tokenizer_family(config) == "clip":
+        tokenizer = TokenizerSpec()
+    if config.init_logit_bias is None and "logit_bias" in arrays:
+        # open_clip's --siglip trains any model with a bias, which its config need not say.
+        config = dataclasses.replace(config, init_logit_bias=-10.0)
     try:
         readers = import_arrays(
             arrays, array_shapes(config), naming, f"{path} does not hold a {name}"
@@ -246,8 +282,6 @@ def _make_checkpoint(
         if sizes is None or infer.config_signature(config) == sizes:
             raise
         raise UserError(f"{error}; its sizes are nearest to {infer.nearest_model(sizes)}") from None
-    if tokenizer is None and tokenizer_family(config) == "clip":
-        tokenizer = TokenizerSpec()
     return Checkpoint(name, config, readers, preprocess, tokenizer)
 
 
@@ -311,8 +345,14 @@ def _from_hf_folder(folder: Path) -> Checkpoint:
     config = config_from_hf(values, str(folder / HF_CONFIG))
     is_siglip = values["model_type"] == "siglip"
     preprocess = SIGLIP if is_siglip else OPENAI
-    if (folder / "preprocessor_config.json").is_file():
-        preprocess = preprocess_from_hf(read_json(folder / "preprocessor_config.json"))
+    # The first is what transformers writes since version 5.
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        settings = read_json(folder / name) if (folder / name).is_file() else {}
+        if name == "processor_config.json":
+            settings = settings.get("image_processor") or {}
+        if settings:
+            preprocess = preprocess_from_hf(settings, where=name)
+            break
     weights = _find_weights(folder, HF_WEIGHTS)
     naming = "hf_siglip" if is_siglip else "hf_clip"
     tokenizer = tokenizer_from_folder(folder, tokenizer_family(config))

@@ -250,6 +250,9 @@ def config_to_open_clip(config: CLIPConfig) -> dict[str, Any]:
         quick.add(v.activation == "quick_gelu")
     if True in quick:
         cfg["quick_gelu"] = True
+    bias = config.init_logit_bias
+    if bias is not None:
+        cfg["init_logit_bias"] = int(bias) if bias == int(bias) else bias
     if isinstance(v, ResNetConfig):
         vision: dict[str, Any] = {
             "image_size": v.image_size,
@@ -262,7 +265,7 @@ def config_to_open_clip(config: CLIPConfig) -> dict[str, Any]:
         cfg["custom_text"] = True
     elif isinstance(v, ViTConfig) and v.pool == "map":
         vision = _siglip_to_open_clip(v)
-        cfg |= {"init_logit_bias": -10, "custom_text": True}
+        cfg["custom_text"] = True
     elif isinstance(v, ViTConfig):
         if len(quick) > 1:
             raise UserError("open_clip has one activation for both towers, and this model has two")

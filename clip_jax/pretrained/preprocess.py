@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, get_args
 
 from clip_jax.data.images import OPENAI, SIGLIP, Interpolation, Preprocess, ResizeMode
-from clip_jax.errors import UserError
+from clip_jax.errors import UserError, note
 
 RESIZE_MODES: tuple[str, ...] = get_args(ResizeMode)
 INTERPOLATIONS: tuple[str, ...] = get_args(Interpolation)
@@ -35,6 +35,19 @@ HF_PROCESSORS = {
     "CLIPFeatureExtractor": HF_CROP,
     "SiglipImageProcessor": HF_SQUASH,
 }
+
+
+# What is read, and what changes no value (the layout of the result, who made it).
+_OPEN_CLIP_KNOWN = frozenset(
+    {"size", "mode", "mean", "std", "interpolation", "resize_mode", "fill_color"}
+)
+_HF_KNOWN = frozenset(
+    {"image_processor_type", "feature_extractor_type", "processor_class", "do_resize", "size"}
+    | {"resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor", "do_normalize"}
+    | {"image_mean", "image_std", "do_convert_rgb", "data_format", "input_data_format", "device"}
+    | {"return_tensors", "default_to_square", "auto_map", "_valid_processor_keys"}
+    | {"disable_grouping", "use_fast", "_processor_class", "image_seq_length"}
+)
 
 
 def preprocess_to_json(preprocess: Preprocess) -> dict[str, Any]:
@@ -70,14 +83,16 @@ def preprocess_from_json(fields: Any, *, where: str = "preprocess") -> Preproces
 def preprocess_from_open_clip(preprocess_cfg: Any) -> Preprocess:
     """Return the settings in the `preprocess_cfg` of an `open_clip_config.json`.
 
-    As in open_clip, unknown keys are passed over, missing and null ones take OpenAI's values, and
-    "random" interpolation (a training setting) means bicubic. The size is left to the model.
+    As in open_clip, unknown keys are passed over (which is told), missing and null ones take
+    OpenAI's values, and "random" interpolation (a training setting) means bicubic. The size is left
+    to the model.
 
     Raises:
       UserError: a value that open_clip itself would refuse, or a size that is not square.
     """
     cfg = _as_dict(preprocess_cfg, "preprocess_cfg")
     cfg = {key: value for key, value in cfg.items() if value is not None}
+    _note_unknown(cfg, _OPEN_CLIP_KNOWN, "preprocess_cfg")
     _one_of(cfg.get("mode", "RGB"), ("RGB",), "preprocess_cfg.mode")
     if "size" in cfg:
         _side(cfg["size"], "preprocess_cfg.size")
@@ -94,8 +109,12 @@ def preprocess_to_open_clip(preprocess: Preprocess, image_size: int) -> dict[str
     return {"size": image_size, "mode": "RGB", "fill_color": fields.pop("fill")} | fields
 
 
-def preprocess_from_hf(preprocessor_config: Any) -> Preprocess:
+def preprocess_from_hf(
+    preprocessor_config: Any, *, where: str = "preprocessor_config.json"
+) -> Preprocess:
     """Return the settings in the `preprocessor_config.json` of a CLIP or SigLIP folder.
+
+    Or in the `image_processor` of its `processor_config.json`; `where` is the file for messages.
 
     Keys that the file leaves out take the processor's own defaults. The conversion to RGB and the
     crop's offset are those of `clip_jax.data.images`, whatever the file says.
@@ -103,8 +122,8 @@ def preprocess_from_hf(preprocessor_config: Any) -> Preprocess:
     Raises:
       UserError: it is of another processor, or leaves out a step that CLIP's towers need.
     """
-    where = "preprocessor_config.json"
     config = _as_dict(preprocessor_config, where)
+    _note_unknown(config, _HF_KNOWN, where)
     name = config.get("image_processor_type") or config.get("feature_extractor_type")
     name = "CLIPImageProcessor" if name is None else name
     short_name = str(name).removesuffix("Fast").removesuffix("Pil")
@@ -127,7 +146,7 @@ def preprocess_from_hf(preprocessor_config: Any) -> Preprocess:
     names = {code: name for name, code in RESAMPLE.items()}
     interpolation = names[_one_of(resample, tuple(names), f"{where}: resample")]
     fields: dict[str, Any] = {
-        "resize_mode": _hf_resize_mode(config, defaults),
+        "resize_mode": _hf_resize_mode(config, defaults, where),
         "interpolation": interpolation,
     }
     return preprocess_from_json(fields | mean_and_std, where=where)
@@ -163,9 +182,19 @@ def preprocess_to_hf(preprocess: Preprocess, image_size: int) -> dict[str, Any]:
     }
 
 
-def _hf_resize_mode(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
+def _note_unknown(config: Mapping[str, Any], known: frozenset[str], where: str) -> None:
+    """Say which settings of a file are not read, and are on."""
+    unknown = [
+        f"{name} = {value!r:.40}"
+        for name, value in config.items()
+        if name not in known and value not in (None, False, 0, "", {}, [])
+    ]
+    if unknown:
+        note(f"{where}: settings that are not known are passed over: {', '.join(unknown)}")
+
+
+def _hf_resize_mode(config: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> str:
     """Return "shortest" or "squash", if resize and crop end on the same square."""
-    where = "preprocessor_config.json"
     size = config.get("size", defaults["size"])
     crops = config.get("do_center_crop", defaults["do_center_crop"])
     if isinstance(size, Mapping) and "shortest_edge" not in size:

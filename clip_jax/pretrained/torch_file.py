@@ -23,7 +23,7 @@ from clip_jax.pretrained.zip_file import Member, member_bytes, zip_members
 _MAX_PICKLE = 16 << 20
 _MAX_RANK = 8
 # Where a training wrapper keeps its weights; the first that is there.
-_WRAPPED = ("state_dict_ema", "state_dict")
+_WRAPPED = ("state_dict_ema", "state_dict", "model_state_dict", "model_state", "model", "net")
 # Bounds on what the walk through a TorchScript module yields: modules may be shared.
 _MAX_NAMES, _MAX_NAME = 100_000, 512
 _LEGACY = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
@@ -89,7 +89,12 @@ def _read_pickle(file_U: np.ndarray, members: dict[str, Member]) -> tuple[str, A
 def _find_tensors(root: Any) -> dict[str, Tensor]:
     """Return the tensors by name: of a module, a state dict, or the state dict in a wrapper."""
     if isinstance(root, dict):
-        root = next((root[k] for k in _WRAPPED if isinstance(root.get(k), dict | Object)), root)
+        keys = [k for k in _WRAPPED if isinstance(root.get(k), dict | Object)]
+        if not keys and not any(isinstance(value, Tensor) for value in root.values()):
+            # Under another name, if one dict alone holds tensors.
+            held = [k for k, v in root.items() if isinstance(v, dict) and _holds_tensors(v)]
+            keys = held if len(held) == 1 else []
+        root = root[keys[0]] if keys else root
     if isinstance(root, Object):
         tensors = _module_tensors(root)
     elif isinstance(root, dict):
@@ -107,6 +112,10 @@ def _find_tensors(root: Any) -> dict[str, Tensor]:
         if not isinstance(name, str):
             raise BadFileError(f"has a tensor whose name is the number {name}", _SAVE_ALONE)
     return tensors
+
+
+def _holds_tensors(values: dict[Any, Any]) -> bool:
+    return any(isinstance(value, Tensor) for value in values.values())
 
 
 def _module_tensors(module: Object) -> dict[str, Tensor]:
