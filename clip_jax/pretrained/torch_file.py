@@ -89,7 +89,7 @@ def _read_pickle(file_U: np.ndarray, members: dict[str, Member]) -> tuple[str, A
 def _find_tensors(root: Any) -> dict[str, Tensor]:
     """Return the tensors by name: of a module, a state dict, or the state dict in a wrapper."""
     if isinstance(root, dict):
-        keys = [k for k in _WRAPPED if isinstance(root.get(k), dict | Object)]
+        keys = [k for k in _WRAPPED if _holds_tensors(root.get(k))]
         if not keys and not any(isinstance(value, Tensor) for value in root.values()):
             # Under another name, if one dict alone holds tensors.
             held = [k for k, v in root.items() if isinstance(v, dict) and _holds_tensors(v)]
@@ -114,8 +114,11 @@ def _find_tensors(root: Any) -> dict[str, Tensor]:
     return tensors
 
 
-def _holds_tensors(values: dict[Any, Any]) -> bool:
-    return any(isinstance(value, Tensor) for value in values.values())
+def _holds_tensors(value: Any) -> bool:
+    """Return whether a value is a module, or a dict with tensors in it."""
+    if isinstance(value, dict):
+        return any(isinstance(item, Tensor) for item in value.values())
+    return isinstance(value, Object)
 
 
 def _module_tensors(module: Object) -> dict[str, Tensor]:
