@@ -88,7 +88,7 @@ def tree_digests(tree: Any, version: int = 1) -> dict[str, int]:
     return {path: int(d) for path, d in zip(leaves_by_path(tree), digests, strict=True)}
 
 
-def _meta_check(meta: dict[str, Any]) -> int:
+def meta_check(meta: dict[str, Any]) -> int:
     """Return a checksum of what `meta` says beside it."""
     rest = {key: value for key, value in meta.items() if key != "check"}
     return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
@@ -184,7 +184,7 @@ class Checkpoints:
         }
         # Of what is read back: JSON turns tuples into lists.
         meta = json.loads(json.dumps(meta))
-        meta["check"] = _meta_check(meta)
+        meta["check"] = meta_check(meta)
         args = {name: ocp.args.StandardSave(item) for name, item in items.items()}
         self._manager.save(
             step, args=ocp.args.Composite(**args, meta=ocp.args.JsonSave(meta)), force=True
@@ -259,7 +259,7 @@ class Checkpoints:
             meta = json.loads((self.folder / str(step) / "meta" / "metadata").read_text())
             # Checkpoints of earlier versions have no checksum here.
             is_earlier = not {"digest", "check"} & meta.keys()
-            whole = is_earlier or meta.get("check") == _meta_check(meta)
+            whole = is_earlier or meta.get("check") == meta_check(meta)
             return meta if whole and meta.get("format") == FORMAT and "digests" in meta else None
         except (OSError, ValueError, AttributeError):
             return None

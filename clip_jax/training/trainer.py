@@ -162,6 +162,8 @@ def restore_or_init(
       UserError: the checkpoint belongs to another run, or the one to start from cannot be used.
     """
     meta = checkpoints.latest_meta()
+    if meta is None and distributed.from_first(checkpoints.steps()):
+        checkpoints.restore(run.shapes)  # sets each aside with a line, and ends the run
     if meta is not None:
         saved = complete_fingerprint(meta["fingerprint"], folder)
         check_fingerprint(saved, fingerprint, folder)

@@ -22,6 +22,7 @@ class Run:
 
     model: CLIP
     config: Config
+    caption_packing: None = None
 
 
 def make_run(platform):

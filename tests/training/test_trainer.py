@@ -26,7 +26,7 @@ from clip_jax.pretrained.work_folder import RunDescription
 from clip_jax.tools.evaluate import evaluate_workdir, evaluation_text
 from clip_jax.training import run_logger, trainer
 from clip_jax.training.best_checkpoint import BestCheckpoint
-from clip_jax.training.checkpoint import Checkpoints
+from clip_jax.training.checkpoint import Checkpoints, meta_check
 from clip_jax.training.state import TrainState
 
 ROOT = Path(__file__).parents[2]
@@ -308,11 +308,20 @@ def test_a_run_of_an_earlier_version_goes_on(data, uninterrupted, tmp_path, caps
             if not key.startswith("config.optim") and "tokenizer" not in key
         }
         assert len(meta["fingerprint"]) < len(saved)
-        path.write_text(json.dumps(meta))
+        path.write_text(json.dumps(meta | {"check": meta_check(meta)}))
     with pytest.raises(UserError, match=r"config\.optim\.learning_rate = 0\.003 and now"):
         main.run(make_config(data, optim__learning_rate=1e-3), str(workdir))
     assert main.run(make_config(data, train__steps=13), str(workdir)) == 0
     assert "going on from step 12" in capsys.readouterr().out
+
+
+def test_a_run_without_a_readable_checkpoint_does_not_begin_again(data, uninterrupted, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(uninterrupted, workdir)
+    for path in workdir.glob("checkpoints/*/meta/metadata"):
+        path.write_text(path.read_text().replace("fingerprint", "fingerprant"))
+    with pytest.raises(UserError, match=r"none of the \d checkpoints in .* can be read"):
+        main.run(make_config(data), str(workdir))
 
 
 def test_data_that_is_not_there(data, tmp_path):
@@ -350,7 +359,7 @@ def test_patches_that_cannot_be_dropped(data, tmp_path, monkeypatch, changes, me
     with pytest.raises(UserError, match=message):
         main.run(make_config(data, model__patch_dropout=0.5, **changes), str(tmp_path))
     # Nothing of a run: the data alone was counted.
-    assert {path.name for path in tmp_path.iterdir()} <= {"data_index.json"}
+    assert {path.name for path in tmp_path.iterdir()} <= {"data_index.json", "run.lock"}
 
 
 def test_a_shard_cut_in_half(data, tmp_path):
