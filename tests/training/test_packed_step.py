@@ -94,6 +94,7 @@ def tiny_model(monkeypatch):
     monkeypatch.setitem(zoo.MODELS, "tiny", dataclasses.replace(MODEL, text=text))
 
 
+@pytest.mark.slow
 def test_a_run_with_packed_captions_resumes_to_the_bit(data, tmp_path, monkeypatch):
     """The lengths are counted once; a resumed run takes what the first has written down."""
     lengths = []

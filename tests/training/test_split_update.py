@@ -22,7 +22,9 @@ def small(monkeypatch):
     monkeypatch.setattr("clip_jax.parallel.sharding.SMALL", 64)
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [pytest.param((8, 1, 1), marks=pytest.mark.slow), (2, 2, 2)], ids=str
+)
 def test_a_shared_update_gives_one_devices_losses(small, shape):
     mesh = make_mesh(**dict(zip(("data", "fsdp", "tensor"), shape, strict=True)))
     state, metrics, losses = run(VIT, mesh, split_update=True)
