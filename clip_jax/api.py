@@ -48,7 +48,7 @@ from clip_jax.pretrained.tags import family_preprocess
 from clip_jax.pretrained.trees import by_path, to_variables
 from clip_jax.sections import EvalSection
 from clip_jax.tokenizers import TokenizerSpec, make_tokenizer, spec_digest, tokenizer_from_file
-from clip_jax.training.checkpoint import tree_digests
+from clip_jax.training.checkpoint import not_finite, tree_digests
 from clip_jax.training.step import make_encoders, normalize_images, unit_range
 from clip_jax.training.warm_start import (
     place_arrays,
@@ -272,12 +272,11 @@ class LoadedCLIP:
             return
         # Also while a caller's function is traced: the weights are there.
         with jax.ensure_compile_time_eval():
-            finite = jax.jit(lambda tree: jax.tree.map(lambda x: jnp.isfinite(x).all(), tree))
-            flags = by_path(jax.device_get(finite(self._variables)))
-        bad = [name for name, is_finite in flags.items() if not is_finite]
+            bad = not_finite(self._variables)
         if bad:
+            arrays = len(jax.tree.leaves(self._variables))
             raise UserError(
-                f"{self.name}: {len(bad)} of {len(flags)} arrays hold values that are not finite "
+                f"{self.name}: {len(bad)} of {arrays} arrays hold values that are not finite "
                 f"(NaN or infinity), the first {bad[0]}: fetch or train it again"
             )
         self._is_checked = True

@@ -24,6 +24,7 @@ def layer_norm(
     return y.astype(x.dtype)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def layer_norm_for_gpu(
     x: Array,
     scale_D: Float[Array, " D"],
@@ -37,11 +38,6 @@ def layer_norm_for_gpu(
     over rows: XLA writes that product to memory, float32 and as large as the rows, and reads it
     again. Here each of the two makes it for itself.
     """
-    return _layer_norm(x, scale_D, bias_D, epsilon, target)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _layer_norm(x: Array, scale_D: Array, bias_D: Array, epsilon: float, target: Target) -> Array:
     return layer_norm(x, scale_D, bias_D, epsilon)
 
 
@@ -54,8 +50,8 @@ def _backward(epsilon: float, target: Target, saved: tuple[Array, Array], dy: Ar
     mean, factor = _mean_and_factor(x, epsilon)
     normal = (x.astype(jnp.float32) - mean) * factor
     dnormal = dy.astype(jnp.float32) * scale_D
-    along = jnp.mean(dnormal * normal, axis=-1, keepdims=True)
-    dx = factor * (dnormal - jnp.mean(dnormal, axis=-1, keepdims=True) - normal * along)
+    mean_product = jnp.mean(dnormal * normal, axis=-1, keepdims=True)
+    dx = factor * (dnormal - jnp.mean(dnormal, axis=-1, keepdims=True) - normal * mean_product)
     # Behind the barriers the compiler does not see that the products are the same, and the two
     # numbers of a row are in memory before the sums over rows are taken.
     x, dy = lax.optimization_barrier((x, dy))
@@ -70,7 +66,7 @@ def _backward(epsilon: float, target: Target, saved: tuple[Array, Array], dy: Ar
     return dx, *(d.astype(scale_D.dtype) for d in dparams)
 
 
-_layer_norm.defvjp(_forward, _backward)
+layer_norm_for_gpu.defvjp(_forward, _backward)
 
 
 def _mean_and_factor(x: Array, epsilon: float) -> tuple[Array, Array]:

@@ -32,9 +32,9 @@ def sum_rows_first(
     """
     if not puts_sums_off(target) or not target.shares(len(rows[0])):
         return function(*rows), waiting
-    own = target.map_rows(lambda *own: tuple(x[None] for x in function(*own)), rows, ())
-    own, waiting = lax.optimization_barrier((own, waiting))
-    return tuple(jnp.sum(x, 0) for x in own), waiting
+    local_sums = target.map_rows(lambda *local: tuple(x[None] for x in function(*local)), rows, ())
+    local_sums, waiting = lax.optimization_barrier((local_sums, waiting))
+    return tuple(jnp.sum(x, 0) for x in local_sums), waiting
 
 
 def puts_sums_off(target: Target) -> bool:

@@ -9,7 +9,6 @@ from jaxtyping import Array, Float, Int
 from clip_jax.models.execution import ExecConfig, remat_block
 from clip_jax.models.formed_block import BlockInputs, FormedBlock
 from clip_jax.models.layers import BlockConfig, ResidualBlock, gather_rows, stream_packing
-from clip_jax.models.packing import Packing
 
 NO_INPUTS = BlockInputs()
 
@@ -49,19 +48,18 @@ class Transformer(nn.Module):
             is_ragged = positions_BL is not None
             packing = stream_packing(self.block, self.exec_config, x_BLD.shape, is_ragged=is_ragged)
         x = x_BLD if packing is None else packing.flatten(x_BLD)
-        rest: tuple[Any, ...] = (inputs,) if is_own_form else (packing, positions_BL)
+        # A packing is no array, which a loop could hand to its body.
+        static: tuple[Any, ...] = () if is_own_form else (packing,)
+        arrays: tuple[Any, ...] = (inputs,) if is_own_form else (positions_BL,)
         if self.exec_config.scan and last > 0:
-            if is_own_form:
-                x = self._formed_loop(x, inputs, last)
-            else:
-                x = self._loop(x, packing, positions_BL, last)
+            x = self._loop(x, static, arrays, last)
         block = self._block()
         for i in range(0 if not self.exec_config.scan else last, last):
             layer = block(self.block, self.exec_config, name=f"resblocks_{i}")
-            x = layer(x, None, *rest)
+            x = layer(x, None, *static, *arrays)
         last_block = block(self.block, self.exec_config, name=f"resblocks_{last}")
         pool_in_block_B = pool_index_B if self.exec_config.pool_last_block else None
-        x = last_block(x, pool_in_block_B, *rest)
+        x = last_block(x, pool_in_block_B, *static, *arrays)
         if pool_in_block_B is not None:
             return x
         x_BLD = x if packing is None else packing.unflatten(x)
@@ -78,29 +76,16 @@ class Transformer(nn.Module):
         return remat_block(FormedBlock, exec_config, in_scan=in_scan)
 
     def _loop(
-        self, x: Array, packing: Packing | None, positions_BL: Array | None, times: int
+        self, x: Array, static: tuple[Any, ...], arrays: tuple[Any, ...], times: int
     ) -> Array:
         """Apply the stacked blocks, `times` of them."""
         loop = nn.scan(
-            lambda block, x, positions_BL: (block(x, None, packing, positions_BL), None),
+            lambda block, x, arrays: (block(x, None, *static, *arrays), None),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,
             length=times,
         )
         block = self._block(in_scan=True)
-        x, _ = loop(block(self.block, self.exec_config, name="resblocks"), x, positions_BL)
-        return x
-
-    def _formed_loop(self, x: Array, inputs: BlockInputs, times: int) -> Array:
-        """Apply the stacked blocks of a form, `times` of them."""
-        loop = nn.scan(
-            lambda block, x, inputs: (block(x, None, inputs), None),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=times,
-        )
-        block = self._block(in_scan=True)
-        x, _ = loop(block(self.block, self.exec_config, name="resblocks"), x, inputs)
+        x, _ = loop(block(self.block, self.exec_config, name="resblocks"), x, arrays)
         return x

@@ -99,11 +99,11 @@ def _finite(tree: Any) -> list[jax.Array]:
     return [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
 
 
-def first_not_finite(tree: Any) -> str | None:
-    """Return the path of the first array that holds a value that is not finite; None without."""
+def not_finite(tree: Any) -> list[str]:
+    """Return the paths of the arrays that hold a value that is not finite."""
     finite = jax.device_get(_finite(tree))
     paths = zip(leaves_by_path(tree), finite, strict=True)
-    return next((path for path, is_finite in paths if not is_finite), None)
+    return [path for path, is_finite in paths if not is_finite]
 
 
 class Checkpoints:
@@ -192,13 +192,13 @@ class Checkpoints:
 
     def _require_finite(self, items: dict[str, Any], step: int) -> None:
         # The step's guard sees its loss and gradients; what the update makes of them is seen here.
-        path = first_not_finite(items)
-        if path is None:
+        paths = not_finite(items)
+        if not paths:
             return
         earlier = self.steps()
         kept = f"step {earlier[0]} in {self.folder} stays" if earlier else "none was saved before"
         raise UserError(
-            f"the state after step {step} is not finite, first in {path}, and is not saved; "
+            f"the state after step {step} is not finite, first in {paths[0]}, and is not saved; "
             f"{kept}; lower config.optim.learning_rate"
         )
 

@@ -224,7 +224,7 @@ class MetricsWriter:
         with atomic_write(self.path) as partial:
             partial.write_text("".join(lines), encoding="utf-8")
         self._file = self.path.open("ab", buffering=0)
-        self._told = False
+        self._has_warned = False
         self._board = TensorBoardFile(workdir, 0 if resume_step is None else resume_step + 1)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -261,8 +261,8 @@ class MetricsWriter:
             reason = error.strerror or str(error)
         with suppress(OSError):  # never half a line in the middle
             os.truncate(self._file.fileno(), size)
-        if not self._told:
-            self._told = True
+        if not self._has_warned:
+            self._has_warned = True
             print(
                 f"{self.path} takes no more lines ({reason}); make room, they are lost until then"
             )
