@@ -1,5 +1,6 @@
 """What goes wrong outside the images: servers that fail, keys that repeat, a thousand shards."""
 
+import gc
 import json
 import threading
 from collections import Counter
@@ -148,13 +149,15 @@ def test_a_thousand_damaged_shards_lose_their_rows_and_leave_nothing_open(tmp_pa
         path.unlink()
     log = SkipLog(tmp_path / "skipped.jsonl")
     (shards,) = open_sources(pattern, log=log, cached_shards=64, workdir=run)
+    gc.collect()  # another test's files may wait for it
     files = len(list(Path("/proc/self/fd").iterdir()))
     keys, good = one_epoch(shards, log, batch_size=64)
     assert len(keys) == 2200 and good.sum() == 200
     want = Counter(SHARD_DAMAGES[kind][1] for kind in kinds[7:1000])
     assert log.counts == {cause: 2 * n for cause, n in want.items()} | {"shard_missing": 2 * 7}
     assert len((tmp_path / "skipped.jsonl").read_text().splitlines()) == 1000
-    assert len(list(Path("/proc/self/fd").iterdir())) == files
+    gc.collect()
+    assert len(list(Path("/proc/self/fd").iterdir())) <= files
     assert len(shards[0]._cache) <= 64
 
 
