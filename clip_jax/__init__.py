@@ -40,7 +40,8 @@ def load(
     "ViT-B/32". Their files are fetched once, to the cache of `huggingface_hub`, and checked.
 
     OpenAI's `.pt`; open_clip's `.pt`, `.bin` and `.safetensors`; folders of open_clip and Hugging
-    Face (CLIP, MetaCLIP 2, SigLIP); big_vision's `.npz`; work folders. Nothing in a file is run.
+    Face (CLIP, MetaCLIP 2, SigLIP, SigLIP 2 NaFlex); big_vision's `.npz`; work folders. Nothing in
+    a file is run.
     Activation and preprocessing are those the weights were trained with.
 
     Args:

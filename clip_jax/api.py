@@ -21,6 +21,7 @@ from clip_jax.api_inputs import (
     as_array,
     block_numbers,
     check_normalized,
+    check_patches,
     image_items,
     is_array,
     is_text,
@@ -32,24 +33,27 @@ from clip_jax.api_inputs import (
 )
 from clip_jax.api_inputs import class_names as check_class_names
 from clip_jax.data.images import OPENAI, ImageError, Preprocess, eval_transform
+from clip_jax.data.patches import PatchShape
 from clip_jax.errors import UserError, check_choice
-from clip_jax.evaluation.encoders import Encoders, mesh_encoders
+from clip_jax.evaluation.encoders import Encoders, image_size, mesh_encoders
 from clip_jax.evaluation.prompts import load_templates
 from clip_jax.evaluation.zero_shot import class_embeddings
 from clip_jax.models.clip import CLIP, CLIPConfig, init_variables, unit_length
 from clip_jax.models.execution import DTYPES
+from clip_jax.models.naflex import ImagePatches, NaFlexConfig, canvas_patches
 from clip_jax.models.relevance import make_relevance
 from clip_jax.models.states import TOWERS, StatesFn, TowerStates, make_states
 from clip_jax.models.zoo import model_config
 from clip_jax.parallel.mesh import device_target, make_mesh
 from clip_jax.pretrained.load import tokenizer_family
+from clip_jax.pretrained.preprocess import MAX_PATCHES
 from clip_jax.pretrained.resize import resize_checkpoint
 from clip_jax.pretrained.tags import family_preprocess
 from clip_jax.pretrained.trees import by_path, to_variables
 from clip_jax.sections import EvalSection
 from clip_jax.tokenizers import TokenizerSpec, make_tokenizer, spec_digest, tokenizer_from_file
 from clip_jax.training.checkpoint import not_finite, tree_digests
-from clip_jax.training.step import make_encoders, normalize_images, unit_range
+from clip_jax.training.step import make_encoders, model_images
 from clip_jax.training.warm_start import (
     place_arrays,
     read_source,
@@ -61,8 +65,9 @@ from clip_jax.typing import Tokenizer
 TEXT_BATCH = 256
 
 OneImage = Image.Image | np.ndarray | str | Path | bytes
-ImageInput = OneImage | jax.Array | Iterable[OneImage]
-"""One image or several: PIL images, files of images, or arrays of pixels [height, width, 3]."""
+ImageInput = OneImage | jax.Array | ImagePatches | Iterable[OneImage]
+"""One image or several: PIL images, files of images, or arrays of pixels [height, width, 3]; or
+what `preprocess` has made of them."""
 TextInput = str | np.ndarray | jax.Array | Iterable[str] | Sequence[int] | Sequence[Sequence[int]]
 """One text or several: captions, or token ids."""
 
@@ -144,24 +149,45 @@ class LoadedCLIP:
         """Whether each pair has a probability of its own (SigLIP), instead of a share of 1."""
         return "logit_bias" in self.params
 
-    def preprocess(self, images: ImageInput) -> np.ndarray:
+    def preprocess(
+        self, images: ImageInput, *, max_patches: int | None = None
+    ) -> np.ndarray | ImagePatches:
         """Prepare images of any size as the model takes them: uint8 [batch, height, width, 3].
 
-        They stay uint8 until `encode_image` normalizes them on the device.
+        They stay uint8 until `encode_image` normalizes them on the device. A model of images of any
+        shape (SigLIP 2 NaFlex) takes `ImagePatches`: patches, mask and grid.
 
         Args:
           images: PIL images, paths, bytes or open files of images, or uint8 arrays [height, width,
             3]; one or several.
+          max_patches: of such a model, patches of each image, at most; None is what the
+            checkpoint's own preprocessing says.
 
         Raises:
-          UserError: there is none, one cannot be read, or an array is not uint8.
+          UserError: there is none, one cannot be read, an array is not uint8, or the model takes no
+            patches.
         """
-        size = self.config.vision.image_size
+        size = image_size(self.config)
+        if max_patches is not None:
+            size = self._patch_shape(max_patches)
         items = [pil_image(image) for image in image_items(images, "preprocess")]
         try:
-            return np.stack([eval_transform(item, size, self.preprocessing) for item in items])
+            batch = np.stack([eval_transform(item, size, self.preprocessing) for item in items])
         except ImageError as error:
             raise UserError(f"preprocess: an image cannot be used: {error}") from None
+        return canvas_patches(batch) if isinstance(size, PatchShape) else batch
+
+    def _patch_shape(self, max_patches: int) -> PatchShape:
+        """Return the size of images that are so many patches, or raise UserError."""
+        if not isinstance(self.config.vision, NaFlexConfig):
+            raise UserError(f"{self.name} takes squares: give max_patches to SigLIP 2 NaFlex alone")
+        whole = isinstance(max_patches, int | np.integer) and not isinstance(max_patches, bool)
+        if not whole or not 1 <= max_patches <= MAX_PATCHES:
+            raise UserError(
+                f"preprocess: max_patches is {shown(max_patches)}: it must be a whole number from "
+                f"1 to {MAX_PATCHES}"
+            )
+        return PatchShape(self.config.vision.patch_size, int(max_patches))
 
     def tokenize(self, texts: str | Iterable[str]) -> np.ndarray:
         """Turn captions into ids, int32 [batch, context_length].
@@ -182,7 +208,8 @@ class LoadedCLIP:
         Args:
           images: PIL images, prepared as `preprocess` does; or arrays [height, width, 3] of the
             model's size, one, several or a batch of them: uint8 as `preprocess` returns them, or
-            floats that are normalized already.
+            floats that are normalized already. Where the model takes images of any shape, what
+            `preprocess` returns, or images and uint8 arrays of any size.
 
         Raises:
           UserError: the shape is not what the model takes, it has no image tower, or its weights
@@ -191,10 +218,24 @@ class LoadedCLIP:
         z_BD = self._encode_image(self._variables, self._check_images(images, "encode_image"))
         return self._unit_length(z_BD) if normalize else z_BD
 
-    def _check_images(self, images: ImageInput, method: str) -> jax.Array:
-        """Return the images as an array, or raise UserError with the method's name."""
+    def _check_patches(self, images: ImageInput, patch_size: int, method: str) -> ImagePatches:
+        """Return images as patches, or raise UserError with the method's name."""
+        if isinstance(images, ImagePatches):
+            return check_patches(images, patch_size, method)
+        if is_array(images) and jnp.issubdtype(as_array(images).dtype, jnp.floating):
+            raise UserError(f"{method} takes images, or the patches that preprocess() returns")
+        prepared: Any = self.preprocess(images)
+        return prepared
+
+    def _check_images(self, images: ImageInput, method: str) -> jax.Array | ImagePatches:
+        """Return images as an array or as patches, or raise UserError with the method's name."""
         self._check_tower("visual", "image")
-        size = self.config.vision.image_size
+        vision = self.config.vision
+        if isinstance(vision, NaFlexConfig):
+            return self._check_patches(images, vision.patch_size, method)
+        if isinstance(images, ImagePatches):
+            raise UserError(f"{method} takes squares of {vision.image_size} pixels and got patches")
+        size = vision.image_size
         batch: Any = as_array(images) if is_array(images) else None
         if batch is None or batch.dtype == object:
             items, shape = image_items(images, method), (size, size, 3)
@@ -321,11 +362,8 @@ class LoadedCLIP:
         Raises:
           UserError: the shape is not what the model takes, or the tower has no such blocks.
         """
-        images = self._check_images(images, "image_states")
-        if images.dtype == jnp.uint8:
-            mean, std = self.preprocessing.mean, self.preprocessing.std
-            images = normalize_images(unit_range(images), mean, std)
-        return self._tower_states("image", blocks)(self._variables, images)
+        pixels = model_images(self._check_images(images, "image_states"), self.preprocessing)
+        return self._tower_states("image", blocks)(self._variables, pixels)
 
     def text_states(self, texts: TextInput, blocks: int | Sequence[int] = ()) -> TowerStates:
         """Return all rows of the text tower, the pooled row, and the outputs of some blocks.
@@ -390,16 +428,16 @@ class LoadedCLIP:
         Raises:
           UserError: the shape is not what the model takes, or captions are too few or too many.
         """
+        if isinstance(self.config.vision, NaFlexConfig):
+            raise UserError(f"relevance: {self.name} takes images of any shape, which have no map")
         images = self._check_images(images, "relevance")
         texts = text_items(text, "relevance")
         texts = texts * len(images) if isinstance(text, str) else texts
         if len(texts) != len(images):
             raise UserError(f"relevance got {len(images)} images and {len(texts)} captions")
-        if images.dtype == jnp.uint8:
-            mean, std = self.preprocessing.mean, self.preprocessing.std
-            images = normalize_images(unit_range(images), mean, std)
         z_text_BD = self.encode_text(self.tokenize(texts))
-        return self._relevance(self._variables, images, z_text_BD)
+        pixels = model_images(images, self.preprocessing)
+        return self._relevance(self._variables, pixels, z_text_BD)
 
 
 def create(name: str, seed: int = 0) -> LoadedCLIP:
@@ -508,8 +546,12 @@ def load_encoders(
     known, spec = clip.known_tokenizer(), clip.tokenizer_spec
     digests = tree_digests({"params": clip.params, "batch_stats": clip.batch_stats})
     described = json.dumps([digests, repr(clip.config), spec and spec_digest(spec)])
+    encode_image: Any = clip.encode_image
+    if isinstance(clip.config.vision, NaFlexConfig):
+        unpack = jax.jit(canvas_patches)
+        encode_image = lambda canvas_BRPC: clip.encode_image(unpack(canvas_BRPC))  # noqa: E731
     return mesh_encoders(
-        clip.encode_image,
+        encode_image,
         clip.encode_text,
         mesh,
         config=clip.config,

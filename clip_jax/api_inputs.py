@@ -14,6 +14,7 @@ from PIL import Image
 
 from clip_jax.data.images import ImageError, decode_image
 from clip_jax.errors import UserError
+from clip_jax.models.naflex import ImagePatches
 
 # Normalized pixels lie within 3 of 0; pixels from 0 to 255 that are not normalized reach further.
 MAX_NORMALIZED = 16.0
@@ -137,6 +138,38 @@ def check_normalized(images: Any, method: str) -> None:
             f"{method} takes normalized floats and got values from {low:g} to {high:g}; give "
             "pixels from 0 to 255 as uint8"
         )
+
+
+def check_patches(images: ImagePatches, patch_size: int, method: str) -> ImagePatches:
+    """Return patches whose three arrays belong to each other.
+
+    Raises:
+      UserError: a shape or type is not what the model takes, or a mask is not that of its grid.
+    """
+    patches, mask, grid = map(as_array, images)
+    values, kind = patch_size**2 * 3, patches.dtype
+    if patches.ndim != 3 or patches.shape[2] != values or not patches.size:
+        raise UserError(
+            f"{method} takes patches of [batch, length, {values}] and got {list(patches.shape)}; "
+            "make them with preprocess()"
+        )
+    if kind != np.uint8 and not jax.numpy.issubdtype(kind, jax.numpy.floating):
+        raise UserError(f"{method} takes uint8 or normalized floats and got {kind}")
+    if mask.shape != patches.shape[:2] or grid.shape != (len(patches), 2):
+        raise UserError(
+            f"{method} takes a mask of {list(patches.shape[:2])} and a grid of "
+            f"{[len(patches), 2]} and got {list(mask.shape)} and {list(grid.shape)}"
+        )
+    check_normalized(patches, method)
+    if isinstance(grid, np.ndarray) and isinstance(mask, np.ndarray):
+        counts = grid.astype(np.int64).prod(axis=1)
+        expected = np.arange(mask.shape[1]) < counts[:, None]
+        if grid.min() < 1 or counts.max() > mask.shape[1] or (expected != (mask != 0)).any():
+            raise UserError(
+                f"{method} got a mask that is not that of its grid: rows x columns patches come "
+                "first, and what fills behind them"
+            )
+    return ImagePatches(patches, mask != 0, grid)
 
 
 def text_items(texts: Any, method: str, what: str = "texts") -> list[str]:

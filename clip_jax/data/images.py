@@ -23,6 +23,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from clip_jax.data.patches import ImageSize, PatchShape, canvas_of, patch_grid
 from clip_jax.data.shards import BadSampleError
 from clip_jax.sections import DataSection
 
@@ -34,7 +35,7 @@ MAX_PIXELS = DataSection.max_pixels
 """The limit where no config is: Pillow warns from this size on and lets twice as much through."""
 
 T = TypeVar("T")
-ResizeMode = Literal["shortest", "longest", "squash"]
+ResizeMode = Literal["shortest", "longest", "squash", "patches"]
 Interpolation = Literal["bicubic", "bilinear"]
 
 _BICUBIC = Image.Resampling.BICUBIC
@@ -56,7 +57,8 @@ class Preprocess:
 
     Attributes:
       resize_mode: "shortest" fits the short side and crops the center, "longest" fits the long
-        side and pads with `fill`, "squash" changes the aspect.
+        side and pads with `fill`, "squash" changes the aspect, "patches" fills a grid of nearly
+        the image's own proportions (and where a square is asked for does as "longest").
       interpolation: Pillow's filter of that name, always antialiased.
       mean, std: of each channel, for values in [0, 1]; applied on the device.
       fill: the padding, the same in every channel of the image's own mode (0 to 255).
@@ -76,6 +78,7 @@ SIGLIP = Preprocess(resize_mode="squash", mean=_HALF, std=_HALF)  # 30: SigLIP a
 CLIPA = Preprocess("squash", "bilinear", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # 7
 MOBILECLIP = Preprocess("shortest", "bilinear", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))  # 7
 DFN5B = Preprocess(resize_mode="squash")  # 6: DFN's ViT-H-14 and -378, MetaCLIP 2's -378
+NAFLEX = Preprocess("patches", "bilinear", _HALF, _HALF)  # none: Hugging Face alone has it
 PE = Preprocess("squash", "bilinear", _HALF, _HALF)  # 5: Perception Encoder
 MOBILECLIP2 = Preprocess(interpolation="bilinear")  # 2: MobileCLIP2-S3 and -S4
 INCEPTION = Preprocess(mean=_HALF, std=_HALF)  # 1: ViT-L-14 laion2b_s32b_b82k
@@ -210,12 +213,14 @@ def _webp_size(data: bytes) -> tuple[int, int]:
 
 def eval_transform(
     image: Image.Image,
-    image_size: int,
+    image_size: ImageSize,
     preprocess: Preprocess = OPENAI,
     *,
     max_pixels: int = MAX_PIXELS,
 ) -> UInt8[np.ndarray, "H W 3"]:
     """Return the square of `image_size` that the model sees; `preprocess.mean`, `std` come later.
+
+    Of a number of patches it is `patches.canvas_of` what `Siglip2ImageProcessor` makes.
 
     Equal to open_clip 3.3's `image_transform(..., is_train=False)` up to its scaling of values, in
     every value; with `OPENAI` to torchvision's `Resize`, `CenterCrop`, `convert("RGB")`. Where
@@ -225,16 +230,15 @@ def eval_transform(
       ImageError: `too_large`, when a thread-thin image would grow beyond `max_pixels`; or Pillow
         cannot resize or convert the image.
     """
+    if isinstance(image_size, PatchShape):
+        rows, columns = patch_grid(image.width, image.height, image_size)
+        image = image if image.mode == "RGB" else _pillow(image.convert, "RGB")
+        sides = columns * image_size.patch_size, rows * image_size.patch_size
+        image = _resize(image, sides, preprocess.interpolation, max_pixels)
+        return canvas_of(np.asarray(image), image_size)
     n = image_size
     new_width, new_height = fitted_size(image.width, image.height, n, preprocess.resize_mode)
-    # Pillow resizes the width first, so this many pixels stand between the two passes.
-    if new_width * max(image.height, new_height) > max_pixels:
-        raise ImageError(
-            "too_large", f"{image.width} x {image.height} becomes {new_width} x {new_height}"
-        )
-    if (new_width, new_height) != image.size:
-        resampling = _FILTERS[preprocess.interpolation]
-        image = _pillow(image.resize, (new_width, new_height), resampling)
+    image = _resize(image, (new_width, new_height), preprocess.interpolation, max_pixels)
     if new_width < n or new_height < n:
         image = _pad(image, n, preprocess.fill)
     # round() takes halves to the even side, as torchvision does.
@@ -242,11 +246,24 @@ def eval_transform(
     return _to_rgb(image.crop((left, top, left + n, top + n)))
 
 
+def _resize(
+    image: Image.Image, size: tuple[int, int], interpolation: Interpolation, max_pixels: int
+) -> Image.Image:
+    """Return the image at this width and height, unless more than `max_pixels` would stand."""
+    width, height = size
+    # Pillow resizes the width first, so this many pixels stand between the two passes.
+    if width * max(image.height, height) > max_pixels:
+        raise ImageError("too_large", f"{image.width} x {image.height} becomes {width} x {height}")
+    if size == image.size:
+        return image
+    return _pillow(image.resize, size, _FILTERS[interpolation])
+
+
 def fitted_size(width: int, height: int, n: int, mode: ResizeMode) -> tuple[int, int]:
     """Return width and height after the resize to a square of side `n`, before crop or padding."""
     if mode == "squash":
         return n, n
-    if mode == "longest":
+    if mode in ("longest", "patches"):
         # The division by a ratio and the rounding are open_clip's `ResizeKeepRatio`.
         ratio = max(height / n, width / n)
         return max(1, round(width / ratio)), max(1, round(height / ratio))

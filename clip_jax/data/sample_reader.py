@@ -13,6 +13,7 @@ from clip_jax.data.augment import make_decode, make_transform
 from clip_jax.data.dataset import LazyShard
 from clip_jax.data.images import MAX_PIXELS, Chance, Preprocess, decode_image, eval_transform
 from clip_jax.data.order import AUGMENT_KEY, Uniforms
+from clip_jax.data.patches import ImageSize, PatchShape, image_shape
 from clip_jax.data.shards import (
     PROGRAMMING_ERRORS,
     BadSampleError,
@@ -21,6 +22,7 @@ from clip_jax.data.shards import (
     Shard,
     sample_cause,
 )
+from clip_jax.errors import UserError
 from clip_jax.sections import DataSection
 from clip_jax.typing import Tokenizer
 
@@ -30,15 +32,22 @@ Decode = Callable[[bytes], Image.Image]
 
 @dataclass(frozen=True)
 class SampleShape:
-    """The size of a model's inputs: an image's side in pixels, and a caption's tokens."""
+    """The size of a model's inputs: an image's side or patches, and a caption's tokens."""
 
-    image_size: int
+    image_size: ImageSize
     context_length: int
 
     @property
     def image(self) -> tuple[int, int, int]:
-        """The shape of one image."""
-        return self.image_size, self.image_size, 3
+        """The shape of the array of one image."""
+        return image_shape(self.image_size)
+
+    @property
+    def side(self) -> int:
+        """The side of the square images that a model is trained on, pixels."""
+        if isinstance(self.image_size, PatchShape):
+            raise UserError("this model takes patches: it is not trained on squares here")
+        return self.image_size
 
 
 @dataclass(frozen=True)
@@ -92,7 +101,7 @@ class SampleReader:
       tokenizer: called from several threads.
       shape: of the rows.
       decode: bytes -> an image; what it gives must depend on the bytes alone.
-      transform: (image, rng) -> uint8 [image_size, image_size, 3].
+      transform: (image, rng) -> uint8, of the shape's `image`.
       seed: with epoch and sample id it fixes a row's chance, whoever reads it.
       cache_bytes: memory for decoded images.
       evaluation: read labels, take the first caption, and do without one where there is a label.
@@ -134,9 +143,9 @@ class SampleReader:
           ids, epochs: one for each row.
           image: where the images go, if not into memory of their own.
         """
-        n, side, length = len(ids), self._shape.image_size, self._shape.context_length
+        n, length = len(ids), self._shape.context_length
         rows = Rows(
-            image=np.empty((n, side, side, 3), np.uint8) if image is None else image,
+            image=np.empty((n, *self._shape.image), np.uint8) if image is None else image,
             text=np.empty((n, length), np.int32),
             caption_id=np.zeros(n, np.uint32),
             valid=np.zeros(n, bool),
@@ -218,8 +227,8 @@ def make_training_reader(settings: ReaderSettings, shards: ConcatShards) -> Samp
         shards,
         settings.tokenizer,
         shape,
-        decode=settings.decoding.make_decode(shape.image_size, config),
-        transform=settings.decoding.make_transform(shape.image_size, config),
+        decode=settings.decoding.make_decode(shape.side, config),
+        transform=settings.decoding.make_transform(shape.side, config),
         seed=settings.seed,
         cache_bytes=config.cache_bytes,
     )

@@ -83,7 +83,7 @@ def measure_parts(
     stages = [timed("read", read, seconds)]
     if not read.images:
         raise UserError("no sample could be read; python -m clip_jax.data.inspect says why")
-    side, context_length = settings.shape.image_size, settings.shape.context_length
+    side, context_length = settings.shape.side, settings.shape.context_length
     decode, transform = make_decode(side, settings.config), make_transform(side, settings.config)
     rng = np.random.default_rng(0)
 

@@ -17,10 +17,12 @@ from jaxtyping import Float32
 
 from clip_jax.data.images import OPENAI, Preprocess
 from clip_jax.data.loader import Loader, make_eval_loader, trim_to_bucket
+from clip_jax.data.patches import ImageSize, PatchShape
 from clip_jax.data.sample_reader import SampleShape
 from clip_jax.data.shards import Shard
 from clip_jax.errors import UserError
 from clip_jax.models.clip import CLIPConfig
+from clip_jax.models.naflex import NaFlexConfig
 from clip_jax.parallel.mesh import batch_shards, place_batch
 from clip_jax.typing import Tokenizer
 
@@ -36,7 +38,8 @@ class Encoders:
     Attributes:
       encode_image: this process's uint8 [b, H, W, 3] -> the global [B, D], on every process.
       encode_text: int32 [B, L], the same on every process -> [B, D].
-      image_size: side of the images, pixels; context_length: tokens of a caption.
+      image_size: side of the images, pixels, or how many patches; context_length: tokens of a
+        caption.
       embed_dim: D, the width of the features.
       scale: what multiplies cosines to give logits (not its logarithm).
       name: for the results.
@@ -47,7 +50,7 @@ class Encoders:
     encode_image: EncodeImage
     encode_text: EncodeText
     tokenizer: Tokenizer
-    image_size: int
+    image_size: ImageSize
     context_length: int
     embed_dim: int
     scale: float
@@ -60,6 +63,11 @@ class Encoders:
     def batch_parts(self) -> int:
         """The number of parts in which the mesh splits the rows of a batch."""
         return 1 if self.mesh is None else batch_shards(self.mesh)
+
+    @property
+    def shown_side(self) -> int:
+        """The side of an image that is shown as the model takes it, pixels."""
+        return self.image_size.side if isinstance(self.image_size, PatchShape) else self.image_size
 
     def round_batch_size(self, batch_size: int) -> int:
         """Return the least number from `batch_size` on that devices and processes share equally."""
@@ -81,6 +89,14 @@ class Encoders:
         )
 
 
+def image_size(config: CLIPConfig) -> ImageSize:
+    """Return the size of a model's images: a side in pixels, or a number of patches."""
+    vision = config.vision
+    if isinstance(vision, NaFlexConfig):
+        return PatchShape(vision.patch_size, vision.max_patches)
+    return vision.image_size
+
+
 def mesh_encoders(
     encode_image: EncodeImage,
     encode_text: EncodeText,
@@ -96,7 +112,8 @@ def mesh_encoders(
     """Make the encoders of a model whose batches are split over a mesh.
 
     Args:
-      encode_image, encode_text: jitted; they take global arrays, split over the mesh's batch axes.
+      encode_image, encode_text: jitted; they take global arrays, split over the mesh's batch axes,
+        images as `data.images.eval_transform` makes them.
       config: the sizes of both towers; captions are cut to a bucket where the text tower allows it.
     """
     trim_after = tokenizer.eot_id if config.text.supports_trimming else None
@@ -104,7 +121,7 @@ def mesh_encoders(
         mesh_image_encoder(encode_image, mesh),
         mesh_text_encoder(encode_text, mesh, trim_after=trim_after),
         tokenizer,
-        image_size=config.vision.image_size,
+        image_size=image_size(config),
         context_length=config.text.context_length,
         embed_dim=config.embed_dim,
         scale=scale,

@@ -170,7 +170,9 @@ def feature_folder(
     """Return where the features of this data by these weights are kept: "DATA-WEIGHTS"."""
     # Two sets may have files of one name and size; a source that is not a file has its name alone.
     paths = [os.path.abspath(getattr(shard, "path", shard.name)) for shard in shards]
-    sizes = (encoders.image_size, encoders.context_length, repr(encoders.preprocess), batch_size)
+    size = encoders.image_size
+    size_text = size if isinstance(size, int) else repr(size)
+    sizes = (size_text, encoders.context_length, repr(encoders.preprocess), batch_size)
     data = _short_hash(fingerprint(shards), paths)
     return store / f"{data}-{_short_hash(encoders.identity, *sizes)}"
 

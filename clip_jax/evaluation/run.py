@@ -299,6 +299,6 @@ def _write_predictions(
     """Write the grid of predictions and the confusion matrix."""
     write_confusion(predictions, inputs, folder / CONFUSION)
     examples = draw_examples(predictions, inputs, EXAMPLES)
-    images = read_images(shards, examples.rows, encoders.image_size, encoders.preprocess)
+    images = read_images(shards, examples.rows, encoders.shown_side, encoders.preprocess)
     prediction_grid(list(images), examples.truths, examples.guesses, folder / GRID)
     return [folder / GRID, folder / CONFUSION]

@@ -54,7 +54,7 @@ def largest_difference(program: TowerProgram, run: Callable[[np.ndarray], np.nda
     else:
         batches = []
         for images in sample_images():
-            prepared = clip.preprocess(images)
+            prepared = np.asarray(clip.preprocess(images))
             batch = images if program.resizes else prepared
             batches.append((batch, clip.encode_image(prepared)))
     for batch, z_BD in batches:

@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from clip_jax.api import LoadedCLIP
+from clip_jax.errors import UserError
 from clip_jax.exporting.int8 import SCALE, dequantize, quantize
 from clip_jax.exporting.resize import prepare_images
 from clip_jax.models.clip import CLIP, unit_length
+from clip_jax.models.naflex import NaFlexConfig
 from clip_jax.pretrained.trees import from_variables, to_variables
 from clip_jax.training.step import normalize_images, unit_range
 from clip_jax.typing import Features
@@ -77,7 +79,12 @@ def tower_program(clip: LoadedCLIP, tower: Tower, *, resizes: bool, int8: bool) 
     Args:
       resizes: images of any size are prepared inside the program.
       int8: matrices are held in int8 with a scale for each output.
+
+    Raises:
+      UserError: the tower takes patches, not pixels.
     """
+    if tower == "image" and isinstance(clip.config.vision, NaFlexConfig):
+        raise UserError(f"{clip.name} takes patches of any grid: only its text tower is exported")
     arrays = {
         path: array
         for path, array in from_variables(clip.params, clip.batch_stats).items()

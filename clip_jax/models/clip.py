@@ -14,6 +14,7 @@ from clip_jax.errors import UserError
 from clip_jax.models.attention import Kernel, choose_kernel
 from clip_jax.models.execution import ExecConfig, remat_tower
 from clip_jax.models.image_towers import IMAGE_TOWERS, VisionConfig
+from clip_jax.models.naflex import ImagePatches, NaFlexConfig
 from clip_jax.models.resnet import HEAD_SIZE, ResNetConfig
 from clip_jax.models.stack import stack_layers
 from clip_jax.models.target import ONE_CPU, Target
@@ -46,7 +47,7 @@ class CLIPConfig:
     def __post_init__(self) -> None:
         for name, tower in (("vision", self.vision), ("text", self.text)):
             # The other image towers always end on a projection.
-            if not isinstance(tower, ViTConfig | TextConfig) or tower.project:
+            if not isinstance(tower, ViTConfig | NaFlexConfig | TextConfig) or tower.project:
                 continue
             if tower.width != self.embed_dim:
                 raise UserError(
@@ -111,7 +112,7 @@ class CLIP(nn.Module):
 
     def encode_image(
         self,
-        images_BHWC: Float[Array, "B H W 3"],
+        images_BHWC: Float[Array, "B H W 3"] | ImagePatches,
         train: bool = False,
         valid_B: Bool[Array, " B"] | None = None,
         patch_ids_Bl: Int[Array, "B l"] | None = None,
@@ -119,7 +120,7 @@ class CLIP(nn.Module):
         """Return image features, not of unit length.
 
         Args:
-          images_BHWC: normalized images.
+          images_BHWC: normalized images; or patches of them, where the tower takes those.
           train: batch norms use the statistics of the batch.
           valid_B: False leaves a row out of the batch statistics; None takes all.
           patch_ids_Bl: the numbers of the patches that an image transformer sees of each image;

@@ -12,6 +12,7 @@ from clip_jax.models.convnet import ConvNetConfig
 from clip_jax.models.convnext import HALVING, STEM, ConvNeXtConfig
 from clip_jax.models.fastvit import FastViTConfig, fastvit_flops
 from clip_jax.models.mbconv import mbconv_flops
+from clip_jax.models.naflex import NaFlexConfig
 from clip_jax.models.resnet import EXPANSION, ResNetConfig
 from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
@@ -77,6 +78,14 @@ def _vit(c: ViTConfig, embed_dim: int, num_patches: int | None) -> int:
     return total + 2 * c.width * embed_dim * c.project
 
 
+def _naflex(c: NaFlexConfig) -> int:
+    """Count the operations of a transformer of grids, of an image that has all patches."""
+    length, squares = c.max_patches, c.grid_size**2
+    total = 2 * length * (3 * c.patch_size**2 + squares) * c.width
+    total += _blocks(length, c.width, c.mlp_width, c.layers, pool_last_block=False)
+    return total + _one_query(length, c.width, 2 * c.width * c.mlp_width)
+
+
 def _convnet(c: ConvNetConfig, embed_dim: int) -> int:
     """Count the operations of a convolutional tower."""
     side = c.image_size // c.patch_size
@@ -135,6 +144,8 @@ def image_flops(config: CLIPConfig, num_patches: int | None = None) -> int:
         return fastvit_flops(config.vision, config.embed_dim)
     if isinstance(config.vision, ConvNeXtConfig):
         return _convnext(config.vision, config.embed_dim)
+    if isinstance(config.vision, NaFlexConfig):
+        return _naflex(config.vision)
     return _vit(config.vision, config.embed_dim, num_patches)
 
 

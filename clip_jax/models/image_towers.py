@@ -7,10 +7,13 @@ import flax.linen as nn
 from clip_jax.models.convnet import ConvNet, ConvNetConfig
 from clip_jax.models.convnext import ConvNeXt, ConvNeXtConfig
 from clip_jax.models.fastvit import FastViT, FastViTConfig
+from clip_jax.models.naflex import NaFlexConfig, NaFlexTransformer
 from clip_jax.models.resnet import ModifiedResNet, ResNetConfig
 from clip_jax.models.vit import VisionTransformer, ViTConfig
 
-VisionConfig = ViTConfig | ResNetConfig | ConvNetConfig | ConvNeXtConfig | FastViTConfig
+VisionConfig = (
+    ViTConfig | ResNetConfig | ConvNetConfig | ConvNeXtConfig | FastViTConfig | NaFlexConfig
+)
 
 
 class ImageTower(NamedTuple):
@@ -31,6 +34,7 @@ IMAGE_TOWERS: dict[type[VisionConfig], ImageTower] = {
     ConvNetConfig: ImageTower("convnet", ConvNet),
     ConvNeXtConfig: ImageTower("convnext", ConvNeXt),
     FastViTConfig: ImageTower("fastvit", FastViT),
+    NaFlexConfig: ImageTower("naflex", NaFlexTransformer),
 }
 VISION_KINDS: dict[str, type[VisionConfig]] = {
     tower.kind: config for config, tower in IMAGE_TOWERS.items()

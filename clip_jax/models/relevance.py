@@ -20,6 +20,7 @@ from clip_jax.models.clip import CLIP, CLIPConfig, unit_length
 from clip_jax.models.convnet import ConvNetConfig
 from clip_jax.models.convnext import ConvNeXtConfig
 from clip_jax.models.fastvit import FastViTConfig
+from clip_jax.models.naflex import NaFlexConfig
 from clip_jax.models.resnet import ResNetConfig
 
 
@@ -49,8 +50,9 @@ def captured_module(config: CLIPConfig) -> tuple[tuple[str, ...], int]:
         return ("visual", f"bn{len(vision.features)}"), 0
     if isinstance(vision, ConvNeXtConfig | FastViTConfig):
         return ("visual", f"stages_{len(vision.depths) - 1}"), 0
-    if vision.pool == "map":
-        return ("visual", "attn_pool", "attn", "v_proj"), int(vision.class_token)
+    if isinstance(vision, NaFlexConfig) or vision.pool == "map":
+        leading_rows = int(getattr(vision, "class_token", False))
+        return ("visual", "attn_pool", "attn", "v_proj"), leading_rows
     if vision.pool == "queries":
         return ("visual", "attn_pool", "v_proj"), int(vision.class_token)
     last = f"resblocks_{vision.layers - 1}"

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 from clip_jax.errors import UserError, check_choice
 from clip_jax.models.clip import CLIP
 from clip_jax.models.layer_norm import layer_norm
+from clip_jax.models.naflex import ImagePatches, NaFlexConfig
 from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
 
@@ -34,15 +35,25 @@ class TowerStates:
       pooled_BD: the row that is made of them, before the projection to the shared space.
       blocks: the outputs of the blocks that were asked for, each [B, L, D].
       leading_rows: how many rows precede an image's patches.
+      is_square: images have one grid, a square; else each has its own (`ImagePatches.grid`).
     """
 
     rows_BLD: Float[Array, "B L D"]
     pooled_BD: Float[Array, "B D"]
     blocks: tuple[Float[Array, "B L D"], ...]
     leading_rows: int = dataclasses.field(default=0, metadata={"static": True})
+    is_square: bool = dataclasses.field(default=True, metadata={"static": True})
 
     def grid(self, rows_BLD: Float[Array, "B L D"] | None = None) -> Float[Array, "B h w D"]:
-        """Return an image's patches as they lie in it, of `rows_BLD` or of a block."""
+        """Return an image's patches as they lie in it, of `rows_BLD` or of a block.
+
+        Raises:
+          UserError: images have grids of their own.
+        """
+        if not self.is_square:
+            raise UserError(
+                "these images have grids of their own: rows[i, : h * w].reshape(h, w, -1) is one's"
+            )
         rows_BLD = self.rows_BLD if rows_BLD is None else rows_BLD
         patches_BlD = rows_BLD[:, self.leading_rows :]
         batch, count, width = patches_BlD.shape
@@ -54,8 +65,8 @@ class TowerStates:
 class StatesFn(Protocol):
     """A pure function, which can be jitted."""
 
-    def __call__(self, variables: Mapping[str, Any], inputs: Array) -> TowerStates:
-        """Return the states of normalized images [B, H, W, 3], or of tokens [B, L]."""
+    def __call__(self, variables: Mapping[str, Any], inputs: Array | ImagePatches) -> TowerStates:
+        """Return the states of normalized images [B, H, W, 3] or patches, or of tokens [B, L]."""
         ...
 
 
@@ -72,7 +83,7 @@ def make_states(model: CLIP, tower: str, blocks: Sequence[int]) -> StatesFn:
     """
     check_choice("tower", tower, TOWERS)
     config = model.config.vision if tower == "image" else model.config.text
-    if not isinstance(config, ViTConfig | TextConfig):
+    if not isinstance(config, ViTConfig | NaFlexConfig | TextConfig):
         raise UserError(f"this {tower} tower is no transformer: it has no rows and no blocks")
     if isinstance(config, TextConfig) and config.encoder and config.encoder.norms == "after":
         raise UserError(
@@ -86,7 +97,7 @@ def make_states(model: CLIP, tower: str, blocks: Sequence[int]) -> StatesFn:
     whole = model.clone(pool_last_block=False)
     leading_rows = int(getattr(config, "class_token", False))
 
-    def states(variables: Mapping[str, Any], inputs: Array) -> TowerStates:
+    def states(variables: Mapping[str, Any], inputs: Array | ImagePatches) -> TowerStates:
         captured = _capture(whole, variables, inputs, tower)
 
         def block(number: int) -> Array:
@@ -102,17 +113,18 @@ def make_states(model: CLIP, tower: str, blocks: Sequence[int]) -> StatesFn:
             last = captured.get(("ln_post",), rows_BLD)
             if last.ndim == 3:
                 rows_BLD, last = last, jnp.mean(last[:, leading_rows:], axis=1)
-            is_map = getattr(config, "pool", "") == "map"
+            is_map = isinstance(config, NaFlexConfig) or getattr(config, "pool", "") == "map"
             pooled_BD = captured["attn_pool",] if is_map else last
         rows = (rows_BLD, pooled_BD, *map(block, numbers))
         rows_BLD, pooled_BD, *outputs = (x.astype(jnp.float32) for x in rows)
-        return TowerStates(rows_BLD, pooled_BD, tuple(outputs), leading_rows)
+        is_square = not isinstance(config, NaFlexConfig)
+        return TowerStates(rows_BLD, pooled_BD, tuple(outputs), leading_rows, is_square)
 
     return states
 
 
 def _capture(
-    model: CLIP, variables: Mapping[str, Any], inputs: Array, tower: str
+    model: CLIP, variables: Mapping[str, Any], inputs: Array | ImagePatches, tower: str
 ) -> dict[tuple[str, ...], Array]:
     """Run a tower; return the outputs of its modules by their paths inside it."""
     captured: dict[tuple[str, ...], Array] = {}

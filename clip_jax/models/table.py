@@ -21,6 +21,7 @@ from clip_jax.models.convnext import ConvNeXtConfig
 from clip_jax.models.fastvit import FastViTConfig
 from clip_jax.models.flops import image_flops, text_flops
 from clip_jax.models.image_towers import VisionConfig
+from clip_jax.models.naflex import NaFlexConfig
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
@@ -50,6 +51,8 @@ def parity_case(config: CLIPConfig) -> str | None:
         return "coca"
     if isinstance(vision, ConvNetConfig):
         return None
+    if isinstance(vision, NaFlexConfig):
+        return "naflex"
     if isinstance(vision, FastViTConfig):
         return f"fastvit {vision.norm}"
     if isinstance(vision, ConvNeXtConfig):

@@ -1,4 +1,4 @@
-"""Read and write a model's sizes as the `config.json` of transformers' CLIP, MetaCLIP 2, SigLIP."""
+"""Read and write a model's sizes as the `config.json` of transformers' CLIP and SigLIP families."""
 
 import math
 from collections.abc import Mapping
@@ -6,6 +6,7 @@ from typing import Any
 
 from clip_jax.errors import UserError, short
 from clip_jax.models.clip import CLIPConfig
+from clip_jax.models.naflex import NaFlexConfig
 from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
 from clip_jax.pretrained.siglip import SIGLIP_LOGIT_SCALE, siglip_vit
@@ -59,6 +60,7 @@ HF_DEFAULTS = {
     "clip": (_HF_CLIP_TEXT, _HF_CLIP_VISION),
     "metaclip_2": (_HF_CLIP_TEXT, _HF_CLIP_VISION),
     "siglip": (_HF_SIGLIP_TEXT, _HF_SIGLIP_VISION),
+    "siglip2": (_HF_SIGLIP_TEXT, _HF_SIGLIP_VISION | {"num_patches": 256}),
 }
 
 
@@ -85,8 +87,8 @@ def config_from_hf(config: Mapping[str, Any], where: str) -> CLIPConfig:
                 ("text_config", "vision_config"), HF_DEFAULTS[kind], strict=True
             )
         )
-        if kind == "siglip":
-            return _siglip_from_hf(text, vision)
+        if kind in ("siglip", "siglip2"):
+            return _siglip_from_hf(text, vision, where)
         return CLIPConfig(
             embed_dim=int(config.get("projection_dim", 512)),
             vision=ViTConfig(
@@ -134,16 +136,33 @@ def mlp_ratio(width: int, mlp_width: int) -> float:
     return ratio if int(width * ratio) == mlp_width else math.nextafter(ratio, math.inf)
 
 
-def _siglip_from_hf(text: Mapping[str, Any], vision: Mapping[str, Any]) -> CLIPConfig:
-    image = _hf_sizes(vision)
+def _naflex_from_hf(vision: Mapping[str, Any], where: str) -> NaFlexConfig:
+    """Return the image tower of SigLIP 2 that takes grids of any shape."""
+    if not vision.get("vision_use_head", True):
+        raise UserError(f"{where}: vision_use_head is off, and images would have no features")
+    patches, size = int(vision["num_patches"]), int(vision["patch_size"])
+    side = math.isqrt(patches)
+    if side**2 != patches:
+        raise UserError(f"{where}: num_patches is {patches}: its positions are no square")
+    return NaFlexConfig(side * size, size, patches, **_hf_sizes(vision))
+
+
+def _siglip_from_hf(text: Mapping[str, Any], vision: Mapping[str, Any], where: str) -> CLIPConfig:
+    tower: ViTConfig | NaFlexConfig
+    if "num_patches" in vision:
+        tower = _naflex_from_hf(vision, where)
+    else:
+        sides = int(vision["image_size"]), int(vision["patch_size"])
+        tower = siglip_vit(*sides, **_hf_sizes(vision))
     embed_dim = int(text.get("projection_size") or text["hidden_size"])
     return CLIPConfig(
         embed_dim=embed_dim,
-        vision=siglip_vit(int(vision["image_size"]), int(vision["patch_size"]), **image),
+        vision=tower,
         text=TextConfig(
             context_length=int(text["max_position_embeddings"]),
             vocab_size=int(text["vocab_size"]),
-            eot_id=int(text["eos_token_id"]),
+            # Nothing is read at it, and some configs have several or none.
+            eot_id=text["eos_token_id"] if isinstance(text["eos_token_id"], int) else 1,
             causal=False,
             pool="last",
             proj_bias=True,

@@ -61,6 +61,12 @@ LAYOUTS: dict[str, Layout] = {
         lambda x, s: x.transpose(2, 3, 1, 0),
         lambda x, s: x.transpose(3, 2, 0, 1),
     ),
+    # [out, height * width * in] to HWIO.
+    "patches": Layout(
+        lambda s: (s[3], math.prod(s[:3])),
+        lambda x, s: transposed(x).reshape(s),
+        lambda x, s: transposed(x.reshape(-1, s[3])),
+    ),
     # [out, in, 1, 1] to [in, out].
     "pointwise": Layout(
         lambda s: (s[1], s[0], 1, 1),

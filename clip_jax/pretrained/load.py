@@ -14,16 +14,21 @@ from typing import Any
 
 import numpy as np
 
-from clip_jax.data.images import OPENAI, SIGLIP, Preprocess
+from clip_jax.data.images import NAFLEX, OPENAI, SIGLIP, Preprocess
 from clip_jax.errors import UserError, note, short
 from clip_jax.models.clip import CLIPConfig
+from clip_jax.models.naflex import NaFlexConfig
 from clip_jax.models.zoo import GEMMA, MODELS, model_config
 from clip_jax.pretrained import infer
 from clip_jax.pretrained.hf_config import config_from_hf
 from clip_jax.pretrained.layouts import import_arrays
 from clip_jax.pretrained.npz_file import read_npz
 from clip_jax.pretrained.open_clip_config import config_from_open_clip
-from clip_jax.pretrained.preprocess import preprocess_from_hf, preprocess_from_open_clip
+from clip_jax.pretrained.preprocess import (
+    patches_from_hf,
+    preprocess_from_hf,
+    preprocess_from_open_clip,
+)
 from clip_jax.pretrained.reparameterize import is_branched, reparameterize
 from clip_jax.pretrained.safetensors_file import read_safetensors
 from clip_jax.pretrained.tags import family_preprocess, find_pretrained
@@ -343,8 +348,8 @@ def tokenizer_family(config: CLIPConfig) -> str:
 def _from_hf_folder(folder: Path) -> Checkpoint:
     values = read_json(folder / HF_CONFIG)
     config = config_from_hf(values, str(folder / HF_CONFIG))
-    is_siglip = values["model_type"] == "siglip"
-    preprocess = SIGLIP if is_siglip else OPENAI
+    kind = values["model_type"]
+    preprocess = {"siglip": SIGLIP, "siglip2": NAFLEX}.get(kind, OPENAI)
     # The first is what transformers writes since version 5.
     for name in ("processor_config.json", "preprocessor_config.json"):
         settings = read_json(folder / name) if (folder / name).is_file() else {}
@@ -352,9 +357,35 @@ def _from_hf_folder(folder: Path) -> Checkpoint:
             settings = settings.get("image_processor") or {}
         if settings:
             preprocess = preprocess_from_hf(settings, where=name)
+            config = _with_patches(config, preprocess, settings, name)
             break
     weights = _find_weights(folder, HF_WEIGHTS)
-    naming = "hf_siglip" if is_siglip else "hf_clip"
+    naming = f"hf_{kind}" if kind.startswith("siglip") else "hf_clip"
     tokenizer = tokenizer_from_folder(folder, tokenizer_family(config))
     arrays = read_arrays(weights)
     return _make_checkpoint(folder.name, config, arrays, naming, preprocess, weights, tokenizer)
+
+
+def _with_patches(
+    config: CLIPConfig, preprocess: Preprocess, settings: Mapping[str, Any], where: str
+) -> CLIPConfig:
+    """Return the config with the number of patches that a processor's settings ask for.
+
+    Raises:
+      UserError: the processor makes patches and the tower takes none, or the other way round; or
+        their sides differ.
+    """
+    vision = config.vision
+    is_naflex = isinstance(vision, NaFlexConfig)
+    if is_naflex != (preprocess.resize_mode == "patches"):
+        raise UserError(f"{where}: its processor is not that of the model in {HF_CONFIG}")
+    if not isinstance(vision, NaFlexConfig):
+        return config
+    size, count = patches_from_hf(settings, where)
+    if size != vision.patch_size:
+        raise UserError(
+            f"{where}: patch_size is {size} and that of the model in {HF_CONFIG} "
+            f"{vision.patch_size}"
+        )
+    vision = dataclasses.replace(vision, max_patches=count)
+    return dataclasses.replace(config, vision=vision)

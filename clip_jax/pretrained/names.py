@@ -8,8 +8,9 @@ file.
 
 Sources: openai/CLIP `clip/model.py`; open_clip 3.3 `transformer.py`, `modified_resnet.py` and, for
 timm's towers, timm's `vision_transformer.py`, `eva.py`, `convnext.py`, `fastvit.py` and
-`vitamin.py`; transformers `modeling_clip.py`, `modeling_siglip.py`, `modeling_roberta.py` and
-`modeling_m2m_100.py`; big_vision `models/vit.py` and `models/proj/image_text/text_transformer.py`.
+`vitamin.py`; transformers `modeling_clip.py`, `modeling_siglip.py`, `modeling_siglip2.py`,
+`modeling_roberta.py` and `modeling_m2m_100.py`; big_vision `models/vit.py` and
+`models/proj/image_text/text_transformer.py`.
 """
 
 import re
@@ -54,6 +55,8 @@ KINDS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "linear": {"kernel": (".weight", "linear"), **_TORCH_BIAS},
     "conv": {"kernel": (".weight", "conv"), **_TORCH_BIAS},
+    # A convolution of patches as a Linear.
+    "patches": {"kernel": (".weight", "patches"), **_TORCH_BIAS},
     # Convolutions of single places, which are matrices here, and gains of channels.
     "pointwise": {"kernel": (".weight", "pointwise"), **_TORCH_BIAS},
     "gain": {"gamma": (".gamma", "gain")},
@@ -400,6 +403,11 @@ NAMINGS: dict[str, Rows] = {
     "open_clip_siglip": [*_TIMM_VIT, *_LINEAR_TEXT, *_SCALARS],
     "hf_clip": [*_HF_CLIP, *_SCALARS],
     "hf_siglip": [*_HF_SIGLIP, *_SCALARS],
+    "hf_siglip2": [
+        (r"visual/conv1", "vision_model.embeddings.patch_embedding", "patches"),
+        *_HF_SIGLIP,
+        *_SCALARS,
+    ],
     "big_vision": _BIG_VISION,
     # A work folder's weights lie under the paths themselves.
     "work_folder": [(r"(.+)", r"\1", "array")],

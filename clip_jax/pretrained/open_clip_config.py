@@ -15,6 +15,7 @@ from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.convnext import ConvNeXtConfig
 from clip_jax.models.fastvit import FastViTConfig
 from clip_jax.models.image_towers import VisionConfig
+from clip_jax.models.naflex import NaFlexConfig
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.text import EncoderForm, TextConfig
 from clip_jax.models.text_encoders import TEXT_ENCODERS
@@ -285,6 +286,8 @@ def config_to_open_clip(config: CLIPConfig) -> dict[str, Any]:
             vision |= {"pool_type": "avg", "final_ln_after_pool": v.norm_after_pool}
         if v.norm_eps != 1e-5:
             vision["norm_kwargs"] = {"eps": v.norm_eps}
+    elif isinstance(v, NaFlexConfig):
+        raise UserError("open_clip has no such image tower: convert it to a work folder instead")
     else:
         raise UserError("open_clip has no such convolutional image tower; train a ViT or a ResNet")
     return cfg | {"vision_cfg": vision, "text_cfg": _text_to_open_clip(t)}

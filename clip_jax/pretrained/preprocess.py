@@ -10,11 +10,20 @@ import math
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from clip_jax.data.images import OPENAI, SIGLIP, Interpolation, Preprocess, ResizeMode
+from clip_jax.data.images import (
+    NAFLEX,
+    OPENAI,
+    SIGLIP,
+    Interpolation,
+    Preprocess,
+    ResizeMode,
+)
 from clip_jax.errors import UserError, note
 
 RESIZE_MODES: tuple[str, ...] = get_args(ResizeMode)
 INTERPOLATIONS: tuple[str, ...] = get_args(Interpolation)
+
+MAX_PATCHES = 65_535  # a grid's side is stored in two bytes
 
 # Pillow's filter codes, as Hugging Face stores them.
 RESAMPLE = {"bilinear": 2, "bicubic": 3}
@@ -30,7 +39,9 @@ HF_SQUASH: dict[str, Any] = {
     "size": {"height": 224, "width": 224},
     "preprocess": SIGLIP,
 }
+HF_PATCHES: dict[str, Any] = {"preprocess": NAFLEX}
 HF_PROCESSORS = {
+    "Siglip2ImageProcessor": HF_PATCHES,
     "CLIPImageProcessor": HF_CROP,
     "CLIPFeatureExtractor": HF_CROP,
     "SiglipImageProcessor": HF_SQUASH,
@@ -47,6 +58,7 @@ _HF_KNOWN = frozenset(
     | {"image_mean", "image_std", "do_convert_rgb", "data_format", "input_data_format", "device"}
     | {"return_tensors", "default_to_square", "auto_map", "_valid_processor_keys"}
     | {"disable_grouping", "use_fast", "_processor_class", "image_seq_length"}
+    | {"max_num_patches", "patch_size"}
 )
 
 
@@ -142,7 +154,7 @@ def preprocess_from_hf(
     if config.get("do_normalize", True):
         mean_and_std["mean"] = config.get("image_mean", family.mean)
         mean_and_std["std"] = config.get("image_std", family.std)
-    resample = config.get("resample", RESAMPLE["bicubic"])
+    resample = config.get("resample", RESAMPLE[family.interpolation])
     names = {code: name for name, code in RESAMPLE.items()}
     interpolation = names[_one_of(resample, tuple(names), f"{where}: resample")]
     fields: dict[str, Any] = {
@@ -152,15 +164,32 @@ def preprocess_from_hf(
     return preprocess_from_json(fields | mean_and_std, where=where)
 
 
+def patches_from_hf(config: Mapping[str, Any], where: str) -> tuple[int, int]:
+    """Return side and number of the patches that a processor's settings ask for.
+
+    Raises:
+      UserError: one is no whole number above zero.
+    """
+    size, count = config.get("patch_size", 16), config.get("max_num_patches", 256)
+    for name, value in (("patch_size", size), ("max_num_patches", count)):
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= MAX_PATCHES:
+            raise UserError(
+                f"{where}: {name} is {value!r:.50}: it must be a whole number from 1 to "
+                f"{MAX_PATCHES}"
+            )
+    return size, count
+
+
 def preprocess_to_hf(preprocess: Preprocess, image_size: int) -> dict[str, Any]:
     """Return the `preprocessor_config.json` of a CLIP (crop) or SigLIP (squash) folder.
 
     Raises:
-      UserError: the images are padded ("longest"), which neither processor can do.
+      UserError: the images are padded ("longest") or patches, which neither processor can do.
     """
-    if preprocess.resize_mode == "longest":
+    if preprocess.resize_mode in ("longest", "patches"):
         raise UserError(
-            'resize_mode "longest" has no Hugging Face processor: export to open_clip instead'
+            f'resize_mode "{preprocess.resize_mode}" has no Hugging Face processor: export to '
+            "open_clip instead"
         )
     square = {"height": image_size, "width": image_size}
     crop = {
@@ -195,6 +224,8 @@ def _note_unknown(config: Mapping[str, Any], known: frozenset[str], where: str) 
 
 def _hf_resize_mode(config: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> str:
     """Return "shortest" or "squash", if resize and crop end on the same square."""
+    if defaults is HF_PATCHES:
+        return "patches"
     size = config.get("size", defaults["size"])
     crops = config.get("do_center_crop", defaults["do_center_crop"])
     if isinstance(size, Mapping) and "shortest_edge" not in size:

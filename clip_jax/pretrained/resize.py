@@ -13,6 +13,7 @@ from jaxtyping import Float
 
 from clip_jax.errors import UserError
 from clip_jax.models.convnet import ConvNetConfig
+from clip_jax.models.naflex import NaFlexConfig
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.vit import ViTConfig
 from clip_jax.pretrained.load import Checkpoint
@@ -56,6 +57,11 @@ def _resize_images(checkpoint: Checkpoint, image_size: int) -> Checkpoint:
     old = checkpoint.config.vision
     if isinstance(old, ConvNetConfig):
         raise UserError(f"{checkpoint.name} takes images of {old.image_size} pixels alone")
+    if isinstance(old, NaFlexConfig):
+        raise UserError(
+            f"{checkpoint.name} takes images of any shape: leave image_size out, and give "
+            "preprocess(images, max_patches=) the number of patches"
+        )
     step = old.patch_size if isinstance(old, ViTConfig) else 32
     if image_size < step or (not isinstance(old, ViTConfig) and image_size % step):
         raise UserError(f"image_size {image_size} is not a multiple of {step} pixels")

@@ -5,6 +5,7 @@ import socket
 
 import numpy as np
 
+from clip_jax.data.patches import image_shape
 from clip_jax.embeddings.encode_query import encode_text_query
 from clip_jax.embeddings.searcher import Searcher
 from clip_jax.errors import UserError
@@ -46,7 +47,7 @@ def serve(
     listener = listen(host, port)
     # What the first query would wait for: the programs of both encoders.
     encode_text_query(encoders, ["warm"])
-    encoders.encode_image(np.zeros((1, encoders.image_size, encoders.image_size, 3), np.uint8))
+    encoders.encode_image(np.zeros((1, *image_shape(encoders.image_size)), np.uint8))
     shown_host = f"[{host}]" if ":" in host else host
     if thumbnails.unavailable:
         print(f"no images will be shown: {thumbnails.unavailable}", flush=True)

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from clip_jax.data.images import Preprocess
 from clip_jax.losses import LossFn, LossOutput
 from clip_jax.models.clip import CLIP
+from clip_jax.models.naflex import ImagePatches
 from clip_jax.models.target import Target
 from clip_jax.models.text import PackedTokens
 from clip_jax.parallel.mesh import BATCH_AXES, batch_shards
@@ -77,6 +78,19 @@ def normalize_images(
 ) -> jax.Array:
     """Subtract a mean from images in 0..1 and divide them by a standard deviation."""
     return (images_BHWC - jnp.array(mean)) / jnp.array(std)
+
+
+def model_images(
+    images: jax.Array | ImagePatches, preprocess: Preprocess
+) -> jax.Array | ImagePatches:
+    """Return images or patches as towers take them: uint8 normalized, floats as they are."""
+    pixels = images.patches if isinstance(images, ImagePatches) else images
+    if pixels.dtype != jnp.uint8:
+        return images
+    colors = jnp.asarray(pixels).reshape(*pixels.shape[:-1], -1, 3)
+    colors = normalize_images(unit_range(colors), preprocess.mean, preprocess.std)
+    normalized = colors.reshape(pixels.shape)
+    return images._replace(patches=normalized) if isinstance(images, ImagePatches) else normalized
 
 
 def tokens_of(rows: Batch, parts: int) -> jax.Array | PackedTokens:
@@ -336,15 +350,14 @@ def make_encoders(
 ) -> tuple[Callable[..., jax.Array], Callable[..., jax.Array]]:
     """Make jitted `encode_image(variables, images)` and `encode_text(variables, tokens)`.
 
-    Images are uint8, normalized on the device, or float, taken as normalized already. Features
+    Images (or patches) are uint8, normalized on the device, or float, taken as normalized. Features
     are float32 [B, D] and not of unit length.
     """
 
     @jax.jit
-    def encode_image(variables, images_BHWC):
-        if images_BHWC.dtype == jnp.uint8:
-            images_BHWC = normalize_images(unit_range(images_BHWC), preprocess.mean, preprocess.std)
-        z_BD = model.apply(variables, images_BHWC, method="encode_image")
+    def encode_image(variables, images):
+        images = model_images(images, preprocess)
+        z_BD = model.apply(variables, images, method="encode_image")
         return z_BD.astype(jnp.float32)
 
     @jax.jit

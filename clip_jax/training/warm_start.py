@@ -25,6 +25,7 @@ from jax.typing import DTypeLike
 
 from clip_jax.errors import UserError
 from clip_jax.models.clip import CLIPConfig
+from clip_jax.models.naflex import NaFlexConfig
 from clip_jax.parallel.sharding import partition_spec
 from clip_jax.pretrained.by_name import read_model
 from clip_jax.pretrained.load import Checkpoint, tokenizer_family
@@ -121,6 +122,11 @@ def warm_start_sizes(source: SourceCheckpoint, sizes: CLIPConfig) -> CLIPConfig:
       UserError: they do not match what the run asks for.
     """
     source_sizes = source.checkpoint.config
+    if isinstance(source_sizes.vision, NaFlexConfig):
+        raise UserError(
+            f"{source.path} holds {source.checkpoint.name}, whose images have any shape: it is "
+            "loaded and evaluated, and not trained; give config.model.init_from another model"
+        )
     # `source_tokenizer` has checked the vocabulary; a text tower may have room for more.
     text = dataclasses.replace(
         sizes.text, vocab_size=source_sizes.text.vocab_size, eot_id=source_sizes.text.eot_id
