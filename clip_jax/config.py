@@ -227,6 +227,7 @@ def _check_mesh(m: MeshSection) -> None:
 
 
 def _check_eval(e: EvalSection) -> None:
+    from clip_jax.evaluation.run import may_name_classes
     from clip_jax.evaluation.tasks import TASKS, TRAINED_TASKS, ZERO_SHOT
 
     _above_zero("eval", e, "batch_size")
@@ -243,9 +244,10 @@ def _check_eval(e: EvalSection) -> None:
         f"config.eval.tasks has {trained[:1]} but config.eval.train_data names no shards",
     )
     _require(
-        not e.data or bool(e.classnames) or ZERO_SHOT not in e.tasks,
-        f"config.eval.data is {e.data!r} but config.eval.classnames names no file; "
-        "name one, or leave zeroshot_classification out of config.eval.tasks",
+        bool(e.classnames) or ZERO_SHOT not in e.tasks or may_name_classes(e.data),
+        f"config.eval.data is {e.data!r} but config.eval.classnames names no file, "
+        "and it has no class names of its own; name one, or leave zeroshot_classification out of "
+        "config.eval.tasks",
     )
     # A template without {} may be the name of a shipped list: one word.
     _require(

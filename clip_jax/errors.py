@@ -2,8 +2,8 @@
 
 import functools
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from typing import NoReturn
+from collections.abc import Callable, Container, Iterable, Mapping
+from typing import Any, NoReturn
 
 EXIT_ERROR = 1
 EXIT_USAGE = 2
@@ -21,7 +21,28 @@ class UserError(Exception):
 @functools.cache
 def note(message: str) -> None:
     """Print a line on stderr, once in a process: what was done that nobody asked for."""
-    print(f"note: {message}", file=sys.stderr, flush=True)
+    if not _muted:
+        print(f"note: {message}", file=sys.stderr, flush=True)
+
+
+_muted = False
+
+
+def mute_notes() -> None:
+    """Print no notes from now on: the process does again what another has told of."""
+    global _muted
+    _muted = True
+
+
+def note_unknown(settings: Mapping[str, Any], known: Container[str], where: str) -> None:
+    """Say which settings of a file are not read, and are on; what is off or empty is as absent."""
+    unknown = [
+        f"{name} = {value!r:.40}"
+        for name, value in settings.items()
+        if name not in known and value not in (None, False, 0, "", {}, [])
+    ]
+    if unknown:
+        note(f"{where}: settings that are not known are passed over: {', '.join(unknown)}")
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:

@@ -9,6 +9,18 @@ from typing import Any
 
 from clip_jax.errors import UserError, short
 
+GIT_LFS = b"version https://git-lfs"
+"""How the text begins that Git LFS leaves in the place of a file that was not fetched."""
+
+
+def check_fetched(path: str | Path) -> None:
+    """Raise UserError if a local file is what Git LFS leaves in its place."""
+    with suppress(OSError), open(path, "rb") as file:
+        if file.read(len(GIT_LFS)) == GIT_LFS:
+            raise UserError(
+                f"{path} is a pointer of Git LFS and holds no data: `git lfs pull` fetches the file"
+            )
+
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:

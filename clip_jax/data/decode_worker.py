@@ -36,6 +36,7 @@ from clip_jax.data.formats import remote
 from clip_jax.data.sample_reader import SampleReader, make_training_reader
 from clip_jax.data.shards import ConcatShards, Shard
 from clip_jax.data.sources import open_shard
+from clip_jax.errors import mute_notes
 from clip_jax.host_memory import keep_heap
 
 _connection = threading.local()
@@ -178,6 +179,7 @@ def main(argv: Sequence[str]) -> None:
         setup: WorkerSetup = pickle.loads(workers[0][0].recv_bytes())
     except EOFError:
         return
+    mute_notes()
     keep_heap()  # a file and an image a pair: pages fresh from the kernel each time cost as much
     remote.CACHE = BorrowedFiles()
     gc.freeze()  # what was imported stays, shared by all

@@ -25,6 +25,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from clip_jax.data.patches import ImageSize, PatchShape, canvas_of, patch_grid
 from clip_jax.data.shards import BadSampleError
+from clip_jax.files import GIT_LFS
 from clip_jax.sections import DataSection
 
 # Per-channel mean and standard deviation of OpenAI's training images, for values in [0, 1].
@@ -124,6 +125,8 @@ def image_suffix(data: bytes) -> str:
         return "tif"
     if data[:2] == b"BM" and data[6:10] == bytes(4):
         return "bmp"
+    if data.startswith(GIT_LFS):
+        raise ImageError("not_an_image", "a pointer of Git LFS: `git lfs pull` fetches the image")
     raise ImageError("not_an_image", data[:8].hex())
 
 

@@ -1,9 +1,10 @@
 """What the loader needs of a shard, whatever its format, and the files that reading it opens."""
 
+import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -164,6 +165,11 @@ class Shard(Protocol):
         ...
 
 
+def hash_image(image: bytes) -> Hashable:
+    """Return what the samples that hold this very image have in common."""
+    return hashlib.blake2b(image, digest_size=16).digest()
+
+
 def caption_lines(text: str | bytes) -> list[str]:
     """Split a text into captions, one a line, blank ones left out.
 
@@ -199,7 +205,7 @@ def _caption_text(text: str | bytes) -> str:
         raise BadSampleError("caption_too_long", f"{len(text)} bytes")
     try:
         if isinstance(text, bytes):
-            text = text.decode("utf-8")
+            text = text.decode("utf-8").removeprefix("\ufeff")
         else:
             text.encode("utf-8")  # JSON can spell half a surrogate pair; UTF-8 cannot
     except UnicodeError as e:
@@ -236,7 +242,10 @@ def caption_values(value: Any) -> list[str]:
     Raises:
       BadSampleError: `no_caption` if there is no text, or as for `caption_lines`.
     """
-    values = value if isinstance(value, list | tuple) else [value]
+    values = list(_flat(value))
+    odd = next((v for v in values if isinstance(v, dict)), None)
+    if odd is not None and len(values) > 1:
+        raise BadSampleError("no_caption", f"one of {len(values)} captions is no text: {odd!r:.80}")
     texts = [str(v) if _is_number(v) else v for v in values]
     texts = [v for v in texts if isinstance(v, str | bytes)]
     if not texts:
@@ -245,6 +254,15 @@ def caption_values(value: Any) -> list[str]:
     if not captions:
         raise BadSampleError("empty_caption")
     return captions
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    """Yield the items of a list and of the lists in it; anything else as it is."""
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _flat(item)
+    else:
+        yield value
 
 
 def _is_number(value: Any) -> bool:
@@ -276,7 +294,8 @@ def parse_label(value: Any, *, named: bool = True) -> int:
     Args:
       value: a number, or its digits as text or bytes; a fraction of zero may follow ("3.0").
       named: the user has named the field as one of class numbers. Where False, it was found by its
-        usual name, and words in it are no label: many tables keep names of classes there.
+        usual name, and what is no class number is no label: many tables keep names of classes or
+        numbers of another kind there.
 
     Raises:
       BadSampleError: `bad_label`.
@@ -294,7 +313,7 @@ def parse_label(value: Any, *, named: bool = True) -> int:
             return -1
         if text.isascii() and text.isdigit() and int(text) < 2**31:
             return int(text)
-    if not named and not re.fullmatch(r"[-+]?\d+", str(text)) and "\ufffd" not in str(text):
+    if not named:
         return -1
     raise BadSampleError("bad_label", repr(value)[:80])
 

@@ -6,6 +6,7 @@ turns it into the names of single shards, which `open_shards` opens. The table `
 module reads what.
 """
 
+import contextlib
 import glob
 import hashlib
 import json
@@ -20,8 +21,9 @@ from clip_jax.data.formats import folders, records, tables, tfds, webdataset
 from clip_jax.data.formats.errors import ShardError
 from clip_jax.data.formats.options import Options, split_options
 from clip_jax.data.formats.remote import is_url, list_urls
-from clip_jax.data.shards import OPEN_THREADS, Shard
+from clip_jax.data.shards import OPEN_THREADS, BadSampleError, Handles, Shard
 from clip_jax.errors import UserError, note
+from clip_jax.files import check_fetched
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ FOLDER_FORMAT = Format("folder", r"", folders.open_folder)
 # What a folder is taken for: the first of these formats of which it holds a file.
 _FOLDER_ORDER = ("tar", "parquet", "tfrecord", "array_record")
 _MANY_NAMES = 64
+_MANY_ROWS = 1_000_000
 _METADATA = ("metadata.jsonl", "metadata.csv")
 
 
@@ -77,6 +80,11 @@ def format_of(path: str) -> Format:
         raise UserError(
             f"{path} is not a .tar file. Shards are read by offset, which a compressed archive"
             " does not allow: unpack it first (gunzip keeps the .tar)"
+        )
+    if path.lower().endswith(".json"):
+        raise UserError(
+            f"{path} is one JSON value: write a .jsonl with an object a line, such as "
+            '{"file_name": "0.jpg", "text": "a caption"}'
         )
     names = ".tar, .csv, .tsv, .jsonl, .parquet, .tfrecord and .array_record"
     raise UserError(f"{path} is no data that can be read: it takes {names} files, or folders")
@@ -200,13 +208,45 @@ def _expand_folder(folder: str) -> list[str]:
     for name in _METADATA:
         if not shards and os.path.isfile(os.path.join(folder, name)):
             shards = [os.path.join(folder, name)]
+            _note_unlisted(folder, shards[0])
     if not shards and not folders.holds_images(folder):
-        raise UserError(
-            f"folder {folder} holds no .tar file and no image: name the folder of the shards"
-        )
+        deeper = sorted({os.path.dirname(file) for file in _shards_below(folder)})
+        named = f": name the folder of the shards, such as {deeper[0]}" if deeper else ""
+        raise UserError(f"folder {folder} holds no .tar file and no image{named}")
     if shards:
         _note_passed_over(folder, files, shards)
     return shards or [folder]
+
+
+def _shards_below(folder: str) -> list[str]:
+    """Return the shards in the folders of a folder."""
+    files = glob.glob(os.path.join(glob.escape(folder), "*", "*"))
+    return _of_one_format(sorted(file for file in files if os.path.isfile(file)))
+
+
+def _note_unlisted(folder: str, table: str) -> None:
+    """Say which images of a folder its table of captions does not list."""
+    try:
+        shard = open_shard(table)
+    except ShardError:
+        return  # told when it is read
+    if not isinstance(shard, tables.TableShard | tables.JsonLinesShard) or len(shard) > _MANY_ROWS:
+        return
+    listed = set()
+    with Handles() as handles:
+        for i in range(len(shard)):
+            with contextlib.suppress(BadSampleError, OSError):
+                listed.add(shard.image_id(i, handles))
+    unlisted = [
+        image
+        for image in folders.images_below(folder)
+        if os.path.normpath(os.path.join(folder, image)) not in listed
+    ]
+    if unlisted:
+        note(
+            f"{table} does not list {len(unlisted)} images of its folder, which are passed over, "
+            f"the first {unlisted[0]}"
+        )
 
 
 def _note_passed_over(folder: str, files: Sequence[str], shards: Sequence[str]) -> None:
@@ -276,6 +316,8 @@ def open_shard(shard: str) -> Shard:
     """
     path, options = split_options(shard)
     try:
+        if not is_url(path):
+            check_fetched(path)
         opened = format_of(path).open(path, options)
     except ShardError:
         raise

@@ -72,9 +72,11 @@ def concatenate(parts: Sequence[FeatureSet]) -> FeatureSet:
 def join_rows_of_one_image(features: FeatureSet, shards: Sequence[Shard]) -> FeatureSet:
     """Give the captions of a table's rows that hold one image to the first of these rows.
 
-    Tables often have a row for each caption. Formats without `image_id` have an image a sample.
+    Tables and records often have a row for each caption. Formats without `image_id` (tars, folders)
+    have an image a sample; if their samples look like one image it is said.
     """
     if not any(getattr(shard, "image_id", None) for shard in shards):
+        _tell_equal_images(features)
         return features
     samples = ConcatShards(shards)
     owners: dict[Hashable, int] = {}
@@ -91,6 +93,17 @@ def join_rows_of_one_image(features: FeatureSet, shards: Sequence[Shard]) -> Fea
         note(f"{len(features)} rows are {len(features) - joined} images with several captions")
     image_of_text = owner_B[features.image_of_text]
     return dataclasses.replace(features, image_of_text=image_of_text, joined=joined)
+
+
+def _tell_equal_images(features: FeatureSet) -> None:
+    """Say how many images have the very features of another, and so are scored against it."""
+    equal = len(features) - len(np.unique(features.z_image_BD, axis=0))
+    if equal:
+        note(
+            f"{equal} of {len(features)} images have the very features of another, and each counts "
+            "as an image of its own; if they are one image's captions, write these as lines of one "
+            ".txt"
+        )
 
 
 def encode_parts(

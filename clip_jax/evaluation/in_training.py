@@ -7,10 +7,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from clip_jax.data.images import Preprocess
+from clip_jax.errors import UserError
 from clip_jax.evaluation.encoders import mesh_encoders
-from clip_jax.evaluation.run import make_task_inputs, open_eval_sources
+from clip_jax.evaluation.run import class_names, make_task_inputs, open_eval_sources
 from clip_jax.evaluation.spec import EvalSpec
-from clip_jax.evaluation.tasks import TaskResult, run_tasks
+from clip_jax.evaluation.tasks import ZERO_SHOT, TaskResult, run_tasks
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.typing import Tokenizer
 
@@ -43,9 +44,16 @@ def make_evaluator(
       scale: returns what multiplies cosines to give logits.
 
     Raises:
-      UserError: a task does not exist or lacks its data, or a source cannot be read.
+      UserError: a task does not exist or lacks its data, a source cannot be read, or classes have
+        no names.
     """
     sources = open_eval_sources(spec)
+    if ZERO_SHOT in spec.tasks and not class_names(spec, sources):
+        raise UserError(
+            f"config.eval.data {spec.data} has no class names of its own and "
+            "config.eval.classnames names no file; name one, or leave zeroshot_classification out "
+            "of config.eval.tasks"
+        )
 
     def evaluate(variables: Variables) -> dict[str, float]:
         encoders = mesh_encoders(

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from clip_jax.errors import UserError
+from clip_jax.evaluation.fonts import Font, PageFonts
 from clip_jax.files import atomic_write
 
 # Lengths, pixels.
@@ -49,14 +50,18 @@ def prediction_grid(
         raise UserError("there are no images for a grid of predictions")
     lines = 1 + max(len(image_guesses[:5]) for image_guesses in guesses)
     page, draw, corners = _image_page(images, columns, lines)
-    font = ImageFont.load_default(FONT_SIZE)
+    names = [name for image_guesses in guesses for name, _ in image_guesses[:5]]
+    fonts = PageFonts(["%…", *truths, *names], FONT_SIZE)
     width = CELL_WIDTH - PAD
     for (x, y), truth, image_guesses in zip(corners, truths, guesses, strict=True):
+        font = fonts.font_of(truth)
         # Twice, half a pixel apart: the built-in font has no bold.
         for shift in (0, 0.5):
             draw.text((x + shift, y), _fit(draw, truth, font, width), INK, font)
         for i, (name, probability) in enumerate(image_guesses[:5], 1):
-            _draw_guess(draw, font, name, probability, name == truth, x, y + i * LINE, width)
+            corner = x, y + i * LINE
+            _draw_guess(draw, fonts, name, probability, name == truth, corner, width)
+    fonts.tell_missing(Path(path))
     return _save(page, Path(path))
 
 
@@ -76,10 +81,12 @@ def caption_grid(
     if not len(images):
         raise UserError("there are no images for a grid of samples")
     page, draw, corners = _image_page(images, columns, lines)
-    font = ImageFont.load_default(FONT_SIZE)
+    fonts = PageFonts(["…", *captions], FONT_SIZE)
     for (x, y), caption in zip(corners, captions, strict=True):
+        font = fonts.font_of(caption)
         for i, line in enumerate(_wrap(draw, caption, font, CELL_WIDTH - PAD, lines)):
             draw.text((x, y + i * LINE), line, INK, font)
+    fonts.tell_missing(Path(path))
     return _save(page, Path(path))
 
 
@@ -103,7 +110,7 @@ def _image_page(
 def _wrap(
     draw: ImageDraw.ImageDraw,
     text: str,
-    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+    font: Font,
     width: int,
     lines: int,
 ) -> list[str]:
@@ -135,33 +142,31 @@ def _draw_image(
 
 def _draw_guess(
     draw: ImageDraw.ImageDraw,
-    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+    fonts: PageFonts,
     name: str,
     probability: float,
     right: bool,
-    x: int,
-    y: int,
+    corner: tuple[int, int],
     width: int,
 ) -> None:
     """Draw a name on a bar as long as its probability."""
+    x, y = corner
     ink, bar = (GREEN, GREEN_BAR) if right else (GRAY, BAR)
     draw.rectangle((x, y, x + max(2, round(width * probability)), y + LINE - 3), fill=bar)
     share = f"{probability:.1%}"
-    share_width = round(draw.textlength(share, font))
+    font, share_font = fonts.font_of(name), fonts.font_of(share)
+    share_width = round(draw.textlength(share, share_font))
     draw.text((x + 4, y + 1), _fit(draw, name, font, width - share_width - 16), ink, font)
-    draw.text((x + width - share_width - 4, y + 1), share, ink, font)
+    draw.text((x + width - share_width - 4, y + 1), share, ink, share_font)
 
 
 def _fit(
     draw: ImageDraw.ImageDraw,
     text: str,
-    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+    font: Font,
     width: int,
 ) -> str:
-    """Return the text on one line, cut with an ellipsis where it would pass `width` pixels.
-
-    Characters outside the built-in font (it is Latin) show as empty boxes.
-    """
+    """Return the text on one line, cut with an ellipsis where it would pass `width` pixels."""
     # Pillow raises on lone surrogates and measures no text of several lines.
     text = " ".join(text.encode("utf-8", "replace").decode("utf-8").split())
     shown = text

@@ -5,6 +5,8 @@ A folder holds `eval.json`, `predictions.png`, `confusion.csv` and, for a run, `
 """
 
 import dataclasses
+import os
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -160,13 +162,7 @@ def make_task_inputs(
     progress: bool = True,
 ) -> TaskInputs:
     """Encode the classes and all the data; `store` keeps the features, None keeps none."""
-    own_names = _own_class_names(sources)
-    names = load_class_names(spec.classnames) if spec.classnames else own_names
-    if own_names and len(names) != len(own_names) and ZERO_SHOT in spec.tasks:
-        raise UserError(
-            f"{spec.classnames} holds {len(names)} class names, and {spec.data} has "
-            f"{len(own_names)} classes: give --classnames for these, or none to take the data's own"
-        )
+    names = class_names(spec, sources)
     class_MD = None
     if names and ZERO_SHOT in spec.tasks:
         templates = load_templates(spec.templates)
@@ -191,6 +187,39 @@ def make_task_inputs(
         class_MD=class_MD,
         mesh=encoders.mesh,
         progress=progress,
+    )
+
+
+def class_names(spec: EvalSpec, sources: Sources) -> list[str]:
+    """Return the names of the classes: those that are given, else the data's own, else none.
+
+    Raises:
+      UserError: they are not as many as the data's classes, or differ between its sources.
+    """
+    own_names = _own_class_names(sources)
+    names = load_class_names(spec.classnames) if spec.classnames else own_names
+    if own_names and len(names) != len(own_names) and ZERO_SHOT in spec.tasks:
+        raise UserError(
+            f"{spec.classnames} holds {len(names)} class names, and {spec.data} has "
+            f"{len(own_names)} classes: give --classnames for these, or none to take the data's own"
+        )
+    if sorted(names) == sorted(own_names) and names != own_names:
+        raise UserError(
+            f"{spec.classnames} has the class names of {spec.data} in another order, so a label "
+            f"means another class; its order is {', '.join(own_names)[:200]}: leave --classnames "
+            "out (config.eval.classnames in training)"
+        )
+    return names
+
+
+def may_name_classes(pattern: str) -> bool:
+    """Return whether a source, which is not looked into, can have class names; so can an empty one.
+
+    A folder is one of images or of shards: it is looked for alone.
+    """
+    paths = [split_options(part.strip())[0] for part in pattern.split("::")]
+    return not pattern or all(
+        os.path.isdir(path) or re.match(r"tfds:|.*\.parquet\b", path) for path in paths
     )
 
 

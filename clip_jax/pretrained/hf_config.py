@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from clip_jax.errors import UserError, short
+from clip_jax.errors import UserError, note_unknown, short
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.naflex import NaFlexConfig
 from clip_jax.models.text import TextConfig
@@ -63,6 +63,31 @@ HF_DEFAULTS = {
     "siglip2": (_HF_SIGLIP_TEXT, _HF_SIGLIP_VISION | {"num_patches": 256}),
 }
 
+# Settings that are read, and after them those that change no feature of a trained model: how it
+# began and was trained, what a call returns, who wrote the file, and the settings of generation
+# and classification that every config of transformers may list.
+_READ = {"model_type", "projection_dim", "text_config", "vision_config"}
+_READ |= {"text_config_dict", "vision_config_dict"}
+_READ_TOWER = {*_HF_CLIP_TEXT, *_HF_CLIP_VISION, "projection_size", "num_patches"}
+_WITHOUT_EFFECT = {"attention_dropout", "dropout", "initializer_factor", "initializer_range"}
+_WITHOUT_EFFECT |= {"logit_scale_init_value", "model_type", "projection_dim", "architectures"}
+_WITHOUT_EFFECT |= {"torch_dtype", "dtype", "torchscript", "use_bfloat16", "use_cache"}
+_WITHOUT_EFFECT |= {"transformers_version", "auto_map", "tokenizer_class", "attn_implementation"}
+_WITHOUT_EFFECT |= {"return_dict", "output_attentions", "output_hidden_states", "output_scores"}
+_WITHOUT_EFFECT |= {"return_dict_in_generate", "bos_token_id", "pad_token_id", "sep_token_id"}
+_WITHOUT_EFFECT |= {"decoder_start_token_id", "id2label", "label2id", "num_labels", "problem_type"}
+_WITHOUT_EFFECT |= {"finetuning_task", "task_specific_params", "prefix", "gradient_checkpointing"}
+_WITHOUT_EFFECT |= {"chunk_size_feed_forward", "tf_legacy_loss", "remove_invalid_values"}
+_WITHOUT_EFFECT |= {"tie_word_embeddings", "tie_encoder_decoder", "is_encoder_decoder", "name"}
+_GENERATION = {"bad_words_ids", "begin_suppress_tokens", "diversity_penalty", "do_sample"}
+_GENERATION |= {"early_stopping", "encoder_no_repeat_ngram_size", "length_penalty", "max_length"}
+_GENERATION |= {"exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id"}
+_GENERATION |= {"min_length", "no_repeat_ngram_size", "num_beam_groups", "num_beams"}
+_GENERATION |= {"num_return_sequences", "repetition_penalty", "suppress_tokens", "temperature"}
+_GENERATION |= {"top_k", "top_p", "typical_p"}
+# Settings that the modules here have at one value alone.
+_FIXED = {"num_channels": 3, "vision_use_head": True}
+
 
 def config_from_hf(config: Mapping[str, Any], where: str) -> CLIPConfig:
     """Return the sizes in a Hugging Face `config.json`.
@@ -87,13 +112,14 @@ def config_from_hf(config: Mapping[str, Any], where: str) -> CLIPConfig:
                 ("text_config", "vision_config"), HF_DEFAULTS[kind], strict=True
             )
         )
+        _check_settings(config, text, vision, where)
         if kind in ("siglip", "siglip2"):
             return _siglip_from_hf(text, vision, where)
         return CLIPConfig(
             embed_dim=int(config.get("projection_dim", 512)),
             vision=ViTConfig(
-                image_size=int(vision["image_size"]),
-                patch_size=int(vision["patch_size"]),
+                image_size=_only(vision["image_size"]),
+                patch_size=_only(vision["patch_size"]),
                 **_hf_sizes(vision),
             ),
             text=TextConfig(
@@ -107,12 +133,37 @@ def config_from_hf(config: Mapping[str, Any], where: str) -> CLIPConfig:
         raise UserError(f"{where}: the config is damaged ({short(error)})") from None
 
 
+def _check_settings(
+    config: Mapping[str, Any], text: Mapping[str, Any], vision: Mapping[str, Any], where: str
+) -> None:
+    """Refuse a setting that no module here has, and say which others are passed over."""
+    for name, expected in _FIXED.items():
+        if vision.get(name, expected) != expected:
+            raise UserError(f"{where}: {name} is {vision[name]!r}, which is not supported")
+    harmless = _WITHOUT_EFFECT | _GENERATION
+    for settings, known in (
+        (config, _READ | harmless),
+        (text, _READ_TOWER | harmless),
+        (vision, _READ_TOWER | harmless | set(_FIXED)),
+    ):
+        shown = {k: v for k, v in settings.items() if not k.startswith("_")}
+        note_unknown(shown, known, where)
+
+
+def _only(value: Any) -> int:
+    """Return the number that a setting is, or that each of its list is: [224, 224] is 224."""
+    values = value if isinstance(value, list | tuple) else [value]
+    if len(set(values)) != 1:
+        raise ValueError(f"{value} is not one number")
+    return int(values[0])
+
+
 def _hf_end_token(text: Mapping[str, Any], *, legacy: bool) -> int:
     """Return the id at which transformers reads a text.
 
     In files from before 2023, which have 2 here, that is the largest id.
     """
-    eos = int(text["eos_token_id"])
+    eos = _only(text["eos_token_id"])
     return int(text["vocab_size"]) - 1 if legacy and eos == 2 else eos
 
 

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from clip_jax.data.images import NAFLEX, OPENAI, SIGLIP, Preprocess
-from clip_jax.errors import UserError, note, short
+from clip_jax.errors import UserError, note, note_unknown, short
+from clip_jax.files import check_fetched
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.naflex import NaFlexConfig
 from clip_jax.models.zoo import GEMMA, MODELS, model_config
@@ -56,6 +57,9 @@ CLIP_VOCABULARY = 49_408
 TORCH_ENDINGS = (".pt", ".pth", ".bin", ".ckpt")
 # What a training run or a compiler puts before every name.
 _WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
+# What is read of processor_config.json, and what changes no image.
+_PROCESSOR_KNOWN = {"image_processor", "processor_class", "tokenizer", "auto_map"}
+_PROCESSOR_KNOWN |= {"transformers_version"}
 # Buffers that OpenAI's archives keep, and no other file does.
 _OPENAI_BUFFERS = {"input_resolution", "context_length", "vocab_size"}
 
@@ -118,6 +122,7 @@ def read_arrays(path: Path) -> Arrays:
     Raises:
       UserError: the file is of no known format, cannot be read, or is damaged.
     """
+    check_fetched(path)
     ending = path.suffix.lower()
     if ending == ".npz":
         return unstack(read_npz(path))
@@ -318,6 +323,7 @@ def _from_open_clip_folder(folder: Path) -> Checkpoint:
     values = read_json(path)
     if not isinstance(values.get("model_cfg"), dict):
         raise UserError(f"{path} has no model_cfg")
+    note_unknown(values, {"model_cfg", "preprocess_cfg"}, str(path))
     config = config_from_open_clip(values["model_cfg"], str(path))
     preprocess = preprocess_from_open_clip(values.get("preprocess_cfg") or {})
     weights = _find_weights(folder, OPEN_CLIP_WEIGHTS)
@@ -354,6 +360,7 @@ def _from_hf_folder(folder: Path) -> Checkpoint:
     for name in ("processor_config.json", "preprocessor_config.json"):
         settings = read_json(folder / name) if (folder / name).is_file() else {}
         if name == "processor_config.json":
+            note_unknown(settings, _PROCESSOR_KNOWN, str(folder / name))
             settings = settings.get("image_processor") or {}
         if settings:
             preprocess = preprocess_from_hf(settings, where=name)

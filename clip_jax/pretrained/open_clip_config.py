@@ -28,8 +28,13 @@ from clip_jax.pretrained.siglip import SIGLIP_LOGIT_SCALE, siglip_vit
 _TRAINING_ONLY = {"patch_dropout", "output_tokens", "timm_model_pretrained", "timm_drop"}
 _TRAINING_ONLY |= {"timm_drop_path", "attn_pooler_queries", "attn_pooler_heads"}
 # Settings of the tokenizer.
-_TOKENIZING = {"hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs", "pad_id"}
+_TOKENIZING = {"hf_tokenizer_name", "tokenizer_kwargs", "pad_id"}
 _TOKENIZING |= {"hf_model_pretrained", "hf_proj_type", "hf_pooler_type"}
+_TOKENIZER_KWARGS = {"clean", "strip_sep_token"}
+# Settings of the whole model; those that change no feature of a trained one (the scale's value is
+# among the arrays, CoCa's captioner is left out) are in the second line.
+_MODEL = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "init_logit_bias"}
+_MODEL |= {"init_logit_scale", "custom_text", "multimodal_cfg", "output_dict", "cast_dtype"}
 _VISION = {"layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size"}
 _VISION |= {"ls_init_value", "no_ln_pre", "final_ln_after_pool", "pool_type"}
 _VISION |= {"act_kwargs", "norm_kwargs", "attentional_pool"}
@@ -65,6 +70,11 @@ def config_from_open_clip(cfg: Mapping[str, Any], where: str) -> CLIPConfig:
     """
     try:
         vision, text = dict(cfg["vision_cfg"]), dict(cfg["text_cfg"])
+        _refuse_others(cfg, _MODEL, "model_cfg", where)
+        for tower, section in (vision, "vision_cfg"), (text, "text_cfg"):
+            _refuse_others(tower.get("act_kwargs") or {}, {"approximate"}, section, where)
+            _refuse_others(tower.get("norm_kwargs") or {}, {"eps"}, section, where)
+        _refuse_others(text.get("tokenizer_kwargs") or {}, _TOKENIZER_KWARGS, "text_cfg", where)
         quick = bool(cfg.get("quick_gelu", False))
         bias = cfg.get("init_logit_bias")
         return CLIPConfig(

@@ -18,7 +18,7 @@ from clip_jax.data.images import (
     Preprocess,
     ResizeMode,
 )
-from clip_jax.errors import UserError, note
+from clip_jax.errors import UserError, note_unknown
 
 RESIZE_MODES: tuple[str, ...] = get_args(ResizeMode)
 INTERPOLATIONS: tuple[str, ...] = get_args(Interpolation)
@@ -104,7 +104,7 @@ def preprocess_from_open_clip(preprocess_cfg: Any) -> Preprocess:
     """
     cfg = _as_dict(preprocess_cfg, "preprocess_cfg")
     cfg = {key: value for key, value in cfg.items() if value is not None}
-    _note_unknown(cfg, _OPEN_CLIP_KNOWN, "preprocess_cfg")
+    note_unknown(cfg, _OPEN_CLIP_KNOWN, "preprocess_cfg")
     _one_of(cfg.get("mode", "RGB"), ("RGB",), "preprocess_cfg.mode")
     if "size" in cfg:
         _side(cfg["size"], "preprocess_cfg.size")
@@ -135,7 +135,7 @@ def preprocess_from_hf(
       UserError: it is of another processor, or leaves out a step that CLIP's towers need.
     """
     config = _as_dict(preprocessor_config, where)
-    _note_unknown(config, _HF_KNOWN, where)
+    note_unknown(config, _HF_KNOWN, where)
     name = config.get("image_processor_type") or config.get("feature_extractor_type")
     name = "CLIPImageProcessor" if name is None else name
     short_name = str(name).removesuffix("Fast").removesuffix("Pil")
@@ -209,17 +209,6 @@ def preprocess_to_hf(preprocess: Preprocess, image_size: int) -> dict[str, Any]:
         "resample": RESAMPLE[preprocess.interpolation],
         "rescale_factor": 1 / 255,
     }
-
-
-def _note_unknown(config: Mapping[str, Any], known: frozenset[str], where: str) -> None:
-    """Say which settings of a file are not read, and are on."""
-    unknown = [
-        f"{name} = {value!r:.40}"
-        for name, value in config.items()
-        if name not in known and value not in (None, False, 0, "", {}, [])
-    ]
-    if unknown:
-        note(f"{where}: settings that are not known are passed over: {', '.join(unknown)}")
 
 
 def _hf_resize_mode(config: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> str:

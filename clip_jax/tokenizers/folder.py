@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clip_jax.errors import UserError
+from clip_jax.errors import UserError, note, note_unknown
 from clip_jax.tokenizers.clip_bpe import END, START, read_merges, vocabulary
 from clip_jax.tokenizers.huggingface import (
     call_rust,
@@ -55,6 +55,25 @@ FAMILIES = {
     "encoder": Family(pad="<pad>"),
     "nllb": Family(pad="<pad>", start="eng_Latn"),
 }
+# Settings of `tokenizer_config.json` that are read, and after them those that change no id: of
+# lengths, which the model has, of decoding, and of who wrote the file.
+_KNOWN = {"tokenizer_class", "pad_token", "bos_token", "eos_token", "src_lang", "add_bos_token"}
+_KNOWN |= {"add_eos_token", "padding_side", "truncation_side"}
+_KNOWN |= {"model_max_length", "max_length", "truncation", "truncation_strategy", "padding"}
+_KNOWN |= {"stride", "pad_to_multiple_of", "pad_token_type_id", "max_len", "pad_token_id"}
+_KNOWN |= {"clean_up_tokenization_spaces", "errors", "chat_template", "return_tensors"}
+_KNOWN |= {"name_or_path", "special_tokens_map_file", "tokenizer_file", "vocab_file", "merges_file"}
+_KNOWN |= {"auto_map", "processor_class", "use_fast", "from_slow", "backend", "is_local", "legacy"}
+_KNOWN |= {"model_input_names", "return_attention_mask", "transformers_version", "tgt_lang"}
+# Tokens that the other files of a folder hold with their ids.
+_KNOWN |= {"unk_token", "mask_token", "cls_token", "sep_token", "additional_special_tokens"}
+_KNOWN |= {"added_tokens_decoder", "extra_special_tokens", "extra_ids", "language_codes"}
+# Settings of the text before it is cut, and their names in the normalizer of a `tokenizer.json`.
+_NORMALIZING = {
+    "do_lower_case": "lowercase",
+    "strip_accents": "strip_accents",
+    "tokenize_chinese_chars": "handle_chinese_chars",
+}
 # Hugging Face's classes that settle the family.
 CLASSES = {"SiglipTokenizer": "siglip", "Siglip2Tokenizer": "siglip2"}
 
@@ -86,7 +105,9 @@ def tokenizer_from_folder(
     family = family or CLASSES.get(tokenizer_class, "clip")
     if family not in FAMILIES:
         raise UserError(f"family {family!r} is unknown: use one of {', '.join(FAMILIES)}")
+    _tell_unknown(config, folder)
     if is_openai_bpe(folder):
+        _tell_normalizing(config, {"lowercase": True}, folder)
         return TokenizerSpec()
     for side in ("padding_side", "truncation_side"):
         if config.get(side, "right") != "right":
@@ -107,6 +128,27 @@ def tokenizer_from_folder(
             "tokenizer.json there (`AutoTokenizer.from_pretrained(...).save_pretrained(...)`)"
         )
     return None
+
+
+def _tell_unknown(config: Mapping[str, Any], folder: Path) -> None:
+    """Say which settings of `tokenizer_config.json` are not read."""
+    shown = {name: value for name, value in config.items() if not name.startswith("_")}
+    # In CLIP's vocabulary no piece begins with a space, and a text is stripped first.
+    known = {*_KNOWN, *_NORMALIZING, "add_prefix_space"}
+    note_unknown(shown, known, f"{folder}/tokenizer_config.json")
+
+
+def _tell_normalizing(
+    config: Mapping[str, Any], normalizer: Mapping[str, Any], folder: Path
+) -> None:
+    """Say where the config would change a text otherwise than the normalizer that is used."""
+    for name, key in _NORMALIZING.items():
+        given = config.get(name)
+        if given is not None and given != normalizer.get(key, given):
+            note(
+                f"{folder}/tokenizer_config.json: {name} is {given}, and the tokenizer's own "
+                f"{key} = {normalizer[key]} is taken"
+            )
 
 
 def tokenizer_from_file(path: str | Path, family: str) -> TokenizerSpec:
@@ -185,6 +227,7 @@ def _huggingface_spec(
     path: Path, config: Mapping[str, Any], defaults: Family, clean: str, strip_sep: bool
 ) -> TokenizerSpec:
     tokenizer = read_tokenizer_json(path)
+    _tell_normalizing(config, _read_json(path).get("normalizer") or {}, path.parent)
 
     def token_id(name: str) -> int | None:
         return call_rust(lambda: tokenizer.token_to_id(name), f"{path} is damaged")

@@ -51,7 +51,8 @@ def train(
     if Path(out).exists():
         return TrainedTokenizer(out, None, None)
     try:
-        lines = Path(captions).read_text(encoding="utf-8").splitlines()
+        # A line feed alone ends a caption, as in the data.
+        lines = Path(captions).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except (OSError, UnicodeError) as error:
         raise UserError(f"captions {captions} cannot be read: {error}") from None
     train_sentencepiece(lines, out, vocab_size, model_type=model_type)

@@ -145,13 +145,17 @@ def filter_set(
       threads: that read and decode.
 
     Raises:
-      UserError: the source holds nothing, `out` something else, or nothing is selected.
+      UserError: the source holds nothing, nothing that can be scored, or nothing that is selected;
+        `out` holds something else.
     """
     log, folder = SkipLog(), Path(out)
     shards = open_all_shards(source, where=where, log=log)
     scores_B, skipped = score_set(
         encoders, shards, folder / SCORES, batch_size=batch_size, threads=threads
     )
+    if np.isnan(scores_B).all():
+        text = scores_text(scores_B, skipped, folder / SCORES)
+        raise UserError(" ".join(text.splitlines()))
     result = FilterResult(folder / SCORES, scores_B, skipped, tuple(log.excluded_shards))
     if scores_only:
         return result

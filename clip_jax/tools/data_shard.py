@@ -120,8 +120,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main() -> int:
-    """Parse the flags, write the shards and print the result; return the exit code."""
-    print(result_text(shard(**vars(parse(None)))))
+    """Parse the flags, write the shards and print the result; return the exit code.
+
+    Raises:
+      UserError: not one sample could be written.
+    """
+    result = shard(**vars(parse(None)))
+    if not result.written.samples:
+        text = " ".join(result_text(result).splitlines())
+        raise UserError(f"no sample is written. {text}")
+    print(result_text(result))
     return 0
 
 

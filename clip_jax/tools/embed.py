@@ -161,8 +161,15 @@ def result_text(result: EmbedResult) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse the flags, embed, and print what was made; return the exit code."""
-    print(result_text(embed_source(parse(argv))))
+    """Parse the flags, embed, and print what was made; return the exit code.
+
+    Raises:
+      UserError: not one image could be used.
+    """
+    result = embed_source(parse(argv))
+    if result.rows == 0:
+        raise UserError(f"{result.info.data}: no image is embedded. {result_text(result)}")
+    print(result_text(result))
     return 0
 
 

@@ -1,8 +1,10 @@
 """Files as people have them: nothing is read wrong, and nothing is left out, without a word."""
 
 import csv
+import gzip
 import io
 import json
+import struct
 import tarfile
 from pathlib import Path
 
@@ -13,8 +15,16 @@ import pytest
 from PIL import Image
 
 from clip_jax.data.dataset import open_all_shards
+from clip_jax.data.formats import webdataset
 from clip_jax.data.images import ImageError, decode_image, eval_transform
-from clip_jax.data.shards import BadSampleError, Handles, caption_values, parse_label
+from clip_jax.data.shards import (
+    BadSampleError,
+    Handles,
+    caption_lines,
+    caption_values,
+    hash_image,
+    parse_label,
+)
 from clip_jax.data.skip_log import SkipLog
 from clip_jax.data.sources import expand, open_shards
 from clip_jax.data.survey import SurveyCounts, survey
@@ -55,7 +65,11 @@ def read(source):
 
 def counts_of(source):
     """Return the counts of all samples of a source."""
-    shards = open_shards(expand(source))
+    return counts_of_shards(open_shards(expand(source)))
+
+
+def counts_of_shards(shards):
+    """Return the counts of all samples of shards."""
     total = SurveyCounts()
     for part in survey(shards, np.arange(sum(map(len, shards))), lambda t: [1] * len(t), threads=1):
         total.add(part)
@@ -183,11 +197,8 @@ def test_a_number_is_a_label_however_it_is_written():
         assert parse_label(value) == 3
     for value in (None, float("nan"), "", b"-1", -1, -1.0, "-1"):
         assert parse_label(value) == -1
-    for value in (2**31, "-2", "9999999999", -7, b"\xff\xfe"):
-        for named in (True, False):
-            with pytest.raises(BadSampleError, match="bad_label"):
-                parse_label(value, named=named)
-    for value in ("cat", 2.5, "2.5", True, ["a"], {"x": 1}):
+    others = ["cat", 2.5, "2.5", True, ["a"], {"x": 1}]
+    for value in (2**31, "-2", "9999999999", -7, b"\xff\xfe", *others):
         assert parse_label(value, named=False) == -1
         with pytest.raises(BadSampleError, match="bad_label"):
             parse_label(value)
@@ -298,6 +309,76 @@ def test_captions_without_an_image_are_told(folder, capsys):
     assert "1 .txt files have no image beside them: 9.txt" in capsys.readouterr().err
 
 
+def test_tables_are_told_what_is_wrong_with_them(folder, capsys):
+    (folder / "two.csv").write_text("filepath,title,title\nimg/0.png,a,b\n")
+    (folder / "wide.csv").write_bytes("filepath,title\nimg/0.png,a\n".encode("utf-16"))
+    (folder / "x.json").write_text('[{"file_name": "img/0.png", "text": "a"}]')
+    for name, message in (
+        ("two.csv", "two columns of the name 'title'"),
+        ("wide.csv", "is UTF-16 text: save it as UTF-8"),
+        ("x.json", "is one JSON value: write a .jsonl"),
+    ):
+        with pytest.raises(UserError, match=message):
+            open_shards(expand(str(folder / name)))
+    assert capsys.readouterr().err == ""
+    lists = write_csv(folder / "l.csv", [("filepath", "title"), ("img/0.png", "['a', 'b']")])
+    assert read(lists) == [["['a', 'b']"]]
+    assert "look like lists written as text" in capsys.readouterr().err
+
+
+def test_files_that_were_not_fetched_are_told(folder):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    for name in ("a.tar", "a.parquet", "a.csv", "a.tfrecord", "a.array_record"):
+        (folder / name).write_text(pointer)
+        with pytest.raises(UserError, match=f"{name} is a pointer of Git LFS"):
+            open_shards([str(folder / name)])
+    (folder / "img/0.png").write_text(pointer)
+    (shard,) = open_images(str(folder / "img"))
+    with Handles() as handles, pytest.raises(ImageError, match="a pointer of Git LFS"):
+        decode_image(shard.image(0, handles))
+    (folder / "z.tfrecord").write_bytes(gzip.compress(b"x"))
+    with pytest.raises(UserError, match="compressed with gzip: unpack it"):
+        open_shards([str(folder / "z.tfrecord")])
+
+
+def test_images_that_are_passed_over_are_told(folder, capsys):
+    write_csv(folder / "img/metadata.csv", [("file_name", "text"), ("1.png", "a"), ("2.png", "b")])
+    assert read(str(folder / "img")) == [["a"], ["b"]]
+    assert "does not list 3 images of its folder, which are passed over, the first 0.png" in (
+        capsys.readouterr().err
+    )
+    members = [("0.png", image_bytes()), ("0.jpg", image_bytes(fmt="JPEG")), ("0.txt", b"a")]
+    write_tar(folder / "t.tar", members)
+    webdataset._SEVERAL_IMAGES.clear()
+    assert read(str(folder / "t.tar")) == [["a"]]
+    assert "t.tar: 1 samples have a .jpg and a .png; only the first" in capsys.readouterr().err
+
+
+def test_classes_that_are_perhaps_others_are_told(folder, capsys):
+    for name in ("a/x/0", "c/1"):
+        (folder / f"set/{name}.png").parent.mkdir(parents=True)
+        (folder / f"set/{name}.png").write_bytes(image_bytes())
+    (folder / "set/b").mkdir()
+    assert read(str(folder / "set")) == [["a"], ["c"]]
+    error = capsys.readouterr().err
+    assert "the outer folder is an image's class, 'a' of a/x/0.png" in error
+    assert "1 folders hold no image and are no class: b" in error
+
+
+def test_a_folder_of_folders_of_shards_is_told(folder):
+    (folder / "set/0").mkdir(parents=True)
+    write_tar(folder / "set/0/0.tar", [("0.png", image_bytes())])
+    with pytest.raises(UserError, match=r"name the folder of the shards, such as .*set/0"):
+        expand(str(folder / "set"))
+
+
+def test_captions_in_lists_are_all_read_or_the_sample_is_named():
+    assert caption_values([["a", ["b"]], "c\nd", None]) == ["a", "b", "c d"]
+    with pytest.raises(BadSampleError, match="one of 2 captions is no text"):
+        caption_values(["a", {"text": "b"}])
+    assert caption_lines("\ufeffa\nb".encode()) == ["a", "b"]
+
+
 def bad_sources(path):
     """Return sources without a sample, and what each must say."""
     (path / "semi.csv").write_text("filepath;title\nimg/0.png;a\n")
@@ -364,6 +445,63 @@ def test_of_every_source_the_read_and_the_named_are_all_there_is(folder):
         counts = counts_of(source)
         assert (counts.samples - counts.bad.total(), counts.bad.total()) == expected[name], name
         assert len(counts.bad_samples) == counts.bad.total()
+
+
+class Text:
+    """A feature of a TFDS set, known by its type's name."""
+
+
+def record_sources(path):
+    """Write seven good records and three bad ones in every form of records; return the sources."""
+    from array_record.python import array_record_module
+    from format_cases import example
+
+    from clip_jax.data.formats import records
+    from clip_jax.data.formats.options import Options
+    from clip_jax.data.formats.tfds import TfdsShard
+
+    good = [{"image": image_bytes(), "caption": f"a {k}".encode(), "label": k} for k in range(5)]
+    good += [good[0] | {"caption": b"the same image"}, good[1] | {"label": b"a word"}]
+    bad = [good[0] | {"image": b"junk"}, good[6] | {"caption": b" "}, {"caption": b"no image"}]
+    rows = [example(row) for row in good + bad]
+    with open(path / "t.tfrecord", "wb") as file:
+        for data in rows:
+            head = struct.pack("<Q", len(data))
+            file.write(head + struct.pack("<I", records.masked_crc(head)))
+            file.write(data + struct.pack("<I", records.masked_crc(data)))
+    writer = array_record_module.ArrayRecordWriter(str(path / "t.array_record"), "group_size:1")
+    for data in rows:
+        writer.write(data)
+    writer.close()
+    examples = [{"image": None} | row for row in good + bad]
+    tfds = TfdsShard("tfds:x", examples, {"image": None, "caption": Text()}, 1, Options())
+    return [*open_shards([str(path / "t.tfrecord"), str(path / "t.array_record")]), tfds]
+
+
+def test_of_every_form_of_records_the_read_and_the_named_are_all_there_is(tmp_path):
+    for shard in record_sources(tmp_path):
+        counts = counts_of_shards([shard])
+        assert not counts.other_fields["image"]
+        assert (counts.samples, counts.bad.total(), len(counts.bad_samples)) == (10, 3, 3)
+        with Handles() as handles:
+            ids = [shard.image_id(i, handles) for i in (0, 5, 1)]
+        # Records of one image are one image in retrieval.
+        assert ids[0] == ids[1] and hash_image(image_bytes()) == ids[0]
+
+
+@pytest.mark.parametrize("classes", [True, False])
+def test_of_a_folder_the_read_and_the_named_are_all_there_is(tmp_path, classes, capsys):
+    for k in range(4):
+        path = tmp_path / (f"class {k % 2}/{k}.png" if classes else f"part {k % 2}/{k}.png")
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(image_bytes() if k else b"\x89PNG\r\n\x1a\n junk")
+        if not classes:
+            path.with_suffix(".txt").write_text("" if k == 1 else "a caption")
+    (tmp_path / path.parent / "x.heic").write_bytes(b"x")
+    (tmp_path / path.parent / "x.dat").write_bytes(b"no image by name or content")
+    counts = counts_of(str(tmp_path))
+    assert counts.samples == 5
+    assert counts.bad.total() == len(counts.bad_samples) == (2 if classes else 3)
 
 
 def test_what_is_read_is_written_and_read_again(folder):

@@ -191,8 +191,9 @@ def test_a_shorter_context_is_interpolated_as_open_clip_does(tmp_path):
     assert max(difference(shorter.eval(), clip)[:2]) < LIMIT
 
 
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("to", ["open_clip", "hf"])
-def test_a_model_trained_here_gives_the_same_features_there(to, tmp_path, monkeypatch):
+def test_a_model_trained_here_gives_the_same_features_there(to, loss, tmp_path):
     """A real run on real shards with its own tokenizer, exported and loaded by the library."""
     from pairs import write_pairs
 
@@ -204,6 +205,7 @@ def test_a_model_trained_here_gives_the_same_features_there(to, tmp_path, monkey
     train_tokenizer(str(tmp_path / "pairs" / "names.txt"), model_path, 280)
     c = default()
     c.model.name, c.train.steps, c.train.batch_size = "ViT-48", 6, 16
+    c.train.loss = loss
     c.data.train, c.data.tokenizer = pattern, model_path
     assert main.run(resolve(c), str(tmp_path / "run")) == 0
     convert(str(tmp_path / "run"), str(tmp_path / "out"), to=to)
@@ -216,3 +218,9 @@ def test_a_model_trained_here_gives_the_same_features_there(to, tmp_path, monkey
     assert again.tokenize(["red dot"]).tolist() == clip.tokenize(["red dot"]).tolist()
     for loaded in (clip, again):
         assert max(difference(model.eval(), loaded)[:2]) < LIMIT
+        assert float(loaded.params["logit_scale"]) == model.logit_scale.item()
+        assert ("logit_bias" in loaded.params) == (loss == "sigmoid")
+    if loss == "sigmoid":
+        assert float(again.params["logit_bias"]) == float(clip.params["logit_bias"]) < -5
+        if to == "open_clip":  # transformers' CLIPModel has no bias, which the export says
+            assert model.logit_bias.item() == float(clip.params["logit_bias"])

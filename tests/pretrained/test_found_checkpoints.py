@@ -17,6 +17,7 @@ from clip_jax.pretrained.load import read_checkpoint
 from clip_jax.pretrained.preprocess import preprocess_from_hf, preprocess_from_open_clip
 from clip_jax.pretrained.trees import array_shapes
 from clip_jax.pretrained.work_folder import RunDescription
+from clip_jax.tokenizers.folder import write_clip_tokenizer
 
 SIGMOID = dataclasses.replace(VIT, init_logit_bias=-10.0)
 
@@ -31,6 +32,13 @@ def arrays_of(config):
         name: rng.standard_normal(shape).astype(np.float32)
         for name, shape in array_shapes(config).items()
     }
+
+
+def write_clip_bpe(folder):
+    """Write the vocabulary of CLIP's own tokenizer."""
+    config = (folder / "tokenizer_config.json").read_text()
+    write_clip_tokenizer(folder, 77)
+    (folder / "tokenizer_config.json").write_text(config)
 
 
 def bias_of(checkpoint):
@@ -142,3 +150,86 @@ def test_settings_that_are_not_known_are_told(capsys):
     assert "crop_pct = 0.9" in capsys.readouterr().err
     preprocess_from_hf({"do_convert_rgb": True, "crop_size": 224})
     assert capsys.readouterr().err == ""
+
+
+def edit(path, **values):
+    """Change fields of a JSON file; one of a section is named `section__field`."""
+    content = json.loads(path.read_text())
+    for name, value in values.items():
+        section, inner, field = name.partition("__")
+        (content.setdefault(section, {}) if inner else content)[field or section] = value
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"norm_everywhere": True},
+        {"init_logit_shift": 3},
+        {"vision_cfg__qk_norm": True},
+        {"vision_cfg__act_kwargs": {"approximate": "tanh", "inplace": True}},
+        {"text_cfg__norm_kwargs": {"eps": 1e-6, "bias": "no"}},
+        {"text_cfg__tokenizer_mode": "clips"},
+        {"text_cfg__tokenizer_kwargs": {"language": "fra_Latn"}},
+        {"text_cfg__ls_init_value": 1e-4},
+    ],
+)
+def test_a_setting_of_open_clip_that_no_module_has_is_refused(sigmoid_files, change):
+    folder = sigmoid_files[0] / "open_clip"
+    path = folder / "open_clip_config.json"
+    content = json.loads(path.read_text())
+    ((name, value),) = change.items()
+    section, _, field = name.rpartition("__")
+    (content["model_cfg"][section] if section else content["model_cfg"])[field] = value
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="which is not supported"):
+        read_checkpoint(folder)
+
+
+def test_settings_of_a_config_without_effect_say_nothing_and_others_are_named(
+    sigmoid_files, capsys
+):
+    folder = sigmoid_files[0] / "hf"
+    path = folder / "config.json"
+    read_checkpoint(folder)
+    edit(
+        path, transformers_version="5.0", text_config__num_beams=4, text_config__pad_token_id=1,
+        vision_config__image_size=[VIT.vision.image_size] * 2, text_config__min_length=2,
+        vision_config__num_channels=3, text_config___name_or_path="x", text_config__rotary=False,
+    )  # fmt: skip
+    capsys.readouterr()
+    edit(path, text_config__eos_token_id=[VIT.text.eot_id])
+    assert read_checkpoint(folder).config.vision.image_size == VIT.vision.image_size
+    assert capsys.readouterr().err == ""
+    edit(
+        path, rotary_base=1e4, vision_config__use_registers=4, text_config__pruned_heads={"0": [1]}
+    )
+    read_checkpoint(folder)
+    error = capsys.readouterr().err
+    for name in ("rotary_base = 10000.0", "use_registers = 4", "pruned_heads = {'0': [1]}"):
+        assert name in error
+    edit(path, vision_config__num_channels=4)
+    with pytest.raises(UserError, match="num_channels is 4, which is not supported"):
+        read_checkpoint(folder)
+    edit(path, vision_config__num_channels=3, vision_config__image_size=[224, 112])
+    with pytest.raises(UserError, match="is not one number"):
+        read_checkpoint(folder)
+
+
+def test_settings_of_other_files_that_are_not_known_are_named(sigmoid_files, capsys):
+    folder = sigmoid_files[0] / "hf"
+    processor = {"image_processor_type": "CLIPImageProcessor", **HALF}
+    values = {"image_processor": processor, "video_processor": {"fps": 2}}
+    (folder / "processor_config.json").write_text(json.dumps(values))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"do_lower_case": False, "model_max_length": 77, "sp_model_kwargs": {"a": 1}})
+    )
+    write_clip_bpe(folder)
+    read_checkpoint(folder)
+    error = capsys.readouterr().err
+    for text in ("video_processor = {'fps': 2}", "do_lower_case is False", "sp_model_kwargs = "):
+        assert text in error
+    assert "model_max_length" not in error
+    edit(sigmoid_files[0] / "open_clip/open_clip_config.json", image_processor="another")
+    read_checkpoint(sigmoid_files[0] / "open_clip")
+    assert "image_processor = 'another'" in capsys.readouterr().err

@@ -36,6 +36,11 @@ def holds_images(folder: str) -> bool:
     return any(_images(folder, [path]) for path in _walk(folder))
 
 
+def images_below(folder: str) -> list[str]:
+    """Return the images in a folder at any depth, as paths from it."""
+    return _images(folder, list(_walk(folder)))
+
+
 def _walk(folder: str) -> Iterator[str]:
     """Yield the files below a folder, as paths from it, in name order; hidden ones are left out.
 
@@ -197,7 +202,23 @@ def open_folder(path: str, options: Options, *, need_captions: bool = True) -> F
             f"{os.path.join(path, splits[0])}"
         )
     classes = sorted({_class_of(image) for image in images})
+    _note_classes(path, images, classes)
     return FolderShard(path, images, side_files, classes, options)
+
+
+def _note_classes(path: str, images: Sequence[str], classes: Sequence[str]) -> None:
+    """Say where the classes are perhaps not those that the user has in mind."""
+    deep = next((image for image in images if image.count("/") > 1), "")
+    if deep:
+        note(
+            f"folder {path}: the outer folder is an image's class, {_class_of(deep)!r} of {deep}; "
+            "to name the inner ones, give the outer folder"
+        )
+    with os.scandir(path) as entries:
+        others = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+    empty = [name for name in others if name not in classes]
+    if empty:
+        note(f"folder {path}: {len(empty)} folders hold no image and are no class: {empty[0]}")
 
 
 def _note_captions_alone(path: str, images: Sequence[str], side_files: set[str]) -> None:

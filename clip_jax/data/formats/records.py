@@ -9,7 +9,7 @@ so the bytes of what is written from them.
 import os
 import struct
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from clip_jax.data.shards import (
     BadSampleError,
     Handles,
     caption_values,
+    hash_image,
     parse_label,
 )
 from clip_jax.errors import short
@@ -125,6 +126,10 @@ class _ExampleShard(FileShard):
             raise BadSampleError("no_image")
         return values[0]
 
+    def image_id(self, i: int, handles: Handles) -> Hashable:
+        """Return a hash of the image's bytes: the records of its captions hold the same."""
+        return hash_image(self.image(i, handles))
+
     def captions(self, i: int, handles: Handles) -> list[str]:
         return caption_values(self._values(i, handles, self._options.caption, CAPTION_FEATURES))
 
@@ -137,7 +142,7 @@ class _ExampleShard(FileShard):
         """Return the features of one value, numbers and texts; images are left out."""
         record = {}
         for name, values in self._example(i, handles).items():
-            value = values[0] if len(values) == 1 else None
+            value = values[0] if len(values) == 1 and name not in IMAGE_FEATURES else None
             if isinstance(value, bytes):
                 value = value.decode("utf-8", "replace") if len(value) < 4096 else None
             if value is not None:
@@ -184,6 +189,8 @@ def open_tfrecord(path: str, options: Options) -> TFRecordShard:
             offset = 0
             while offset < size:
                 head = os.pread(file.fileno(), 12, offset)
+                if not offset and head[:2] == b"\x1f\x8b":
+                    raise damaged(path, 0, "it is compressed with gzip: unpack it first")
                 if len(head) < 12 or struct.unpack("<I", head[8:])[0] != masked_crc(head[:8]):
                     raise damaged(path, offset, "no length with a right checksum")
                 length = struct.unpack("<Q", head[:8])[0]

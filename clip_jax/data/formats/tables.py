@@ -5,9 +5,9 @@ found by their usual names (open_clip's `filepath` and `title` among them) or na
 """
 
 import csv
-import hashlib
 import json
 import os
+import re
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -28,10 +28,11 @@ from clip_jax.data.shards import (
     BadSampleError,
     Handles,
     caption_values,
+    hash_image,
     json_record,
     parse_label,
 )
-from clip_jax.errors import UserError, short
+from clip_jax.errors import UserError, note, short
 
 IMAGE_COLUMNS = ("filepath", "file_name", "image_path", "path", "filename", "file", "image")
 BYTES_COLUMNS = ("image", *IMAGE_SUFFIXES, "image_bytes", "bytes", "img")
@@ -73,7 +74,8 @@ def root_of(path: str, options: Options) -> str:
 class Columns(NamedTuple):
     """The names of a table's columns; `label` is empty where there is none.
 
-    `label_is_named` says that an option names it; else it has one of the usual names.
+    `caption` is empty where the names of the label's classes are the captions. `label_is_named`
+    says that an option names the label; else it has one of the usual names.
     """
 
     image: str
@@ -82,23 +84,39 @@ class Columns(NamedTuple):
     label_is_named: bool
 
 
-def find_columns(names: Sequence[str], options: Options, path: str, *, image: str = "") -> Columns:
+def find_columns(
+    names: Sequence[str],
+    options: Options,
+    path: str,
+    *,
+    image: str = "",
+    named_labels: Sequence[str] = (),
+) -> Columns:
     """Return the columns that the options name, or those with the usual names.
 
     Args:
       names: of all columns.
       path: the table, for messages.
       image: the column of the image, if it is known.
+      named_labels: columns of class numbers whose classes have names; these are the captions where
+        no column holds any.
 
     Raises:
-      UserError: no such column.
+      UserError: no such column, or two of one name.
     """
-    return Columns(
+    usual_labels = [*LABEL_COLUMNS, *named_labels]
+    label = _find_column(names, options.label, usual_labels, "label", path)
+    captions = [*CAPTION_COLUMNS, *([""] if label in named_labels else [])]
+    columns = Columns(
         image or _find_column(names, options.image, IMAGE_COLUMNS, "image", path),
-        _find_column(names, options.caption, CAPTION_COLUMNS, "caption", path),
-        _find_column(names, options.label, LABEL_COLUMNS, "label", path),
+        _find_column(["", *names], options.caption, captions, "caption", path),
+        label,
         bool(options.label),
     )
+    for name in columns[:3]:
+        if name and list(names).count(name) > 1:
+            raise UserError(f"{path} has two columns of the name {name!r}: rename one")
+    return columns
 
 
 def _find_column(
@@ -106,15 +124,44 @@ def _find_column(
 ) -> str:
     if wanted:
         if wanted not in names:
-            raise UserError(f"{path} has no column {wanted!r}; it has {', '.join(names)}")
+            known = ", ".join(filter(None, names))
+            raise UserError(f"{path} has no column {wanted!r}; it has {known}")
         return wanted
-    column = next((name for name in usual if name in names), "")
-    if not column and role != "label":
+    column = next((name for name in usual if name in names), None)
+    if column is None and role != "label":
         raise UserError(
             f"{path} has no column for the {role} among {', '.join(usual)}; it has "
-            f"{', '.join(names)}: name it, {path}#{role}=COLUMN"
+            f"{', '.join(filter(None, names))}: name it, {path}#{role}=COLUMN"
         )
-    return column
+    return column or ""
+
+
+def class_names(schema: pa.Schema) -> dict[str, list[str]]:
+    """Return the names of the classes by column, as Hugging Face describes a table."""
+    try:
+        metadata = (schema.metadata or {}).get(b"huggingface", b"{}")
+        features = json.loads(metadata)["info"]["features"]
+        return {
+            column: [str(name) for name in feature["names"]]
+            for column, feature in features.items()
+            if isinstance(feature, dict) and isinstance(feature.get("names"), list)
+        }
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+_LIST = re.compile(r"""\[\s*(['"]).*\1\s*\]""", re.DOTALL)
+
+
+def _note_lists(path: str, table: pa.Table, column: str) -> None:
+    """Say that captions look like lists that were written as text, each of which is one caption."""
+    value = table.column(column)[0].as_py() if column and table.num_rows else None
+    text = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+    if isinstance(text, str) and _LIST.fullmatch(text.strip()):
+        note(
+            f"{path}: captions look like lists written as text, and each is one caption, the first "
+            f"{text.strip():.60}; write a row for each caption, or JSON lines"
+        )
 
 
 class TableShard(FileShard):
@@ -155,15 +202,15 @@ class TableShard(FileShard):
     @property
     def classes(self) -> list[str]:
         """The names in Hugging Face's description of the label; empty where there is none."""
-        metadata = self._table.schema.metadata or {}
-        try:
-            features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
-            names = features[self._columns.label]["names"]
-        except (ValueError, KeyError, TypeError):
-            return []
-        return [str(name) for name in names] if isinstance(names, list) else []
+        return class_names(self._table.schema).get(self._columns.label, [])
 
     def captions(self, i: int, handles: Handles) -> list[str]:
+        """Return the row's captions, or the name of its class where no column holds captions."""
+        if not self._columns.caption:
+            label, names = self.label(i, handles), self.classes
+            if not 0 <= label < len(names):
+                raise BadSampleError("no_caption", f"label {label}")
+            return [names[label].replace("_", " ")]
         return caption_values(self._value(self._columns.caption, i))
 
     def label(self, i: int, handles: Handles) -> int:
@@ -193,6 +240,8 @@ def open_csv(path: str, options: Options) -> TableShard:
         with os.fdopen(open_local(path), "rb") as file:
             size = os.fstat(file.fileno()).st_size
             header = file.readline(1 << 16)
+            if header[:2] in (b"\xff\xfe", b"\xfe\xff"):
+                raise ShardError("shard_damaged", f"{path} is UTF-16 text: save it as UTF-8")
             tabs = path.lower().endswith(".tsv") or (b"\t" in header and b"," not in header)
             delimiter = "\t" if tabs else ","
             lines = header.decode("utf-8-sig", "replace").splitlines()
@@ -214,7 +263,9 @@ def open_csv(path: str, options: Options) -> TableShard:
         message = f"table {path} cannot be read: {short(e)}; mend the row, or leave it out"
         raise unreadable(e, message) from e
     _check_quotes(path, table, delimiter)
-    return TableShard(path, size, table, find_columns(names, options, path), root_of(path, options))
+    columns = find_columns(names, options, path)
+    _note_lists(path, table, columns.caption)
+    return TableShard(path, size, table, columns, root_of(path, options))
 
 
 def _check_quotes(path: str, table: pa.Table, delimiter: str) -> None:
@@ -338,7 +389,7 @@ class ParquetShard(TableShard):
 
     def image_id(self, i: int, handles: Handles) -> Hashable:
         """Return a hash of the image's bytes: the rows of its captions hold the same."""
-        return hashlib.blake2b(self.image(i, handles), digest_size=16).digest()
+        return hash_image(self.image(i, handles))
 
     def image(self, i: int, handles: Handles) -> bytes:
         group = int(np.searchsorted(self._starts, i, side="right")) - 1
@@ -398,7 +449,8 @@ def open_parquet(path: str, options: Options) -> TableShard:
             file = pq.ParquetFile(raw)
             schema = file.schema_arrow
             image = _bytes_column(schema) if not options.image else ""
-            columns = find_columns(schema.names, options, path, image=image)
+            labels = sorted(class_names(schema).keys() & set(schema.names))
+            columns = find_columns(schema.names, options, path, image=image, named_labels=labels)
             names = {name for name in schema.names if not _is_bytes(schema.field(name).type)}
             names |= {name for name in (columns.caption, columns.label) if name}
             table = file.read(columns=sorted(names))
@@ -406,6 +458,7 @@ def open_parquet(path: str, options: Options) -> TableShard:
     except (OSError, pa.ArrowException) as e:
         message = f"{path} cannot be read: {short(e)}; fetch it again, or leave it out"
         raise unreadable(e, message) from e
+    _note_lists(path, table, columns.caption)
     if _is_bytes(schema.field(columns.image).type):
         return ParquetShard(path, size, table, columns, groups)
     return TableShard(path, size, table, columns, root_of(path, options))

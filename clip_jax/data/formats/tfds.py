@@ -8,13 +8,13 @@ import glob
 import os
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from clip_jax.data.formats.errors import unreadable
 from clip_jax.data.formats.options import Options
-from clip_jax.data.shards import BadSampleError, Handles, caption_values
+from clip_jax.data.shards import BadSampleError, Handles, caption_values, hash_image
 from clip_jax.errors import UserError, short
 
 # tfds imports its parts when they are first used, under locks of its own: two threads that do so
@@ -112,6 +112,10 @@ class TfdsShard:
         if not isinstance(image, bytes):
             raise BadSampleError("no_image", f"{self._image} is a {type(image).__name__}")
         return image
+
+    def image_id(self, i: int, handles: Handles) -> Hashable:
+        """Return a hash of the image's bytes: the examples of its captions hold the same."""
+        return hash_image(self.image(i, handles))
 
     def captions(self, i: int, handles: Handles) -> list[str]:
         if self._caption:

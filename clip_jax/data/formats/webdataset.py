@@ -9,6 +9,7 @@ A shard is opened by its headers alone, see `clip_jax.data.formats.tar`; nothing
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -33,6 +34,7 @@ from clip_jax.data.shards import (
     parse_label,
     text_captions,
 )
+from clip_jax.errors import note
 from clip_jax.files import atomic_write
 
 SUFFIXES = (*IMAGE_SUFFIXES, "txt", "json", "cls")
@@ -229,8 +231,22 @@ def _collect(path: str, size: int, members: Sequence[tar.Member], caption_key: s
         suffix: np.array([row.get(suffix, (0, 0)) for row in rows], np.uint32)
         for suffix in sorted({suffix for row in rows for suffix in row})
     }
+    _note_several_images(path, tables)
     ends = np.cumsum([len(key) for key in keys], dtype=np.uint32)
     return TarShard(path, size, b"".join(keys), ends, tables, ignored, caption_key)
+
+
+_SEVERAL_IMAGES: set[tuple[str, ...]] = set()
+
+
+def _note_several_images(path: str, tables: Mapping[str, np.ndarray]) -> None:
+    """Say, once for each pair of endings, that samples have two images, and which is read."""
+    present = [suffix for suffix in IMAGE_SUFFIXES if suffix in tables]
+    for first, other in itertools.combinations(present, 2):
+        both = int(((tables[first][:, 0] > 0) & (tables[other][:, 0] > 0)).sum())
+        if both and (first, other) not in _SEVERAL_IMAGES:
+            _SEVERAL_IMAGES.add((first, other))
+            note(f"{path}: {both} samples have a .{first} and a .{other}; only the first is read")
 
 
 def split_name(name: str) -> tuple[str, str]:
