@@ -203,7 +203,7 @@ def _siglip_from_hf(text: Mapping[str, Any], vision: Mapping[str, Any], where: s
     if "num_patches" in vision:
         tower = _naflex_from_hf(vision, where)
     else:
-        sides = int(vision["image_size"]), int(vision["patch_size"])
+        sides = _only(vision["image_size"]), _only(vision["patch_size"])
         tower = siglip_vit(*sides, **_hf_sizes(vision))
     embed_dim = int(text.get("projection_size") or text["hidden_size"])
     return CLIPConfig(
