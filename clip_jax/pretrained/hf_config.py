@@ -100,7 +100,7 @@ def config_from_hf(config: Mapping[str, Any], where: str) -> CLIPConfig:
       UserError: another kind of model, or a value that is missing or makes no sense.
     """
     kind = config.get("model_type")
-    if kind not in HF_DEFAULTS:
+    if not isinstance(kind, str) or kind not in HF_DEFAULTS:
         raise UserError(
             f"{where}: model_type is {kind!r}; supported are {', '.join(sorted(HF_DEFAULTS))}"
         )

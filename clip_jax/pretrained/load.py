@@ -19,6 +19,8 @@ from clip_jax.errors import UserError, note, note_unknown, short
 from clip_jax.files import check_fetched
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.naflex import NaFlexConfig
+from clip_jax.models.text import TextConfig
+from clip_jax.models.vit import ViTConfig
 from clip_jax.models.zoo import GEMMA, MODELS, model_config
 from clip_jax.pretrained import infer
 from clip_jax.pretrained.hf_config import config_from_hf
@@ -54,6 +56,18 @@ CAPTIONER = "text_decoder."  # what the names of CoCa's third part begin with
 SHORT_POSITIONS, LONG_POSITIONS, LONG_KEEPS = "positional_embedding", "positional_embedding_res", 20
 LONG_CONTEXT = 248
 CLIP_VOCABULARY = 49_408
+# The largest sizes that are taken; the largest models have a tenth of them.
+LARGEST = {
+    "width": 100_000,
+    "layers": 1_000,
+    "heads": 10_000,
+    "mlp_width": 1_000_000,
+    "image_size": 10_000,
+    "patch_size": 10_000,
+    "grid_size": 10_000,
+    "context_length": 100_000,
+    "vocab_size": 10_000_000,
+}
 TORCH_ENDINGS = (".pt", ".pth", ".bin", ".ckpt")
 # What a training run or a compiler puts before every name.
 _WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
@@ -183,7 +197,15 @@ def _read_foldable(path: Path) -> Arrays:
         print(message, file=sys.stderr, flush=True)
     if LONG_POSITIONS in towers:
         return _merge_long_positions(towers)
-    return reparameterize(towers) if is_branched(towers) else towers
+    if not is_branched(towers):
+        return towers
+    try:
+        return reparameterize(towers)
+    except (KeyError, ValueError, IndexError) as error:
+        raise UserError(
+            f"{path}: the branches of its image tower cannot be folded: one is missing or has a "
+            f"shape that the others do not fit ({short(error)})"
+        ) from None
 
 
 def _merge_long_positions(arrays: Arrays) -> Arrays:
@@ -192,6 +214,8 @@ def _merge_long_positions(arrays: Arrays) -> Arrays:
     It trains those behind the first twenty in a table of their own (Zhang et al. 2024,
     arXiv:2403.15378, section 3.1), and reads each table at its own rows alone.
     """
+    if SHORT_POSITIONS not in arrays:
+        raise UserError(f"{LONG_POSITIONS} is there without {SHORT_POSITIONS}: no Long-CLIP is so")
     first, rest = arrays[SHORT_POSITIONS], arrays[LONG_POSITIONS]
     if first.shape != rest.shape or first.ndim != 2:
         raise UserError(
@@ -279,6 +303,7 @@ def _make_checkpoint(
     Raises:
       UserError: arrays are missing or unexpected, or a shape differs.
     """
+    _check_sizes(config, str(path))
     if tokenizer is None and tokenizer_family(config) == "clip":
         tokenizer = TokenizerSpec()
     if config.init_logit_bias is None and "logit_bias" in arrays:
@@ -293,6 +318,25 @@ def _make_checkpoint(
             raise
         raise UserError(f"{error}; its sizes are nearest to {infer.nearest_model(sizes)}") from None
     return Checkpoint(name, config, readers, preprocess, tokenizer)
+
+
+def _check_sizes(config: CLIPConfig, where: str) -> None:
+    """Raise UserError for sizes that no model has: tracing a million layers would not end."""
+    for name, tower in (("image", config.vision), ("text", config.text)):
+        for field, largest in LARGEST.items():
+            size = getattr(tower, field, 1)
+            if isinstance(size, int) and not 1 <= size <= largest:
+                raise UserError(
+                    f"{where}: {field} of its {name} tower is {size}: no model has less than 1 or "
+                    f"more than {largest:,}"
+                )
+        if isinstance(tower, ViTConfig | NaFlexConfig | TextConfig) and tower.width % tower.heads:
+            raise UserError(
+                f"{where}: {tower.heads} heads do not divide the {tower.width} features of its "
+                f"{name} tower"
+            )
+    if not 1 <= config.embed_dim <= LARGEST["width"]:
+        raise UserError(f"{where}: the shared space has {config.embed_dim} features")
 
 
 def read_json(path: Path) -> dict[str, Any]:

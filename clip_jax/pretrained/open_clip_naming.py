@@ -8,6 +8,7 @@ from clip_jax.models.convnext import ConvNeXtConfig
 from clip_jax.models.fastvit import FastViTConfig
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.vit import ViTConfig
+from clip_jax.pretrained.names import NAMINGS
 
 # An array that a tower has, and its key of `names.IMAGE_NAMINGS` or `names.TEXT_NAMINGS`; the first
 # that is there.
@@ -60,7 +61,10 @@ def find_open_clip_naming(names: Set[str], where: str) -> str:
     is_siglip = "visual.trunk.attn_pool.latent" in names and "visual.trunk.head.weight" not in names
     if is_siglip and text == "nested":
         return "open_clip_siglip"
-    return _OLDER.get(f"{image}+{text}", f"{image}+{text}")
+    naming = _OLDER.get(f"{image}+{text}", f"{image}+{text}")
+    if naming not in NAMINGS:
+        raise UserError(f"{where}: {_MLP_HEAD} belongs to ConvNeXt, and its image tower is another")
+    return naming
 
 
 def config_naming(config: CLIPConfig) -> str:

@@ -41,6 +41,9 @@ SMALL = [
 ]
 # The issue of float32 sums in another order; measured at 3e-7 at most.
 LIMIT = 1e-5
+UNSUPPORTED = {"coca_base", "coca_roberta-ViT-B-32", "mt5-base-ViT-B-32", "mt5-xl-ViT-H-14"}
+UNSUPPORTED |= {"swin_base_patch4_window7_224", "vit_medium_patch16_gap_256"}
+UNSUPPORTED |= {"vit_relpos_medium_patch16_cls_224"}
 
 
 @pytest.mark.parametrize("case", SMALL, ids=lambda c: f"{c.name} {c.form}")
@@ -85,7 +88,8 @@ def test_every_entry_of_the_zoo_is_open_clips_config():
     from clip_jax.models.zoo import MODELS
 
     shared = [name for name in _MODEL_CONFIGS if name in MODELS and not name.startswith("RN")]
-    assert len(shared) > 120
+    # No weights were published for the seven that are not supported.
+    assert set(_MODEL_CONFIGS) - set(MODELS) == UNSUPPORTED and len(shared) == 127
     for name in shared:
         cfg = _MODEL_CONFIGS[name]
         config = config_from_open_clip(cfg, name)
