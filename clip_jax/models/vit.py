@@ -271,7 +271,7 @@ class VisionTransformer(nn.Module):
         for i, size in enumerate(earlier):
             x_BLD = PatchProjection(c.width // 4, size, True, dtype, name=f"stem_{i}")(x_BHWC)
             side //= size
-            x_BHWC = gelu(x_BLD).reshape(len(x_BLD), side, side, -1)
+            x_BHWC = gelu(x_BLD).reshape(x_BLD.shape[0], side, side, -1)
         return PatchProjection(c.width, last, True, dtype, name=f"stem_{len(earlier)}")(x_BHWC)
 
     def _select_patches(
