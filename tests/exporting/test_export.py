@@ -1,6 +1,7 @@
 """Exported programs give the model's features for any number of images of any size."""
 
 import dataclasses
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,9 @@ from clip_jax.data.images import CLIPA, OPENAI, Preprocess, eval_transform
 from clip_jax.errors import UserError
 from clip_jax.exporting import check
 from clip_jax.exporting.check import CAPTIONS, sample_images
+from clip_jax.exporting.onnx_file import make_graph
 from clip_jax.exporting.resize import prepare_images
+from clip_jax.exporting.tower import tower_program
 from clip_jax.pretrained.trees import array_shapes, to_variables
 from clip_jax.pretrained.work_folder import RunDescription, write_work_folder
 from clip_jax.tokenizers import TokenizerSpec
@@ -90,3 +93,26 @@ def test_int8_is_a_quarter_and_what_differs_too_much_is_not_written(run, tmp_pat
     with pytest.raises(UserError, match="may by 1e-06; nothing was written; leave out --int8"):
         export_model(parse(arguments))
     assert not (tmp_path / "none").exists()
+
+
+def test_onnx_without_its_packages_is_one_line(run, tmp_path, monkeypatch):
+    folder, _ = run
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(UserError, match=r"needs onnx: pip install 'clip_jax\[onnx\]'"):
+        export_model(parse([str(folder), str(tmp_path / "out"), "--format", "onnx"]))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tower_is_a_graph_of_operators(run):
+    _, clip = run
+    program = tower_program(clip, "text", resizes=False, int8=True)
+    batch = jax.ShapeDtypeStruct(export.symbolic_shape("batch, 16"), jnp.int32)
+    graph, output = make_graph(program, program.arrays, "tokens", batch)
+    # Matrices stay in int8 and are multiplied out; of masks and positions there are results alone.
+    assert graph.constants["text/token_embedding/embedding"].dtype == np.int8
+    known = {"tokens", *graph.constants}
+    for operator in graph.operators:
+        assert known.issuperset(operator.inputs)
+        known.add(operator.output)
+    assert output.name in known and output.shape[1] == 16
+    assert sum(operator.kind == "MatMul" for operator in graph.operators) == 9
