@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,9 +15,12 @@ GIT_LFS = b"version https://git-lfs"
 
 
 def check_fetched(path: str | Path) -> None:
-    """Raise UserError if a local file is what Git LFS leaves in its place."""
+    """Raise UserError if a local file is a pointer of Git LFS, or a web page that a server gave."""
     with suppress(OSError), open(path, "rb") as file:
-        if file.read(len(GIT_LFS)) == GIT_LFS:
+        head = file.read(64)
+        if re.match(rb"\s*<(!doctype html|html)", head.lower()):
+            raise UserError(f"{path} is a web page and holds no data: fetch the file again")
+        if head.startswith(GIT_LFS):
             raise UserError(
                 f"{path} is a pointer of Git LFS and holds no data: `git lfs pull` fetches the file"
             )
@@ -26,7 +30,8 @@ def check_fetched(path: str | Path) -> None:
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a path to write to, which takes the place of `path` when the block ends well.
 
-    The folder is made if it does not exist. After a kill, an older file is as it was.
+    The folder is made if it does not exist. After a kill, and after a loss of power, an older file
+    is as it was or the new one is whole: it is on the disk before it takes the name.
 
     Raises:
       UserError: it cannot be written: no permission, a full disk, a file in the folder's place.
@@ -35,13 +40,25 @@ def atomic_write(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
+        _sync(partial)
         os.replace(partial, path)
+        with suppress(OSError):  # some file systems have no folders to wait for
+            _sync(path.parent)
     except OSError as error:
         # numpy reports a short write without a reason.
         reason = error.strerror or f"{error}; is the disk full?"
         with suppress(OSError):  # a full disk has better use for the room
             partial.unlink(missing_ok=True)
         raise UserError(f"{path} cannot be written ({reason})") from error
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def make_folder(folder: str | Path, *, flag: str) -> Path:

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from clip_jax.errors import UserError
+from clip_jax.errors import UserError, plain
 from clip_jax.parallel.jax_internals import (
     coordination_client,
     devices_started,
@@ -41,7 +41,7 @@ def is_first() -> bool:
 def print_on_main(text: str) -> None:
     """Print on process 0."""
     if is_first():
-        print(text, flush=True)
+        print(plain(text), flush=True)
 
 
 def gather(value: Any) -> list[Any]:

@@ -17,7 +17,15 @@ from contextlib import contextmanager, suppress
 
 import jax
 
-from clip_jax.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_USAGE, UserError, short
+from clip_jax.errors import (
+    EXIT_ERROR,
+    EXIT_INTERRUPTED,
+    EXIT_TERMINATED,
+    EXIT_USAGE,
+    Terminated,
+    UserError,
+    short,
+)
 from clip_jax.parallel.distributed import FOREVER_MS, gather, is_first
 from clip_jax.parallel.jax_internals import coordination_client, process_count, process_index
 from clip_jax.parallel.limits import LIMITS, Limits
@@ -83,6 +91,8 @@ def ending_together() -> Iterator[None]:
         stand_by()
     except UserError as error:
         _fail(str(error), EXIT_USAGE)
+    except Terminated:
+        _fail("terminated", EXIT_TERMINATED)
     except KeyboardInterrupt:
         _fail("interrupted", EXIT_INTERRUPTED)
     except jax.errors.JaxRuntimeError as error:

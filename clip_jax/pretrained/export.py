@@ -1,8 +1,10 @@
 """Write a model as a folder that open_clip or transformers loads as it is, or as a work folder."""
 
+import glob
 import json
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -131,16 +133,39 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
+def _remove_left(parent: Path, prefix: str) -> None:
+    """Remove the folders of this beginning whose process, the number at the end, is no more."""
+    for path in parent.glob(f"{glob.escape(prefix)}*"):
+        number = path.name.removeprefix(prefix)
+        if number.isdigit() and not _is_alive(int(number)):
+            note(f"{path}, which a killed process has left, is removed")
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
+
+
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """Yield a folder to write to, which takes its name at the end: whole or not at all.
+
+    What a process of this machine that was killed has left is removed.
 
     Raises:
       UserError: the folder holds something already, or cannot be written.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} holds something already; delete it, or name another folder")
-    part = folder.with_name(folder.name + f".part-{os.getpid()}")
+    parts = f"{folder.name}.part-{socket.gethostname()}-"
+    _remove_left(folder.parent, parts)
+    part = folder.with_name(f"{parts}{os.getpid()}")
     try:
         part.mkdir(parents=True)
         yield part

@@ -171,6 +171,10 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             return
+        if not from_first(self.folder.is_dir()):
+            raise UserError(
+                f"{self.folder} was removed while the run went on, and step {step} cannot be saved"
+            )
         self.require_room(state)
         items = _items(state)
         self._require_finite(items, step)

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from clip_jax.errors import signal_heard
+
 
 class StopRequest:
     """A request to stop.
@@ -28,6 +30,7 @@ def catch_signals(callback: Callable[[str], None]) -> Iterator[StopRequest]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         request.signal = number
+        signal_heard.set()
         callback(f"\n{signal.Signals(number).name}: saving after this step, then exiting")
         for s, handler in before.items():
             signal.signal(s, handler)
