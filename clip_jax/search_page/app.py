@@ -1,7 +1,10 @@
 """The page's server: words or an image in, results as JSON out."""
 
+import asyncio
+import contextlib
+import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,8 +13,7 @@ from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
@@ -23,12 +25,17 @@ from clip_jax.embeddings.encode_query import (
 from clip_jax.embeddings.searcher import Hit, Searcher
 from clip_jax.errors import UserError
 from clip_jax.evaluation.encoders import Encoders
+from clip_jax.search_page.guard import Guard
 from clip_jax.search_page.thumbnails import Thumbnails
 
 T = TypeVar("T")
 
 MAX_UPLOAD = 20 << 20
 """Bytes of an uploaded image."""
+MAX_UPLOADS = 4
+"""Uploads that are in memory at a time; others are asked to try again."""
+UPLOAD_SECONDS = 60.0
+"""How long one may take to arrive."""
 DEFAULT_TOP = 20
 MAX_TOP = 200
 MAX_TEXT = 1_000
@@ -77,6 +84,7 @@ class Endpoints:
         self._template = template
         self._max_upload = max_upload
         self._lock = threading.Lock()
+        self._uploads = 0
 
     async def about(self, request: Request) -> Response:
         """Answer what is searched, and how."""
@@ -114,9 +122,10 @@ class Endpoints:
 
     async def thumbnail(self, request: Request) -> Response:
         """Answer the small image of a row."""
-        row = request.path_params["row"]
+        text = request.path_params["row"]
+        row = int(text) if text.isascii() and text.isdigit() and len(text) < 16 else -1
         encoded = None
-        if row < len(self._searcher.embeddings):
+        if 0 <= row < len(self._searcher.embeddings):
             encoded = await run_in_threadpool(self._thumbnails.thumbnail, row)
         if encoded is None:
             raise HTTPException(404, "no such image")
@@ -128,8 +137,28 @@ class Endpoints:
         if "row" in request.query_params:
             row = whole_number(request, "row", 0, 0, len(self._searcher.embeddings) - 1)
             return self._searcher.embeddings.rows(np.array([row]))
-        data = await read_upload(request, self._max_upload)
-        return await self._compute(encode_image_query, self._encoders, data)
+        with self._upload():
+            try:
+                upload = read_upload(request, self._max_upload)
+                data = await asyncio.wait_for(upload, UPLOAD_SECONDS)
+            except (TimeoutError, ClientDisconnect):
+                raise HTTPException(408, "the image did not arrive; try again") from None
+            return await self._compute(encode_image_query, self._encoders, data)
+
+    @contextlib.contextmanager
+    def _upload(self) -> Iterator[None]:
+        """Count an upload while it is in memory.
+
+        Raises:
+          HTTPException: there are `MAX_UPLOADS` already.
+        """
+        if self._uploads >= MAX_UPLOADS:
+            raise HTTPException(503, "too many images at once; try again")
+        self._uploads += 1
+        try:
+            yield
+        finally:
+            self._uploads -= 1
 
     async def _compute(self, function: Callable[..., T], *args: Any) -> T:
         """Call in a thread, so that the server goes on; the model has one query at a time."""
@@ -163,11 +192,11 @@ def make_app(
             Route("/about", endpoints.about),
             Route("/search", endpoints.search, methods=["GET", "POST"]),
             Route("/classify", endpoints.classify, methods=["POST"]),
-            Route("/thumbnails/{row:int}", endpoints.thumbnail),
+            Route("/thumbnails/{row}", endpoints.thumbnail),
         ],
         middleware=[
-            Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts)),
             Middleware(WithHeaders),
+            Middleware(Guard, hosts=hosts, public=list(FILES)),
         ],
         exception_handlers={UserError: error_response, HTTPException: error_response},
     )
@@ -244,4 +273,6 @@ def bounded_text(text: str, name: str) -> str:
 def hit_json(hit: Hit) -> dict[str, Any]:
     """Return a result as the page takes it."""
     caption, path = hit.metadata.get("caption") or "", hit.metadata.get("image_path") or ""
-    return {"row": hit.row, "score": round(hit.score, 4), "caption": caption, "path": str(path)}
+    # JSON has no numbers that are not finite; rows may be anybody's.
+    score = round(hit.score, 4) if math.isfinite(hit.score) else None
+    return {"row": hit.row, "score": score, "caption": str(caption), "path": str(path)}

@@ -60,7 +60,7 @@ function hitItem(hit) {
     choose({ row: hit.row }, hasImages ? `/thumbnails/${hit.row}` : "", hit.caption || hit.path);
     byId("labels").focus();
   });
-  item.append(frame, caption, create("div", "score", hit.score.toFixed(4)), like, name);
+  item.append(frame, caption, create("div", "score", hit.score === null ? "" : hit.score.toFixed(4)), like, name);
   return item;
 }
 

@@ -12,6 +12,9 @@ from clip_jax.errors import UserError
 from clip_jax.evaluation.encoders import Encoders
 from clip_jax.search_page.thumbnails import Thumbnails
 
+MAX_CONNECTIONS = 100
+"""Connections that are open at a time; others are asked to try again."""
+
 
 def serve(
     searcher: Searcher,
@@ -40,6 +43,7 @@ def serve(
     except ImportError as e:
         raise UserError(f"--serve needs {e.name}: pip install 'clip_jax[search]'") from None
     from clip_jax.search_page.app import TEMPLATE, make_app
+    from clip_jax.search_page.guard import bracketed
 
     thumbnails = Thumbnails(searcher.embeddings, data)
     hosts = ["127.0.0.1", "localhost", host] if is_local(host) else ["*"]
@@ -48,13 +52,15 @@ def serve(
     # What the first query would wait for: the programs of both encoders.
     encode_text_query(encoders, ["warm"])
     encoders.encode_image(np.zeros((1, *image_shape(encoders.image_size)), np.uint8))
-    shown_host = f"[{host}]" if ":" in host else host
+    shown_host = bracketed(host)
     if thumbnails.unavailable:
         print(f"no images will be shown: {thumbnails.unavailable}", flush=True)
     if not is_local(host):
         print(f"whoever reaches {host} can ask; there is no password", flush=True)
     print(f"http://{shown_host}:{listener.getsockname()[1]} (Ctrl-C ends)", flush=True)
-    config = uvicorn.Config(app, log_level="warning", access_log=False)
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, limit_concurrency=MAX_CONNECTIONS
+    )
     uvicorn.Server(config).run(sockets=[listener])
     return 0
 

@@ -31,7 +31,7 @@ from clip_jax.data.survey import (
     survey,
 )
 from clip_jax.data.writing.tar_writer import read_sample
-from clip_jax.errors import EXIT_INTERRUPTED, check_counts, run_command
+from clip_jax.errors import EXIT_INTERRUPTED, check_counts, plain, run_command
 from clip_jax.evaluation.plots import IMAGE_SIDE, caption_grid
 from clip_jax.files import atomic_write
 from clip_jax.models.text import TextConfig
@@ -428,7 +428,7 @@ def main() -> int:
     if as_json:
         print(json.dumps(result_json(inspection), indent=1))
     else:
-        print(result_text(inspection))
+        print(plain(result_text(inspection)))
         if options["out"] is not None:
             print(f"written: {options['out']}/inspect.json, samples.png, bad.jsonl")
     return 0 if inspection.complete else EXIT_INTERRUPTED

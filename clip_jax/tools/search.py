@@ -8,9 +8,9 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from clip_jax.errors import UserError, run_command
+from clip_jax.errors import UserError, plain, run_command
 
 if TYPE_CHECKING:
     from clip_jax.embeddings.folder import Embeddings
@@ -139,11 +139,16 @@ def serve_page(args: argparse.Namespace) -> int:
     )
 
 
+def one_line(value: Any) -> str:
+    """Return a value's text with its line ends written out."""
+    return str(value).replace("\n", "\\n")
+
+
 def hits_text(hits: Sequence["Hit"]) -> str:
     """Return a line for each result."""
     lines = [
-        f"{rank:>3}  {hit.score:7.4f}  {hit.metadata.get('image_path', hit.row)}"
-        f"  {hit.metadata.get('caption') or ''}"
+        f"{rank:>3}  {hit.score:7.4f}  {one_line(hit.metadata.get('image_path', hit.row))}"
+        f"  {one_line(hit.metadata.get('caption') or '')}"
         for rank, hit in enumerate(hits, start=1)
     ]
     return "\n".join(line.rstrip() for line in lines)
@@ -163,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.serve:
         return serve_page(args)
     hits = search(args)
-    print(hits_json(hits) if args.json else hits_text(hits))
+    print(plain(hits_json(hits) if args.json else hits_text(hits)))
     return 0
 
 

@@ -29,9 +29,9 @@ from clip_jax.embeddings.encode_query import (
 )
 from clip_jax.embeddings.faiss_index import faiss_search, import_faiss, index_path, open_index
 from clip_jax.embeddings.folder import begin_folder, open_embeddings
-from clip_jax.embeddings.searcher import Searcher
+from clip_jax.embeddings.searcher import Hit, Searcher
 from clip_jax.embeddings.write import embed, finish_folder, open_images
-from clip_jax.errors import UserError
+from clip_jax.errors import UserError, plain
 from clip_jax.evaluation.encoders import unit_rows
 from clip_jax.tools import embed as embed_command
 from clip_jax.tools import search as command
@@ -307,6 +307,90 @@ def test_the_server_refuses_what_it_must(address):
     bomb = encode(make_image("1", 8, 8).resize((10_000, 10_000)), "PNG")
     status, data, _ = ask(address, "POST", "/search", bomb)
     assert len(bomb) < MAX_UPLOAD and status == 400 and "too_large" in json.loads(data)["error"]
+
+
+def test_only_its_own_page_may_ask(address):
+    own = "{}:{}".format(*address)
+    for headers, status in (
+        ({"Origin": f"http://{own}"}, 200),
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": f"http://127.0.0.1:{address[1] + 1}"}, 403),
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Sec-Fetch-Site": "same-site"}, 403),
+        ({"Sec-Fetch-Site": "same-origin", "Origin": f"http://{own}"}, 200),
+        ({"Sec-Fetch-Site": "none"}, 200),
+    ):
+        assert ask(address, "GET", "/search?words=a", **headers)[0] == status, headers
+    data = encode(make_image("RGB", SIDE, SIDE), "PNG")
+    assert ask(address, "POST", "/search", data, Origin="http://evil.example")[0] == 403
+    # A link from elsewhere opens the page.
+    assert ask(address, "GET", "/", **{"Sec-Fetch-Site": "cross-site"})[0] == 200
+
+
+def test_no_request_makes_a_500(address):
+    many = "9" * 5000
+    for path in (
+        f"/thumbnails/{many}", "/thumbnails/%F0%9F", "/thumbnails/x", "/thumbnails/", "/%00", "//",
+        "/search?words=%ED%A0%80", f"/search?words=%00&top={many}", "/search?%FF=%FF",
+        f"/search?row={many}", "/search?words=a&words=b&row=", "/?" + "&" * 999,
+    ):  # fmt: skip
+        assert ask(address, "GET", path)[0] < 500, path
+    for path, body in (
+        ("/search", b""),
+        ("/classify?label=" + "a&label=" * 300, b"x"),
+        ("/classify?label=a&template={}{}{0}{x}", b"\x89PNG\r\n\x1a\n"),
+    ):
+        assert ask(address, "POST", path, body)[0] in (400, 413), path
+    for method in ("PUT", "DELETE", "OPTIONS", "HEAD", "TRACE"):
+        assert ask(address, method, "/search?words=a")[0] < 500, method
+    # One that goes away in the middle of its image.
+    with socket.create_connection(address) as gone:
+        gone.sendall(b"POST /search HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 99\r\n\r\nx")
+    assert ask(address, "GET", "/about")[0] == 200
+
+
+def test_few_uploads_are_in_memory_at_a_time(address):
+    head = b"POST /search HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 99\r\n\r\nx"
+    data = encode(make_image("RGB", SIDE, SIDE), "PNG")
+    waiting = [socket.create_connection(address) for _ in range(4)]
+    try:
+        for connection in waiting:
+            connection.sendall(head)
+        end = time.monotonic() + 60
+        while (status := ask(address, "POST", "/search", data)[0]) != 503:
+            assert status == 200 and time.monotonic() < end
+    finally:
+        for connection in waiting:
+            connection.close()
+    while ask(address, "POST", "/search", data)[0] != 200:
+        assert time.monotonic() < end
+
+
+@pytest.mark.parametrize("host", ["::1", "127.0.0.1", "localhost", "box.local"])
+def test_a_host_is_known_as_browsers_write_it(host):
+    pytest.importorskip("starlette")
+    from clip_jax.search_page.guard import Guard, bracketed
+
+    guard = Guard(None, hosts=["127.0.0.1", "localhost", host], public=["/"])
+
+    def refused(name):
+        scope = {"path": "/search", "headers": [(b"host", name.encode())]}
+        return guard._refusal(scope) is not None
+
+    name = bracketed(host)
+    assert not refused(name) and not refused(f"{name}:8000") and not refused(name.upper())
+    for other in ("evil.example", "", "[::1", "::1:8000", "[::2]:1", "localhost.evil:80", "a:b:c"):
+        assert refused(other), other
+    assert not Guard(None, hosts=["*"], public=[])._refusal({"path": "/", "headers": []})
+
+
+def test_control_sequences_do_not_reach_a_terminal():
+    metadata = {"image_path": "a\nb\x1b[2J", "caption": "x\x9b31m\u202ey\ttab"}
+    hits = [Hit(3, 0.5, metadata)]
+    shown = plain(command.hits_text(hits))
+    assert shown == "  1   0.5000  a\\nb\\u001b[2J  x\\u009b31m\\u202ey\ttab"
+    assert json.loads(plain(command.hits_json(hits)))[0]["caption"] == metadata["caption"]
 
 
 @pytest.mark.slow
