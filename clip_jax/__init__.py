@@ -104,7 +104,13 @@ def list_pretrained() -> list[tuple[str, str]]:
 
 
 def tokenize(texts: str | Sequence[str], context_length: int = 77) -> "np.ndarray":
-    """Encode texts by CLIP's byte pairs: int32 [batch, context_length]; too long ones are cut."""
+    """Encode texts by CLIP's byte pairs: int32 [batch, context_length]; too long ones are cut.
+
+    Raises:
+      UserError: one is no text, or the length is no whole number of at least 2.
+    """
+    from clip_jax.api_inputs import text_items, whole_number
     from clip_jax.tokenizers import make_tokenizer
 
-    return make_tokenizer("clip")([texts] if isinstance(texts, str) else texts, context_length)
+    length = whole_number(context_length, "tokenize: context_length")
+    return make_tokenizer("clip")(text_items(texts, "tokenize"), length)

@@ -481,6 +481,8 @@ def load(
         dtype=(dtype, str),
         towers=(towers, str),
     )
+    if not str(path):
+        raise UserError("load: path is empty")
     check_choice("dtype", dtype, DTYPES)
     check_choice("towers", towers, (*TOWERS, "both"))
     checkpoint = read_source(str(path), model).checkpoint

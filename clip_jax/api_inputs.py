@@ -110,6 +110,12 @@ def pil_image(image: Any) -> Image.Image:
     if isinstance(image, Image.Image):
         if 0 in image.size:
             raise UserError(f"preprocess got an image of {image.width} x {image.height} pixels")
+        if image.mode[:1] in "IF":
+            # Conversion to RGB would cut the values at 255, or at 1.
+            raise UserError(
+                f"preprocess got an image of {image.mode} values, which are no 8 bits; scale them "
+                "to 0 to 255 as uint8"
+            )
         return image
     pixels = np.asarray(image)
     channels = pixels.shape[2] if pixels.ndim == 3 else 1
@@ -188,6 +194,13 @@ def text_items(texts: Any, method: str, what: str = "texts") -> list[str]:
                 f"{type(text).__name__}"
             )
     return [str(text) for text in texts]
+
+
+def whole_number(value: Any, what: str) -> int:
+    """Return a whole number of Python's or NumPy's, or raise UserError."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise UserError(f"{what} is {shown(value)}; give a whole number")
+    return int(value)
 
 
 def class_names(names: Any, method: str) -> list[str]:

@@ -119,6 +119,8 @@ def test_every_public_method_takes_a_value_or_says_what_it_takes(stub, image, na
         "load's size": lambda: clip_jax.load("nowhere.pt", image_size=value()),
         "load's mesh": lambda: clip_jax.load("nowhere.pt", mesh=value()),
         "load's dtype": lambda: clip_jax.load("nowhere.pt", dtype=value()),
+        "clip_jax.tokenize": lambda: clip_jax.tokenize(value()),
+        "its length": lambda: clip_jax.tokenize("a", value()),
         "load's towers": lambda: clip_jax.load("nowhere.pt", towers=value()),
     }
     public = {
@@ -165,6 +167,8 @@ def test_what_is_clear_is_taken(clip, image, tmp_path):
         ("tokenize", b"abc", "takes texts, and number 1 of 1 is b'abc', a bytes"),
         ("tokenize", [float("nan")], "number 1 of 1 is nan, a float"),
         ("preprocess", [], "preprocess got no image"),
+        ("preprocess", Image.new("I;16", (9, 9)), "of I;16 values, which are no 8 bits"),
+        ("preprocess", Image.new("F", (9, 9)), "of F values, which are no 8 bits"),
         ("preprocess", "nowhere.png", "'nowhere.png' cannot be read: No such file"),
         ("preprocess", b"abc", "is no image that can be read"),
         ("preprocess", Hidden(), "can't convert cuda:0"),

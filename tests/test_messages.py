@@ -118,6 +118,37 @@ def test_every_argument_of_a_message_is_one_that_a_user_gives():
     assert {(file, name) for file, name in named if name not in known} == set()
 
 
+def test_every_command_and_function_of_a_message_is_there():
+    import clip_jax
+
+    commands, functions = set(), set()
+    for _, text in MESSAGES:
+        commands |= set(re.findall(r"python -m clip_jax((?:\.[a-z_]+)+)", text))
+        functions |= set(re.findall(r"(?<!-m )clip_jax\.(\w+)\(", text))
+    assert len(commands) > 2 and functions
+    for command in commands:
+        assert (PACKAGE / f"{command[1:].replace('.', '/')}.py").is_file(), command
+    assert {name for name in functions if not hasattr(clip_jax, name)} == set()
+
+
+def test_every_option_of_a_source_in_a_message_is_there():
+    known = {field.name for field in dataclasses.fields(Options)} | {"txt", "where"}
+    named = {name for _, text in MESSAGES for name in re.findall(r"#([a-z_]+)=", text)}
+    assert named and named <= known, named - known
+
+
+DOCS = [PACKAGE.parent / "README.md", *sorted((PACKAGE.parent / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+def test_every_field_and_command_of_a_page_is_there(path):
+    text = path.read_text()
+    fields = {n.rstrip(".") for n in re.findall(r"\bconfig(?:\.[a-z_]+){2}", text)}
+    assert {name for name in fields if name not in config_fields()} == set()
+    for command in set(re.findall(r"python -m clip_jax((?:\.[a-z_]+)+)", text)):
+        assert (PACKAGE / f"{command[1:].replace('.', '/')}.py").is_file(), command
+
+
 @pytest.mark.parametrize("name", ["num_streams", "by key"])
 def test_names_that_no_user_can_set_are_not_advice(name):
     assert [text for _, text in MESSAGES if name in text] == []

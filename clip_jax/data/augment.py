@@ -16,7 +16,7 @@ import simplejpeg
 from jaxtyping import UInt8
 from PIL import Image
 
-from clip_jax.data.images import Chance, decode_image, random_resized_crop
+from clip_jax.data.images import Chance, costs_too_much, decode_image, random_resized_crop
 from clip_jax.sections import DataSection
 
 T = TypeVar("T")
@@ -63,7 +63,8 @@ def make_decode(image_size: int, config: DataSection) -> Callable[[bytes], Image
         if header is None:
             return None
         height, width, colors, _ = header
-        if colors != "YCbCr" or width * height > max_pixels:
+        pixels = width * height
+        if colors != "YCbCr" or pixels > max_pixels or costs_too_much(data, pixels, max_pixels):
             return None
         k = jpeg_scale(width, height, image_size, scale, ratio)
         if k == 8:

@@ -25,6 +25,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from clip_jax.data.patches import ImageSize, PatchShape, canvas_of, patch_grid
 from clip_jax.data.shards import BadSampleError
+from clip_jax.errors import note
 from clip_jax.files import GIT_LFS
 from clip_jax.sections import DataSection
 
@@ -34,6 +35,9 @@ IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 MAX_PIXELS = DataSection.max_pixels
 """The limit where no config is: Pillow warns from this size on and lets twice as much through."""
+
+MAX_SCANS = 16
+"""Scans that a JPEG of `max_pixels` may have, and a smaller one more; encoders make about 10."""
 
 T = TypeVar("T")
 ResizeMode = Literal["shortest", "longest", "squash", "patches"]
@@ -142,10 +146,28 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     width, height = image.size
     if width * height > max_pixels:
         raise ImageError("too_large", f"{width} x {height}")
+    if costs_too_much(data, width * height, max_pixels):
+        raise ImageError("too_large", f"{count_scans(data)} scans of {width} x {height}")
     _pillow(image.load)
     # It never reaches RGB, but Pillow warns about it when converting.
     image.info.pop("transparency", None)
     return image
+
+
+def count_scans(data: bytes) -> int:
+    """Return how many scans a JPEG says that it has, its previews' among them; of others 0.
+
+    Inside a scan the marker's first byte is always followed by a zero.
+    """
+    return data.count(b"\xff\xda") if data.startswith(b"\xff\xd8\xff") else 0
+
+
+def costs_too_much(data: bytes, pixels: int, max_pixels: int) -> bool:
+    """Return whether a JPEG has so many scans that decoding is more work than its pixels say.
+
+    Each scan goes over all pixels, and an empty one has few bytes: 400 kB may take half a minute.
+    """
+    return count_scans(data) * pixels > MAX_SCANS * max_pixels
 
 
 def _pillow(call: Callable[..., T], *args: Any) -> T:
@@ -177,7 +199,13 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
         # Pillow reads the pixels without asking for the end of the file.
         if data.rfind(b"IEND") < 0:
             raise ImageError("truncated", "no IEND chunk")
-        return _pillow(PngImageFile, file)
+        png = _pillow(PngImageFile, file)
+        if png.mode[:1] == "I":
+            note(
+                "PNG images of 16 bits: values above 255 become white, as in Pillow and open_clip; "
+                "scale them to 8 bits"
+            )
+        return png
     if suffix == "gif":
         return _pillow(GifImageFile, file)
     if suffix == "bmp":

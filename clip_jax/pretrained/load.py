@@ -71,6 +71,8 @@ LARGEST = {
 TORCH_ENDINGS = (".pt", ".pth", ".bin", ".ckpt")
 # What a training run or a compiler puts before every name.
 _WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
+# Endings of weights of other libraries.
+_OTHER_WEIGHTS = {".h5", ".msgpack", ".onnx", ".gguf", ".tflite", ".ot"}
 # What is read of processor_config.json, and what changes no image.
 _PROCESSOR_KNOWN = {"image_processor", "processor_class", "tokenizer", "auto_map"}
 _PROCESSOR_KNOWN |= {"transformers_version"}
@@ -114,6 +116,9 @@ def read_checkpoint(path: str | Path, model: str | None = None) -> Checkpoint:
             return _from_open_clip_folder(path)
         if (path / HF_CONFIG).is_file():
             return _from_hf_folder(path)
+        inner = _sentence_transformers_model(path)
+        if inner is not None:
+            return _from_hf_folder(inner)
         raise UserError(
             f"{path} holds no checkpoint: neither {OPEN_CLIP_CONFIG} nor {HF_CONFIG} is there"
         )
@@ -158,8 +163,13 @@ def _inner_model(arrays: Arrays, path: Path) -> Arrays:
     """Return the arrays of the model that a module around it holds, as Lightning's `model.`.
 
     Raises:
-      UserError: it holds several.
+      UserError: it holds several, or changes to a model (LoRA).
     """
+    if any(".lora_" in name for name in arrays):
+        raise UserError(
+            f"{path} holds LoRA's changes to a model: add them to its weights, with PEFT "
+            "model.merge_and_unload().save_pretrained(FOLDER), and give that folder"
+        )
     if "logit_scale" in arrays:
         return arrays
     prefixes = [
@@ -359,7 +369,28 @@ def _find_weights(folder: Path, names: tuple[str, ...]) -> Path:
     for name in names:
         if (folder / name).is_file():
             return folder / name
-    raise UserError(f"{folder} has a config but no weights: none of {', '.join(names)} is there")
+    others = sorted(p.name for p in folder.glob("*") if p.suffix in _OTHER_WEIGHTS)
+    unread = f"; {', '.join(others)} cannot be read" if others else ""
+    raise UserError(
+        f"{folder} has a config but no weights: none of {', '.join(names)} is there{unread}"
+    )
+
+
+def _sentence_transformers_model(folder: Path) -> Path | None:
+    """Return the CLIP's folder in one that sentence-transformers saved; None if there is none."""
+    for path in sorted(folder.glob("*_CLIPModel")):
+        if (folder / "modules.json").is_file() and (path / HF_CONFIG).is_file():
+            return path
+    return None
+
+
+def _check_size(preprocess_size: Any, config: CLIPConfig, where: str) -> None:
+    """Say if a file's size of images is another than the model's, which is taken."""
+    sizes = preprocess_size.values() if isinstance(preprocess_size, Mapping) else preprocess_size
+    sizes = [sizes] if isinstance(sizes, int) else list(sizes or [])
+    size = config.vision.image_size
+    if any(isinstance(side, int) and side != size for side in sizes):
+        note(f"{where}: images of {preprocess_size} pixels; the model's {size} are taken")
 
 
 def _from_open_clip_folder(folder: Path) -> Checkpoint:
@@ -370,6 +401,7 @@ def _from_open_clip_folder(folder: Path) -> Checkpoint:
     note_unknown(values, {"model_cfg", "preprocess_cfg"}, str(path))
     config = config_from_open_clip(values["model_cfg"], str(path))
     preprocess = preprocess_from_open_clip(values.get("preprocess_cfg") or {})
+    _check_size((values.get("preprocess_cfg") or {}).get("size"), config, str(path))
     weights = _find_weights(folder, OPEN_CLIP_WEIGHTS)
     arrays = _read_foldable(weights)
     naming = infer.find_naming(arrays, str(weights))
@@ -408,8 +440,15 @@ def _from_hf_folder(folder: Path) -> Checkpoint:
             settings = settings.get("image_processor") or {}
         if settings:
             preprocess = preprocess_from_hf(settings, where=name)
+            if kind != "siglip2":  # whose images keep their shape
+                _check_size(settings.get("size"), config, str(folder / name))
             config = _with_patches(config, preprocess, settings, name)
             break
+    else:
+        note(
+            f"{folder} has neither processor_config.json nor preprocessor_config.json: its images "
+            f"are prepared as those of {'OpenAI' if preprocess is OPENAI else 'SigLIP'}"
+        )
     weights = _find_weights(folder, HF_WEIGHTS)
     naming = f"hf_{kind}" if kind.startswith("siglip") else "hf_clip"
     tokenizer = tokenizer_from_folder(folder, tokenizer_family(config))

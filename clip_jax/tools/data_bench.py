@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from clip_jax.data.dataset import open_sources
+from clip_jax.data.dataset import open_all_shards
 from clip_jax.data.decode_processes import processes_for
 from clip_jax.data.sample_reader import SampleShape
 from clip_jax.data.skip_log import SkipLog
@@ -137,7 +137,7 @@ def bench(
     shape = SampleShape(config.vision.image_size, config.text.context_length)
     section = dataclasses.replace(_DATA, processes=processes)
     settings = LoaderSettings(shape, batch_size, section)
-    shards = [shard for one in open_sources(source, log=SkipLog()) for shard in one]
+    shards = open_all_shards(source, log=SkipLog())
     loaders, lengths = [], Counter[int]()
     with progress_bar(len(threads) + PARTS, "bench", "stage") as progress:
         stages = measure_parts(shards, encode, settings, seconds=seconds)

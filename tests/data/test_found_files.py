@@ -30,7 +30,7 @@ from clip_jax.data.sources import expand, open_shards
 from clip_jax.data.survey import SurveyCounts, survey
 from clip_jax.data.writing.tar_writer import Shrink, read_sample
 from clip_jax.embeddings.write import open_images
-from clip_jax.errors import UserError
+from clip_jax.errors import UserError, note
 
 
 def image_bytes(color="red", fmt="PNG", mode="RGB"):
@@ -225,6 +225,12 @@ def test_other_formats_are_read(fmt, suffix):
 def test_a_tiff_of_other_values_is_refused(mode):
     with pytest.raises(ImageError, match="no 8 bits"):
         decode_image(image_bytes("white", "TIFF", mode if mode != "I;16" else "I;16"))
+
+
+def test_a_png_of_16_bits_is_told(capsys):
+    note.cache_clear()
+    assert decode_image(image_bytes("white", "PNG", "I;16")).mode == "I;16"
+    assert "PNG images of 16 bits: values above 255 become white" in capsys.readouterr().err
 
 
 def test_every_image_of_a_folder_is_read_or_named(tmp_path, capsys):

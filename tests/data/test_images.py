@@ -18,16 +18,19 @@ from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
 from clip_jax.data import images
+from clip_jax.data.augment import make_decode
 from clip_jax.data.images import (
     IMAGE_MEAN,
     IMAGE_STD,
     ImageError,
     Preprocess,
+    count_scans,
     crop_box,
     decode_image,
     eval_transform,
     random_resized_crop,
 )
+from clip_jax.sections import DataSection
 
 
 def cause(data, **options):
@@ -192,6 +195,26 @@ def test_bombs_are_refused_by_their_header_without_a_warning():
             data = encode(make_image("RGB", 40, 30), fmt)
             assert cause(data, max_pixels=40 * 30 - 1) == "too_large"
             assert decode_image(data, max_pixels=40 * 30).size == (40, 30)
+
+
+def with_scans(side, scans):
+    """Return a progressive JPEG whose last scan is there several times more."""
+    data = encode(Image.new("RGB", (side, side)), "JPEG", progressive=True, quality=10)
+    tables = data.rfind(b"\xff\xc4", 0, data.rfind(b"\xff\xda"))
+    return data[:-2] + data[tables:-2] * scans + data[-2:]
+
+
+def test_a_jpeg_of_many_scans_is_refused_before_it_is_decoded():
+    plain, bomb = with_scans(64, 0), with_scans(64, 100)
+    assert count_scans(plain) == 10 and count_scans(bomb) == 110
+    assert count_scans(encode(Image.new("RGB", (9, 9)), "PNG")) == 0
+    # A small image may have many; the work is bounded.
+    assert decode_image(bomb).size == (64, 64)
+    train = make_decode(32, DataSection(max_pixels=64 * 64))
+    for decode in (lambda data: decode_image(data, max_pixels=64 * 64), train):
+        assert 32 <= decode(plain).width <= 64
+        with pytest.raises(ImageError, match="too_large: 110 scans of 64 x 64"):
+            decode(bomb)
 
 
 def test_decoding_in_threads_leaves_the_warning_filters_alone():

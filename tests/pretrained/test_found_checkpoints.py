@@ -233,3 +233,46 @@ def test_settings_of_other_files_that_are_not_known_are_named(sigmoid_files, cap
     edit(sigmoid_files[0] / "open_clip/open_clip_config.json", image_processor="another")
     read_checkpoint(sigmoid_files[0] / "open_clip")
     assert "image_processor = 'another'" in capsys.readouterr().err
+
+
+def test_a_folder_of_sentence_transformers_is_read(sigmoid_files):
+    folder, bias = sigmoid_files
+    outer = folder / "outer"
+    outer.mkdir()
+    (folder / "hf").rename(outer / "0_CLIPModel")
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        read_checkpoint(outer)
+    (outer / "modules.json").write_text("[]")
+    assert bias_of(read_checkpoint(outer)) == bias
+
+
+def test_files_that_hold_no_weights_say_what_they_are(sigmoid_files):
+    folder, _ = sigmoid_files
+    name = "base_model.model.visual.proj.lora_A.weight"
+    save_file({name: np.zeros((2, 2), np.float32)}, folder / "adapter.safetensors")
+    (folder / "page.bin").write_text("<!DOCTYPE html><html>Sign in</html>")
+    (folder / "pointer.pt").write_text("version https://git-lfs.github.com/spec/v1\n")
+    (folder / "hf/model.safetensors").unlink()
+    (folder / "hf/flax_model.msgpack").write_bytes(b"x")
+    for path, message in (
+        ("adapter.safetensors", r"LoRA's changes to a model.*merge_and_unload"),
+        ("page.bin", "is a web page and holds no data"),
+        ("pointer.pt", "is a pointer of Git LFS"),
+        ("hf", r"no weights.*flax_model.msgpack cannot be read"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read_checkpoint(folder / path, "tiny")
+
+
+def test_a_default_that_is_taken_for_a_file_is_told(sigmoid_files, capsys):
+    folder, _ = sigmoid_files
+    edit(folder / "hf/preprocessor_config.json", size={"shortest_edge": 64}, crop_size=64)
+    read_checkpoint(folder / "hf")
+    edit(folder / "open_clip/open_clip_config.json", preprocess_cfg__size=[64, 64])
+    read_checkpoint(folder / "open_clip")
+    error = capsys.readouterr().err
+    assert "images of {'shortest_edge': 64} pixels; the model's 32 are taken" in error
+    assert "images of [64, 64] pixels; the model's 32 are taken" in error
+    (folder / "hf/preprocessor_config.json").unlink()
+    read_checkpoint(folder / "hf")
+    assert "its images are prepared as those of OpenAI" in capsys.readouterr().err

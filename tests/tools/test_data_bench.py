@@ -115,6 +115,10 @@ def test_the_command(tmp_path):
     ):
         with pytest.raises(UserError, match=text):
             command.bench(**{**options, name: value})
+    cut = tmp_path / "cut.tar"
+    cut.write_bytes(bytes(700))
+    with pytest.raises(UserError, match="cut or damaged at byte"):
+        command.bench(**{**options, "source": [str(cut)]})
     with pytest.raises(UserError, match="numbers with commas"):
         command.parse([*line, "--threads", "two"])
 
