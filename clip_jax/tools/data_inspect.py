@@ -31,7 +31,7 @@ from clip_jax.data.survey import (
     survey,
 )
 from clip_jax.data.writing.tar_writer import read_sample
-from clip_jax.errors import EXIT_INTERRUPTED, check_counts, plain, run_command
+from clip_jax.errors import EXIT_INTERRUPTED, Terminated, check_counts, plain, run_command
 from clip_jax.evaluation.plots import IMAGE_SIDE, caption_grid
 from clip_jax.files import atomic_write
 from clip_jax.models.text import TextConfig
@@ -169,6 +169,8 @@ def inspect(
             for part in survey(shards, rows, lengths, threads=threads):
                 counts.add(part)
                 progress.update(part.samples)
+        except Terminated:
+            raise
         except KeyboardInterrupt:
             pass  # the figures are of what was seen
     inspection = Inspection(

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from clip_jax.errors import UserError
+from clip_jax.errors import Terminated, UserError
 from clip_jax.files import atomic_write
 from clip_jax.planning.candidates import (
     Candidate,
@@ -203,6 +203,8 @@ class Search:
                 best = self._best(devices)
                 if best and is_enough(best):
                     break
+        except Terminated:
+            raise
         except KeyboardInterrupt:
             is_complete = False
         ranked = sorted(self.ranked, key=lambda r: (r.seconds, r.devices))
