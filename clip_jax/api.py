@@ -352,8 +352,8 @@ class LoadedCLIP:
     def image_states(self, images: ImageInput, blocks: int | Sequence[int] = ()) -> TowerStates:
         """Return all rows of the image tower, the pooled row, and the outputs of some blocks.
 
-        For segmentation, for heads that see patches, and for diffusion. Transformers alone have
-        them.
+        For segmentation, for heads that see patches, and for diffusion. Of a tower of convolutions
+        they are the places of its last feature map, and its stages stand for blocks.
 
         Args:
           images: as `encode_image` takes them.

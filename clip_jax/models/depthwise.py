@@ -36,7 +36,7 @@ class DepthwiseConv(nn.Module):
         kernel = self.param("kernel", init, (self.size, self.size, 1, width))
         x_BHWC = x_BHWC.astype(self.exec_config.dtype)
         is_cpu = self.exec_config.target.platform == "cpu"
-        convolve = shifted_sum if is_cpu else grouped_conv
+        convolve = separate_sum if is_cpu else grouped_conv
         y_BHWC = convolve(x_BHWC, kernel.astype(x_BHWC.dtype), self.stride)
         if self.use_bias:
             bias_D = self.param("bias", nn.initializers.zeros, (width,))
@@ -54,6 +54,23 @@ def grouped_conv(x_BHWC: Array, kernel: Float[Array, "k k 1 D"], stride: int) ->
         ((pad, pad), (pad, pad)),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=x_BHWC.shape[-1],
+    )
+
+
+def separate_sum(x_BHWC: Array, kernel: Float[Array, "k k 1 D"], stride: int) -> Array:
+    """Return the convolution as a sum in a loop of its own, which no other is merged with.
+
+    Else a CPU's compiler computes it anew wherever its result is read: for each of the nine places
+    of the next convolution, and for mean, variance and result of the next norm. It drops barriers
+    before it merges loops, and merges nothing with the branches of a condition that it does not
+    know. Both branches are the convolution.
+    """
+    return jax.lax.cond(
+        jnp.isfinite(kernel[0, 0, 0, 0]),
+        lambda x, kernel: shifted_sum(x, kernel, stride),
+        lambda x, kernel: grouped_conv(x, kernel, stride),
+        x_BHWC,
+        kernel,
     )
 
 

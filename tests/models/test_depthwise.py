@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clip_jax.models.depthwise import DepthwiseConv, grouped_conv, shifted_sum
+from clip_jax.models.depthwise import DepthwiseConv, grouped_conv, separate_sum
 
 
 @pytest.mark.parametrize(("size", "stride", "multiplier"), [(3, 1, 1), (7, 2, 2)])
@@ -23,7 +23,7 @@ def test_the_fast_form_is_the_convolution(size, stride, multiplier):
             grouped_conv, x, kernel
         )
         (_, actual), gradient = jax.value_and_grad(value, 1 + argument, has_aux=True)(
-            shifted_sum, x, kernel
+            separate_sum, x, kernel
         )
         # Sums of up to 49 products of numbers around one, in another order.
         np.testing.assert_allclose(actual, expected, atol=2e-5)

@@ -6,14 +6,25 @@ import jax
 import jax.numpy as jnp
 import pytest
 from test_formed_block import FORMS, config_of
-from tiny import TINY
+from tiny import TEXT, TINY, VIT
 
 from clip_jax.errors import UserError
-from clip_jax.models.clip import CLIP, variable_shapes
+from clip_jax.models.clip import CLIP, CLIPConfig, variable_shapes
+from clip_jax.models.convnext import ConvNeXtConfig
+from clip_jax.models.fastvit import FastViTConfig
 from clip_jax.models.states import make_states
+from clip_jax.models.text import EncoderForm
 from clip_jax.models.vit import ViTConfig
 
-FAMILIES = {**TINY, **{name: config_of(form) for name, form in FORMS.items()}}
+ROBERTA = EncoderForm(norms="after", positions=40, pool="mean", projection="mlp")
+MORE = {
+    "convnext": CLIPConfig(16, ConvNeXtConfig(32, (1, 1), (8, 16)), TEXT),
+    "fastvit": CLIPConfig(16, FastViTConfig(64, (1, 1, 1, 1), (8, 16, 16, 32)), TEXT),
+    "roberta": dataclasses.replace(
+        VIT, text=dataclasses.replace(TEXT, causal=False, encoder=ROBERTA, eot_id=2)
+    ),
+}
+FAMILIES = {**TINY, **MORE, **{name: config_of(form) for name, form in FORMS.items()}}
 
 
 def shapes_of(model, tower, blocks, inputs):
@@ -37,17 +48,20 @@ def test_states_have_every_row_and_block(name):
     rows = (2, text.context_length, text.width)
     found = shapes_of(model, "text", [0, -1], tokens)
     assert found == (rows, (2, text.width), (rows, rows), 0)
-    if not isinstance(vision, ViTConfig):
-        with pytest.raises(UserError, match="this image tower is no transformer"):
-            make_states(model, "image", [])
-        return
     images = jax.ShapeDtypeStruct((2, vision.image_size, vision.image_size, 3), jnp.float32)
+    if not isinstance(vision, ViTConfig):
+        rows, pooled, blocks, leading = shapes_of(model, "image", [0, -1], images)
+        assert rows[:2] == (2, vision.grid_size**2) and len(pooled) == 2
+        assert blocks[1][:2] == rows[:2] and blocks[0][1] > rows[1] and leading == 0
+        return
     rows = (2, vision.length, vision.width)
     found = shapes_of(model, "image", [1], images)
     assert found == (rows, (2, vision.width), (rows,), vision.class_token)
 
 
 def test_blocks_that_are_not_there_are_named():
+    with pytest.raises(UserError, match="the image tower has 4 stages, and none of number 4"):
+        make_states(CLIP(TINY["resnet"]), "image", [4])
     with pytest.raises(UserError, match="the text tower has 3 blocks, and none of number -4"):
         make_states(CLIP(TINY["vit"]), "text", [-4])
     config = dataclasses.replace(TINY["vit"], embed_dim=8)

@@ -26,6 +26,7 @@ from safetensors.torch import save_file  # noqa: E402
 
 import clip_jax  # noqa: E402
 from clip_jax.models.clip import CLIP, CLIPConfig, unit_length  # noqa: E402
+from clip_jax.models.states import make_states  # noqa: E402
 from clip_jax.models.table import parity_case  # noqa: E402
 from clip_jax.models.zoo import MODELS  # noqa: E402
 from clip_jax.pretrained.infer import find_naming  # noqa: E402
@@ -282,6 +283,40 @@ def test_features_agree(name):
     print(f"{name}: image {image:.1e}, text {text:.1e}")
     # Float32 rounding through a few blocks.
     assert image < 1e-5 and text < 1e-5
+
+
+def test_states_of_a_roberta_and_of_convolutions_are_the_librarys():
+    model, config = shallow_model("roberta-ViT-B-32"), shallow_config("roberta-ViT-B-32")
+    _, tokens = make_inputs(config)
+    states = tower_states(model, config, "text", tokens)
+    ids = torch.from_numpy(tokens).long()
+    with torch.no_grad():
+        mask = (ids != config.text.encoder.pad_id).long()
+        rows = model.text.transformer(input_ids=ids, attention_mask=mask).last_hidden_state
+    seen = mask.bool().numpy()
+    np.testing.assert_allclose(np.asarray(states.rows_BLD)[seen], rows.numpy()[seen], atol=1e-4)
+    mean = (rows * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+    np.testing.assert_allclose(states.pooled_BD, mean, atol=1e-4)
+    for name in ("convnext_base", "MobileCLIP-S1"):
+        model, config = shallow_model(name), shallow_config(name)
+        images, _ = make_inputs(config)
+        states = tower_states(model, config, "image", images)
+        with torch.no_grad():
+            maps = model.visual.trunk.forward_features(
+                torch.from_numpy(images.transpose(0, 3, 1, 2))
+            )
+        rows = maps.flatten(2).permute(0, 2, 1).numpy()
+        scale = np.abs(rows).max()
+        # Of FastViT the last convolution, its squeeze and GELU count among the features.
+        np.testing.assert_allclose(states.rows_BLD / scale, rows / scale, atol=1e-5)
+
+
+def tower_states(model, config, tower, inputs):
+    """Return our states of one tower with the library's weights."""
+    arrays = folded({k: v.detach().numpy() for k, v in model.state_dict().items()})
+    readers = import_arrays(arrays, array_shapes(config), naming_of(arrays), "test")
+    variables = to_variables({path: jnp.asarray(read()) for path, read in readers.items()})
+    return jax.jit(make_states(CLIP(config), tower, []))(variables, inputs)
 
 
 def test_every_kind_has_its_features_compared():
