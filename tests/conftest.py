@@ -14,6 +14,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     _CACHE = tempfile.TemporaryDirectory(prefix="clip_jax_test_programs_")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+# The files of tests need not outlast a loss of power, and a busy disk takes a while for each.
+os.fsync = lambda descriptor: None
 
 
 def check_devices() -> None:
