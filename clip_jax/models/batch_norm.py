@@ -152,12 +152,19 @@ def join_moments(
       target: the devices.
     """
     moments_S2C = jnp.stack([mean_SC, jnp.maximum(squares_SC, 0)], axis=1)
-    mean_SC, squares_SC = jnp.moveaxis(replicate(moments_S2C, target), 1, 0)
-    count = jnp.sum(rows.counts_S)
-    share_S1 = (rows.counts_S / count)[:, None]
-    mean_C = jnp.sum(share_S1 * mean_SC, axis=0)
-    between_C = jnp.sum(share_S1 * jnp.square(mean_SC - mean_C), axis=0)
-    return mean_C, jnp.sum(squares_SC, axis=0) / (count * pixels) + between_C
+
+    def join(moments_S2C: Array, counts_S: Array) -> tuple[Array, Array]:
+        mean_SC, squares_SC = jnp.moveaxis(moments_S2C, 1, 0)
+        count = jnp.sum(counts_S)
+        share_S1 = (counts_S / count)[:, None]
+        mean_C = jnp.sum(share_S1 * mean_SC, axis=0)
+        between_C = jnp.sum(share_S1 * jnp.square(mean_SC - mean_C), axis=0)
+        return mean_C, jnp.sum(squares_SC, axis=0) / (count * pixels) + between_C
+
+    if len(moments_S2C) > 1 and target.splits_rows_alone:
+        # The compiler alone would split each of the sums and exchange them one after the other.
+        return target.map_gathered(join, moments_S2C, rows.counts_S)
+    return join(replicate(moments_S2C, target), rows.counts_S)
 
 
 class _Spec(NamedTuple):

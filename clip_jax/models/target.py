@@ -59,6 +59,25 @@ class Target:
         spec = P(self.batch_axes, *[P.UNCONSTRAINED] * (x.ndim - 1))
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
 
+    def map_gathered(
+        self, function: Callable[..., Any], rows: jax.Array, whole: jax.Array
+    ) -> Any:
+        """Call `function(rows, whole)` on each device, with all devices' rows, gathered once.
+
+        All results are whole. It must not be differentiated.
+        """
+
+        def gather_and_call(rows: jax.Array, whole: jax.Array) -> Any:
+            return function(jax.lax.all_gather(rows, self.batch_axes, tiled=True), whole)
+
+        return jax.shard_map(
+            gather_and_call,
+            mesh=self.mesh,
+            in_specs=(P(self.batch_axes), P()),
+            out_specs=P(),
+            check_vma=False,  # which does not know that what is gathered is equal everywhere
+        )(rows, whole)
+
     def map_rows(
         self, function: Callable[..., Any], rows: tuple[jax.Array, ...], whole: tuple[Any, ...]
     ) -> Any:
