@@ -59,9 +59,7 @@ class Target:
         spec = P(self.batch_axes, *[P.UNCONSTRAINED] * (x.ndim - 1))
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
 
-    def map_gathered(
-        self, function: Callable[..., Any], rows: jax.Array, whole: jax.Array
-    ) -> Any:
+    def map_gathered(self, function: Callable[..., Any], rows: jax.Array, whole: jax.Array) -> Any:
         """Call `function(rows, whole)` on each device, with all devices' rows, gathered once.
 
         All results are whole. It must not be differentiated.
