@@ -46,6 +46,12 @@ def test_encoding(tmp_path):
     assert max(row["largest difference"] for row in result["rows"]) < 1e-5
 
 
+def test_families(tmp_path):
+    arguments = ["--only", "RN50", "--images", "1", "--texts", "1", "--repeats", "1", "--one-core"]
+    (row,) = run(tmp_path, "families", *arguments, "--warmup", "0")[0]["rows"]
+    assert row["largest difference"] < 1e-5
+
+
 def test_gradcache(tmp_path):
     # So many pairs that activations are more than the tiny model's table of tokens.
     rows = run(tmp_path, "gradcache", *TINY, "--batch", "256")[0]["rows"]
