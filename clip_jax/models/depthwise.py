@@ -63,8 +63,11 @@ def separate_sum(x_BHWC: Array, kernel: Float[Array, "k k 1 D"], stride: int) ->
     Else a CPU's compiler computes it anew wherever its result is read: for each of the nine places
     of the next convolution, and for mean, variance and result of the next norm. It drops barriers
     before it merges loops, and merges nothing with the branches of a condition that it does not
-    know. Both branches are the convolution.
+    know. Both branches are the convolution. A program for any number of images, which is exported,
+    has the plain sum: other compilers read it.
     """
+    if not all(isinstance(n, int) for n in x_BHWC.shape):
+        return shifted_sum(x_BHWC, kernel, stride)
     return jax.lax.cond(
         jnp.isfinite(kernel[0, 0, 0, 0]),
         lambda x, kernel: shifted_sum(x, kernel, stride),

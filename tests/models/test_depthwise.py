@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
 from clip_jax.models.depthwise import DepthwiseConv, grouped_conv, separate_sum
 
@@ -37,3 +38,15 @@ def test_the_module_adds_a_bias():
     assert variables["params"]["kernel"].shape == (3, 3, 1, 6)
     zero = {"params": {"kernel": jnp.zeros((3, 3, 1, 6)), "bias": jnp.arange(6.0)}}
     np.testing.assert_array_equal(module.apply(zero, x)[0, 0, 0], np.arange(6))
+
+
+def test_a_program_for_any_number_of_images_has_no_condition():
+    (count,) = export.symbolic_shape("count")
+    kernel = jnp.ones((3, 3, 1, 4))
+
+    def conditions(batch):
+        shape = jax.ShapeDtypeStruct((batch, 8, 8, 4), jnp.float32)
+        program = jax.make_jaxpr(lambda x: separate_sum(x, kernel, 1))(shape)
+        return [eqn.primitive.name for eqn in program.eqns].count("cond")
+
+    assert (conditions(count), conditions(2)) == (0, 1)
