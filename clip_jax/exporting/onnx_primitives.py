@@ -65,7 +65,7 @@ def _outputs(graph: Graph, eqn: Any, inputs: list[Value]) -> list[Value]:
 def _known(eqn: Any, inputs: list[Value]) -> np.ndarray | None:
     """Return the output where it can be computed now, else None."""
     arrays = [x for x in inputs if isinstance(x, np.ndarray)]
-    if len(arrays) < len(inputs):
+    if len(arrays) < len(inputs) or eqn.primitive.multiple_results:
         return None
     shapes = [var.aval.shape for var in eqn.invars]
     if eqn.primitive.name in ELEMENTWISE:
