@@ -10,6 +10,7 @@ so they are imported when values are checked: a key that does not exist is refus
 import dataclasses
 import difflib
 import math
+import sys
 import types
 import typing
 from typing import Any
@@ -18,6 +19,7 @@ import ml_collections
 
 from clip_jax.errors import UserError, check_choice
 from clip_jax.sections import (
+    Bounds,
     Config,
     DataSection,
     EvalSection,
@@ -26,6 +28,8 @@ from clip_jax.sections import (
     OptimSection,
     TrainSection,
 )
+
+MAX_ITEMS, MAX_TEXT = 1_000, 100_000
 
 
 def default() -> ml_collections.ConfigDict:
@@ -62,13 +66,40 @@ def _make_section(cls: type, values: dict[str, Any], prefix: str) -> Any:
                 f"config.{prefix}{key} is missing; start from clip_jax.config.default()"
             )
         fields[key] = _convert(kind, values[key], prefix + key)
+    for field in dataclasses.fields(cls):
+        _check_bounds(field, fields[field.name], prefix + field.name)
     return cls(**fields)
+
+
+def _check_bounds(field: dataclasses.Field[Any], value: Any, key: str) -> None:
+    bounds: Bounds | None = field.metadata.get("bounds")
+    items = value if isinstance(value, tuple) else (value,)
+    if bounds is not None:
+        for item in items:
+            if not bounds.hold(item):
+                raise UserError(f"config.{key} is {_shown(item)}; it takes {bounds}")
+    texts = [item for item in items if isinstance(item, str)]
+    if len(texts) > MAX_ITEMS or any(len(text) > MAX_TEXT for text in texts):
+        raise UserError(
+            f"config.{key} is longer than {MAX_ITEMS:,} items of {MAX_TEXT:,} characters"
+        )
+
+
+def _shown(value: Any) -> str:
+    """Return a value for a message, in one line and not too long."""
+    try:
+        text = repr(value)
+    except Exception:  # Python refuses to print an integer of thousands of digits
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _convert(kind: Any, value: Any, key: str) -> Any:
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
-            raise UserError(f"config.{key} is {value!r}; it is a section with fields of its own")
+            raise UserError(
+                f"config.{key} is {_shown(value)}; it is a section with fields of its own"
+            )
         return _make_section(typing.cast(type, kind), value, key + ".")
     if isinstance(kind, types.UnionType):
         kinds = typing.get_args(kind)
@@ -76,15 +107,19 @@ def _convert(kind: Any, value: Any, key: str) -> Any:
     if typing.get_origin(kind) is tuple:
         item = typing.get_args(kind)[0]
         if isinstance(value, str) or not hasattr(value, "__len__"):
-            raise UserError(f"config.{key} is {value!r}; it takes a tuple of {item.__name__}")
+            raise UserError(f"config.{key} is {_shown(value)}; it takes a tuple of {item.__name__}")
         if ... not in typing.get_args(kind) and len(value) != len(typing.get_args(kind)):
             wanted = len(typing.get_args(kind))
             raise UserError(f"config.{key} has {len(value)} items; it takes {wanted}")
         return tuple(_convert(item, v, f"{key}[{i}]") for i, v in enumerate(value))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        if abs(value) > sys.float_info.max:
+            raise UserError(f"config.{key} is too large a number")
         return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise UserError(f"config.{key} is {value!r}; it takes a value of type {kind.__name__}")
+        raise UserError(
+            f"config.{key} is {_shown(value)}; it takes a value of type {kind.__name__}"
+        )
     if kind is float and not math.isfinite(value):
         raise UserError(f"config.{key} is {value}; it takes a finite number")
     return value
@@ -113,24 +148,7 @@ def resolve(config: ml_collections.ConfigDict) -> Config:
     )
     _check_mesh(c.mesh)
     _check_eval(c.eval)
-    _require(c.checkpoint.every > 0 and c.checkpoint.keep > 0, "config.checkpoint: both above 0")
     return c
-
-
-def _above_zero(prefix: str, section: Any, *keys: str) -> None:
-    for key in keys:
-        value = getattr(section, key)
-        _require(value > 0, f"config.{prefix}.{key} is {value:g}; it must be above 0")
-
-
-def _not_negative(prefix: str, section: Any, *keys: str) -> None:
-    for key in keys:
-        value = getattr(section, key)
-        _require(value >= 0, f"config.{prefix}.{key} is {value:g}; it must not be negative")
-
-
-def _below_one(key: str, value: float) -> None:
-    _require(0 <= value < 1, f"config.{key} is {value:g}; it takes 0 <= value < 1")
 
 
 def _check_model(m: ModelSection) -> None:
@@ -139,8 +157,6 @@ def _check_model(m: ModelSection) -> None:
     check_choice("config.model.dtype", m.dtype, DTYPES)
     check_choice("config.model.attention", m.attention, ATTENTION)
     check_choice("config.model.remat", m.remat, REMAT)
-    _not_negative("model", m, "image_size", "context_length")
-    _below_one("model.patch_dropout", m.patch_dropout)
     _require(bool(m.init_from) or not m.init_tag, "config.model.init_tag needs init_from")
 
 
@@ -154,8 +170,6 @@ def _check_train(t: TrainSection) -> None:
         f"config.train.steps is {t.steps} and config.train.epochs is {t.epochs:g}; "
         "give exactly one of them, above 0",
     )
-    _above_zero("train", t, "batch_size", "log_every")
-    _not_negative("train", t, "microbatch_size", "loss_tile")
     _require(
         t.microbatch_size == 0 or t.batch_size % t.microbatch_size == 0,
         f"config.train.batch_size {t.batch_size} is not a multiple of "
@@ -164,7 +178,6 @@ def _check_train(t: TrainSection) -> None:
     check_choice("config.train.loss", t.loss, LOSSES)
     check_choice("config.train.compile_ahead", t.compile_ahead, COMPILE_AHEAD)
     check_choice("config.train.freeze", t.freeze, FROZEN)
-    _below_one("train.ema_decay", t.ema_decay)
 
 
 def _check_optim(o: OptimSection) -> None:
@@ -177,15 +190,11 @@ def _check_optim(o: OptimSection) -> None:
         f'config.optim.split is "on" and config.optim.name {o.name}, which updates whole matrices; '
         f'leave it "auto", or take one of {", ".join(ELEMENTWISE)}',
     )
-    _require(
-        o.max_logit_scale >= 1, f"config.optim.max_logit_scale is {o.max_logit_scale:g}; at least 1"
-    )
 
 
 def _check_data(d: DataSection, batch_size: int) -> None:
     from clip_jax.data import caption_packing
 
-    _above_zero("data", d, "streams", "threads", "window", "max_pixels")
     _require(
         batch_size % d.streams == 0,
         f"config.train.batch_size {batch_size} is not a multiple of config.data.streams "
@@ -204,9 +213,6 @@ def _check_data(d: DataSection, batch_size: int) -> None:
         f"config.data.weights is {d.weights} for {sources} sources in config.data.train; give one"
         " above 0 for each, or none",
     )
-    for key in ("flip", "grayscale", "max_skip_fraction"):
-        share = getattr(d, key)
-        _require(0 <= share <= 1, f"config.data.{key} is {share:g}; it takes 0 to 1")
     _require(
         0 < d.crop_scale[0] <= d.crop_scale[1] <= 1,
         f"config.data.crop_scale is {d.crop_scale}; it takes 0 < low <= high <= 1",
@@ -215,14 +221,9 @@ def _check_data(d: DataSection, batch_size: int) -> None:
         0 < d.crop_ratio[0] <= d.crop_ratio[1],
         f"config.data.crop_ratio is {d.crop_ratio}; it takes 0 < low <= high",
     )
-    _require(
-        all(0 <= amount <= 1 for amount in d.color_jitter),
-        f"config.data.color_jitter is {d.color_jitter}; each takes 0 to 1",
-    )
 
 
 def _check_mesh(m: MeshSection) -> None:
-    _above_zero("mesh", m, "fsdp", "tensor")
     _require(m.data > 0 or m.data == -1, f"config.mesh.data is {m.data}; above 0, or -1 for all")
 
 
@@ -230,8 +231,6 @@ def _check_eval(e: EvalSection) -> None:
     from clip_jax.evaluation.run import may_name_classes
     from clip_jax.evaluation.tasks import TASKS, TRAINED_TASKS, ZERO_SHOT
 
-    _above_zero("eval", e, "batch_size")
-    _not_negative("eval", e, "every")
     in_training = bool(e.every and e.data)
     _require(
         in_training or not e.best, "config.eval.best needs config.eval.every and config.eval.data"

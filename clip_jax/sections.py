@@ -8,6 +8,8 @@ is, and what its fingerprint covers in another way. `fixed_values` are all the o
 """
 
 import dataclasses
+import math
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -17,6 +19,41 @@ def may_change(default: Any) -> Any:
     Every other field is part of the run's fingerprint: a resumed run with another value is refused.
     """
     return dataclasses.field(default=default, metadata={"may_change": True})
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """What a number of the config may be: `low` to `high`, or less than `below`."""
+
+    low: float
+    high: float = math.inf
+    below: float = math.inf
+
+    def hold(self, value: float) -> bool:
+        """Return whether a value lies inside."""
+        return self.low <= value <= self.high and value < self.below
+
+    def __str__(self) -> str:
+        """Return them for a message."""
+        if self.below < math.inf:
+            return f"{self.low:g} <= value < {self.below:g}"
+        return f"{self.low:,} to {self.high:,}"
+
+
+MAX_STEPS = 2**31 - 1
+
+
+def bounded(
+    default: Any,
+    *,
+    low: float,
+    high: float = math.inf,
+    below: float = math.inf,
+    may_change: bool = False,
+) -> Any:
+    """Declare a number, or a tuple of numbers, with the bounds that each is checked against."""
+    metadata = {"bounds": Bounds(low, high, below), "may_change": may_change}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,11 +69,11 @@ class ModelSection:
     empty is random."""
     init_tag: str = ""
     """open_clip's tag of a bare weights file in `init_from`: tells activation and preprocessing."""
-    image_size: int = may_change(0)
+    image_size: int = bounded(0, low=0, high=2**14, may_change=True)
     """Side of the images, pixels; 0 is the model's own. Resumed: the model's sizes decide."""
-    context_length: int = may_change(0)
+    context_length: int = bounded(0, low=0, high=2**16, may_change=True)
     """Tokens of a caption; 0 is the model's own. Resumed: the model's sizes decide."""
-    patch_dropout: float = 0.0
+    patch_dropout: float = bounded(0.0, low=0, below=1)
     """Share of a training image's patches that are left out (FLIP, arXiv:2212.00794)."""
     attention: str = may_change("auto")
     """"xla", "cudnn" (NVIDIA GPUs), "pallas" (TPUs), or "auto": what can run there, else xla."""
@@ -52,28 +89,28 @@ class ModelSection:
 class TrainSection:
     """The length of a run, its batch, and its loss."""
 
-    steps: int = may_change(0)
+    steps: int = bounded(0, low=0, high=MAX_STEPS, may_change=True)
     """Optimizer steps of the whole run; or give `epochs`. A run can be resumed to become longer:
     the cosine then ends at its new end."""
-    epochs: float = may_change(0.0)
+    epochs: float = bounded(0.0, low=0, high=1e6, may_change=True)
     """Passes over the training data; steps = epochs * pairs / batch_size, rounded down."""
-    batch_size: int = 256
+    batch_size: int = bounded(256, low=1, high=2**24)
     """Pairs in a global batch."""
-    microbatch_size: int = may_change(0)
+    microbatch_size: int = bounded(0, low=0, high=2**24, may_change=True)
     """Pairs of the global batch that the towers hold at once (GradCache, arXiv:2101.06983): the
     gradient of the whole batch in the memory of this many. 0 takes the batch whole. It may change
     on a resume: the gradient is the same, except where a tower has batch norms."""
     freeze: str = ""
     """The tower that stays as it is, "image" (LiT, arXiv:2111.07991) or "text"; empty is none."""
-    ema_decay: float = 0.0
+    ema_decay: float = bounded(0.0, low=0, below=1)
     """Of the parameters' moving average, which evaluation and `load` then use; 0 is none."""
     loss: str = "softmax"
     """"softmax" (InfoNCE, the CLIP paper) or "sigmoid" (SigLIP)."""
-    loss_tile: int = may_change(0)
+    loss_tile: int = bounded(0, low=0, high=2**24, may_change=True)
     """Most columns of the logits in memory at a time; 0 chooses by the batch and the devices."""
     mask_equal_captions: bool = False
     """Leave pairs with the same caption out of the negatives."""
-    log_every: int = may_change(10)
+    log_every: int = bounded(10, low=1, high=MAX_STEPS, may_change=True)
     """Steps between two lines of metrics."""
     compile_cache: str = may_change("auto")
     """Folder of compiled programs, which a next start reads instead of compiling; "" keeps none.
@@ -91,18 +128,18 @@ class OptimSection:
 
     name: str = "adamw"
     """"adamw", "lion", "adafactor" or "muon": see `training.optimizer` for the numbers."""
-    learning_rate: float = 5e-4
+    learning_rate: float = bounded(5e-4, low=0, high=100)
     """At the end of the warm-up."""
-    warmup_steps: int = 2000
+    warmup_steps: int = bounded(2000, low=0, high=MAX_STEPS)
     """Steps of linear warm-up from 0; a shorter run warms up over a tenth of its steps at most."""
-    weight_decay: float = 0.2
+    weight_decay: float = bounded(0.2, low=0, high=100)
     """On matrices and embeddings; gains, biases and the temperature have none."""
-    beta1: float = 0.9
-    beta2: float = 0.98
-    eps: float = 1e-6
-    clip_norm: float = 0.0
+    beta1: float = bounded(0.9, low=0, below=1)
+    beta2: float = bounded(0.98, low=0, below=1)
+    eps: float = bounded(1e-6, low=1e-30, high=1)
+    clip_norm: float = bounded(0.0, low=0, high=1e9)
     """Largest global norm of a gradient; 0 leaves it alone."""
-    max_logit_scale: float = 100.0
+    max_logit_scale: float = bounded(100.0, low=1, high=1e6)
     """The scale exp(logit_scale) is held at or below this after every update."""
     split: str = may_change("auto")
     """Whether the copies of the model on `config.mesh.data` share the update and keep a part of the
@@ -118,7 +155,7 @@ class DataSection:
     """A source, or a tuple of them: tar shards, tables, records, a folder, a URL or tfds:NAME, by
     path, brace range, glob, or several joined by "::"; see docs/data.md. Resumed: the fingerprint
     of the data and the number of pairs decide, not the path."""
-    weights: tuple[float, ...] = ()
+    weights: tuple[float, ...] = bounded((), low=1e-9, high=1e9)
     """Shares of a batch that the sources in `train` have; empty takes every pair alike."""
     filter: str = ""
     """Conditions on a sample's fields, such as "width>=200,similarity>0.3"; the samples that do
@@ -127,26 +164,26 @@ class DataSection:
     """Keep only the first sample of every key."""
     repeat: bool = True
     """Begin again when every pair was seen; off, the run is one pass and needs train.epochs 1."""
-    max_skip_fraction: float = may_change(0.1)
+    max_skip_fraction: float = bounded(0.1, low=0, high=1, may_change=True)
     """Largest share of samples, and of shards, that may be unreadable before the run ends."""
-    max_pixels: int = 89_478_485
+    max_pixels: int = bounded(89_478_485, low=1, high=2**40)
     """Images with more are skipped before they are decoded."""
     log_keys: bool = may_change(False)
     """Write the keys of every step's samples to keys-N.jsonl in the work folder."""
     tokenizer: str = may_change("clip")
     """"clip" (with `model.init_from`: the checkpoint's own), or a sentencepiece .model file.
     Resumed: the content of the file decides, not its path."""
-    streams: int = 8
+    streams: int = bounded(8, low=1, high=2**20)
     """Parallel streams of samples; a multiple of every number of hosts the run may use."""
-    window: int = 8
+    window: int = bounded(8, low=1, high=2**20)
     """Shards of a stream that are shuffled together."""
-    threads: int = may_change(4)
+    threads: int = bounded(4, low=1, high=2**12, may_change=True)
     """Threads that decode, of all processes together."""
-    processes: int = may_change(-1)
+    processes: int = bounded(-1, low=-1, high=2**12, may_change=True)
     """Processes among which these threads are shared out, so that Python's lock is not what bounds
     them; 0 decodes in the run's own. -1 takes one for every 4 threads that have a core, from two
     on, where the data are tar shards."""
-    cache_bytes: int = may_change(0)
+    cache_bytes: int = bounded(0, low=0, high=2**50, may_change=True)
     """Memory for decoded images kept between epochs; 0 keeps none."""
     caption_packing: str = may_change("auto")
     """How a batch's captions lie: packed, several in a row, in as many rows as follow from the
@@ -156,13 +193,13 @@ class DataSection:
     run reads."""
     crop_scale: tuple[float, float] = (0.9, 1.0)
     """Share of the image's area that a training crop keeps."""
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    crop_ratio: tuple[float, float] = bounded((3 / 4, 4 / 3), low=1e-3, high=1e3)
     """Width over height of a training crop."""
-    flip: float = 0.0
+    flip: float = bounded(0.0, low=0, high=1)
     """Share of training images that are mirrored."""
-    grayscale: float = 0.0
+    grayscale: float = bounded(0.0, low=0, high=1)
     """Share of training images that lose their colors."""
-    color_jitter: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    color_jitter: tuple[float, float, float] = bounded((0.0, 0.0, 0.0), low=0, high=1)
     """Most by which a training image's brightness, contrast and saturation change, in 0..1."""
 
 
@@ -170,11 +207,11 @@ class DataSection:
 class MeshSection:
     """The number of devices along each axis; their product is the number of all devices."""
 
-    data: int = may_change(-1)
+    data: int = bounded(-1, low=-1, high=2**20, may_change=True)
     """Copies of the model; -1 takes the devices the other axes leave."""
-    fsdp: int = may_change(1)
+    fsdp: int = bounded(1, low=1, high=2**20, may_change=True)
     """Devices that split the batch and the parameters between them."""
-    tensor: int = may_change(1)
+    tensor: int = bounded(1, low=1, high=2**20, may_change=True)
     """Devices that split each matrix product between them."""
 
 
@@ -194,11 +231,11 @@ class EvalSection:
     """Those, "linear_probe", "knn" and "few_shot"."""
     train_data: str = may_change("")
     """Labeled shards that "linear_probe", "knn" and "few_shot" learn from."""
-    every: int = may_change(0)
+    every: int = bounded(0, low=0, high=MAX_STEPS, may_change=True)
     """Steps between two evaluations during the run; 0 evaluates at its end alone."""
     best: str = may_change("")
     """Metric of these, "acc1" say, whose highest value's state is kept in `best/`."""
-    batch_size: int = may_change(256)
+    batch_size: int = bounded(256, low=1, high=2**24, may_change=True)
     ablate: tuple[str, ...] = may_change(())
     """Templates (or names of lists) that the report compares, each by itself, at the run's end."""
 
@@ -207,9 +244,9 @@ class EvalSection:
 class CheckpointSection:
     """The steps at which to save, and how many of them to keep."""
 
-    every: int = may_change(1000)
+    every: int = bounded(1000, low=1, high=MAX_STEPS, may_change=True)
     """Steps between saves; the last step is always saved."""
-    keep: int = may_change(3)
+    keep: int = bounded(3, low=1, high=10**6, may_change=True)
     """Newest checkpoints that stay."""
 
 
@@ -217,7 +254,7 @@ class CheckpointSection:
 class Config:
     """A whole experiment."""
 
-    seed: int = 0
+    seed: int = bounded(0, low=0, high=2**32 - 1)
     """Fixes the first parameters, the order of samples, crops, and all other random numbers."""
     model: ModelSection = ModelSection()
     train: TrainSection = TrainSection()
@@ -228,8 +265,44 @@ class Config:
     checkpoint: CheckpointSection = CheckpointSection()
 
 
-def fixed_values(config: Config) -> dict[str, Any]:
-    """Return what no resume may change, by name: "config.seed", "config.model.name" and so on."""
+def config_from_saved(values: Mapping[str, Any]) -> Config:
+    """Return the config that nested dicts hold, as `dataclasses.asdict` and JSON left them.
+
+    A field that an earlier version did not have is at its default.
+    """
+    sections: dict[str, Any] = {}
+    for field in dataclasses.fields(Config):
+        default, saved = getattr(Config(), field.name), values.get(field.name)
+        if not dataclasses.is_dataclass(default) or isinstance(default, type):
+            sections[field.name] = default if saved is None else saved
+            continue
+        names = {inner.name for inner in dataclasses.fields(default)}
+        known = {name: _frozen(value) for name, value in (saved or {}).items() if name in names}
+        sections[field.name] = dataclasses.replace(default, **known)
+    return Config(**sections)
+
+
+def replace_values(config: Config, values: Mapping[str, Any]) -> Config:
+    """Return the config with these values, by the names that `all_values` gives them."""
+    for name, value in values.items():
+        section, _, field = name.removeprefix("config.").partition(".")
+        if field:
+            value = dataclasses.replace(getattr(config, section), **{field: _frozen(value)})
+        config = dataclasses.replace(config, **{section: value})
+    return config
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def all_values(config: Config, *, fixed: bool = False) -> dict[str, Any]:
+    """Return every value by name: "config.seed", "config.model.name" and so on.
+
+    Args:
+      config: the experiment.
+      fixed: leave out what a resume may change.
+    """
     values: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -237,6 +310,24 @@ def fixed_values(config: Config) -> dict[str, Any]:
             values[f"config.{field.name}"] = value
             continue
         for inner in dataclasses.fields(value):
-            if not inner.metadata.get("may_change"):
+            if not (fixed and inner.metadata.get("may_change")):
                 values[f"config.{field.name}.{inner.name}"] = getattr(value, inner.name)
     return values
+
+
+def bounds_of(config: Config) -> dict[str, Bounds]:
+    """Return the bounds of every number that has them, by name."""
+    found = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        inner = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
+        named = [(f"config.{field.name}.{f.name}", f) for f in inner]
+        for name, one in named or [(f"config.{field.name}", field)]:
+            if "bounds" in one.metadata:
+                found[name] = one.metadata["bounds"]
+    return found
+
+
+def fixed_values(config: Config) -> dict[str, Any]:
+    """Return what no resume may change unasked, by name."""
+    return all_values(config, fixed=True)

@@ -4,6 +4,7 @@ import dataclasses
 
 from clip_jax.errors import check_choice
 from clip_jax.models.rotary import RotaryConfig
+from clip_jax.models.sizes import check_sizes
 
 NORMS = ("before", "behind", "after")
 MLPS = ("plain", "swiglu", "geglu")
@@ -31,5 +32,6 @@ class BlockForm:
     rotary: RotaryConfig | None = None
 
     def __post_init__(self) -> None:
+        check_sizes(self, "form")
         check_choice("form.norms", self.norms, NORMS)
         check_choice("form.mlp", self.mlp, MLPS)

@@ -16,6 +16,7 @@ from clip_jax.models.execution import ExecConfig, remat_tower
 from clip_jax.models.image_towers import IMAGE_TOWERS, VisionConfig
 from clip_jax.models.naflex import ImagePatches, NaFlexConfig
 from clip_jax.models.resnet import HEAD_SIZE, ResNetConfig
+from clip_jax.models.sizes import check_sizes
 from clip_jax.models.stack import stack_layers
 from clip_jax.models.target import ONE_CPU, Target
 from clip_jax.models.text import PackedTokens, TextConfig, TextTransformer
@@ -45,6 +46,7 @@ class CLIPConfig:
     init_logit_bias: float | None = None
 
     def __post_init__(self) -> None:
+        check_sizes(self, "model")
         for name, tower in (("vision", self.vision), ("text", self.text)):
             # The other image towers always end on a projection.
             if not isinstance(tower, ViTConfig | NaFlexConfig | TextConfig) or tower.project:

@@ -15,6 +15,7 @@ from clip_jax.models.batch_norm import ValidRows, valid_rows
 from clip_jax.models.convolution import conv, normalized
 from clip_jax.models.execution import DEFAULT_EXEC_CONFIG, ExecConfig, remat_block
 from clip_jax.models.layers import LayerNorm, normal, torch_uniform
+from clip_jax.models.sizes import check_sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +31,9 @@ class ConvNetConfig:
     image_size: int
     patch_size: int
     features: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        check_sizes(self, "vision")
 
     @property
     def grid_size(self) -> int:

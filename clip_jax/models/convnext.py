@@ -15,6 +15,7 @@ from clip_jax.errors import check_choice
 from clip_jax.models.depthwise import DepthwiseConv
 from clip_jax.models.execution import DEFAULT_EXEC_CONFIG, ExecConfig, remat_block
 from clip_jax.models.layers import MLP, LayerNorm, LayerScale, normal, timm_block_init
+from clip_jax.models.sizes import check_sizes
 from clip_jax.models.vit import PatchProjection
 
 HEADS = ("linear", "mlp")
@@ -40,6 +41,7 @@ class ConvNeXtConfig:
     head: str = "linear"
 
     def __post_init__(self) -> None:
+        check_sizes(self, "vision")
         check_choice("vision.head", self.head, HEADS)
 
     @property

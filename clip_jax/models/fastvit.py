@@ -25,6 +25,7 @@ from clip_jax.models.layers import (
     timm_block_init,
     torch_uniform,
 )
+from clip_jax.models.sizes import check_sizes
 
 NORMS = ("affine", "layer")
 STEM, HALVING = 4, 2  # by how much the stem and each later stage shrink the image
@@ -55,6 +56,7 @@ class FastViTConfig:
     norm: str = "affine"
 
     def __post_init__(self) -> None:
+        check_sizes(self, "vision")
         check_choice("vision.norm", self.norm, NORMS)
 
     @property

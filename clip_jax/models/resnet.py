@@ -19,6 +19,7 @@ from clip_jax.models.batch_norm import ValidRows, valid_rows
 from clip_jax.models.convolution import conv, normalized
 from clip_jax.models.execution import DEFAULT_EXEC_CONFIG, ExecConfig, remat_block
 from clip_jax.models.layers import normal, torch_uniform
+from clip_jax.models.sizes import check_sizes
 from clip_jax.models.target import Target
 
 EXPANSION = 4  # a bottleneck's output features over its inner ones
@@ -38,6 +39,9 @@ class ResNetConfig:
     image_size: int
     layers: tuple[int, int, int, int]
     width: int
+
+    def __post_init__(self) -> None:
+        check_sizes(self, "vision")
 
     @property
     def features(self) -> int:

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from clip_jax.errors import check_choice
+from clip_jax.models.sizes import check_sizes
 
 AXES = ("rows first", "columns first")
 TEMPERATURE = 10_000.0
@@ -33,6 +34,7 @@ class RotaryConfig:
     axes: str = "rows first"
 
     def __post_init__(self) -> None:
+        check_sizes(self, "rotary")
         check_choice("rotary.axes", self.axes, AXES)
 
 

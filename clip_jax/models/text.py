@@ -19,6 +19,7 @@ from clip_jax.models.layers import (
     normal,
     text_block_init,
 )
+from clip_jax.models.sizes import check_sizes
 from clip_jax.models.transformer import NO_INPUTS, Transformer
 
 POOLS = ("end", "last")
@@ -45,6 +46,7 @@ class EncoderForm:
     pad_id: int = 1
 
     def __post_init__(self) -> None:
+        check_sizes(self, "text.encoder")
         check_choice("text.encoder.norms", self.norms, NORMS)
         check_choice("text.encoder.pool", self.pool, ENCODER_POOLS)
         check_choice("text.encoder.projection", self.projection, PROJECTIONS)
@@ -91,6 +93,7 @@ class TextConfig:
     encoder: EncoderForm | None = None
 
     def __post_init__(self) -> None:
+        check_sizes(self, "text")
         check_choice("text.activation", self.activation, ACTIVATIONS)
         check_choice("text.pool", self.pool, POOLS)
 

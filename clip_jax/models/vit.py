@@ -26,6 +26,7 @@ from clip_jax.models.map_head import MAPHead
 from clip_jax.models.mbconv import MBConvStages
 from clip_jax.models.query_pool import QueryPool
 from clip_jax.models.rotary import rotary_tables
+from clip_jax.models.sizes import check_sizes
 from clip_jax.models.transformer import NO_INPUTS, Transformer
 
 POOLS = ("token", "average", "map", "queries")
@@ -89,8 +90,13 @@ class ViTConfig:
     pool_queries: int = 256
 
     def __post_init__(self) -> None:
+        check_sizes(self, "vision")
         check_choice("vision.activation", self.activation, ACTIVATIONS)
         check_choice("vision.pool", self.pool, POOLS)
+        if self.patch_size > self.image_size:
+            raise UserError(
+                f"vision.patch_size is {self.patch_size}, above vision.image_size {self.image_size}"
+            )
         if self.pool == "token" and not self.class_token:
             raise UserError("vision.pool is 'token' without a class token; set class_token")
 

@@ -129,7 +129,7 @@ def config_from_hf(config: Mapping[str, Any], where: str) -> CLIPConfig:
                 **_hf_sizes(text),
             ),
         )
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"{where}: the config is damaged ({short(error)})") from None
 
 

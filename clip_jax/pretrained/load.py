@@ -19,8 +19,7 @@ from clip_jax.errors import UserError, note, note_unknown, short
 from clip_jax.files import check_fetched
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.naflex import NaFlexConfig
-from clip_jax.models.text import TextConfig
-from clip_jax.models.vit import ViTConfig
+from clip_jax.models.sizes import check_layers
 from clip_jax.models.zoo import GEMMA, MODELS, model_config
 from clip_jax.pretrained import infer
 from clip_jax.pretrained.hf_config import config_from_hf
@@ -56,18 +55,6 @@ CAPTIONER = "text_decoder."  # what the names of CoCa's third part begin with
 SHORT_POSITIONS, LONG_POSITIONS, LONG_KEEPS = "positional_embedding", "positional_embedding_res", 20
 LONG_CONTEXT = 248
 CLIP_VOCABULARY = 49_408
-# The largest sizes that are taken; the largest models have a tenth of them.
-LARGEST = {
-    "width": 100_000,
-    "layers": 1_000,
-    "heads": 10_000,
-    "mlp_width": 1_000_000,
-    "image_size": 10_000,
-    "patch_size": 10_000,
-    "grid_size": 10_000,
-    "context_length": 100_000,
-    "vocab_size": 10_000_000,
-}
 TORCH_ENDINGS = (".pt", ".pth", ".bin", ".ckpt")
 # What a training run or a compiler puts before every name.
 _WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
@@ -313,12 +300,12 @@ def _make_checkpoint(
     Raises:
       UserError: arrays are missing or unexpected, or a shape differs.
     """
-    _check_sizes(config, str(path))
     if tokenizer is None and tokenizer_family(config) == "clip":
         tokenizer = TokenizerSpec()
     if config.init_logit_bias is None and "logit_bias" in arrays:
         # open_clip's --siglip trains any model with a bias, which its config need not say.
         config = dataclasses.replace(config, init_logit_bias=-10.0)
+    check_layers(config, len(arrays), str(path))
     try:
         readers = import_arrays(
             arrays, array_shapes(config), naming, f"{path} does not hold a {name}"
@@ -328,25 +315,6 @@ def _make_checkpoint(
             raise
         raise UserError(f"{error}; its sizes are nearest to {infer.nearest_model(sizes)}") from None
     return Checkpoint(name, config, readers, preprocess, tokenizer)
-
-
-def _check_sizes(config: CLIPConfig, where: str) -> None:
-    """Raise UserError for sizes that no model has: tracing a million layers would not end."""
-    for name, tower in (("image", config.vision), ("text", config.text)):
-        for field, largest in LARGEST.items():
-            size = getattr(tower, field, 1)
-            if isinstance(size, int) and not 1 <= size <= largest:
-                raise UserError(
-                    f"{where}: {field} of its {name} tower is {size}: no model has less than 1 or "
-                    f"more than {largest:,}"
-                )
-        if isinstance(tower, ViTConfig | NaFlexConfig | TextConfig) and tower.width % tower.heads:
-            raise UserError(
-                f"{where}: {tower.heads} heads do not divide the {tower.width} features of its "
-                f"{name} tower"
-            )
-    if not 1 <= config.embed_dim <= LARGEST["width"]:
-        raise UserError(f"{where}: the shared space has {config.embed_dim} features")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def config_from_open_clip(cfg: Mapping[str, Any], where: str) -> CLIPConfig:
             init_logit_scale=SIGLIP_LOGIT_SCALE if bias is not None else math.log(1 / 0.07),
             init_logit_bias=None if bias is None else float(bias),
         )
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"{where}: the model_cfg is damaged ({short(error)})") from None
 
 

@@ -20,6 +20,7 @@ from clip_jax.models.block_form import BlockForm
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.image_towers import IMAGE_TOWERS, VISION_KINDS
 from clip_jax.models.rotary import RotaryConfig
+from clip_jax.models.sizes import check_layers
 from clip_jax.models.text import EncoderForm, TextConfig
 from clip_jax.models.vit import ViTConfig
 from clip_jax.pretrained.layouts import import_arrays
@@ -126,7 +127,8 @@ def write_description(workdir: Path, description: RunDescription) -> RunDescript
     if tokenizer is not None and tokenizer.file is not None:
         target = workdir / f"tokenizer{Path(tokenizer.file).suffix}"
         if Path(tokenizer.file).absolute() != target.absolute():
-            shutil.copyfile(tokenizer.file, target)
+            with atomic_write(target) as partial:
+                shutil.copyfile(tokenizer.file, partial)
         tokenizer = dataclasses.replace(tokenizer, file=target.name)
     description = dataclasses.replace(description, tokenizer=tokenizer)
     values = {
@@ -169,7 +171,7 @@ def read_description(workdir: str | Path) -> RunDescription:
             f"{workdir} is not a work folder: it has no {CONFIG_FILENAME}; give the --workdir of a"
             " run"
         ) from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{path} is damaged ({short(error)})") from None
 
 
@@ -198,4 +200,6 @@ def read_weights(path: Path, config: CLIPConfig) -> dict[str, Callable[[], np.nd
     Raises:
       UserError: the file is damaged or holds another model.
     """
-    return import_arrays(read_safetensors(path), array_shapes(config), "work_folder", str(path))
+    arrays = read_safetensors(path)
+    check_layers(config, len(arrays), str(path))
+    return import_arrays(arrays, array_shapes(config), "work_folder", str(path))
