@@ -19,6 +19,9 @@ from clip_jax.data.formats import remote
 from clip_jax.data.manifest import ShardEntry, write_manifest
 from clip_jax.data.skip_log import SkipLog
 
+CUT = -1
+"""A body that breaks off."""
+
 
 def one_epoch(shards, log, batch_size=8):
     """Return every row of one pass: (keys, which of them are valid)."""
@@ -30,14 +33,19 @@ def one_epoch(shards, log, batch_size=8):
     return keys, np.array(good)
 
 
+def shard_names():
+    return [f"s-{i:05d}.tar" for i in range(4)]
+
+
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     """Serve a folder of four shards over HTTP, with errors for a file's first `failures` requests.
 
-    `requests` counts all of them.
+    `requests` counts all of them; `answers` says what a failure is: a status, or CUT.
     """
     data_cases.write_shards(tmp_path, [4] * 4)
     failures, requests, lock = Counter(), Counter(), threading.Lock()
+    answers = {}
 
     class Handler(SimpleHTTPRequestHandler):
         def __init__(self, *args):
@@ -46,12 +54,24 @@ def server(tmp_path, monkeypatch):
         def do_GET(self):
             name = Path(self.path).name
             with lock:
-                requests[name] += 1
+                requests[name] += self.command == "GET"
                 fails = requests[name] <= failures[name]
-            if fails:
-                self.send_error(503)
-            else:
+            answer = answers.get(name, 503)
+            if not fails:
                 super().do_GET()
+            elif answer == CUT:
+                self.send_response(200)
+                self.send_header("Content-Length", "10240")
+                self.end_headers()
+                self.wfile.write(b"half")
+            else:
+                self.send_response(answer)
+                self.send_header("Retry-After", "0")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+        def do_HEAD(self):
+            self.do_GET()
 
         def log_message(self, *args):
             pass
@@ -61,6 +81,7 @@ def server(tmp_path, monkeypatch):
         thread = threading.Thread(target=http.serve_forever)
         thread.start()
         pattern = f"http://127.0.0.1:{http.server_port}/s-{{00000..00003}}.tar"
+        failures.answers = answers
         yield pattern, failures, requests
         http.shutdown()
         thread.join()
@@ -76,6 +97,29 @@ def test_a_server_that_fails_at_first_loses_nothing(server):
     assert len(set(keys)) == 16 and good.all() and not log.shard_counts
     # With the last, good try; each shard is fetched once for all its samples.
     assert requests["s-00001.tar"] == remote.TRIES and requests["s-00002.tar"] == 1
+
+
+def test_only_missing_and_forbidden_are_what_they_say(server):
+    pattern, failures, requests = server
+    failures.answers |= dict(zip(shard_names(), (500, 429, CUT, 404), strict=True))
+    failures.update(dict.fromkeys(shard_names(), 2))
+    log = SkipLog()
+    (shards,) = open_sources(pattern, log=log, cached_shards=8)
+    assert sum(map(len, shards)) == 12 and log.shard_counts == {"shard_unreadable": 1}
+    assert "s-00003.tar does not exist" in log.excluded_shards[0][2]
+    assert requests["s-00000.tar"] > 2 and requests["s-00003.tar"] == 1
+
+
+def test_what_a_size_that_was_not_told_means(server):
+    """fsspec takes each answer to a question for a size as a file that is not there."""
+    pattern, failures, _ = server
+    url = pattern.replace("{00000..00003}", "00000")
+    fs, path = remote.file_system(url)
+    for answer, message in ((500, "failed 6 times, at last with answer 500"), (403, "may not be")):
+        failures.answers["s-00000.tar"] = answer
+        failures["s-00000.tar"] = 10**6
+        with pytest.raises(remote.RemoteError, match=message):
+            remote.with_retries(url, lambda: fs.info(path))
 
 
 def test_a_server_that_always_fails_loses_the_shard_and_names_it(server, tmp_path):

@@ -20,9 +20,12 @@ import fsspec
 
 from clip_jax.errors import UserError, short
 
-TRIES = 4
+TRIES = 6
 PAUSE = 0.5
 """Seconds before the second try; doubled before each further one."""
+LONGEST_PAUSE = 60.0
+"""Seconds that a server may ask for before the next try."""
+_MISSING, _FORBIDDEN = (404, 410), (401, 403)
 PASSED_OVER = 300.0
 """Seconds in which a file that failed is not tried again."""
 CACHE_BYTES = 100 << 30
@@ -65,20 +68,47 @@ def with_retries(url: str, call: Callable[[], T]) -> T:
 
     Raises:
       RemoteError: the last try's error. A file that does not exist or may not be read is not
-        tried again.
+        tried again; whatever else a server answers is, and a broken connection.
     """
     for attempt in range(TRIES):
         try:
             return call()
-        except FileNotFoundError as e:
-            raise RemoteError(f"{url} does not exist") from e
-        except PermissionError as e:
-            raise RemoteError(f"{url} may not be read: {short(e)}") from e
         except Exception as e:  # every file system of fsspec has exceptions of its own
             error = e
+        status, asked_for = _answer(error)
+        if status in _MISSING or (status is None and isinstance(error, FileNotFoundError)):
+            raise RemoteError(f"{url} does not exist") from error
+        if status in _FORBIDDEN or isinstance(error, PermissionError):
+            raise RemoteError(f"{url} may not be read: {short(error)}") from error
         if attempt < TRIES - 1:
-            time.sleep(PAUSE * 2**attempt)
-    raise RemoteError(f"{url} failed {TRIES} times, at last with {short(error)}") from error
+            time.sleep(max(PAUSE * 2**attempt, min(asked_for, LONGEST_PAUSE)))
+    answer = f"answer {status}" if status else short(_causes(error)[-1])
+    raise RemoteError(f"{url} failed {TRIES} times, at last with {answer}") from error
+
+
+def _answer(error: BaseException) -> tuple[int | None, float]:
+    """Return the status that a server gave, and the seconds that it asks to wait.
+
+    fsspec raises FileNotFoundError for a file whose size it cannot ask for, be it that the server
+    is overloaded or that the connection broke: the status 0 stands for that.
+    """
+    chain = _causes(error)
+    for cause in chain:
+        status = getattr(cause, "status", None)
+        if isinstance(status, int):
+            headers = getattr(cause, "headers", None) or {}
+            wait = str(headers.get("Retry-After", ""))
+            return status, float(wait) if wait.isdecimal() else 0.0
+    is_broken = len(chain) > 1 and not isinstance(chain[-1], FileNotFoundError)
+    return (0 if is_broken else None), 0.0
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """Return an error, the one it was raised from, and so on."""
+    chain = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    return chain
 
 
 def read_whole(path: str, limit: int) -> bytes:
