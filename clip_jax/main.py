@@ -8,10 +8,11 @@ import json
 import os
 import sys
 import time
+from collections.abc import Collection
 
 from absl import flags
 
-from clip_jax.config import resolve
+from clip_jax.config import known_keys, resolve, unknown_key_message
 from clip_jax.errors import UserError, run_command
 from clip_jax.host_memory import keep_freed_memory
 from clip_jax.parallel.limits import LIMITS, Limits
@@ -50,6 +51,12 @@ for _name in (
     *("init-seconds", "heartbeat-seconds", "hang-seconds"),
 ):
     flags.DEFINE_alias(_name.replace("-", "_"), _name)
+_ALLOW_CHANGE = flags.DEFINE_list(
+    "allow-change",
+    [],
+    "Fields of the config that a resumed run may have otherwise, such as optim.learning_rate, or "
+    "data.tokenizer for another file; written into history.jsonl.",
+)
 
 
 def join() -> None:
@@ -99,7 +106,21 @@ def main() -> int:
         if workdir is None or _DRY_RUN.value:
             print_dry_run(config)
             return 0
-        return run(config, workdir, began=time.perf_counter() - process_age())
+        began = time.perf_counter() - process_age()
+        return run(config, workdir, began=began, allow_change=allowed_changes())
+
+
+def allowed_changes() -> list[str]:
+    """Return the whole names of the fields of --allow-change.
+
+    Raises:
+      UserError: there is no such field.
+    """
+    names = [name.strip().removeprefix("config.") for name in _ALLOW_CHANGE.value]
+    unknown = next((name for name in names if name not in known_keys()), None)
+    if unknown is not None:
+        raise UserError(f"--allow-change: {unknown_key_message(unknown)}")
+    return [f"config.{name}" for name in names]
 
 
 def print_dry_run(config: Config) -> None:
@@ -131,10 +152,16 @@ def print_dry_run(config: Config) -> None:
     print_on_main("\n".join(lines))
 
 
-def run(config: Config, workdir: str, *, began: float | None = None) -> int:
+def run(
+    config: Config,
+    workdir: str,
+    *,
+    began: float | None = None,
+    allow_change: Collection[str] = (),
+) -> int:
     """Train, or resume the run in `workdir`, then evaluate; return the process's exit code.
 
-    `began` is as `trainer.train` takes it.
+    `began` and `allow_change` are as `trainer.train` takes them.
 
     Raises:
       UserError: the data, the config or the work folder is not fit for the run.
@@ -144,7 +171,7 @@ def run(config: Config, workdir: str, *, began: float | None = None) -> int:
     from clip_jax.tools.report import report, report_text
     from clip_jax.training.trainer import train
 
-    code = train(config, workdir, began=began)
+    code = train(config, workdir, began=began, allow_change=allow_change)
     if code == 0 and config.eval.data:
         # On the devices of all processes, so all of them take part.
         distributed.print_on_main(evaluation_text(evaluate_workdir(workdir)))

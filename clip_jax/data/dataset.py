@@ -5,6 +5,8 @@ are then `LazyShard`s, of which only the counts are in memory until one of their
 for; a `ShardCache` bounds how many are there at once.
 """
 
+import hashlib
+import json
 import math
 import os
 import threading
@@ -27,6 +29,7 @@ from clip_jax.data.manifest import (
     UnreadableShard,
     count_shards,
     entry_of,
+    members_digest,
 )
 from clip_jax.data.shards import PROGRAMMING_ERRORS, BadSampleError, Handles, Shard
 from clip_jax.data.skip_log import SkipLog, on_shard_error
@@ -154,12 +157,14 @@ class LazyShard:
         shard = self._cache.get(self.shard, read)
         if isinstance(shard, UnreadableShard):
             raise BadSampleError(shard.cause, shard.detail)
-        pairs, size, _ = self.entry
-        if len(shard) != pairs or (size and shard.size != size):
+        pairs, size, _, digest = self.entry
+        is_other = digest is not None and members_digest(shard) not in (None, digest)
+        if len(shard) != pairs or (size and shard.size != size) or is_other:
             raise BadSampleError(
                 "shard_changed",
                 f"shard {self.shard} holds {len(shard)} pairs in {shard.size} bytes, not {pairs} in"
-                f" {size or 'some'} as it was counted: write index.json anew, and begin a new run",
+                f" {size or 'some'} as it was counted{' (or others)' if is_other else ''}: write"
+                " index.json anew, and begin a new run",
             )
         return shard
 
@@ -223,6 +228,20 @@ def incomplete_samples(shards: Sequence[Shard]) -> dict[str, tuple[int, str]]:
             before, name = causes.get(cause, (0, f"{shard.name}/{first}"))
             causes[cause] = before + count, name
     return causes
+
+
+def contents_fingerprint(shards: Sequence[Shard]) -> str | None:
+    """Hash what the shards hold, as far as their tables of members tell; None if one has none.
+
+    A member of the same name, place and length may still have other bytes.
+    """
+    state = hashlib.blake2b(digest_size=16)
+    for shard in shards:
+        digest = shard.entry.digest if isinstance(shard, LazyShard) else members_digest(shard)
+        if digest is None:
+            return None
+        state.update(json.dumps([shard.name, digest]).encode())
+    return state.hexdigest()
 
 
 def steps_per_epoch(pairs: int, batch_size: int, num_streams: int) -> int:

@@ -9,6 +9,7 @@ open_clip with nothing but {shard name: count}. `index.json` holds a line a shar
     "00001.tar": [9998, 523999744, {"no_caption": [2, "000010017"]}]}}
 
 its pairs, its bytes and, where its headers show it, what samples lack: how many, and the first.
+A fourth value is the digest of a tar's members: their names and places, not their contents.
 
 `count_shards` reads the shards that no manifest names, each in one of a run's processes, and keeps
 their counts in a manifest of the run's own, so that a run which goes on reads none.
@@ -27,7 +28,7 @@ import numpy as np
 
 from clip_jax.data.formats.options import split_options
 from clip_jax.data.formats.remote import file_system, is_url, read_whole, remote_size
-from clip_jax.data.shards import OPEN_THREADS, Shard
+from clip_jax.data.shards import OPEN_THREADS, HasDigest, Shard
 from clip_jax.errors import UserError, short
 from clip_jax.files import atomic_write
 
@@ -42,17 +43,23 @@ _SHARDS_PER_TASK = 16
 
 
 class ShardEntry(NamedTuple):
-    """One shard: its pairs, its bytes (None: not known), and what samples of it lack."""
+    """One shard: its pairs, its bytes (None: not known), what samples lack, and its members."""
 
     pairs: int
     size: int | None = None
     lacks: Mapping[str, tuple[int, str]] = {}  # cause -> (samples, the first one's key)
+    digest: str | None = None  # of the members' table, where it was read
 
 
 def entry_of(shard: Shard) -> ShardEntry:
     """Return the entry of a shard that was read."""
     lacks = {cause: (len(keys), keys[0]) for cause, keys in shard.incomplete().items() if keys}
-    return ShardEntry(len(shard), shard.size, lacks)
+    return ShardEntry(len(shard), shard.size, lacks, members_digest(shard))
+
+
+def members_digest(shard: Shard) -> str | None:
+    """Return a hash of a shard's keys and of where its members lie; None for formats without."""
+    return shard.digest() if isinstance(shard, HasDigest) else None
 
 
 def write_manifest(
@@ -69,10 +76,7 @@ def write_manifest(
     Raises:
       UserError: another program's file has that name, or it cannot be written.
     """
-    lines = [
-        f"{json.dumps(shard)}: {json.dumps([e.pairs, e.size] + ([e.lacks] if e.lacks else []))}"
-        for shard, e in entries.items()
-    ]
+    lines = [f"{json.dumps(shard)}: {json.dumps(_row(e))}" for shard, e in entries.items()]
     head = f'{{"format": {json.dumps(_FORMAT)}, "shards": {{\n'
     text = head + ",\n".join(lines) + "}}\n"
     path = _path_in(folder, name)
@@ -88,6 +92,14 @@ def write_manifest(
         fs.pipe_file(inner, text.encode())
     except Exception as e:  # every file system of fsspec has exceptions of its own
         raise UserError(f"{path} cannot be written ({short(e)}); give a folder that can") from e
+
+
+def _row(entry: ShardEntry) -> list[Any]:
+    """Return an entry without what is empty at its end."""
+    row = list(entry)
+    while not row[-1] and len(row) > 2:
+        row.pop()
+    return row
 
 
 def read_manifest(folder: str | Path, *, name: str = MANIFEST_FILENAME) -> dict[str, ShardEntry]:
@@ -130,6 +142,9 @@ def _parse_entry(row: Any) -> ShardEntry:
             return ShardEntry(pairs, size)
         case [int(pairs), (int() | None) as size, dict(lacks)] if pairs >= 0:
             return ShardEntry(pairs, size, {cause: _parse_lack(v) for cause, v in lacks.items()})
+        case [int(pairs), (int() | None) as size, dict(lacks), (str() | None) as digest]:
+            rest = _parse_entry([pairs, size, lacks])
+            return rest._replace(digest=digest)
     raise ValueError(f"{row!r}")
 
 

@@ -117,6 +117,15 @@ class Handles:
 
 
 @runtime_checkable
+class HasDigest(Protocol):
+    """A shard whose members' table, which opening it reads anyway, has a hash."""
+
+    def digest(self) -> str:
+        """Return a hash of keys, offsets and lengths."""
+        ...
+
+
+@runtime_checkable
 class Shard(Protocol):
     """The samples of one file or folder, counted and in order.
 

@@ -21,6 +21,13 @@ from jaxtyping import Array, Bool, Float, UInt
 from clip_jax.typing import Features, Rows, Scalar
 
 
+class PairLosses(NamedTuple):
+    """What each pair adds to a loss, float32 [B] each: the loss is the mean of their mean."""
+
+    image_B: Float[Array, " B"]
+    text_B: Float[Array, " B"]
+
+
 class LossOutput(NamedTuple):
     """A loss and its in-batch accuracies, float32 scalars.
 
@@ -51,14 +58,43 @@ def softmax_loss(
     del bias
     _, negative_BB = pair_masks(valid_B, caption_id_B)
     logits_BB = scale * cosines(z_image_BD, z_text_BD, valid_B)
-    # The diagonal of an invalid row stays, so no row is all -inf: its two terms are 0.
-    unmasked_BB = negative_BB | jnp.eye(valid_B.size, dtype=bool)
-    unmasked_logits_BB = jnp.where(unmasked_BB, logits_BB, -jnp.inf)
-    positive_logit_B = jnp.diagonal(logits_BB)
-    image_loss_B = jax.nn.logsumexp(unmasked_logits_BB, axis=1) - positive_logit_B
-    text_loss_B = jax.nn.logsumexp(unmasked_logits_BB, axis=0) - positive_logit_B
+    image_loss_B, text_loss_B = _softmax_losses(logits_BB, negative_BB)
     loss = jnp.sum((image_loss_B + text_loss_B) / 2) / count_valid(valid_B)
     return LossOutput(loss, *accuracies(logits_BB, negative_BB, valid_B))
+
+
+def _softmax_losses(logits_BB: Float[Array, "B B"], negative_BB: Bool[Array, "B B"]) -> PairLosses:
+    # The diagonal of an invalid row stays, so no row is all -inf: its two terms are 0.
+    unmasked_BB = negative_BB | jnp.eye(len(logits_BB), dtype=bool)
+    unmasked_logits_BB = jnp.where(unmasked_BB, logits_BB, -jnp.inf)
+    positive_logit_B = jnp.diagonal(logits_BB)
+    return PairLosses(
+        jax.nn.logsumexp(unmasked_logits_BB, axis=1) - positive_logit_B,
+        jax.nn.logsumexp(unmasked_logits_BB, axis=0) - positive_logit_B,
+    )
+
+
+def pair_losses(
+    name: str,
+    z_image_BD: Features,
+    z_text_BD: Features,
+    scale: Scalar,
+    bias: Scalar,
+    *,
+    valid_B: Rows,
+    caption_id_B: UInt[Array, " B"] | None,
+) -> PairLosses:
+    """Return the parts of a loss, "softmax" or "sigmoid", that each image and each text has in it.
+
+    The sigmoid loss of a pair of different rows belongs to its image as to its text, so that both
+    parts have the whole loss as their mean.
+    """
+    positive_BB, negative_BB = pair_masks(valid_B, caption_id_B)
+    logits_BB = scale * cosines(z_image_BD, z_text_BD, valid_B)
+    if name == "softmax":
+        return _softmax_losses(logits_BB, negative_BB)
+    loss_BB = _sigmoid_losses(logits_BB + bias, positive_BB, negative_BB)
+    return PairLosses(jnp.sum(loss_BB, axis=1), jnp.sum(loss_BB, axis=0))
 
 
 def sigmoid_loss(
@@ -77,10 +113,18 @@ def sigmoid_loss(
     """
     positive_BB, negative_BB = pair_masks(valid_B, caption_id_B)
     logits_BB = scale * cosines(z_image_BD, z_text_BD, valid_B) + bias
+    total = jnp.sum(_sigmoid_losses(logits_BB, positive_BB, negative_BB))
+    return LossOutput(total / count_valid(valid_B), *accuracies(logits_BB, negative_BB, valid_B))
+
+
+def _sigmoid_losses(
+    logits_BB: Float[Array, "B B"],
+    positive_BB: Bool[Array, "B B"],
+    negative_BB: Bool[Array, "B B"],
+) -> Float[Array, "B B"]:
     # -log(sigmoid(x)) is softplus(-x); a negative's is -log(sigmoid(-x)).
     pair_loss_BB = jax.nn.softplus(jnp.where(positive_BB, -logits_BB, logits_BB))
-    total = jnp.sum(jnp.where(positive_BB | negative_BB, pair_loss_BB, 0))
-    return LossOutput(total / count_valid(valid_B), *accuracies(logits_BB, negative_BB, valid_B))
+    return jnp.where(positive_BB | negative_BB, pair_loss_BB, 0)
 
 
 def pair_masks(

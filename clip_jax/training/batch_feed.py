@@ -33,12 +33,14 @@ class PlacedBatch:
       keys: the keys of this process's rows.
       length: tokens of a caption, after trimming; or how captions were packed.
       stop_signals: by process, the signal that asked it to stop, or 0.
+      text: the captions of this process's rows, neither trimmed nor packed.
     """
 
     arrays: dict[str, jax.Array]
     keys: list[str]
     length: int | CaptionPacking
     stop_signals: np.ndarray
+    text: np.ndarray
 
 
 class BatchFeed:
@@ -93,8 +95,9 @@ class BatchFeed:
             text = batch["packed"]
         else:
             text, packing = {"text": batch["text"][:, :length]}, None
+        signals = answers[:, 1]
         arrays = place_batch(device_arrays(batch) | text, self._run.mesh)
-        return PlacedBatch(arrays, batch["key"], packing or length, stop_signals=answers[:, 1])
+        return PlacedBatch(arrays, batch["key"], packing or length, signals, batch["text"])
 
     def _announce(self, batch: Batch) -> distributed.Announcement:
         """Tell all processes (caption length, stop signal, skipped rows, rows) of a batch."""

@@ -106,6 +106,11 @@ def not_finite(tree: Any) -> list[str]:
     return [path for path, is_finite in paths if not is_finite]
 
 
+def replay_hint(workdir: Path, step: int) -> str:
+    """Return the command that makes a step again."""
+    return f"to look into it: python -m clip_jax.replay {workdir} --step {step}"
+
+
 class Checkpoints:
     """The checkpoints of a work folder. Saving is asynchronous; `close` waits for it.
 
@@ -203,7 +208,7 @@ class Checkpoints:
         kept = f"step {earlier[0]} in {self.folder} stays" if earlier else "none was saved before"
         raise UserError(
             f"the state after step {step} is not finite, first in {paths[0]}, and is not saved; "
-            f"{kept}; lower config.optim.learning_rate"
+            f"{kept}; lower config.optim.learning_rate; {replay_hint(self.folder.parent, step)}"
         )
 
     def require_room(self, state: TrainState) -> None:
@@ -219,16 +224,19 @@ class Checkpoints:
                 f"{free / 1e6:,.1f} MB; make room and run the same command again"
             )
 
-    def restore(self, shapes: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+    def restore(
+        self, shapes: TrainState, *, last: int | None = None
+    ) -> tuple[TrainState, dict[str, Any]] | None:
         """Restore the newest undamaged state, laid out as `shapes`, and its meta; None without any.
 
-        Damaged checkpoints are moved into `quarantine/` and named on the way.
+        `last` leaves out those after that step. Damaged checkpoints are moved into `quarantine/`
+        and named on the way.
 
         Raises:
           UserError: there were checkpoints and none of them is whole, or they hold the arrays of
             another model or optimizer.
         """
-        restored = self._restore(_items(shapes))
+        restored = self._restore(_items(shapes), last)
         if restored is None:
             return None
         items, meta = restored
@@ -252,9 +260,9 @@ class Checkpoints:
         restored = self._restore({item: shapes})
         return None if restored is None else (restored[0][item], restored[1])
 
-    def latest_meta(self) -> dict[str, Any] | None:
-        """Return the meta item of the newest checkpoint that has a readable one."""
-        metas = (self._read_meta(step) for step in self.steps())
+    def latest_meta(self, *, last: int | None = None) -> dict[str, Any] | None:
+        """Return the meta item of the newest checkpoint that has a readable one, up to a step."""
+        metas = (self._read_meta(step) for step in self.steps() if last is None or step <= last)
         meta = next((meta for meta in metas if meta is not None), None)
         return meta if self._read_only else from_first(meta)
 
@@ -284,10 +292,13 @@ class Checkpoints:
             )
         return layout
 
-    def _restore(self, shapes: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    def _restore(
+        self, shapes: dict[str, Any], last: int | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]] | None:
         # What one process cannot read none restores: they agree before they go on together.
         together = not all(x.sharding.is_fully_addressable for x in jax.tree.leaves(shapes))
         steps = from_first(self.steps()) if together else self.steps()
+        steps = [step for step in steps if last is None or step <= last]
         for step in steps:
             meta = from_first(self._read_meta(step)) if together else self._read_meta(step)
             if meta is None:

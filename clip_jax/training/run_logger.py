@@ -15,6 +15,8 @@ from clip_jax.data.loader import Loader
 from clip_jax.files import atomic_write
 from clip_jax.parallel import distributed
 from clip_jax.parallel.mesh import batch_part, mesh_text
+from clip_jax.training.checkpoint import replay_hint
+from clip_jax.training.exit_report import ExitReport
 from clip_jax.training.metrics import (
     DataWait,
     MetricsWriter,
@@ -84,6 +86,7 @@ class RunLogger:
       compiler: counts the programs.
       began: when the process, or the call that trains, began, on the clock of
         `time.perf_counter`.
+      exit_report: gets the metrics of every step.
     """
 
     def __init__(
@@ -95,9 +98,11 @@ class RunLogger:
         *,
         compiler: ProgramCompiler,
         began: float,
+        exit_report: ExitReport,
     ) -> None:
         config = run.config
         self._compiler, self._began = compiler, began
+        self._exit_report = exit_report
         self._startup: dict[str, float] | None = None
         self.length: int | CaptionPacking = run.model.config.text.context_length
         self.data_wait = DataWait()
@@ -127,6 +132,7 @@ class RunLogger:
         """
         values = {k: v.item() for k, v in jax.device_get(metrics).items()}
         self._throughput.report(step, time.perf_counter())
+        self._exit_report.step(step, values)
         startup = self._report_startup() if self._startup is None else self._startup
         if self._keys is not None:
             self._keys.write(step, keys)
@@ -150,6 +156,11 @@ class RunLogger:
             left = self._throughput.seconds_left
             distributed.print_on_main(progress_line(step, self.steps, values, rate, left))
         return True
+
+    @property
+    def not_finite_step(self) -> int:
+        """The step that was not finite; 0 where all were."""
+        return 0 if self._not_finite is None else self._not_finite[0]
 
     def _report_startup(self) -> dict[str, float]:
         """Print how long it took to the end of the first step; return that and what it went into.
@@ -210,7 +221,7 @@ class RunLogger:
         print(
             f"error: step {step} is not finite (loss {loss}); its batch: {some} (all keys in "
             f"{path}); last good checkpoint: {good}; lower config.optim.learning_rate or set "
-            "config.optim.clip_norm",
+            f"config.optim.clip_norm; {replay_hint(self.folder, step)}",
             file=sys.stderr,
             flush=True,
         )

@@ -23,7 +23,7 @@ from clip_jax.data.skip_log import SKIPPED_FILENAME, SkipLog
 from clip_jax.errors import UserError
 from clip_jax.evaluation.in_training import EncodeWith, Evaluator, make_evaluator
 from clip_jax.evaluation.spec import EvalSpec
-from clip_jax.losses import make_loss
+from clip_jax.losses import LossFn, make_loss
 from clip_jax.models.clip import CLIP, CLIPConfig, choose_kernels
 from clip_jax.models.convnet import ConvNetConfig
 from clip_jax.models.flops import train_flops_per_pair
@@ -39,9 +39,10 @@ from clip_jax.parallel.mesh import (
     make_mesh,
     mesh_target,
 )
+from clip_jax.pretrained.work_folder import RunDescription
 from clip_jax.sections import Config, ModelSection, OptimSection
 from clip_jax.tokenizers import TokenizerSpec, make_tokenizer, tokenizer_spec
-from clip_jax.training.device_augment import kept_patches, make_draws
+from clip_jax.training.device_augment import DrawFn, kept_patches, make_draws
 from clip_jax.training.optimizer import ELEMENTWISE, make_optimizer, make_schedule
 from clip_jax.training.state import TrainState, state_shapes
 from clip_jax.training.step import TrainStep, make_train_step
@@ -135,12 +136,14 @@ def build_run(
     workdir: str | None = None,
     *,
     devices: Sequence[jax.Device] | None = None,
+    description: RunDescription | None = None,
 ) -> RunComponents:
     """Build what a run of this many steps needs; nothing is allocated on devices.
 
     A run that is resumed in `workdir` needs the checkpoint it started from no more: it has its own.
     Without a `workdir` nothing is run, and a checkpoint to start from may be yet to come.
-    `devices` are a topology's, to compile for; None are this process's own.
+    `devices` are a topology's, to compile for; None are this process's own. A `description` says
+    what was trained, whatever the config's names stand for now.
 
     Raises:
       UserError: the model, the tokenizer, the mesh or the checkpoint does not fit the config.
@@ -150,11 +153,14 @@ def build_run(
     check_batch_size("config.train.batch_size", t.batch_size, mesh)
     if t.microbatch_size:
         check_batch_size("config.train.microbatch_size", t.microbatch_size, mesh)
-    source = find_source(m, workdir)
+    source = None if description else find_source(m, workdir)
+    preprocess = source.checkpoint.preprocess if source else OPENAI
     given = config.data.tokenizer
     spec = source_tokenizer(source, given) if source else tokenizer_spec(given)
+    if description is not None:
+        spec, preprocess = description.tokenizer or spec, description.preprocess
     tokenizer = make_tokenizer(spec)
-    sizes = model_sizes(config, tokenizer, source)
+    sizes = description.model if description else model_sizes(config, tokenizer, source)
     check_patch_dropout(config, sizes)
     model = CLIP(
         sizes,
@@ -171,7 +177,7 @@ def build_run(
         mesh=mesh,
         tokenizer_spec=spec,
         tokenizer=tokenizer,
-        preprocess=source.checkpoint.preprocess if source else OPENAI,
+        preprocess=preprocess,
         model=model,
         schedule=schedule,
         optimizer=optimizer,
@@ -273,29 +279,35 @@ def attention_kernels(run: RunComponents) -> str:
     return f"attention: image tower {kernels.image or 'none'}, text tower {text}{causal}"
 
 
-def make_step(run: RunComponents) -> TrainStep:
-    """Make the jitted step of a run."""
-    config = run.config
-    loss_fn = make_loss(
-        config.train.loss,
+def loss_of_run(run: RunComponents) -> LossFn:
+    """Make the loss of a run's global batch."""
+    return make_loss(
+        run.config.train.loss,
         mesh=run.mesh,
         batch_axes=BATCH_AXES,
         platform=run.model.target.platform,
-        tile_size=config.train.loss_tile,
-        mask_equal_captions=config.train.mask_equal_captions,
+        tile_size=run.config.train.loss_tile,
+        mask_equal_captions=run.config.train.mask_equal_captions,
     )
-    draws = make_draws(
-        config.model, config.data, seed=config.seed, patches=count_patches(run.model)
-    )
+
+
+def draws_of_run(run: RunComponents) -> DrawFn:
+    """Make the random numbers of a run's steps."""
+    config = run.config
+    return make_draws(config.model, config.data, seed=config.seed, patches=count_patches(run.model))
+
+
+def make_step(run: RunComponents) -> TrainStep:
+    """Make the jitted step of a run."""
     return make_train_step(
         run.model,
-        loss_fn,
+        loss_of_run(run),
         run.optimizer,
         run.schedule,
         run.shapes,
-        config.train,
+        run.config.train,
         preprocess=run.preprocess,
-        draws=draws,
+        draws=draws_of_run(run),
     )
 
 

@@ -218,6 +218,25 @@ def make_cached_gradient(
     return gradient
 
 
+def make_gradient(
+    model: CLIP,
+    loss_fn: LossFn,
+    shapes: TrainState,
+    section: TrainSection,
+    *,
+    preprocess: Preprocess,
+) -> GradientFn:
+    """Make the gradient of a run, in the form that its `microbatch_size` asks for."""
+    mesh = state_mesh(shapes)
+    features = make_features(model, mesh=mesh, preprocess=preprocess, freeze=section.freeze)
+    if not section.microbatch_size:
+        return make_whole_gradient(features, loss_fn)
+    trained_shardings = split_frozen(update_shardings(shapes), section.freeze)[0]
+    return make_cached_gradient(
+        features, loss_fn, trained_shardings, mesh=mesh, microbatch_size=section.microbatch_size
+    )
+
+
 def place_params(state: TrainState, shardings: Params) -> TrainState:
     """Return a state whose parameters lie so."""
     placed = lax.with_sharding_constraint(state.params, shardings)
@@ -250,20 +269,10 @@ def make_train_step(
       preprocess: the mean and the standard deviation of the images.
       draws: the random numbers of a step, see `device_augment`.
     """
-    mesh = state_mesh(shapes)
     shardings = jax.tree.map(lambda x: x.sharding, shapes)
     param_shardings = update_shardings(shapes)
     trained_shardings = split_frozen(param_shardings, section.freeze)[0]
-    features = make_features(model, mesh=mesh, preprocess=preprocess, freeze=section.freeze)
-    gradient = make_whole_gradient(features, loss_fn)
-    if section.microbatch_size:
-        gradient = make_cached_gradient(
-            features,
-            loss_fn,
-            trained_shardings,
-            mesh=mesh,
-            microbatch_size=section.microbatch_size,
-        )
+    gradient = make_gradient(model, loss_fn, shapes, section, preprocess=preprocess)
     update = make_update(optimizer, section)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:

@@ -4,13 +4,14 @@ import dataclasses
 import os
 import signal
 import time
+from collections.abc import Collection
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 
-from clip_jax.data.dataset import TrainingData
+from clip_jax.data.dataset import TrainingData, contents_fingerprint
 from clip_jax.data.sources import fingerprint as data_fingerprint
 from clip_jax.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED, UserError
 from clip_jax.evaluation.in_training import Evaluator
@@ -23,14 +24,20 @@ from clip_jax.sections import Config
 from clip_jax.training.batch_feed import BatchFeed, PlacedBatch
 from clip_jax.training.best_checkpoint import BestCheckpoint
 from clip_jax.training.caption_shares import with_caption_packing
-from clip_jax.training.checkpoint import Checkpoints
+from clip_jax.training.checkpoint import Checkpoints, replay_hint
 from clip_jax.training.compile_ahead import compiles_ahead, prepare_encoders, prepare_step
+from clip_jax.training.exit_report import ExitReport
 from clip_jax.training.fingerprint import (
+    CONTENTS,
+    SOURCE,
     Fingerprint,
+    changed_settings,
     check_fingerprint,
+    check_new_folder,
     complete_fingerprint,
     run_fingerprint,
 )
+from clip_jax.training.history import Changes, note_start
 from clip_jax.training.kernel_check import with_checked_kernels
 from clip_jax.training.programs import ProgramCompiler, ShapedPrograms
 from clip_jax.training.run_lock import only_run
@@ -48,10 +55,16 @@ from clip_jax.training.signals import catch_signals
 from clip_jax.training.skip_limit import SkipLimit
 from clip_jax.training.state import TrainState, make_init
 from clip_jax.training.step import make_encoders
-from clip_jax.training.warm_start import warm_start_state
+from clip_jax.training.warm_start import source_digest, warm_start_state
 
 
-def train(config: Config, workdir: str, *, began: float | None = None) -> int:
+def train(
+    config: Config,
+    workdir: str,
+    *,
+    began: float | None = None,
+    allow_change: Collection[str] = (),
+) -> int:
     """Train, or resume the run in `workdir`; return the process's exit code.
 
     Args:
@@ -59,6 +72,8 @@ def train(config: Config, workdir: str, *, began: float | None = None) -> int:
       workdir: the folder of the run.
       began: when the start began that the first step ends, as `time.perf_counter` counts; None is
         now.
+      allow_change: the fields ("config.optim.learning_rate") that a resumed run may have otherwise
+        although they are part of what it is; the change is noted in `history.jsonl`.
 
     Raises:
       UserError: the data, the config or the work folder is not fit for the run.
@@ -68,11 +83,22 @@ def train(config: Config, workdir: str, *, began: float | None = None) -> int:
     began = time.perf_counter() if began is None else began
     # First of all: what is wrong with the data is listed there.
     folder = make_workdir(workdir)
-    with only_run(folder):
-        return _train(config, workdir, folder, began)
+    with only_run(folder), ExitReport(folder, config) as exit_report:
+        exit_report.code, exit_report.reason = _train(
+            config, workdir, folder, began, allow_change, exit_report
+        )
+    return exit_report.code
 
 
-def _train(config: Config, workdir: str, folder: Path, began: float) -> int:
+def _train(
+    config: Config,
+    workdir: str,
+    folder: Path,
+    began: float,
+    allow_change: Collection[str],
+    exit_report: ExitReport,
+) -> tuple[int, str]:
+    """Train; return the exit code and the reason for it."""
     cache_folder = start_program_cache(config.train.compile_cache, folder)
     data = open_data(config, workdir)
     pairs = sum(len(shard) for shard in data.shards)
@@ -86,13 +112,7 @@ def _train(config: Config, workdir: str, folder: Path, began: float) -> int:
     check_streams(config.data.streams, batch_part(run.mesh)[1])
     run = with_caption_packing(run, data, folder)
     config = run.config
-    fingerprint = run_fingerprint(
-        config,
-        run.model.config,
-        run.tokenizer_spec,
-        data=data_fingerprint(data.shards),
-        pairs=pairs,
-    )
+    fingerprint = make_fingerprint(run, data, pairs)
     distributed.agree(fingerprint | {"its config": dataclasses.asdict(config)})
     run = with_checked_kernels(run)
     print_summary(run, data, pairs=pairs, steps=steps)
@@ -104,18 +124,45 @@ def _train(config: Config, workdir: str, folder: Path, began: float) -> int:
         if compiles_ahead(run):
             # Beside the restoring and the first batches.
             prepare_step(run, train_step)
-        state = restore_or_init(run, checkpoints, fingerprint, folder, compiler)
+        state, changes = restore_or_init(
+            run, checkpoints, fingerprint, folder, compiler, allow_change
+        )
+        exit_report.owns_folder = True
         if distributed.is_first():
+            changes |= changed_settings(folder, run.config)
+            note_start(folder, int(state.step), steps, changes)
             write_description(folder, describe_run(run))
         if int(state.step) < steps:
             checkpoints.require_room(state)
-        logger = RunLogger(run, steps, int(state.step), folder, compiler=compiler, began=began)
+        logger = RunLogger(
+            run,
+            steps,
+            int(state.step),
+            folder,
+            compiler=compiler,
+            began=began,
+            exit_report=exit_report,
+        )
         with logger:
-            code = train_loop(
+            end = train_loop(
                 run, data, state, train_step, checkpoints, fingerprint, compiler, logger
             )
     watchdog.stand_by()
-    return code
+    return end
+
+
+def make_fingerprint(run: RunComponents, data: TrainingData, pairs: int) -> Fingerprint:
+    """Return what this run is. All processes have to call it."""
+    path = run.config.model.init_from
+    return run_fingerprint(
+        run.config,
+        run.model.config,
+        run.tokenizer_spec,
+        data=data_fingerprint(data.shards),
+        pairs=pairs,
+        contents=contents_fingerprint(data.shards),
+        source=distributed.from_first(source_digest(path) if distributed.is_first() else None),
+    )
 
 
 def make_workdir(workdir: str) -> Path:
@@ -153,31 +200,40 @@ def restore_or_init(
     fingerprint: Fingerprint,
     folder: Path,
     compiler: ProgramCompiler,
-) -> TrainState:
-    """Restore the newest whole checkpoint, or make a fresh state.
+    allow_change: Collection[str],
+) -> tuple[TrainState, Changes]:
+    """Restore the newest whole checkpoint, or make a fresh state; return what changed, too.
 
     A fresh state has the weights of config.model.init_from where that is set.
 
     Raises:
-      UserError: the checkpoint belongs to another run, or the one to start from cannot be used.
+      UserError: the folder belongs to another run, or the checkpoint to start from cannot be used.
     """
+    changes: Changes = {}
     meta = checkpoints.latest_meta()
     if meta is None and distributed.from_first(checkpoints.steps()):
         checkpoints.restore(run.shapes)  # sets each aside with a line, and ends the run
     if meta is not None:
         saved = complete_fingerprint(meta["fingerprint"], folder)
-        check_fingerprint(saved, fingerprint, folder)
+        changes = check_fingerprint(saved, fingerprint, folder, allow_change)
+        for key in (CONTENTS, SOURCE):
+            if key in saved:  # what a run began from may be gone by now
+                fingerprint.setdefault(key, saved[key])
         restored = checkpoints.restore(run.shapes)
         if restored is not None:
             state, meta = restored
-            distributed.print_on_main(f"going on from step {meta['step']} of {folder}")
-            return state
+            changed = f"; changed: {', '.join(changes)}" if changes else ""
+            distributed.print_on_main(f"going on from step {meta['step']} of {folder}{changed}")
+            return state, changes
+    else:
+        changes = check_new_folder(fingerprint, folder, allow_change)
     config = run.config
     if run.source is None:
         init = make_init(run.model, run.optimizer, run.shapes, config.train, config.seed)
-        return compiler.compile(init).call()
+        return compiler.compile(init).call(), changes
     distributed.print_on_main(f"starting from {run.source.path}")
-    return warm_start_state(run.source, run.model.config, run.optimizer, run.shapes, config)
+    state = warm_start_state(run.source, run.model.config, run.optimizer, run.shapes, config)
+    return state, changes
 
 
 def describe_run(run: RunComponents) -> RunDescription:
@@ -216,8 +272,11 @@ def train_loop(
     fingerprint: Fingerprint,
     compiler: ProgramCompiler,
     logger: RunLogger,
-) -> int:
-    """Step from `state` to the end, a signal, or a loss that is not finite; return the exit code.
+) -> tuple[int, str]:
+    """Step from `state` to the end, a signal, or a loss that is not finite.
+
+    Returns:
+      The exit code and the reason for it.
 
     Raises:
       UserError: too much was skipped, or the evaluations do not measure config.eval.best.
@@ -252,7 +311,7 @@ def train_loop(
             step=start,
         )
         trainer.run()
-    return trainer.exit_code()
+    return trainer.end()
 
 
 class DispatchedStep(NamedTuple):
@@ -382,13 +441,15 @@ class Trainer:
         """Start saving the state."""
         self.checkpoints.save(self.state, self.step, self.fingerprint)
 
-    def exit_code(self) -> int:
-        """Return the process's exit code, and say how a run that was stopped goes on."""
+    def end(self) -> tuple[int, str]:
+        """Return the exit code and the reason; say how a run that was stopped goes on."""
         if not self.finite:
-            return EXIT_ERROR
+            step = self.logger.not_finite_step
+            hint = replay_hint(self.logger.folder, step)
+            return EXIT_ERROR, f"step {step} is not finite; {hint}"
         if self.step >= self.steps:
-            return 0
-        distributed.print_on_main(
-            f"saved step {self.step} of {self.steps}; the same command goes on from there"
-        )
-        return EXIT_INTERRUPTED if self.stop_signal == signal.SIGINT else EXIT_TERMINATED
+            return 0, f"all {self.steps} steps are done"
+        saved = f"saved step {self.step} of {self.steps}; the same command goes on from there"
+        distributed.print_on_main(saved)
+        code = EXIT_INTERRUPTED if self.stop_signal == signal.SIGINT else EXIT_TERMINATED
+        return code, f"{signal.Signals(self.stop_signal).name}: {saved}"

@@ -7,13 +7,16 @@ else has to match.
 
 import dataclasses
 import functools
+import hashlib
+import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +73,47 @@ def read_source(path: str, model: str | None) -> SourceCheckpoint:
       UserError: nothing there can be read.
     """
     return SourceCheckpoint(path, read_model(path, model))
+
+
+WHOLE_BYTES, BLOCKS, BLOCK_BYTES = 64 << 20, 1024, 64 << 10
+
+
+def source_digest(path: str) -> str | None:
+    """Return a digest of the weights that a run starts from; None where there are none.
+
+    It is of a file's bytes, and of one of more than 64 MiB of its length and of 1,024 blocks of
+    64 KiB spread over it; of a folder, of its files; of a run, of its newest checkpoint, which
+    holds a digest of every array. A published name stands for its files, which were compared with
+    their sums when they were fetched.
+    """
+    if not path:
+        return None
+    place = Path(path)
+    state = hashlib.blake2b(digest_size=16)
+    if not place.exists():
+        return None
+    if has_checkpoints(place):
+        with closing(Checkpoints(place, read_only=True)) as checkpoints:
+            meta = checkpoints.latest_meta() or {}
+        state.update(json.dumps(meta.get("digests"), sort_keys=True).encode())
+        return state.hexdigest()
+    files = [place] if place.is_file() else [file for file in place.iterdir() if file.is_file()]
+    for file in sorted(files):
+        state.update(json.dumps([file.name, file.stat().st_size]).encode())
+        with file.open("rb") as opened:
+            for block in _blocks(opened, file.stat().st_size):
+                state.update(block)
+    return state.hexdigest()
+
+
+def _blocks(file: BinaryIO, size: int) -> Iterator[bytes]:
+    if size <= WHOLE_BYTES:
+        while block := file.read(BLOCK_BYTES):
+            yield block
+        return
+    for i in range(BLOCKS):
+        file.seek(i * (size - BLOCK_BYTES) // (BLOCKS - 1))
+        yield file.read(BLOCK_BYTES)
 
 
 def has_checkpoints(workdir: str | Path) -> bool:

@@ -9,7 +9,14 @@ from tiny import VIT
 from clip_jax.errors import UserError
 from clip_jax.sections import Config, fixed_values
 from clip_jax.tokenizers import TokenizerSpec
-from clip_jax.training.fingerprint import check_fingerprint, complete_fingerprint, run_fingerprint
+from clip_jax.training.fingerprint import (
+    changed_settings,
+    check_fingerprint,
+    check_new_folder,
+    complete_fingerprint,
+    run_fingerprint,
+)
+from clip_jax.training.warm_start import source_digest
 
 # All that a resumed run may have otherwise, beside what decides how it runs and what is measured.
 MAY_CHANGE = {
@@ -66,8 +73,9 @@ def changed(config: Config, name: str) -> Config:
 BPE = TokenizerSpec()
 
 
-def fingerprint(config=None, model=VIT, tokenizer=BPE, data="abc", pairs=96):
-    return run_fingerprint(config or Config(), model, tokenizer, data=data, pairs=pairs)
+def fingerprint(config=None, model=VIT, tokenizer=BPE, **others):
+    others = {"data": "abc", "pairs": 96, "contents": "c", "source": "s"} | others
+    return run_fingerprint(config or Config(), model, tokenizer, **others)
 
 
 def of_an_earlier_version(made: dict) -> dict:
@@ -100,6 +108,8 @@ def test_what_is_not_the_configs_is_refused_by_a_human_name(tmp_path):
     refuses("the model's sizes", model=dataclasses.replace(VIT, embed_dim=8))
     refuses("the number of training pairs", pairs=48)
     refuses("the training data's fingerprint", data="def")
+    refuses("the contents of the training shards", contents="d")
+    refuses("the contents of the first weights", source="t")
     refuses("the tokenizer's fingerprint", tokenizer=TokenizerSpec("sentencepiece", str(other)))
     # The same content at another place.
     other.write_bytes(b"pieces")
@@ -126,6 +136,9 @@ def with_values(values: dict) -> Config:
     config = Config()
     for name, value in values.items():
         section, _, field = name.partition(".")
+        if not field:
+            config = dataclasses.replace(config, **{section: value})
+            continue
         new = dataclasses.replace(getattr(config, section), **{field: value})
         config = dataclasses.replace(config, **{section: new})
     return config
@@ -170,3 +183,66 @@ def test_without_a_config_nothing_is_known_of_what_is_missing(tmp_path, content)
         (tmp_path / "config.json").write_text(content)
     saved = of_an_earlier_version(fingerprint())
     assert complete_fingerprint(saved, tmp_path) == saved
+
+
+def test_what_is_allowed_may_change_and_is_returned():
+    changed_lr = with_values({"optim.learning_rate": 1e-3})
+    now = fingerprint(changed_lr, tokenizer=TokenizerSpec(pad_id=3), contents=None, pairs=95)
+    allowed = ["config.optim.learning_rate", "config.data.tokenizer"]
+    with pytest.raises(UserError, match=r"training pairs .*--allow-change config\.data\.train$"):
+        check_fingerprint(fingerprint(), now, "runs/x", allowed)
+    changes = check_fingerprint(fingerprint(), now, "runs/x", [*allowed, "config.data.train"])
+    assert changes["config.optim.learning_rate"] == (5e-4, 1e-3)
+    assert set(changes) == {
+        "config.optim.learning_rate",
+        "the number of training pairs",
+        "the tokenizer's fingerprint",
+    }
+    # No flag makes other arrays fit.
+    other_model = fingerprint(model=dataclasses.replace(VIT, embed_dim=8))
+    with pytest.raises(UserError, match=r"the model's sizes .*choose another --workdir$"):
+        check_fingerprint(fingerprint(), other_model, "runs/x", allowed)
+
+
+def test_a_new_run_takes_no_folder_that_holds_something_else(tmp_path):
+    def refuses(message, **allowed):
+        with pytest.raises(UserError, match=message):
+            check_new_folder(fingerprint(), tmp_path, **allowed)
+
+    assert check_new_folder(fingerprint(), tmp_path) == {}
+    (tmp_path / "metrics.jsonl").touch()
+    refuses(r"holds metrics\.jsonl and no config\.json of a run; give another")
+    for content in ('{"architectures": ["CLIPModel"]}', '{"model_name": "x", "config": {}}', "{"):
+        (tmp_path / "config.json").write_text(content)
+        refuses(r"holds a config\.json that is not of a run")
+    # Its own beginning, and that of another run.
+    write_config(tmp_path, Config())
+    assert check_new_folder(fingerprint(), tmp_path) == {}
+    other = with_values({"seed": 1, "train.log_every": 3})
+    write_config(tmp_path, other)
+    refuses(r"made with config\.seed = 1 and now it is 0; .*--allow-change config\.seed")
+    assert check_new_folder(fingerprint(), tmp_path, ["config.seed"]) == {"config.seed": (1, 0)}
+    assert changed_settings(tmp_path, Config()) == {
+        "config.seed": (1, 0),
+        "config.train.log_every": (3, 10),
+    }
+
+
+def test_the_first_weights_are_told_apart_by_their_bytes(tmp_path):
+    file = tmp_path / "a.safetensors"
+    with file.open("wb") as opened:
+        opened.truncate(65 << 20)
+    zeros = source_digest(str(file))
+    with file.open("r+b") as opened:
+        opened.seek(-1, 2)
+        opened.write(b"x")
+    assert source_digest(str(file)) != zeros
+    small = tmp_path / "small" / "model.safetensors"
+    small.parent.mkdir()
+    digests = set()
+    for content in (b"", b"a", b"b"):
+        small.write_bytes(content)
+        digests |= {source_digest(str(small)), source_digest(str(small.parent))}
+    # A folder of one file is that file.
+    assert len(digests) == 3
+    assert source_digest("") is source_digest("ViT-B-32:openai") is None

@@ -23,10 +23,13 @@ from clip_jax.data.images import Preprocess
 from clip_jax.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED, UserError
 from clip_jax.models import zoo
 from clip_jax.pretrained.work_folder import RunDescription
+from clip_jax.tokenizers import make_tokenizer
+from clip_jax.tokenizers.train import train as train_tokenizer
 from clip_jax.tools.evaluate import evaluate_workdir, evaluation_text
 from clip_jax.training import run_logger, trainer
 from clip_jax.training.best_checkpoint import BestCheckpoint
 from clip_jax.training.checkpoint import Checkpoints, meta_check
+from clip_jax.training.history import read_history
 from clip_jax.training.state import TrainState
 
 ROOT = Path(__file__).parents[2]
@@ -293,6 +296,32 @@ def test_another_runs_work_folder_is_refused(data, uninterrupted, monkeypatch, c
         main.run(make_config(data, **changes), str(uninterrupted))
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert sorted(p.name for p in (uninterrupted / "checkpoints").iterdir()) == before
+
+
+def test_another_tokenizer_is_refused_until_it_is_allowed(data, uninterrupted, tmp_path):
+    """As many ids, other meanings: every checkpoint would load with wrong ones."""
+    workdir, other = tmp_path / "run", tmp_path / "other.model"
+    shutil.copytree(uninterrupted, workdir)
+    captions = tmp_path / "captions.txt"
+    captions.write_text("\n".join(name[::-1] for name in NAMES) + "\n")
+    train_tokenizer(str(captions), str(other), 280)
+    mine = workdir / "tokenizer.model"
+    before = mine.read_bytes()
+    assert make_tokenizer(str(other)).vocab_size == make_tokenizer(str(mine)).vocab_size
+    config = make_config(data, data__tokenizer=str(other), train__steps=13)
+    with pytest.raises(UserError, match=r"fingerprint = .*--allow-change config\.data\.tokenizer"):
+        main.run(config, str(workdir))
+    assert mine.read_bytes() == before
+    assert main.run(config, str(workdir), allow_change=["config.data.tokenizer"]) == 0
+    assert mine.read_bytes() == other.read_bytes()
+    first, second = read_history(workdir)
+    assert (first["step"], first["changes"], second["step"]) == (0, {}, 12)
+    assert set(second["changes"]) == {
+        "the tokenizer's fingerprint",
+        "config.data.tokenizer",
+        "config.train.steps",
+    }
+    assert second["changes"]["config.train.steps"] == [12, 13]
 
 
 def test_a_run_of_an_earlier_version_goes_on(data, uninterrupted, tmp_path, capsys):

@@ -148,7 +148,9 @@ def _read_side_file(path: Path) -> dict[str, Any] | None:
 def _summary(shard_set: ShardSet, records: Sequence[Mapping[str, Any]]) -> WrittenShards:
     """Write the folder's index, from which a run knows its order without reading a shard."""
     paths = [shard_set.path(k) for k in range(len(shard_set))]
-    entries = [ShardEntry(r["samples"], r["bytes"], r.get("lacks", {})) for r in records]
+    entries = [
+        ShardEntry(r["samples"], r["bytes"], r.get("lacks", {}), r.get("members")) for r in records
+    ]
     write_manifest(shard_set.folder, {path.name: e for path, e in zip(paths, entries, strict=True)})
     return WrittenShards(
         pattern=f"{shard_set.folder}/{{{paths[0].stem}..{paths[-1].stem}}}.tar",
