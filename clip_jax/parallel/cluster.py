@@ -2,6 +2,8 @@
 
 import os
 import socket
+import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -9,12 +11,15 @@ from typing import Any, TypeVar
 
 import jax
 
-from clip_jax.errors import UserError, short
+from clip_jax.errors import EXIT_USAGE, UserError, short
 from clip_jax.parallel import watchdog
 from clip_jax.parallel.jax_internals import cluster_kinds, coordinator_address
 from clip_jax.parallel.limits import LIMITS, Limits
 
 T = TypeVar("T")
+
+_LATER_SECONDS = 60
+"""How much longer JAX's own limits are than ours."""
 
 
 def join(
@@ -50,17 +55,21 @@ def join(
         device_ids = []
     # JAX's own notifier would swallow SIGTERM; `signals.py` and the host loop handle it.
     jax.config.update("jax_enable_preemption_service", False)
+    joined = threading.Event()
     try:
         if coordinator is not None and index:
             wait_for(coordinator, limits.init)  # JAX's own wait ends in an abort with a stack
+        name = "" if processes is None else f" of {processes}"
+        give_up = f"not all{name} processes joined within {limits.init} s (--init-seconds)"
+        threading.Thread(target=_give_up, args=(joined, limits.init, give_up), daemon=True).start()
         jax.distributed.initialize(
             coordinator,
             processes,
             index,
             device_ids,
-            initialization_timeout=limits.init,
             # Ours comes first, with a sentence; JAX's aborts with a stack.
-            heartbeat_timeout_seconds=limits.heartbeat + 30,
+            initialization_timeout=limits.init + _LATER_SECONDS,
+            heartbeat_timeout_seconds=limits.heartbeat + _LATER_SECONDS,
         )
     except Exception as error:  # gRPC's, the socket's, a cluster's own
         where = coordinator_address() or coordinator or "unknown"
@@ -68,7 +77,19 @@ def join(
             f"not all processes joined within {limits.init} s (coordinator {where}): start all of "
             f"them, and let them reach process 0 at that port ({short(error)[:300]})"
         ) from None
+    finally:
+        joined.set()
     watchdog.start(limits)
+
+
+def _give_up(joined: threading.Event, seconds: float, reason: str) -> None:
+    """End the process if the others have not joined in time: it waits in native code for them."""
+    if joined.wait(seconds):
+        return
+    where = coordinator_address() or "unknown"
+    line = f"error: {reason}; start all of them, and let them reach process 0 at {where}"
+    print(line, file=sys.stderr, flush=True)
+    os._exit(EXIT_USAGE)
 
 
 def check_flags(coordinator: str | None, processes: int | None, index: int | None) -> None:

@@ -204,6 +204,72 @@ def test_a_killed_process_ends_the_other(experiment, tmp_path, victim):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_stopped_process_ends_the_other_in_time(experiment, tmp_path, victim):
+    workdir = tmp_path / "run"
+    args = ("--config.train.steps=100000", "--heartbeat-seconds=3", "--config.mesh.fsdp=4")
+    processes = start_two(experiment, workdir, *args)
+    wait_for(log(workdir, 0), "step      5/100000", processes)
+    processes[victim].send_signal(signal.SIGSTOP)
+    try:
+        assert processes[1 - victim].wait(timeout=60) == EXIT_ERROR
+    finally:
+        processes[victim].send_signal(signal.SIGCONT)
+        processes[victim].wait(timeout=60)
+    line = lines_of(log(workdir, 1 - victim).read_text())[-1]
+    reason = (
+        "process 0, the coordinator, has not answered for 3 s"
+        if victim == 0
+        else "process 1 of 2 has given no sign of life for 3 s"
+    )
+    assert line.startswith(f"error: process {1 - victim} ends: {reason}"), line
+    report = workdir / ("exit-1.json" if victim == 0 else "exit.json")
+    assert json.loads(report.read_text())["reason"].startswith(reason)
+
+
+@pytest.mark.slow
+def test_a_process_that_never_comes_ends_the_other_in_time(experiment, tmp_path):
+    flags = [f"--coordinator=localhost:{free_port()}", "--num-processes=2", "--process-id=0"]
+    flags += ["--init-seconds=3"]
+    done = run_one(experiment, tmp_path / "run", "--config.train.steps=1", *flags, devices=1)
+    assert done.returncode == EXIT_USAGE, done.stderr
+    line = lines_of(done.stderr)[-1]
+    assert line.startswith(
+        "error: not all of 2 processes joined within 3 s (--init-seconds); start"
+    )
+
+
+@pytest.mark.slow
+def test_killed_inside_a_save_of_two_processes(experiment, whole, tmp_path):
+    workdir = tmp_path / "run"
+    processes = start_two(experiment, workdir, *RUN, "--heartbeat-seconds=3")
+    # Orbax writes beside the checkpoint's own name, and renames at the end.
+    while not list((workdir / "checkpoints").glob("*tmp*")):
+        if any(process.poll() is not None for process in processes):
+            pytest.fail(f"ended before a save: {outcome(processes, workdir)}")
+        time.sleep(0.001)
+    for process in processes:
+        process.kill()
+    outcome(processes, workdir)
+    codes, lines = outcome(start_two(experiment, workdir, *RUN), workdir)
+    assert codes == [0, 0], lines
+    assert run_losses(workdir) == run_losses(whole)
+
+
+@pytest.mark.slow
+def test_a_signal_in_an_evaluation_of_two_processes_saves_in_both(experiment, tmp_path):
+    workdir, folder = tmp_path / "run", experiment.parent
+    args = [*RUN, "--config.eval.every=4", f"--config.eval.classnames={folder}/names.txt"]
+    args.append(f"--config.eval.data={folder}/{{00000..00001}}.tar")
+    processes = start_two(experiment, workdir, *args)
+    wait_for(log(workdir, 0), "step  4/40", processes)
+    processes[1].send_signal(signal.SIGTERM)
+    codes, lines = outcome(processes, workdir)
+    assert codes == [EXIT_TERMINATED] * 2, lines
+    assert f"saved step {newest(workdir)} of 40; the same command goes on from there" in lines[0]
+
+
+@pytest.mark.slow
 def test_a_mistake_in_one_process_ends_both_with_its_line(experiment, tmp_path):
     workdir = tmp_path / "run"
     wrong = ("--config.data.train=nothing-{0..1}.tar",)
