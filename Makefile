@@ -7,10 +7,11 @@ TPU := .venv-tpu
 GPU := .venv-gpu
 WORKDIR ?= runs/emoji
 COMPILE ?=
+FAULTS ?=
 BENCH ?= training encoding gradcache step_parts loss tokenizer load
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow parity lint format bench compile-tpu compile-gpu clean
+.PHONY: help train test test-slow parity lint format faults bench compile-tpu compile-gpu clean
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +61,9 @@ lint: $(VENV)/.installed ## formatting, checks and types
 format: $(VENV)/.installed ## format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+faults: $(VENV)/.installed ## kill, damage and race runs, up to 40 minutes on 2 cores (FAULTS="--share 0.1 kills" for some)
+	cd tests && PYTHONPATH=.. ../$(BIN)/python -m faults $(FAULTS)
 
 bench: $(PARITY)/.installed ## measure against open_clip, about 15 minutes on 2 cores (BENCH="training loss" for some)
 	@for name in $(BENCH); do $(PARITY)/bin/python -m benchmarks.$$name || exit 1; done
