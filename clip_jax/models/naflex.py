@@ -26,6 +26,7 @@ from clip_jax.models.layers import (
     timm_block_init,
 )
 from clip_jax.models.map_head import MAPHead
+from clip_jax.models.sizes import check_sizes
 from clip_jax.models.transformer import Transformer
 from clip_jax.models.vit import PatchProjection
 
@@ -71,6 +72,7 @@ class NaFlexConfig:
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
+        check_sizes(self, "vision")
         check_choice("vision.activation", self.activation, ACTIVATIONS)
         if min(self.patch_size, self.max_patches) < 1 or self.image_size < self.patch_size:
             raise UserError(

@@ -56,7 +56,8 @@ class ExitReport:
     def write(self, code: int, reason: str, *, stack: str = "") -> None:
         """Write the report; what the disk does not take is told, and ends nothing."""
         with self._lock:
-            if self._is_written or (self._path.exists() and not self.owns_folder):
+            is_foreign = self._path.exists() and not self.owns_folder
+            if self._is_written or is_foreign or not self._folder.is_dir():
                 return
             self._is_written = True
             values = {

@@ -57,7 +57,9 @@ def server(tmp_path, monkeypatch):
                 requests[name] += self.command == "GET"
                 fails = requests[name] <= failures[name]
             answer = answers.get(name, 503)
-            if not fails:
+            if not fails and self.command == "HEAD":
+                super().do_HEAD()
+            elif not fails:
                 super().do_GET()
             elif answer == CUT:
                 self.send_response(200)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,12 +11,15 @@ from pairs import run_losses, tiny_config, write_data
 from tiny import VIT
 
 from clip_jax import main
-from clip_jax.errors import EXIT_ERROR, UserError
+from clip_jax.errors import EXIT_TERMINATED, UserError
 from clip_jax.losses.dense import pair_losses, sigmoid_loss, softmax_loss
 from clip_jax.models import zoo
 from clip_jax.tools.replay import replay_text, shard_losses, write_replay
+from clip_jax.training import replay as replay_module
+from clip_jax.training import run_logger
 from clip_jax.training.replay import module_of, replay
 
+# The programs are test_trainer's, which its worker may have compiled.
 TINY = dataclasses.replace(
     VIT,
     vision=dataclasses.replace(VIT.vision, layers=1),
@@ -35,29 +39,39 @@ def tiny_model():
         yield
 
 
+def config_of(data, **changes):
+    return tiny_config(data, train__steps=12, checkpoint__every=5, **changes)
+
+
 @pytest.fixture(scope="module")
 def workdir(data, tmp_path_factory):
-    """Train 9 steps; the run was shorter first, and its learning rate another."""
+    """Train 12 steps; after the first 6 or 7 the run is stopped, and its images are mirrored."""
     folder = tmp_path_factory.mktemp("run")
-    config = tiny_config(data, train__steps=6, checkpoint__every=4)
-    assert main.run(config, str(folder)) == 0
-    later = dataclasses.replace(
-        config,
-        train=dataclasses.replace(config.train, steps=9),
-        optim=dataclasses.replace(config.optim, learning_rate=1e-3),
-    )
-    assert main.run(later, str(folder), allow_change=["config.optim.learning_rate"]) == 0
+    original = run_logger.RunLogger.log_step
+
+    def stop(self, step, *args):
+        if step == 6:
+            signal.raise_signal(signal.SIGTERM)
+        return original(self, step, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_logger.RunLogger, "log_step", stop)
+        assert main.run(config_of(data), str(folder)) == EXIT_TERMINATED
+    told = json.loads((folder / "exit.json").read_text())
+    assert told["code"] == EXIT_TERMINATED and told["reason"].startswith("SIGTERM: saved step")
+    later = config_of(data, data__flip=0.5)
+    assert main.run(later, str(folder), allow_change=["config.data.flip"]) == 0
     return folder
 
 
 def test_steps_before_and_after_a_change_are_equal_to_the_bit(workdir, tmp_path):
     logged = dict(run_losses(workdir))
     before = sorted(path.name for path in workdir.iterdir())
-    early = replay(workdir, 5, around=1)
-    late = replay(workdir, 8)
-    assert (early.start, late.start) == (0, 6)
+    early = replay(workdir, 4, around=1)
+    late = replay(workdir, 11)
+    assert (early.start, late.start) == (0, 10)
     assert early.is_equal and late.is_equal
-    assert [(p["step"], p["loss"]) for p in early.curve] == [(s, logged[s]) for s in (4, 5, 6)]
+    assert [(p["step"], p["loss"]) for p in early.curve] == [(s, logged[s]) for s in (3, 4, 5)]
     assert sorted(path.name for path in workdir.iterdir()) == before
 
     assert len({s.key for s in late.samples}) == 16 and not late.not_finite
@@ -68,7 +82,7 @@ def test_steps_before_and_after_a_change_are_equal_to_the_bit(workdir, tmp_path)
     assert {"visual/transformer/resblocks_0", "logit_scale"} <= set(late.gradient_norms)
     assert sum(count for _, count in shard_losses(late).values()) == 16
     text = replay_text(early)
-    assert "made again from step 0" in text and "equal to the bit" in text and "\n>5 " in text
+    assert "made again from step 0" in text and "equal to the bit" in text and "\n>4 " in text
     files = write_replay(late, tmp_path / "out")
     assert [path.name for path in files] == ["step.json", "samples.png"]
     assert json.loads(files[0].read_text())["samples"][0]["key"] == late.samples[0].key
@@ -77,44 +91,51 @@ def test_steps_before_and_after_a_change_are_equal_to_the_bit(workdir, tmp_path)
 def test_the_exit_explains_itself_and_a_refused_start_leaves_it(data, workdir):
     text = (workdir / "exit.json").read_text()
     told = json.loads(text)
-    assert (told["code"], told["reason"], told["last_step"]) == (0, "all 9 steps are done", 9)
-    assert [(line["step"], line["loss"]) for line in told["steps"]] == run_losses(workdir)[-3:]
-    assert [start["step"] for start in told["history"]] == [0, 6]
-    assert told["config"]["optim"]["learning_rate"] == 1e-3 and told["devices"] == "8 cpu"
+    assert (told["code"], told["reason"], told["last_step"]) == (0, "all 12 steps are done", 12)
+    first, second = told["history"]
+    steps = [(line["step"], line["loss"]) for line in told["steps"]]
+    assert steps == run_losses(workdir)[second["step"] :]
+    assert first["step"] == 0 and second["changes"] == {"config.data.flip": [0.0, 0.5]}
+    assert told["config"]["data"]["flip"] == 0.5 and told["devices"] == "8 cpu"
     assert {"python", "jax", "clip_jax"} <= set(told["versions"]) and "commit" in told
     with pytest.raises(UserError, match=r"config\.seed = 0 and now it is 1"):
-        main.run(tiny_config(data, train__steps=9, seed=1), str(workdir))
+        main.run(config_of(data, data__flip=0.5, seed=1), str(workdir))
     assert (workdir / "exit.json").read_text() == text
 
 
 def test_steps_that_cannot_be_made_are_named(workdir):
-    with pytest.raises(UserError, match="--step 10: the run has 9 steps"):
-        replay(workdir, 10)
+    with pytest.raises(UserError, match="--step 13: the run has 12 steps"):
+        replay(workdir, 13)
     with pytest.raises(UserError, match="steps count from 1"):
         replay(workdir, 0)
     with pytest.raises(UserError, match="is not a work folder"):
         replay(workdir / "checkpoints", 1)
 
 
-def test_a_run_that_is_not_finite_names_the_command_that_finds_where(data, tmp_path, capsys):
-    config = tiny_config(data, train__steps=4)
-    # What the config does not take: parameters of 1e30, finite themselves.
-    optim = dataclasses.replace(config.optim, learning_rate=1e30, warmup_steps=0)
-    config = dataclasses.replace(config, optim=optim)
-    assert main.run(config, str(tmp_path)) == EXIT_ERROR
-    line = capsys.readouterr().err.strip()
-    told = json.loads((tmp_path / "not_finite.json").read_text())
-    assert line.endswith(f"python -m clip_jax.replay {tmp_path} --step {told['step']}")
-    end = json.loads((tmp_path / "exit.json").read_text())
-    assert end["code"] == EXIT_ERROR and end["steps"][-1]["loss"] == "NaN"
-    assert end["reason"].startswith(f"step {told['step']} is not finite; to look into it: python")
-    found = replay(tmp_path, told["step"])
-    assert [s.key for s in found.samples] == told["keys"]
-    stage, place = next(iter(found.not_finite.items()))
-    assert stage == "forward" and "/" in place
-    assert f"not finite first: forward, {place}" in replay_text(found)
-    with pytest.raises(UserError, match=f"not finite and ends the run; give --step {told['step']}"):
-        replay(tmp_path, told["step"] + 1)
+def test_what_is_not_finite_is_found_where_it_arose(workdir, monkeypatch):
+    make_init = replay_module.make_init
+
+    def broken(*args):
+        def init():
+            state = make_init(*args)()
+            kernel = state.params["visual"]["transformer"]["resblocks_0"]["mlp"]["c_fc"]["kernel"]
+            state.params["visual"]["transformer"]["resblocks_0"]["mlp"]["c_fc"]["kernel"] = (
+                kernel * jnp.inf
+            )
+            return state
+
+        return init
+
+    monkeypatch.setattr(replay_module, "make_init", broken)
+    found = replay(workdir, 1)
+    assert found.not_finite["the state before the step"].endswith("resblocks_0/mlp/c_fc/kernel")
+    assert found.not_finite["forward"] == "visual/transformer/resblocks_0/mlp/c_fc"
+    assert {"the loss", "backward"} <= set(found.not_finite) and not found.metrics["finite"]
+    text = replay_text(found)
+    assert "\nnot finite first: the state before the step, " in text
+    assert "\nthen: forward, visual/transformer/resblocks_0/mlp/c_fc" in text
+    with pytest.raises(UserError, match="step 1 is not finite and ends the run; give --step 1"):
+        replay(workdir, 2)
 
 
 @pytest.mark.parametrize(("name", "loss"), [("softmax", softmax_loss), ("sigmoid", sigmoid_loss)])

@@ -274,6 +274,11 @@ def test_not_finite_stops_with_the_step_the_keys_and_the_last_checkpoint(
     assert told["step"] == 8 and len(told["keys"]) == 16
     assert told["keys"][0] in line and told["keys"][0].count("/") == 1
     assert run_losses(tmp_path)[-1][0] == 7
+    hint = f"to look into it: python -m clip_jax.replay {tmp_path} --step 8"
+    assert line.endswith(hint)
+    end = json.loads((tmp_path / "exit.json").read_text())
+    assert (end["code"], end["reason"]) == (EXIT_ERROR, f"step 8 is not finite; {hint}")
+    assert end["steps"][-1]["loss"] == "NaN"
 
 
 @pytest.mark.parametrize(
