@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -79,6 +80,17 @@ def plain(text: str) -> str:
     Line ends and tabs stay. JSON stays JSON.
     """
     return _CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+@contextmanager
+def located(where: str) -> Iterator[None]:
+    """Begin the message of a UserError with where it arose, unless it says so already."""
+    try:
+        yield
+    except UserError as error:
+        if where in str(error):
+            raise
+        raise UserError(f"{where}: {error}") from None
 
 
 def short(error: BaseException) -> str:

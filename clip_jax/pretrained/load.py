@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from clip_jax.data.images import NAFLEX, OPENAI, SIGLIP, Preprocess
-from clip_jax.errors import UserError, note, note_unknown, short
+from clip_jax.errors import UserError, located, note, note_unknown, short
 from clip_jax.files import check_fetched
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.naflex import NaFlexConfig
@@ -367,7 +367,8 @@ def _from_open_clip_folder(folder: Path) -> Checkpoint:
     if not isinstance(values.get("model_cfg"), dict):
         raise UserError(f"{path} has no model_cfg")
     note_unknown(values, {"model_cfg", "preprocess_cfg"}, str(path))
-    config = config_from_open_clip(values["model_cfg"], str(path))
+    with located(str(path)):
+        config = config_from_open_clip(values["model_cfg"], str(path))
     preprocess = preprocess_from_open_clip(values.get("preprocess_cfg") or {})
     _check_size((values.get("preprocess_cfg") or {}).get("size"), config, str(path))
     weights = _find_weights(folder, OPEN_CLIP_WEIGHTS)
@@ -397,7 +398,8 @@ def tokenizer_family(config: CLIPConfig) -> str:
 
 def _from_hf_folder(folder: Path) -> Checkpoint:
     values = read_json(folder / HF_CONFIG)
-    config = config_from_hf(values, str(folder / HF_CONFIG))
+    with located(str(folder / HF_CONFIG)):
+        config = config_from_hf(values, str(folder / HF_CONFIG))
     kind = values["model_type"]
     preprocess = {"siglip": SIGLIP, "siglip2": NAFLEX}.get(kind, OPENAI)
     # The first is what transformers writes since version 5.

@@ -14,7 +14,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from clip_jax.data.images import OPENAI, Preprocess
-from clip_jax.errors import UserError, short
+from clip_jax.errors import UserError, located, short
 from clip_jax.files import atomic_write
 from clip_jax.models.block_form import BlockForm
 from clip_jax.models.clip import CLIPConfig
@@ -157,9 +157,11 @@ def read_description(workdir: str | Path) -> RunDescription:
             tokenizer = spec_from_json(values["tokenizer"], where=f"{path}: tokenizer")
             if tokenizer.file is not None:
                 tokenizer = dataclasses.replace(tokenizer, file=str(Path(workdir) / tokenizer.file))
+        with located(str(path)):
+            model = model_from_json(values["model"])
         return RunDescription(
             model_name=values["model_name"],
-            model=model_from_json(values["model"]),
+            model=model,
             tokenizer=tokenizer,
             preprocess=preprocess_from_json(
                 values.get("preprocess", {}), where=f"{path}: preprocess"
