@@ -393,7 +393,11 @@ def test_patches_that_cannot_be_dropped(data, tmp_path, monkeypatch, changes, me
     with pytest.raises(UserError, match=message):
         main.run(make_config(data, model__patch_dropout=0.5, **changes), str(tmp_path))
     # Nothing of a run: the data alone was counted.
-    assert {path.name for path in tmp_path.iterdir()} <= {"data_index.json", "run.lock"}
+    assert {path.name for path in tmp_path.iterdir()} <= {
+        "data_index.json",
+        "exit.json",
+        "run.lock",
+    }
 
 
 def test_a_shard_cut_in_half(data, tmp_path):
