@@ -97,7 +97,7 @@ def write_manifest(
 def _row(entry: ShardEntry) -> list[Any]:
     """Return an entry without what is empty at its end."""
     row = list(entry)
-    while not row[-1] and len(row) > 2:
+    while row[-1] in (None, {}) and len(row) > 2:
         row.pop()
     return row
 
