@@ -9,7 +9,6 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -82,7 +81,7 @@ def plain(text: str) -> str:
     return _CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
-@contextmanager
+@contextlib.contextmanager
 def located(where: str) -> Iterator[None]:
     """Begin the message of a UserError with where it arose, unless it says so already."""
     try:

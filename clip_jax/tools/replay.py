@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clip_jax.errors import check_counts, run_command
+from clip_jax.errors import check_counts, plain, run_command
 from clip_jax.files import atomic_write, make_folder
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def main() -> int:
 
     result = replay(args.workdir, args.step, around=args.around, data=args.data)
     files = write_replay(result, Path(args.out or Path(args.workdir) / f"replay-{args.step}"))
-    print(replay_text(result))
+    print(plain(replay_text(result)))
     print(f"written: {', '.join(map(str, files))}")
     return 0
 

@@ -16,7 +16,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from clip_jax.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_USAGE, UserError, short
+from clip_jax.errors import (
+    EXIT_ERROR,
+    EXIT_INTERRUPTED,
+    EXIT_TERMINATED,
+    EXIT_USAGE,
+    Terminated,
+    UserError,
+    short,
+)
 from clip_jax.files import atomic_write
 from clip_jax.parallel import distributed, watchdog
 from clip_jax.sections import Config
@@ -92,6 +100,8 @@ class ExitReport:
             self.write(self.code, self.reason)
         elif isinstance(error, UserError):
             self.write(EXIT_USAGE, str(error))
+        elif isinstance(error, Terminated):
+            self.write(EXIT_TERMINATED, "SIGTERM before or behind the steps")
         elif isinstance(error, KeyboardInterrupt):
             self.write(EXIT_INTERRUPTED, "interrupted")
         else:
