@@ -4,6 +4,7 @@ import os
 import tempfile
 
 from checked_rooms import CHECKED
+from hypothesis import settings
 from jaxtyping import install_import_hook
 from quick import QUICK
 
@@ -16,6 +17,9 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 # The files of tests need not outlast a loss of power, and a busy disk takes a while for each.
 os.fsync = lambda descriptor: None
+# A busy machine takes its time for a case.
+settings.register_profile("tests", deadline=None)
+settings.load_profile("tests")
 
 
 def check_devices() -> None:
