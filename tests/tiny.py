@@ -10,6 +10,12 @@ from clip_jax.models.vit import ViTConfig
 
 TEXT = TextConfig(width=32, layers=3, heads=4, context_length=24, vocab_size=64, eot_id=63)
 VIT = CLIPConfig(16, ViTConfig(image_size=32, patch_size=8, width=48, layers=3, heads=4), TEXT)
+SHALLOW = dataclasses.replace(
+    VIT,
+    vision=dataclasses.replace(VIT.vision, layers=2),
+    text=dataclasses.replace(TEXT, layers=2),
+)
+"""The same with a block that keeps all rows and a last one: whole steps compile sooner."""
 RESNET = CLIPConfig(16, ResNetConfig(image_size=64, layers=(1, 1, 1, 1), width=8), TEXT)
 CONVNET = CLIPConfig(16, ConvNetConfig(image_size=32, patch_size=4, features=(16, 32)), TEXT)
 # CLIPA: no ln_pre, the mean of the patches, text that sees its padding and is pooled at its end.

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 from steps import make_parts, one_device_mesh, run
-from tiny import VIT
+from tiny import SHALLOW as VIT
 
 from clip_jax.models.clip import CLIP
 from clip_jax.models.target import Target

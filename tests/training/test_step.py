@@ -8,11 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from steps import HALF, B, make_all, make_batch, one_device_mesh, run
-from tiny import CONVNET, RESNET, TINY, VIT
+from tiny import CONVNET, RESNET
+from tiny import SHALLOW as VIT
 
 from clip_jax.models.clip import CLIP
 from clip_jax.parallel.mesh import check_batch_size, make_mesh, place_batch
 from clip_jax.training.step import make_encoders
+
+MODELS = {"vit": VIT, "resnet": RESNET}
 
 
 @pytest.fixture(
@@ -25,7 +28,8 @@ from clip_jax.training.step import make_encoders
 )
 def single(request):
     name, loss = request.param
-    return TINY[name], loss, run(TINY[name], one_device_mesh(), loss=loss, jitter=True)
+    config = MODELS[name]
+    return config, loss, run(config, one_device_mesh(), loss=loss, jitter=True)
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from steps import B, make_all, make_batch, one_device_mesh, run
-from tiny import CONVNET, VIT
+from tiny import CONVNET
+from tiny import SHALLOW as VIT
 
 from clip_jax.parallel.mesh import BATCH_AXES, make_mesh, place_batch
 from clip_jax.training.checkpoint import Checkpoints

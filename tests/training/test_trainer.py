@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from pairs import NAMES, run_losses, tiny_config, write_data
 from quick import QUICK
-from tiny import CONVNET, VIT
+from tiny import CONVNET
+from tiny import SHALLOW as VIT
 
 import clip_jax
 from clip_jax import main

@@ -11,7 +11,8 @@ import numpy as np
 import optax
 import pytest
 from pairs import run_losses, tiny_config, write_data
-from tiny import CONVNET, RESNET, SIGLIP, VIT
+from tiny import CONVNET, RESNET, SIGLIP
+from tiny import SHALLOW as VIT
 
 import clip_jax
 from clip_jax import main
