@@ -124,6 +124,26 @@ def test_what_a_size_that_was_not_told_means(server):
             remote.with_retries(url, lambda: fs.info(path))
 
 
+def test_a_file_that_is_not_in_a_bucket_is_asked_for_once():
+    """As s3fs, gcsfs and fsspec's memory say it: of an answer 404, or of a key that is missing."""
+
+    class Answer(Exception):
+        def __init__(self, **attributes):
+            self.__dict__.update(attributes)
+
+    s3 = {"ResponseMetadata": {"HTTPStatusCode": 404}}
+    for cause in (Answer(response=s3), Answer(code=404), KeyError("x"), FileNotFoundError("x")):
+        calls = []
+
+        def call(cause=cause, calls=calls):
+            calls.append(cause)
+            raise FileNotFoundError("bucket/x") from cause
+
+        with pytest.raises(remote.RemoteError, match="s3://bucket/x does not exist"):
+            remote.with_retries("s3://bucket/x", call)
+        assert len(calls) == 1
+
+
 def test_a_server_that_always_fails_loses_the_shard_and_names_it(server, tmp_path):
     pattern, failures, requests = server
     failures["s-00001.tar"] = 10**6

@@ -89,18 +89,32 @@ def with_retries(url: str, call: Callable[[], T]) -> T:
 def _answer(error: BaseException) -> tuple[int | None, float]:
     """Return the status that a server gave, and the seconds that it asks to wait.
 
-    fsspec raises FileNotFoundError for a file whose size it cannot ask for, be it that the server
-    is overloaded or that the connection broke: the status 0 stands for that.
+    fsspec's HTTP raises FileNotFoundError for a file whose size it cannot ask for, be it that the
+    server is overloaded or that the connection broke: the status 0 stands for that. In memory and
+    in buckets it is a file that is not there.
     """
     chain = _causes(error)
     for cause in chain:
-        status = getattr(cause, "status", None)
-        if isinstance(status, int):
+        status = _status(cause)
+        if status is not None:
             headers = getattr(cause, "headers", None) or {}
             wait = str(headers.get("Retry-After", ""))
             return status, float(wait) if wait.isdecimal() else 0.0
-    is_broken = len(chain) > 1 and not isinstance(chain[-1], FileNotFoundError)
-    return (0 if is_broken else None), 0.0
+    last = chain[-1]
+    is_broken = type(last).__module__.startswith("aiohttp") or (
+        isinstance(last, OSError) and not isinstance(last, FileNotFoundError)
+    )
+    return (0 if len(chain) > 1 and is_broken else None), 0.0
+
+
+def _status(error: BaseException) -> int | None:
+    """Return the status that an error of aiohttp, gcsfs or botocore holds."""
+    for name in ("status", "code"):
+        if isinstance(status := getattr(error, name, None), int):
+            return status
+    response = getattr(error, "response", None)
+    metadata = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
+    return metadata.get("HTTPStatusCode")
 
 
 def _causes(error: BaseException) -> list[BaseException]:
