@@ -37,6 +37,10 @@ def check_sizes(config: Any, where: str) -> None:
     width, heads = getattr(config, "width", None), getattr(config, "heads", None)
     if isinstance(width, int) and isinstance(heads, int) and width % heads:
         raise UserError(f"{where}.width is {width}, not a multiple of {where}.heads, {heads}")
+    if getattr(config, "mlp_width", 1) < 1:
+        raise UserError(f"{where} has an MLP without features: mend its mlp_ratio or mlp_width")
+    if getattr(config, "norm_eps", 1.0) < 0:
+        raise UserError(f"{where}.norm_eps is {config.norm_eps}; it takes a number from 0 on")
 
 
 def _check(value: Any, kind: Any, where: str, name: str) -> None:
