@@ -28,8 +28,8 @@ def start(code, **options):
 def test_sigterm_ends_a_command_with_a_line_and_its_code():
     process = start("""
         def command():
-            print("ready", flush=True)
             try:
+                print("ready", flush=True)
                 time.sleep(600)
             finally:
                 print("let go", flush=True)
