@@ -11,6 +11,7 @@ import time
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from pairs import run_losses
 from run_tiny import ROOT, environment, start_two
 
 from faults.trials import STEPS, Campaign, Trial, finish, judged, start, wait_until
@@ -38,6 +39,12 @@ def kills_of_two(campaign: Campaign, count: int, seed: int) -> list[Trial]:
 
 def _kills(campaign: Campaign, count: int, seed: int, *, processes: int) -> list[Trial]:
     rng, trials = random.Random(seed), []
+    losses = campaign.losses
+    if processes > 1:  # float32 sums in another order than one process has
+        whole = campaign.folder / f"whole-{processes}"
+        for process in _start(campaign, whole, processes):
+            _end(process)
+        losses = run_losses(whole)
     for group in range(0, count, 5):
         workdir = campaign.folder / f"kills-{processes}-{group}"
         faults = []
@@ -59,7 +66,7 @@ def _kills(campaign: Campaign, count: int, seed: int, *, processes: int) -> list
         ends = [_end(process) for process in run]
         text = "".join(p.read_text() for p in campaign.folder.glob(f"{workdir.name}*.log"))
         code = next((code for code in ends if code != 0), 0)
-        trials += [judged(campaign, workdir, code, text, fault) for fault in faults]
+        trials += [judged(campaign, workdir, code, text, fault, losses) for fault in faults]
     return trials
 
 
@@ -177,8 +184,6 @@ def full_disks(campaign: Campaign, count: int, seed: int) -> list[Trial]:
 
 def _lines_lost(campaign: Campaign, workdir: Path) -> int:
     """Return how many of a run's lines are not there; all that are must be right."""
-    from pairs import run_losses
-
     found = dict(run_losses(workdir))
     right = dict(campaign.losses)
     if any(right[step] != loss for step, loss in found.items()):

@@ -75,7 +75,14 @@ def finish(process: subprocess.Popen[str], seconds: float = LONGEST) -> tuple[in
     return code, path.read_text() if path.exists() else ""
 
 
-def judged(campaign: Campaign, workdir: Path, code: int | None, text: str, fault: str) -> Trial:
+def judged(
+    campaign: Campaign,
+    workdir: Path,
+    code: int | None,
+    text: str,
+    fault: str,
+    losses: list[tuple[int, float]] | None = None,
+) -> Trial:
     """Return the trial of a run that was to go on to its end with the undisturbed run's losses."""
     if code is None:
         return Trial(False, f"{fault}: hung")
@@ -83,7 +90,7 @@ def judged(campaign: Campaign, workdir: Path, code: int | None, text: str, fault
         return Trial(False, f"{fault}: a traceback: {text.strip().splitlines()[-1][:200]}")
     if code:
         return Trial(False, f"{fault}: exit code {code}: {text.strip().splitlines()[-1][:200]}")
-    if run_losses(workdir) != campaign.losses:
+    if run_losses(workdir) != (losses or campaign.losses):
         return Trial(False, f"{fault}: other losses")
     return Trial(True, fault)
 
