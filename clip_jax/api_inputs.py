@@ -14,7 +14,7 @@ from PIL import Image
 
 from clip_jax.data.images import ImageError, decode_image
 from clip_jax.errors import UserError
-from clip_jax.models.naflex import ImagePatches
+from clip_jax.models.naflex import ImagePatches, own_patches
 
 # Normalized pixels lie within 3 of 0; pixels from 0 to 255 that are not normalized reach further.
 MAX_NORMALIZED = 16.0
@@ -169,7 +169,7 @@ def check_patches(images: ImagePatches, patch_size: int, method: str) -> ImagePa
     check_normalized(patches, method)
     if isinstance(grid, np.ndarray) and isinstance(mask, np.ndarray):
         counts = grid.astype(np.int64).prod(axis=1)
-        expected = np.arange(mask.shape[1]) < counts[:, None]
+        expected = own_patches(grid.astype(np.int64), mask.shape[1])
         if grid.min() < 1 or counts.max() > mask.shape[1] or (expected != (mask != 0)).any():
             raise UserError(
                 f"{method} got a mask that is not that of its grid: rows x columns patches come "

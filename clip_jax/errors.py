@@ -29,6 +29,15 @@ class UserError(Exception):
     """
 
 
+def exit_code(error: BaseException) -> int:
+    """Return the code that a process exits with after an exception."""
+    if isinstance(error, UserError):
+        return EXIT_USAGE
+    if isinstance(error, Terminated):
+        return EXIT_TERMINATED
+    return EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else EXIT_ERROR
+
+
 @functools.cache
 def note(message: str) -> None:
     """Print a line on stderr, once in a process: what was done that nobody asked for."""
@@ -110,13 +119,11 @@ def run_command(command: Callable[[], int]) -> NoReturn:
             code = command()
     except UserError as error:
         print(f"error: {plain(str(error))}", file=sys.stderr, flush=True)
-        code = EXIT_USAGE
-    except Terminated:
-        print(TERMINATED, file=sys.stderr, flush=True)
-        code = EXIT_TERMINATED
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        code = EXIT_INTERRUPTED
+        code = exit_code(error)
+    except KeyboardInterrupt as error:
+        line = TERMINATED if isinstance(error, Terminated) else "interrupted"
+        print(line, file=sys.stderr, flush=True)
+        code = exit_code(error)
     finally:
         sys.stdout.flush()
         sys.stdout, sys.stderr = streams

@@ -18,15 +18,7 @@ from contextlib import contextmanager, suppress
 
 import jax
 
-from clip_jax.errors import (
-    EXIT_ERROR,
-    EXIT_INTERRUPTED,
-    EXIT_TERMINATED,
-    EXIT_USAGE,
-    Terminated,
-    UserError,
-    short,
-)
+from clip_jax.errors import EXIT_ERROR, Terminated, UserError, exit_code, short
 from clip_jax.parallel.distributed import FOREVER_MS, gather, is_first
 from clip_jax.parallel.jax_internals import coordination_client, process_count, process_index
 from clip_jax.parallel.limits import LIMITS, Limits
@@ -109,19 +101,17 @@ def ending_together() -> Iterator[None]:
         coordination_client().blocking_key_value_get(_END, FOREVER_MS)
         stand_by()
     except UserError as error:
-        _fail(str(error), EXIT_USAGE)
-    except Terminated:
-        _fail("terminated", EXIT_TERMINATED)
-    except KeyboardInterrupt:
-        _fail("interrupted", EXIT_INTERRUPTED)
+        _fail(str(error), exit_code(error))
+    except KeyboardInterrupt as error:
+        _fail("terminated" if isinstance(error, Terminated) else "interrupted", exit_code(error))
     except jax.errors.JaxRuntimeError as error:
         # A collective breaks when a process is gone, before the watch can know which: let it say.
         time.sleep(_limits.heartbeat + 2 * min(_BEAT_SECONDS, _limits.heartbeat))
         traceback.print_exc()
-        _fail(short(error), EXIT_ERROR)
+        _fail(short(error), exit_code(error))
     except Exception as error:
         traceback.print_exc()
-        _fail(short(error), EXIT_ERROR)
+        _fail(short(error), exit_code(error))
 
 
 def _fail(reason: str, code: int) -> None:

@@ -41,13 +41,16 @@ def write_replay(result: "Replay", out: Path) -> list[Path]:
       UserError: they cannot be written.
     """
     from clip_jax.evaluation.plots import caption_grid
+    from clip_jax.training.metrics import to_json
 
     make_folder(out, flag="--out")
     values = dataclasses.asdict(dataclasses.replace(result, images_BHWC=None))  # type: ignore[arg-type]
     del values["images_BHWC"]
     path = out / "step.json"
     with atomic_write(path) as partial:
-        partial.write_text(json.dumps(values | {"is_equal": result.is_equal}, indent=1) + "\n")
+        # JSON has no number that is not finite.
+        values = to_json(values | {"is_equal": result.is_equal})
+        partial.write_text(json.dumps(values, indent=1) + "\n")
     worst = by_loss(result)[:SHOWN_IMAGES]
     captions = [
         f"{mean_loss(s):.3f} (i {s.image_loss:.3f}, t {s.text_loss:.3f}) {s.key} {s.caption}"

@@ -16,15 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from clip_jax.errors import (
-    EXIT_ERROR,
-    EXIT_INTERRUPTED,
-    EXIT_TERMINATED,
-    EXIT_USAGE,
-    Terminated,
-    UserError,
-    short,
-)
+from clip_jax.errors import EXIT_ERROR, Terminated, UserError, exit_code, short
 from clip_jax.files import atomic_write
 from clip_jax.parallel import distributed, watchdog
 from clip_jax.sections import Config
@@ -99,11 +91,11 @@ class ExitReport:
         if error is None:
             self.write(self.code, self.reason)
         elif isinstance(error, UserError):
-            self.write(EXIT_USAGE, str(error))
-        elif isinstance(error, Terminated):
-            self.write(EXIT_TERMINATED, "SIGTERM before or behind the steps")
+            self.write(exit_code(error), str(error))
         elif isinstance(error, KeyboardInterrupt):
-            self.write(EXIT_INTERRUPTED, "interrupted")
+            was_told = isinstance(error, Terminated)
+            reason = "SIGTERM before or behind the steps" if was_told else "interrupted"
+            self.write(exit_code(error), reason)
         else:
             stack = "".join(traceback.format_exception(error))
-            self.write(EXIT_ERROR, short(error), stack=stack)
+            self.write(exit_code(error), short(error), stack=stack)

@@ -41,7 +41,7 @@ from clip_jax.training.batch_feed import BatchFeed, PlacedBatch
 from clip_jax.training.checkpoint import Checkpoints, not_finite
 from clip_jax.training.fingerprint import CONTENTS, DATA, PAIRS, TOKENIZER, Fingerprint
 from clip_jax.training.history import devices, read_history
-from clip_jax.training.metrics import DataWait
+from clip_jax.training.metrics import DataWait, to_json
 from clip_jax.training.setup import (
     RunComponents,
     build_run,
@@ -116,7 +116,9 @@ class Replay:
     @property
     def is_equal(self) -> bool | None:
         """Whether the loss is the logged one to the bit; None where none was logged."""
-        return None if self.logged is None else self.logged["loss"] == self.metrics["loss"]
+        # A loss that is not finite is a text in both.
+        loss = to_json(self.metrics["loss"])
+        return None if self.logged is None else self.logged["loss"] == loss
 
 
 def replay(workdir: str | Path, step: int, *, around: int = 0, data: str = "") -> Replay:
