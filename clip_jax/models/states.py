@@ -24,6 +24,7 @@ from clip_jax.models.layers import gelu
 from clip_jax.models.naflex import ImagePatches, NaFlexConfig
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.text import TextConfig
+from clip_jax.models.text_encoder import mean_of_seen
 from clip_jax.models.vit import ViTConfig
 
 TOWERS = {"image": "visual", "text": "text"}
@@ -149,9 +150,7 @@ def _text_states(
         # Its blocks end on their norms.
         if form.pool == "first":
             return rows_BLD, rows_BLD[:, 0]
-        seen_BL = tokens_BL != form.pad_id
-        weights_BL = seen_BL / jnp.sum(seen_BL, axis=1, keepdims=True)
-        return rows_BLD, jnp.einsum("BL,BLD->BD", weights_BL.astype(rows_BLD.dtype), rows_BLD)
+        return rows_BLD, mean_of_seen(rows_BLD, tokens_BL != form.pad_id)
     norm = params["ln_final"]
     rows_BLD = layer_norm(rows_BLD, norm["scale"], norm["bias"], config.norm_eps)
     return rows_BLD, captured["ln_final",]

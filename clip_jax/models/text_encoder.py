@@ -3,7 +3,7 @@
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from clip_jax.models.block_form import BlockForm
 from clip_jax.models.execution import DEFAULT_EXEC_CONFIG, ExecConfig
@@ -20,6 +20,12 @@ def sinusoids(length: int, width: int, first: int) -> Float[np.ndarray, "L D"]:
     places = np.arange(first, first + length, dtype=np.float32)
     angles_LD = places[:, None] * frequencies
     return np.concatenate([np.sin(angles_LD), np.cos(angles_LD)], axis=1)
+
+
+def mean_of_seen(x_BLD: Float[Array, "B L D"], seen_BL: Bool[Array, "B L"]) -> Array:
+    """Return the mean of each caption's rows without those of its padding."""
+    weights_BL = seen_BL / jnp.sum(seen_BL, axis=1, keepdims=True)
+    return jnp.einsum("BL,BLD->BD", weights_BL.astype(x_BLD.dtype), x_BLD)
 
 
 class TextEncoder(nn.Module):
@@ -53,8 +59,7 @@ class TextEncoder(nn.Module):
             x_BD = transformer(x_BLD, first_B, inputs=inputs)[:, 0]
         else:
             x_BLD = transformer(x_BLD, inputs=inputs)
-            weights_BL = seen_BL / jnp.sum(seen_BL, axis=1, keepdims=True)
-            x_BD = jnp.einsum("BL,BLD->BD", weights_BL.astype(x_BLD.dtype), x_BLD)
+            x_BD = mean_of_seen(x_BLD, seen_BL)
         if form.norms == "before":
             # Layer norm works on each row alone, so it may follow the pooling of one.
             x_BD = LayerNorm(c.norm_eps, name="ln_final")(x_BD)

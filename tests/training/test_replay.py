@@ -112,7 +112,7 @@ def test_steps_that_cannot_be_made_are_named(workdir):
         replay(workdir / "checkpoints", 1)
 
 
-def test_what_is_not_finite_is_found_where_it_arose(workdir, monkeypatch):
+def test_what_is_not_finite_is_found_where_it_arose(workdir, tmp_path, monkeypatch):
     make_init = replay_module.make_init
 
     def broken(*args):
@@ -131,6 +131,10 @@ def test_what_is_not_finite_is_found_where_it_arose(workdir, monkeypatch):
     assert found.not_finite["the state before the step"].endswith("resblocks_0/mlp/c_fc/kernel")
     assert found.not_finite["forward"] == "visual/transformer/resblocks_0/mlp/c_fc"
     assert {"the loss", "backward"} <= set(found.not_finite) and not found.metrics["finite"]
+    text = write_replay(found, tmp_path / "out")[0].read_text()
+    json.loads(text, parse_constant=pytest.fail)  # NaN and Infinity are no JSON
+    logged = {"loss": json.loads(text)["metrics"]["loss"]}
+    assert dataclasses.replace(found, logged=logged).is_equal
     text = replay_text(found)
     assert "\nnot finite first: the state before the step, " in text
     assert "\nthen: forward, visual/transformer/resblocks_0/mlp/c_fc" in text
