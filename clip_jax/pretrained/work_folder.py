@@ -170,8 +170,7 @@ def read_description(workdir: str | Path) -> RunDescription:
         )
     except FileNotFoundError:
         raise UserError(
-            f"{workdir} is not a work folder: it has no {CONFIG_FILENAME}; give the --workdir of a"
-            " run"
+            f"{workdir} is not a work folder: it has no {CONFIG_FILENAME}; give that of a run"
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{path} is damaged ({short(error)})") from None
