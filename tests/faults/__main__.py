@@ -1,19 +1,24 @@
-"""Run the campaign: `python -m faults [KIND ...] [--share 0.1] [--seed 1] [--out PAGE]`."""
+"""Run the campaign: `python -m faults [KIND ...] [--share 0.1] [--seed 1] [--out PAGE]`.
+
+A kind's row of the page's table is written when the kind is done, or interrupted, with what was
+tried until then; the rows of other kinds stay.
+"""
 
 import argparse
 import datetime
 import os
+import signal
 import tempfile
 import time
-from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from faults.kinds import KINDS
-from faults.trials import Campaign, Trial, begin
+from faults.page import Row, updated
+from faults.trials import Campaign, Trial, begin, kill_started
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "reliability.md"
-MARK = "<!-- what follows is written by `make faults` -->"
 
 
 def parse() -> argparse.Namespace:
@@ -30,53 +35,49 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def table(results: dict[str, tuple[list[Trial], float]], whole: dict[str, int]) -> str:
-    """Return the table of what was tried and what came of it."""
-    lines = ["| fault | tried | of a whole campaign | survived | minutes | what came of them |"]
-    lines.append("| --- | ---: | ---: | ---: | ---: | --- |")
-    for name, (trials, seconds) in results.items():
-        outcomes = Counter(trial.outcome.split(", exit code")[0] for trial in trials)
-        if len(outcomes) > 8:
-            outcomes = Counter(
-                outcome.partition(":")[2] or outcome for outcome in outcomes.elements()
-            )
-        common = outcomes.most_common(6)
-        told = "; ".join(f"{n} {outcome.strip()}" for outcome, n in common)
-        survived = sum(trial.survived for trial in trials)
-        lines.append(
-            f"| {KINDS[name][2]} | {len(trials):,} | {whole[name]:,} | {survived:,} | "
-            f"{seconds / 60:.1f} | {told} |"
-        )
-    return "\n".join(lines)
+def collect(trials: Iterable[Trial], found: list[Trial]) -> bool:
+    """Gather the trials as they come; return whether all came, and no Ctrl-C or SIGTERM."""
+    try:
+        found.extend(trials)
+    except KeyboardInterrupt:
+        return False
+    return True
+
+
+def write_row(path: Path, title: str, row: Row) -> None:
+    """Replace a kind's row of a page's table."""
+    page = path.read_text() if path.exists() else ""
+    path.write_text(updated(page, {title: str(row)}, [title for _, _, title in KINDS.values()]))
 
 
 def main() -> int:
     """Run the kinds, and write the page; return 1 if a trial was not survived."""
     args = parse()
     names = args.kinds or list(KINDS)
-    results: dict[str, tuple[list[Trial], float]] = {}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    all_survived, all_came = True, True
     with tempfile.TemporaryDirectory(prefix="clip_jax_faults_") as folder:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{folder}/programs"
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
-        needs_run = set(names) - {"mutants", "configs"}
         place = Path(folder)
+        needs_run = set(names) - {"mutants", "configs"}
         campaign = begin(place) if needs_run else Campaign(place, place, place, [])
         for name in names:
-            function, whole, _ = KINDS[name]
-            begun = time.monotonic()
-            trials = function(campaign, max(1, round(whole * args.share)), args.seed)
-            results[name] = trials, time.monotonic() - begun
+            function, whole, title = KINDS[name]
+            begun, trials = time.monotonic(), list[Trial]()
+            count = max(1, round(whole * args.share))
+            all_came = collect(function(campaign, count, args.seed), trials)
+            seconds, today = time.monotonic() - begun, datetime.datetime.now(datetime.UTC)
+            row = Row(title, trials, whole, seconds, args.seed, f"{today:%Y-%m-%d}")
+            if trials:
+                write_row(args.out, title, row)
             lost = [trial.outcome for trial in trials if not trial.survived]
+            all_survived &= not lost
             print(f"{name}: {len(trials) - len(lost)} of {len(trials)} survived", *lost, sep="\n  ")
-    share = "" if args.share == 1 else f" --share {args.share:g}"
-    text = (
-        f"`make faults` with `--seed {args.seed}{share}`, "
-        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}.\n\n"
-        f"{table(results, {name: KINDS[name][1] for name in results})}\n"
-    )
-    head = args.out.read_text().partition(MARK)[0] if args.out.exists() else ""
-    args.out.write_text(f"{head}{MARK}\n{text}")
-    return int(any(not trial.survived for trials, _ in results.values() for trial in trials))
+            if not all_came:
+                kill_started()
+                break
+    return 130 if not all_came else int(not all_survived)
 
 
 if __name__ == "__main__":

@@ -131,8 +131,8 @@ def configs(count: int, seed: int) -> Iterator[Outcome]:
 
 
 def main() -> None:
-    """Make the trials and write what came of them."""
-    kind, count, seed, experiment, whole, out = sys.argv[1:]
+    """Make the trials, and write a line of JSON for what came of each."""
+    kind, count, seed, experiment, whole = sys.argv[1:]
     work = int(count), int(seed)
     trials = {
         "damage": lambda: damages(*work, Path(experiment), Path(whole), "**/*"),
@@ -140,11 +140,9 @@ def main() -> None:
         "mutants": lambda: mutants(*work),
         "configs": lambda: configs(*work),
     }[kind]()
-    found: list[Outcome] = []
-    try:
-        found.extend(trials)
-    finally:
-        Path(out).write_text(json.dumps(found))
+    out, sys.stdout = sys.stdout, sys.stderr
+    for outcome in trials:
+        print(json.dumps(outcome), file=out, flush=True)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,23 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from pairs import run_losses
 from run_tiny import ROOT, environment, start_two
 
-from faults.trials import STEPS, Campaign, Trial, finish, judged, start, wait_until
+from faults.trials import (
+    STEPS,
+    Campaign,
+    Trial,
+    finish,
+    judged,
+    start,
+    started,
+    wait_until,
+)
 
 
 def _is_saving(workdir: Path) -> bool:
@@ -27,18 +37,18 @@ def _steps_done(workdir: Path) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
 
-def kills(campaign: Campaign, count: int, seed: int) -> list[Trial]:
-    """Kill one process with SIGKILL, every other time inside a save; then run to the end."""
-    return _kills(campaign, count, seed, processes=1)
+def kills(campaign: Campaign, count: int, seed: int) -> Iterator[Trial]:
+    """Kill one process with SIGKILL, three times of five inside a save; then run to the end."""
+    yield from _kills(campaign, count, seed, processes=1)
 
 
-def kills_of_two(campaign: Campaign, count: int, seed: int) -> list[Trial]:
-    """Kill both processes of a run, every other time inside a save; then run to the end."""
-    return _kills(campaign, count, seed, processes=2)
+def kills_of_two(campaign: Campaign, count: int, seed: int) -> Iterator[Trial]:
+    """Kill both processes of a run, three times of five inside a save; then run to the end."""
+    yield from _kills(campaign, count, seed, processes=2)
 
 
-def _kills(campaign: Campaign, count: int, seed: int, *, processes: int) -> list[Trial]:
-    rng, trials = random.Random(seed), []
+def _kills(campaign: Campaign, count: int, seed: int, *, processes: int) -> Iterator[Trial]:
+    rng = random.Random(seed)
     losses = campaign.losses
     if processes > 1:  # float32 sums in another order than one process has
         whole = campaign.folder / f"whole-{processes}"
@@ -47,27 +57,36 @@ def _kills(campaign: Campaign, count: int, seed: int, *, processes: int) -> list
         losses = run_losses(whole)
     for group in range(0, count, 5):
         workdir = campaign.folder / f"kills-{processes}-{group}"
-        faults = []
-        for number in range(group, min(group + 5, count)):
-            run = _start(campaign, workdir, processes)
-            before, in_save = _steps_done(workdir), number % 2 == 0
-            wait_until(lambda w=workdir, b=before: _steps_done(w) > b, run[0])
-            if in_save:
-                wait_until(lambda w=workdir: _is_saving(w), run[0])
-            else:
-                time.sleep(rng.uniform(0, 0.3))
-            was_inside = _is_saving(workdir)
-            for process in run:
-                process.kill()
-            for process in run:
-                process.wait()
-            faults.append(f"killed {'inside' if was_inside else 'outside'} a save")
+        faults = [
+            _kill(_start(campaign, workdir, processes), workdir, rng, in_save=number % 5 < 3)
+            for number in range(group, min(group + 5, count))
+        ]
         run = _start(campaign, workdir, processes)
         ends = [_end(process) for process in run]
         text = "".join(p.read_text() for p in campaign.folder.glob(f"{workdir.name}*.log"))
         code = next((code for code in ends if code != 0), 0)
-        trials += [judged(campaign, workdir, code, text, fault, losses) for fault in faults]
-    return trials
+        for fault in faults:
+            yield judged(campaign, workdir, code, text, fault, losses)
+
+
+def _kill(run: list[subprocess.Popen], workdir: Path, rng: random.Random, *, in_save: bool) -> str:
+    """Kill a run inside a save or where it happens to be; return where that was."""
+    before = _steps_done(workdir)
+    # From the first step on: before it, what an earlier kill has left of a save may lie there.
+    wait_until(lambda: _steps_done(workdir) > before, run[0])
+    if in_save:
+        wait_until(lambda: _is_saving(workdir), run[0])
+    else:
+        time.sleep(rng.uniform(0, 0.15))
+    is_over = any(process.poll() is not None for process in run)
+    for process in run:
+        process.kill()
+    for process in run:
+        process.wait()
+    if is_over:
+        return "over before it was killed"
+    # What stays of a save that was not finished.
+    return f"killed {'inside' if _is_saving(workdir) else 'outside'} a save"
 
 
 def _end(process: subprocess.Popen) -> int | None:
@@ -82,46 +101,54 @@ def _start(campaign: Campaign, workdir: Path, processes: int) -> list[subprocess
     if processes == 1:
         return [start(campaign.experiment, workdir)]
     flags = (f"--config.train.steps={STEPS}", "--config.checkpoint.every=3")
-    return start_two(campaign.experiment, workdir, *flags, devices=1)
+    return [started(p) for p in start_two(campaign.experiment, workdir, *flags, devices=1)]
 
 
-def damages(campaign: Campaign, count: int, seed: int) -> list[Trial]:
+def damages(campaign: Campaign, count: int, seed: int) -> Iterator[Trial]:
     """Damage a file of the newest checkpoint: bits, zeros, cut, emptied, deleted."""
-    return _in_one_process(campaign, "damage", count, seed)
+    yield from _in_one_process(campaign, "damage", count, seed)
 
 
-def damages_of_meta(campaign: Campaign, count: int, seed: int) -> list[Trial]:
+def damages_of_meta(campaign: Campaign, count: int, seed: int) -> Iterator[Trial]:
     """Flip bits of the newest checkpoint's `meta`."""
-    return _in_one_process(campaign, "meta", count, seed)
+    yield from _in_one_process(campaign, "meta", count, seed)
 
 
-def mutants(campaign: Campaign, count: int, seed: int) -> list[Trial]:
+def mutants(campaign: Campaign, count: int, seed: int) -> Iterator[Trial]:
     """Read checkpoints of other programs with bytes changed."""
-    return _in_one_process(campaign, "mutants", count, seed)
+    yield from _in_one_process(campaign, "mutants", count, seed)
 
 
-def configs(campaign: Campaign, count: int, seed: int) -> list[Trial]:
+def configs(campaign: Campaign, count: int, seed: int) -> Iterator[Trial]:
     """Resolve experiments, and read configs of models, with random values in them."""
-    return _in_one_process(campaign, "configs", count, seed)
+    yield from _in_one_process(campaign, "configs", count, seed)
 
 
-def _in_one_process(campaign: Campaign, what: str, count: int, seed: int) -> list[Trial]:
+def _in_one_process(campaign: Campaign, what: str, count: int, seed: int) -> Iterator[Trial]:
     """Make trials of a second each in one process, which the start of Python would outweigh."""
-    out = campaign.folder / f"{what}.json"
     line = [sys.executable, "-m", "faults.inside", what, str(count), str(seed)]
-    line += [str(campaign.experiment), str(campaign.whole), str(out)]
+    line += [str(campaign.experiment), str(campaign.whole)]
     env = environment(1) | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
-    done = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True)
-    trials = json.loads(out.read_text()) if out.exists() else []
-    found = [Trial(*values) for values in trials]
-    lost = count - len(found)
-    reason = (done.stderr.strip().splitlines() or ["no reason"])[-1][:200]
-    return found + [Trial(False, f"the process ended with {done.returncode}: {reason}")] * lost
+    log, found = campaign.folder / f"{what}.log", 0
+    with log.open("w") as errors:
+        process = started(
+            subprocess.Popen(
+                line, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=errors, text=True
+            )
+        )
+        assert process.stdout is not None
+        for answer in process.stdout:
+            found += 1
+            yield Trial(*json.loads(answer))
+    process.wait()
+    reason = (log.read_text().strip().splitlines() or ["no reason"])[-1][:200]
+    for _ in range(count - found):
+        yield Trial(False, f"the process ended with {process.returncode}: {reason}")
 
 
-def races(campaign: Campaign, count: int, seed: int) -> list[Trial]:
+def races(campaign: Campaign, count: int, seed: int) -> Iterator[Trial]:
     """Start the same command twice in one folder at once."""
-    rng, trials = random.Random(seed), []
+    rng = random.Random(seed)
     for number in range(count):
         workdir = campaign.folder / f"race-{number}"
         first = start(campaign.experiment, workdir)
@@ -131,17 +158,16 @@ def races(campaign: Campaign, count: int, seed: int) -> list[Trial]:
         codes = sorted((a if a is not None else -1, b if b is not None else -1))
         refused = text.count("is in use by process")
         if codes == [0, 2] and refused == 1:
-            trials.append(judged(campaign, workdir, 0, text, "one ran, one was refused"))
+            yield judged(campaign, workdir, 0, text, "one ran, one was refused")
         elif codes == [0, 0]:  # the first was done before the second looked
-            trials.append(judged(campaign, workdir, 0, text, "one after the other"))
+            yield judged(campaign, workdir, 0, text, "one after the other")
         else:
-            trials.append(Trial(False, f"exit codes {codes}"))
-    return trials
+            yield Trial(False, f"exit codes {codes}")
 
 
-def full_disks(campaign: Campaign, count: int, seed: int) -> list[Trial]:
+def full_disks(campaign: Campaign, count: int, seed: int) -> Iterator[Trial]:
     """Run where no file may grow beyond a size; then without that limit."""
-    rng, trials = random.Random(seed), []
+    rng = random.Random(seed)
     for number in range(count):
         workdir, limit = campaign.folder / f"full-{number}", int(10 ** rng.uniform(2, 6.3))
         workdir.mkdir()
@@ -161,25 +187,25 @@ def full_disks(campaign: Campaign, count: int, seed: int) -> list[Trial]:
                     resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY)
                 ),
             )
+            started(process)
             try:
                 text, _ = process.communicate(timeout=240)
             except subprocess.TimeoutExpired:
                 process.kill()
-                trials.append(Trial(False, f"files of {limit} bytes at most: hung"))
+                yield Trial(False, f"files of {limit} bytes at most: hung")
                 continue
             out.write(text)
         if process.returncode not in (0, 1, 2) or "Traceback" in text:
             last = text.strip().splitlines()[-1][:200] if text.strip() else ""
-            trials.append(Trial(False, f"{limit} bytes: {process.returncode}: {last}"))
+            yield Trial(False, f"{limit} bytes: {process.returncode}: {last}")
             continue
         code, text = finish(start(campaign.experiment, workdir))
         lost = _lines_lost(campaign, workdir)
         fault = f"files of {limit} bytes at most, exit code {process.returncode}"
         if code == 0 and lost:
-            trials.append(Trial("Traceback" not in text, f"{fault}; {lost} lines of metrics lost"))
+            yield Trial("Traceback" not in text, f"{fault}; {lost} lines of metrics lost")
         else:
-            trials.append(judged(campaign, workdir, code, text, fault))
-    return trials
+            yield judged(campaign, workdir, code, text, fault)
 
 
 def _lines_lost(campaign: Campaign, workdir: Path) -> int:
@@ -191,9 +217,9 @@ def _lines_lost(campaign: Campaign, workdir: Path) -> int:
     return len(right) - len(found)
 
 
-def damaged_shards(campaign: Campaign, count: int, seed: int) -> list[Trial]:
+def damaged_shards(campaign: Campaign, count: int, seed: int) -> Iterator[Trial]:
     """Damage a shard while the run reads it: the run ends well or with one line."""
-    rng, trials = random.Random(seed), []
+    rng = random.Random(seed)
     for number in range(count):
         folder = campaign.folder / f"shards-{number}"
         shutil.copytree(campaign.experiment.parent, folder)
@@ -211,9 +237,8 @@ def damaged_shards(campaign: Campaign, count: int, seed: int) -> list[Trial]:
         lines = text.strip().splitlines()
         ends_well = code == 0 or (code in (1, 2) and lines[-1].startswith("error: "))
         survived = ends_well and "Traceback" not in text
-        trials.append(Trial(survived, f"{what}: exit code {code}"))
+        yield Trial(survived, f"{what}: exit code {code}")
         shutil.rmtree(folder)
-    return trials
 
 
 def _damage(path: Path, rng: random.Random) -> str:
@@ -236,9 +261,9 @@ def _damage(path: Path, rng: random.Random) -> str:
     return what
 
 
-def server_faults(campaign: Campaign, count: int, seed: int) -> list[Trial]:
+def server_faults(campaign: Campaign, count: int, seed: int) -> Iterator[Trial]:
     """Serve the shards by HTTP with errors: the run has the losses of local files."""
-    rng, trials = random.Random(seed), []
+    rng = random.Random(seed)
     folder = campaign.experiment.parent
     for number in range(count):
         kind, share = rng.choice([500, 502, 503, 429, -1]), rng.uniform(0.1, 0.5)
@@ -248,13 +273,14 @@ def server_faults(campaign: Campaign, count: int, seed: int) -> list[Trial]:
             thread.start()
             address = f"http://127.0.0.1:{http.server_port}/{{00000..00002}}.tar"
             workdir = campaign.folder / f"server-{number}"
-            process = start(campaign.experiment, workdir, f"--config.data.train={address}")
-            code, text = finish(process)
-            http.shutdown()
-            thread.join()
+            try:
+                process = start(campaign.experiment, workdir, f"--config.data.train={address}")
+                code, text = finish(process)
+            finally:
+                http.shutdown()
+                thread.join()
         name = "broken bodies" if kind < 0 else str(kind)
-        trials.append(judged(campaign, workdir, code, text, f"{share:.0%} of answers {name}"))
-    return trials
+        yield judged(campaign, workdir, code, text, f"{share:.0%} of answers {name}")
 
 
 def _failing_handler(folder: Path, kind: int, share: float, rng: random.Random) -> type:

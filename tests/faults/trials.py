@@ -4,7 +4,7 @@ import dataclasses
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pairs import run_losses
@@ -40,8 +40,24 @@ class Campaign:
     losses: list[tuple[int, float]]
 
 
-Kind = Callable[["Campaign", int, int], list[Trial]]
-"""(campaign, count, seed) -> that many trials."""
+Kind = Callable[["Campaign", int, int], Iterator[Trial]]
+"""(campaign, count, seed) -> that many trials, each as soon as it is known."""
+
+_started: list[subprocess.Popen[str]] = []
+
+
+def started(process: subprocess.Popen[str]) -> subprocess.Popen[str]:
+    """Remember a process, so that none outlives a campaign that is interrupted."""
+    _started[:] = [p for p in _started if p.poll() is None]
+    _started.append(process)
+    return process
+
+
+def kill_started() -> None:
+    """Kill the processes that run."""
+    for process in _started:
+        process.kill()
+        process.wait()
 
 
 def begin(folder: Path) -> Campaign:
@@ -58,8 +74,10 @@ def start(experiment: Path, workdir: Path, *args: str) -> subprocess.Popen[str]:
     flags = [f"--config.train.steps={STEPS}", f"--config.checkpoint.every={EVERY}", *args]
     line = [sys.executable, "-m", "clip_jax.main", *command(experiment, workdir, *flags)]
     # To a file: a pipe that nobody reads would stop the run.
-    out = workdir.with_name(f"{workdir.name}.log").open("a+")
-    return subprocess.Popen(line, cwd=ROOT, env=environment(1), stdout=out, stderr=out, text=True)
+    with workdir.with_name(f"{workdir.name}.log").open("a+") as out:
+        return started(
+            subprocess.Popen(line, cwd=ROOT, env=environment(1), stdout=out, stderr=out, text=True)
+        )
 
 
 def finish(process: subprocess.Popen[str], seconds: float = LONGEST) -> tuple[int | None, str]:
