@@ -1,7 +1,18 @@
 # Two commands on a fresh machine: `make train` and `make test`.
 PYTHON ?= python3
-VENV := .venv
+# Each lock has an environment of its own: requirements.txt is the oldest releases that are tested,
+# for Python 3.11, and requirements-newest.txt the newest, for later ones.
+LOCK := $(shell $(PYTHON) -c 'import sys; print("requirements%s.txt" % \
+	("-newest" if sys.version_info >= (3, 12) else ""))' 2>/dev/null || echo requirements.txt)
+VENV := $(if $(findstring newest,$(LOCK)),.venv-newest,.venv)
 BIN := $(VENV)/bin
+# A Python for the newest releases: one that runs and can make an environment.
+NEWEST ?= $(shell for python in python3.13 \
+	"$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.13.*/bin/python3.13 python3.14 python3.12; do \
+	"$$python" -c 'import ctypes, ensurepip, ssl, venv' >/dev/null 2>&1 && echo "$$python" && break; \
+	done)
+PIP := -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet
 PARITY := .venv-parity
 TPU := .venv-tpu
 GPU := .venv-gpu
@@ -11,19 +22,24 @@ FAULTS ?=
 BENCH ?= training encoding gradcache step_parts loss tokenizer load
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow parity lint format faults bench compile-tpu compile-gpu clean
+.PHONY: help install newest-python train test test-newest test-slow parity lint format faults bench compile-tpu compile-gpu clean
 
 help: ## show the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # The locked environment; made again when the lock or the package's metadata changes.
-$(VENV)/.installed: requirements.txt setup.cfg pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+$(VENV)/.installed: $(LOCK) setup.cfg pyproject.toml | $(BIN)/python
+	$(BIN)/python $(INSTALL) -r $(LOCK)
+	$(BIN)/python $(INSTALL) --no-deps --no-build-isolation -e .
 	@touch $@
+
+install: $(VENV)/.installed ## make the environment: .venv, or .venv-newest for a PYTHON of 3.12 or later
+
+newest-python: ## print the Python that `make test-newest` takes, if there is one
+	@echo $(NEWEST)
 
 data/emoji/classnames.txt: | $(VENV)/.installed
 	$(BIN)/python -m clip_jax.data.emoji --out data/emoji --held-out Appl
@@ -37,6 +53,10 @@ train: data/emoji/tokenizer.model ## install, then train on the emoji set and ev
 test: $(VENV)/.installed ## install, then run the tests
 	$(BIN)/python -m pytest -m "not slow" -n logical --maxprocesses 8 --dist worksteal
 
+test-newest: ## the tests on the newest releases, in .venv-newest (NEWEST=python3.13)
+	@test -n "$(NEWEST)" || { echo "no Python 3.13 here; name one: make test-newest NEWEST=PATH"; exit 1; }
+	$(MAKE) test PYTHON=$(NEWEST)
+
 test-slow: $(VENV)/.installed ## the tests that take longer
 	$(BIN)/python -m pytest -m slow
 
@@ -44,10 +64,10 @@ test-slow: $(VENV)/.installed ## the tests that take longer
 # one; torchvision and the others without their own dependencies.
 $(PARITY)/.installed: requirements.txt requirements-parity.txt setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(PARITY)
-	$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 scikit-learn transformers
-	$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-parity.txt
-	$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(PARITY)/bin/python $(INSTALL) -r requirements.txt
+	$(PARITY)/bin/python $(INSTALL) torch==2.13.0 scikit-learn transformers
+	$(PARITY)/bin/python $(INSTALL) --no-deps -r requirements-parity.txt
+	$(PARITY)/bin/python $(INSTALL) --no-deps --no-build-isolation -e .
 	@touch $@
 
 parity: $(PARITY)/.installed ## install the reference libraries and compare with them
@@ -73,9 +93,9 @@ $(TPU)/.installed: EXTRA := jax[tpu]
 $(GPU)/.installed: EXTRA := jax[cuda12]
 $(TPU)/.installed $(GPU)/.installed: requirements.txt setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c requirements.txt "$(EXTRA)"
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(@D)/bin/python $(INSTALL) -r requirements.txt
+	$(@D)/bin/python $(INSTALL) -c requirements.txt "$(EXTRA)"
+	$(@D)/bin/python $(INSTALL) --no-deps --no-build-isolation -e .
 	@touch $@
 
 compile-tpu: $(TPU)/.installed ## compile programs for TPUs into docs/compiled.md, slow (COMPILE="b32-v5e" for some)
@@ -84,5 +104,5 @@ compile-tpu: $(TPU)/.installed ## compile programs for TPUs into docs/compiled.m
 compile-gpu: $(GPU)/.installed ## the same for NVIDIA GPUs
 	$(GPU)/bin/python -m benchmarks.compiled --platform cuda $(COMPILE)
 
-clean: ## delete the environment, the data and the runs
-	rm -rf $(VENV) $(PARITY) $(TPU) $(GPU) data runs build dist *.egg-info
+clean: ## delete the environments, the data and the runs
+	rm -rf .venv .venv-newest $(PARITY) $(TPU) $(GPU) data runs build dist *.egg-info

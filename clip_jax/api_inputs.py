@@ -170,7 +170,7 @@ def check_patches(images: ImagePatches, patch_size: int, method: str) -> ImagePa
     if isinstance(grid, np.ndarray) and isinstance(mask, np.ndarray):
         counts = grid.astype(np.int64).prod(axis=1)
         expected = own_patches(grid.astype(np.int64), mask.shape[1])
-        if grid.min() < 1 or counts.max() > mask.shape[1] or (expected != (mask != 0)).any():
+        if grid.min() < 1 or np.max(counts) > mask.shape[1] or (expected != (mask != 0)).any():
             raise UserError(
                 f"{method} got a mask that is not that of its grid: rows x columns patches come "
                 "first, and what fills behind them"

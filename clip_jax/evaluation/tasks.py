@@ -156,7 +156,7 @@ def few_shot(inputs: TaskInputs, *, draws: int = DRAWS) -> list[TaskResult]:
     """
     num_classes, (x_BD, y_B) = _training_data(inputs, FEW_SHOT)
     validation = None if inputs.validation is None else _labeled(inputs.validation, num_classes)
-    max_shots = int(np.bincount(y_B, minlength=num_classes).max())
+    max_shots = int(np.max(np.bincount(y_B, minlength=num_classes)))
     possible = [shots for shots in inputs.spec.shots if shots <= max_shots]
     if not possible:
         raise UserError(

@@ -127,7 +127,7 @@ def write_png(path: Path, result: RelevanceMap) -> None:
 
 def map_text(result: RelevanceMap, caption: str, out: str) -> str:
     """Return the line that the command prints."""
-    row, column = np.unravel_index(result.gain_HW.argmax(), result.gain_HW.shape)
+    row, column = np.unravel_index(np.argmax(result.gain_HW), result.gain_HW.shape)
     rows, columns = result.gain_HW.shape
     return (
         f"{out}: cosine {result.cosine:.4f} with {caption!r}; the patch that adds most is in row "

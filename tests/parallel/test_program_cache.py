@@ -98,10 +98,13 @@ def make_step():
 
 def run_steps(compiler, *, ahead=()):
     programs = ShapedPrograms(make_step(), compiler)
-    shapes = {"x": jax.ShapeDtypeStruct((64,), jnp.float32), "n": jax.ShapeDtypeStruct((), int)}
+    shapes = {
+        "x": jax.ShapeDtypeStruct((64,), jnp.float32),
+        "n": jax.ShapeDtypeStruct((), jnp.int32),
+    }
     for size in ahead:
         programs.prepare(f"{size} rows", shapes, jax.ShapeDtypeStruct((size,), jnp.float32))
-    state, losses = {"x": jnp.linspace(0, 1, 64), "n": jnp.zeros((), int)}, []
+    state, losses = {"x": jnp.linspace(0, 1, 64), "n": jnp.zeros((), jnp.int32)}, []
     for size in (3, 5, 3, 5):
         state, metrics = programs(state, jnp.arange(float(size)))
         losses.append(np.asarray(metrics["loss"]))

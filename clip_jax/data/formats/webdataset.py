@@ -154,7 +154,7 @@ class TarShard:
         """Return the samples without an image, or with neither `.txt` nor `.json`."""
         has = {suffix: table[:, 0] > 0 for suffix, table in self.members.items()}
         absent = np.zeros(len(self), bool)
-        image = np.logical_or.reduce([absent, *(has.get(s, absent) for s in IMAGE_SUFFIXES)])
+        image = np.any([absent, *(has.get(s, absent) for s in IMAGE_SUFFIXES)], axis=0)
         caption = has.get("txt", absent) | has.get("json", absent)
         return {
             cause: [self.key(int(i)) for i in np.flatnonzero(~present)]
