@@ -78,6 +78,11 @@ def test_only_the_parity_tests_import_torch():
         assert not names & {"torch", "torchvision", "open_clip", "transformers"}, path
 
 
+def test_private_jax_stands_in_one_file():
+    users = [str(path.relative_to(PACKAGE)) for path in FILES if "jax._src" in path.read_text()]
+    assert users == ["parallel/jax_internals.py"]
+
+
 LONGEST = 60
 """Lines of a function, its docstring left out: what can be seen at once."""
 
