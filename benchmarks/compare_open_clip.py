@@ -104,15 +104,17 @@ def configure_devices(options: argparse.Namespace) -> None:
     torch.backends.cuda.matmul.allow_tf32 = True
 
 
-def make_models(options: argparse.Namespace) -> tuple[torch.nn.Module, LoadedCLIP]:
-    """Return (open_clip's model on its device, clip_jax's from the same weights)."""
+def make_models(
+    options: argparse.Namespace, dtype: str = "float32"
+) -> tuple[torch.nn.Module, LoadedCLIP]:
+    """Return (open_clip's model on its device, clip_jax's from the same weights, in `dtype`)."""
     cfg = dict(TINY if options.model == "tiny" else open_clip.get_model_config(options.model))
     model = open_clip.CLIP(**cfg)
     with tempfile.TemporaryDirectory() as folder:
         config = {"model_cfg": cfg, "preprocess_cfg": {}}
         (Path(folder) / "open_clip_config.json").write_text(json.dumps(config))
         torch.save(model.state_dict(), Path(folder) / "open_clip_pytorch_model.bin")
-        loaded = clip_jax.load(folder)
+        loaded = clip_jax.load(folder, dtype=dtype)
         jax.block_until_ready(loaded.params)
     return model.to(torch_device(options)), loaded
 
@@ -137,10 +139,15 @@ def make_batch(options: argparse.Namespace, loaded: LoadedCLIP) -> Batch:
     )
 
 
-def prepare(options: argparse.Namespace) -> tuple[torch.nn.Module, LoadedCLIP, Batch]:
-    """Configure the process; return both models and the batch, for a side to keep its own of."""
+def prepare(
+    options: argparse.Namespace, dtype: str = "float32"
+) -> tuple[torch.nn.Module, LoadedCLIP, Batch]:
+    """Configure the process; return both models and the batch, for a side to keep its own of.
+
+    `dtype`: of the loaded model; a training step has its own, and weights in float32.
+    """
     configure_devices(options)
-    model, loaded = make_models(options)
+    model, loaded = make_models(options, dtype)
     return model, loaded, make_batch(options, loaded)
 
 

@@ -4,14 +4,16 @@
     python -m benchmarks.on_gpu --case ViT-B-16-quickgelu:256 --set model.remat=none
 
 bfloat16, the whole context in both, the same weights and batch. Every library and model has a
-process of its own. open_clip's all compile at once, beside our first; nothing runs beside a step
+process of its own. All compile at once, before the first is measured; nothing runs beside a step
 that is measured, and a process ends when its steps are. Memory is the most that its allocator has
 held, weights and optimizer included. The loss is read once in ten steps, as a trainer may that
 does not wait for each. Profiles are for `benchmarks/kernels.py`.
 """
 
 import argparse
+import concurrent.futures
 import gzip
+import itertools
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -31,7 +33,7 @@ CASES = ["ViT-B-16-quickgelu:128", "ViT-L-14-quickgelu:64", "ViT-B-32-quickgelu:
 PROFILED_STEPS = 3
 STEPS_A_READ = 10
 Worker = tuple[Calls, dict[str, Any]]
-"""A process's calls, its step compiled and warm, and facts about it."""
+"""A process's calls, its step compiled, and facts about it."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -48,14 +50,15 @@ def main(argv: list[str] | None = None) -> None:
     cases = [case_options(options, case) for case in options.case or CASES]
     rows: list[dict[str, Any]] = []
     with ThreadPoolExecutor() as pool:
-        peers = [pool.submit(in_subprocess, torch_side, case) for case in cases if not case.ours]
-        ours = [pool.submit(in_subprocess, jax_side, cases[0])]
-        for case in cases if peers else []:
-            rows.append(measure("open_clip", case, peers.pop(0)))
-        for case in cases:
-            worker = ours.pop() if ours else pool.submit(in_subprocess, jax_side, case)
-            rows.append(measure("clip_jax", case, worker))
-            del worker
+        sides = [("open_clip", torch_side)] * (not options.ours) + [("clip_jax", jax_side)]
+        queue = [
+            (library, case, pool.submit(in_subprocess, side, case))
+            for library, side in sides
+            for case in cases
+        ]
+        concurrent.futures.wait([started for *_, started in queue])
+        while queue:
+            rows.append(measure(*queue.pop(0)))
             report("on_gpu", options, rows)
 
 
@@ -70,6 +73,11 @@ def measure(library: str, case: argparse.Namespace, started: Future[Worker]) -> 
     row: dict[str, Any] = {"model": case.model, "pairs": case.batch, "library": library}
     try:
         calls, facts = started.result()
+        start = time.perf_counter()
+        loss = calls["first"]()
+        facts["seconds"] += time.perf_counter() - start
+        for _ in range(case.warmup):
+            calls["first"]()
         times = spread([seconds(calls["steps"]) / STEPS_A_READ for _ in range(case.repeats)])
         if case.profile and "profile" in calls:
             calls["profile"]()
@@ -83,25 +91,25 @@ def measure(library: str, case: argparse.Namespace, started: Future[Worker]) -> 
         "utilization": facts["flops"] / times.median / peak if peak else "",
         "memory, GB": calls["memory"]() / 1e9,
         "to the first step, s": facts["seconds"],
-        "first loss": f"{facts['loss']:.5f}",
+        "first loss": f"{loss:.5f}",
     }
 
 
 def jax_side(options: argparse.Namespace) -> tuple[Calls, dict[str, Any]]:
-    """Return our step, compiled and warm; `flops` are those that the model needs."""
+    """Return our step, compiled; `flops` are those that the model needs.
+
+    Its first run is a call of its own: until then it holds none of the memory of a step.
+    """
     start = time.perf_counter()
     _, loaded, batch = compare_open_clip.prepare(options)
     run = make_run(options, loaded, batch.images, batch.tokens)
     step = run.step.lower(run.state, run.batch).compile()
     stepper = Stepper(run, step)
     facts = {
-        "loss": stepper(),
         "seconds": time.perf_counter() - start,
         "flops": options.batch * train_flops_per_pair(loaded.config, batch.tokens.shape[1]),
         "device": jax.devices()[0].device_kind,
     }
-    for _ in range(options.warmup):
-        stepper()
 
     def profile() -> None:
         folder = options.profile / options.model
@@ -122,11 +130,11 @@ def jax_side(options: argparse.Namespace) -> tuple[Calls, dict[str, Any]]:
             loss = stepper.dispatch()
         return float(loss)
 
-    return {"steps": steps, "memory": memory, "profile": profile}, facts
+    return {"first": stepper, "steps": steps, "memory": memory, "profile": profile}, facts
 
 
 def torch_side(options: argparse.Namespace) -> tuple[Calls, dict[str, Any]]:
-    """Return open_clip's step, compiled and warm; `flops` are PyTorch's own count."""
+    """Return open_clip's step, compiled, which its first run is; `flops` are PyTorch's count."""
     start = time.perf_counter()
     model, _, batch = compare_open_clip.prepare(options)
     flops = compare_open_clip.count_torch_flops(options, model, batch)
@@ -134,14 +142,12 @@ def torch_side(options: argparse.Namespace) -> tuple[Calls, dict[str, Any]]:
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     step = compare_open_clip.make_torch_step(options, model, batch)
+    first_loss = step().item()
     facts = {
-        "loss": step().item(),
         "seconds": time.perf_counter() - start,
         "flops": flops,
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
     }
-    for _ in range(options.warmup):
-        step()
     memory = torch.cuda.max_memory_allocated if on_gpu else int
 
     def steps() -> float:
@@ -149,7 +155,8 @@ def torch_side(options: argparse.Namespace) -> tuple[Calls, dict[str, Any]]:
             loss = step()
         return loss.item()
 
-    return {"steps": steps, "memory": memory}, facts
+    losses = itertools.chain([first_loss], iter(lambda: step().item(), None))
+    return {"first": lambda: next(losses), "steps": steps, "memory": memory}, facts
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 #!/bin/sh
 # What a GPU says: training against open_clip with torch.compile, the kernels of our steps, encoding,
-# the loss at 32,768 and GradCache, in bfloat16. At most 8 minutes; the parts that ended are there
+# the loss at 32,768 and GradCache, in bfloat16. About 8 minutes; the parts that ended are there
 # when it is stopped. Their tables go to FOLDER, and from there into docs/performance.md.
 #
 #     sh benchmarks/on_gpu.sh FOLDER [PART ...]
@@ -26,11 +26,11 @@ part() {
 }
 
 nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
-for name in ${*:-training loss gradcache encoding}; do
+for name in ${*:-training encoding loss gradcache}; do
     echo "== $name"
     case $name in
     training)
-        part 300 benchmarks.on_gpu --profile "$folder/profile"
+        part 390 benchmarks.on_gpu --profile "$folder/profile"
         for profile in "$folder"/profile/*; do
             name=kernels-$(basename "$profile")
             part 60 benchmarks.kernels "$profile" --top 25

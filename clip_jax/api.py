@@ -44,7 +44,7 @@ from clip_jax.models.naflex import ImagePatches, NaFlexConfig, canvas_patches
 from clip_jax.models.relevance import make_relevance
 from clip_jax.models.states import TOWERS, StatesFn, TowerStates, make_states
 from clip_jax.models.zoo import model_config
-from clip_jax.parallel.mesh import device_target, make_mesh
+from clip_jax.parallel.mesh import device_target, make_mesh, mesh_target
 from clip_jax.pretrained.load import tokenizer_family
 from clip_jax.pretrained.preprocess import MAX_PATCHES
 from clip_jax.pretrained.resize import resize_checkpoint
@@ -95,6 +95,7 @@ class LoadedCLIP:
         tokenizer_spec: TokenizerSpec | None = None,
         preprocessing: Preprocess = OPENAI,
         dtype: str = "float32",
+        mesh: Mesh | None = None,
     ) -> None:
         self.name = name
         self.dtype = dtype
@@ -104,9 +105,12 @@ class LoadedCLIP:
         self.preprocessing = preprocessing
         self.tokenizer_spec = tokenizer_spec
         self.tokenizer = None if tokenizer_spec is None else make_tokenizer(tokenizer_spec)
-        model = CLIP(config, dtype=jnp.dtype(dtype), target=device_target(jax.devices()[0]))
+        target = device_target(jax.devices()[0]) if mesh is None else mesh_target(mesh)
+        model = CLIP(config, dtype=jnp.dtype(dtype), target=target)
+        # Relevance and states look into blocks in their plain form; the encoders need not.
         self._model = model
-        self._encode_image, self._encode_text = make_encoders(model, preprocessing)
+        encoders = make_encoders(model.clone(remat="auto"), preprocessing)
+        self._encode_image, self._encode_text = encoders
         self._unit_length = jax.jit(unit_length)
         self._relevance = jax.jit(make_relevance(model))
         self._states: dict[tuple[str, tuple[int, ...]], StatesFn] = {}
@@ -506,6 +510,7 @@ def load(
         tokenizer_spec=spec,
         preprocessing=checkpoint.preprocess,
         dtype=dtype,
+        mesh=mesh,
     )
 
 

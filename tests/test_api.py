@@ -13,6 +13,8 @@ import clip_jax
 from clip_jax.api import LoadedCLIP
 from clip_jax.errors import UserError
 from clip_jax.models import zoo
+from clip_jax.models.target import Target
+from clip_jax.parallel.mesh import make_mesh
 from clip_jax.pretrained.trees import array_shapes, to_variables
 from clip_jax.pretrained.work_folder import (
     RunDescription,
@@ -245,6 +247,27 @@ def test_states_lead_to_the_features(clip):
     assert states.rows_BLD.shape == (2, 17, 48) and states.grid().shape == (2, 4, 4, 48)
     z_BD = states.pooled_BD @ clip.params["visual"]["proj"]
     np.testing.assert_allclose(z_BD, clip.encode_image(images, normalize=False), atol=1e-5)
+
+
+def test_encoders_of_several_tpus_use_their_kernels(tmp_path, monkeypatch):
+    config = dataclasses.replace(VIT, vision=dataclasses.replace(VIT.vision, layers=2, heads=6))
+    write_work_folder(tmp_path, RunDescription("tiny", config, None), random_arrays(config))
+    plain = clip_jax.load(tmp_path, dtype="bfloat16")
+    mesh = make_mesh(data=2, fsdp=2, tensor=1, devices=jax.devices()[:4])
+    tpus = Target("tpu", "v5e", mesh=mesh, batch_axes=("data", "fsdp"), interpret=True)
+    monkeypatch.setattr(clip_jax.api, "mesh_target", lambda _: tpus)
+    clip = clip_jax.load(tmp_path, dtype="bfloat16", mesh=mesh)
+    images = plain.preprocess(random_images(4))
+    traced = str(jax.make_jaxpr(clip.encode_image)(images))
+    # Mosaic's kernels cannot be split by the partitioner.
+    assert "pallas_call" in traced and "shard_map" in traced
+    for rows in (4, 3):
+        cosines = (
+            np.asarray(clip.encode_image(images[:rows]))
+            @ np.asarray(plain.encode_image(images[:rows])).T
+        )
+        # Unit features; bfloat16 rounds each product to 2^-9.
+        np.testing.assert_allclose(np.diag(cosines), 1, atol=2**-9)
 
 
 def test_bfloat16_and_single_towers(tmp_path):
