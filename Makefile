@@ -16,13 +16,14 @@ INSTALL := $(PIP) install --quiet
 PARITY := .venv-parity
 TPU := .venv-tpu
 GPU := .venv-gpu
+WHEEL := .venv-wheel
 WORKDIR ?= runs/emoji
 COMPILE ?=
 FAULTS ?=
 BENCH ?= training encoding gradcache step_parts loss tokenizer load
 
 .DEFAULT_GOAL := help
-.PHONY: help install newest-python train test test-newest test-slow parity lint format faults bench compile-tpu compile-gpu clean
+.PHONY: help install newest-python train test test-newest test-slow wheel-check parity lint format faults bench compile-tpu compile-gpu clean
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +34,7 @@ $(BIN)/python:
 # The locked environment; made again when the lock or the package's metadata changes.
 $(VENV)/.installed: $(LOCK) setup.cfg pyproject.toml | $(BIN)/python
 	$(BIN)/python $(INSTALL) -r $(LOCK)
+	$(BIN)/python $(PIP) uninstall --quiet --yes clip-jax
 	$(BIN)/python $(INSTALL) --no-deps --no-build-isolation -e .
 	@touch $@
 
@@ -70,6 +72,21 @@ $(PARITY)/.installed: requirements.txt requirements-parity.txt setup.cfg pyproje
 	$(PARITY)/bin/python $(INSTALL) --no-deps --no-build-isolation -e .
 	@touch $@
 
+# Only the wheel is there, not the repository. The losses are those of `make train`'s first steps.
+wheel-check: $(VENV)/.installed ## build the wheel, install it into a clean environment, train 20 steps by it
+	rm -rf build dist $(WHEEL)
+	$(BIN)/python $(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	$(PYTHON) -m venv $(WHEEL)
+	$(WHEEL)/bin/python $(INSTALL) -c $(LOCK) "$$(echo dist/*.whl)[demo]"
+	mkdir -p $(WHEEL)/work && cd $(WHEEL)/work && ../bin/python -m clip_jax && \
+	../bin/python -m clip_jax.doctor --folder . && \
+	../bin/python -m clip_jax.data.emoji --out data/emoji --held-out Appl && \
+	../bin/python -m clip_jax.tokenizers.train --captions data/emoji/classnames.txt \
+		--out data/emoji/tokenizer.model --model-type bpe --vocab-size 2000 && \
+	../bin/python -m clip_jax.main --config emoji --workdir run --config.train.steps=20 \
+		--config.train.log_every=1 --config.eval.data=""
+	rm -rf $(WHEEL)
+
 parity: $(PARITY)/.installed ## install the reference libraries and compare with them
 	$(PARITY)/bin/python -m pytest tests/parity
 
@@ -105,4 +122,4 @@ compile-gpu: $(GPU)/.installed ## the same for NVIDIA GPUs
 	$(GPU)/bin/python -m benchmarks.compiled --platform cuda $(COMPILE)
 
 clean: ## delete the environments, the data and the runs
-	rm -rf .venv .venv-newest $(PARITY) $(TPU) $(GPU) data runs build dist *.egg-info
+	rm -rf .venv .venv-newest $(PARITY) $(TPU) $(GPU) $(WHEEL) data runs build dist *.egg-info

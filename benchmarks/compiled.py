@@ -5,9 +5,10 @@
     python -m benchmarks.compiled b32-v5e l14-h100
 
 Each program is compiled in a process of its own, by the compiler of its devices (`pip install
-'clip_jax[plan-tpu]'` or `[plan-gpu]`), and its figures are written as soon as they are there, to
-docs/compiled.json and, as a table, docs/compiled.md: rows of programs that are not compiled stay.
-Whole steps are those of `clip_jax.plan`; towers are the image tower and its gradient alone.
+'clip-jax-research[plan-tpu]'` or `[plan-gpu]`), and its figures are written as soon as they are
+there, to docs/compiled.json and, as a table, docs/compiled.md: rows of programs that are not
+compiled stay. Whole steps are those of `clip_jax.plan`; towers are the image tower and its gradient
+alone.
 """
 
 import argparse

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clip_jax.errors import UserError
+from clip_jax.distribution import mixed_files
+from clip_jax.errors import UserError, note
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from clip_jax.api import LoadedCLIP
 
 __all__ = ["UserError", "create", "list_models", "list_pretrained", "load", "tokenize"]
+
+if (_mixed := mixed_files()) is not None:
+    note(_mixed)
 
 
 def load(

@@ -12,6 +12,8 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from types import FrameType
 from typing import Any, NoReturn
 
+from clip_jax.distribution import mixed_files
+
 EXIT_ERROR = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
@@ -112,6 +114,8 @@ def run_command(command: Callable[[], int]) -> NoReturn:
     SIGTERM ends it with a line and `EXIT_TERMINATED`. What nobody reads any more (`| head`) is
     dropped, and the command goes on.
     """
+    if (mixed := mixed_files()) is not None:
+        note(mixed)  # where the package's own `__init__.py` is the other's
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = LastingStream(sys.stdout), LastingStream(sys.stderr)
     try:

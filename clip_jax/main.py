@@ -1,6 +1,7 @@
-"""Train: `python -m clip_jax.main --config experiments/X.py --workdir DIR [--config.a.b=value]`.
+"""Train: `python -m clip_jax.main --config EXPERIMENT --workdir DIR [--config.a.b=value]`.
 
-Started once on each machine of a cluster, it is one run over all of their devices.
+EXPERIMENT is a name that `python -m clip_jax` lists, such as emoji, or a file of your own. Started
+once on each machine of a cluster, it is one run over all of their devices.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ from clip_jax.errors import UserError, run_command
 from clip_jax.host_memory import keep_freed_memory
 from clip_jax.parallel.limits import LIMITS, Limits
 from clip_jax.sections import Config
-from clip_jax.tools.config_flags import parse
+from clip_jax.tools.config_flags import help_text, parse
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and results.")
 _DRY_RUN = flags.DEFINE_bool(
@@ -58,6 +59,12 @@ _ALLOW_CHANGE = flags.DEFINE_list(
     "data.tokenizer for another file; written into history.jsonl.",
 )
 
+OWN_FLAGS: tuple[flags.FlagHolder, ...] = (
+    *(_WORKDIR, _DRY_RUN, _ALLOW_CHANGE, _COORDINATOR, _NUM_PROCESSES, _PROCESS_ID),
+    *(_DEVICE_IDS, _INIT, _HEARTBEAT, _HANG),
+)
+"""The flags of this command, as `--help` shows them."""
+
 
 def join() -> None:
     """Join the other processes of the run, where there are any.
@@ -93,6 +100,9 @@ def process_age() -> float:
 
 def main() -> int:
     """Parse the flags, resolve the config and train; return the process's exit code."""
+    if {"-h", "-help", "--help"} & set(sys.argv[1:]):
+        print(help_text(__doc__ or "", OWN_FLAGS))
+        return 0
     # First of all: resolving imports JAX, which may start threads.
     keep_freed_memory()
     config = resolve(parse(sys.argv))

@@ -12,7 +12,7 @@ h100 16: 0.1 days.
 
 import ml_collections
 
-from experiments import clipa_l16_short
+from clip_jax.experiments import clipa_l16_short
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -16,7 +16,7 @@ h100 16: 0.4 days.
 
 import ml_collections
 
-from experiments import paper
+from clip_jax.experiments import paper
 
 
 def get_config() -> ml_collections.ConfigDict:

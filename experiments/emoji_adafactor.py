@@ -9,7 +9,7 @@ is `weight_decay` = wd / lr here.
 
 import ml_collections
 
-from experiments import emoji_vit
+from clip_jax.experiments import emoji_vit
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -11,7 +11,7 @@ there at the full size.
 
 import ml_collections
 
-from experiments import emoji_vit
+from clip_jax.experiments import emoji_vit
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -7,7 +7,7 @@ A checkpoint keeps both; the evaluation and `clip_jax.load` take the average.
 
 import ml_collections
 
-from experiments import emoji_vit
+from clip_jax.experiments import emoji_vit
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -10,7 +10,7 @@ run, a published file or folder. Images are prepared and captions tokenized as f
 
 import ml_collections
 
-from experiments import emoji_vit
+from clip_jax.experiments import emoji_vit
 
 
 def get_config() -> ml_collections.ConfigDict:

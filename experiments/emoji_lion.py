@@ -8,7 +8,7 @@ Every parameter moves by the learning rate, up or down. The paper's section 5 ta
 
 import ml_collections
 
-from experiments import emoji_vit
+from clip_jax.experiments import emoji_vit
 
 
 def get_config() -> ml_collections.ConfigDict:

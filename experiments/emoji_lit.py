@@ -9,7 +9,7 @@ decay: its parameters are the same bits at the end.
 
 import ml_collections
 
-from experiments import emoji_vit
+from clip_jax.experiments import emoji_vit
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -8,7 +8,7 @@ log 10. SigLIP holds the temperature under no limit.
 
 import ml_collections
 
-from experiments import emoji_vit
+from clip_jax.experiments import emoji_vit
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -11,7 +11,7 @@ the same time, but neither open_clip nor transformers has one like it.
 
 import ml_collections
 
-from experiments import emoji
+from clip_jax.experiments import emoji
 
 
 def get_config() -> ml_collections.ConfigDict:

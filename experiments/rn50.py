@@ -12,7 +12,7 @@ h100 32: 1.0 days.
 
 import ml_collections
 
-from experiments import paper
+from clip_jax.experiments import paper
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -9,7 +9,7 @@ the published weights classify ImageNet zero-shot at 66.3 %.
 
 import ml_collections
 
-from experiments import paper
+from clip_jax.experiments import paper
 
 
 def get_config() -> ml_collections.ConfigDict:

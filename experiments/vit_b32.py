@@ -12,7 +12,7 @@ v5e 64: 1.5 days; h100 16: 1.4 days.
 
 import ml_collections
 
-from experiments import paper
+from clip_jax.experiments import paper
 
 
 def get_config() -> ml_collections.ConfigDict:

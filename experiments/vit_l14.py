@@ -12,7 +12,7 @@ v5p 64: 5.8 days; h100 128: 1.8 days.
 
 import ml_collections
 
-from experiments import paper
+from clip_jax.experiments import paper
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -13,7 +13,7 @@ h100 256: 0.1 days.
 
 import ml_collections
 
-from experiments import paper
+from clip_jax.experiments import paper
 
 
 def get_config() -> ml_collections.ConfigDict:

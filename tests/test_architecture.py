@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "clip_jax"
 
 # Rooms by level; a room may import rooms of lower levels.
 LEVELS = [
+    {"distribution"},
     {"errors"},
     {"files", "host_memory", "protobuf", "typing", "progress_bar", "sections"},
     {"models", "losses", "data", "tokenizers"},
@@ -20,10 +21,10 @@ LEVELS = [
     {"evaluation", "api_inputs"},
     {"training"},
     {"api", "config"},
-    {"planning", "embeddings", "exporting", "report_page"},
-    {"search_page"},
+    {"planning", "embeddings", "exporting", "report_page", "experiments"},
+    {"search_page", "diagnosis"},
     {"tools"},
-    {"main"},
+    {"main", "__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 FILES = sorted(PACKAGE.rglob("*.py"))

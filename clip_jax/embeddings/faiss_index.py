@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
 
+from clip_jax.distribution import install_command
 from clip_jax.embeddings.brute_force import inner_products, top_k
 from clip_jax.embeddings.folder import Embeddings
 from clip_jax.errors import UserError, short
@@ -49,7 +50,7 @@ def open_index(embeddings: Embeddings) -> Any:
     """
     faiss = import_faiss()
     if faiss is None:
-        raise UserError("faiss is not installed: pip install 'clip_jax[search]', or --using exact")
+        raise UserError(f"faiss is not installed: {install_command('search')}, or --using exact")
     path = index_path(embeddings)
     fingerprint_path = path.with_name(path.name + ".json")
     fingerprint = _fingerprint(embeddings)

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax import export
 
+from clip_jax.distribution import install_command
 from clip_jax.errors import UserError
 from clip_jax.exporting.check import CAPTIONS, largest_difference, metadata, sample_images
 from clip_jax.exporting.onnx_graph import OPSET, Graph, Tensor
@@ -35,7 +36,7 @@ def import_onnx() -> tuple[Any, Any]:
         import onnx
         import onnxruntime
     except ImportError as error:
-        raise UserError(f"--format onnx needs {error.name}: pip install 'clip_jax[onnx]'") from None
+        raise UserError(f"--format onnx needs {error.name}: {install_command('onnx')}") from None
     return onnx, onnxruntime
 
 

@@ -16,6 +16,7 @@ import jax
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from clip_jax.distribution import install_command
 from clip_jax.errors import UserError, check_choice
 from clip_jax.planning.gpu_specs import GPU_SPECS, target_config
 
@@ -99,7 +100,7 @@ def find_compiler(device: str, choice: str = "auto") -> Compiler:
         if package is not None and choice == platform:
             raise UserError(
                 f"--compiler {choice} needs {package.name}, which is not installed: "
-                f"pip install 'clip_jax[{package.extra}]'"
+                f"{install_command(package.extra)}"
             )
         return Compiler("cpu", "jaxlib", importlib.metadata.version("jaxlib"))
     version = importlib.metadata.version(package.name)
@@ -107,7 +108,7 @@ def find_compiler(device: str, choice: str = "auto") -> Compiler:
     if version not in required:
         raise UserError(
             f"{package.name} {version} is installed and jax {importlib.metadata.version('jax')} "
-            f"takes {required}: pip install 'clip_jax[{package.extra}]', or give --compiler cpu"
+            f"takes {required}: {install_command(package.extra)}, or give --compiler cpu"
         )
     return Compiler(platform, package.name, version)
 

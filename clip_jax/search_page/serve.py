@@ -6,6 +6,7 @@ import socket
 import numpy as np
 
 from clip_jax.data.patches import image_shape
+from clip_jax.distribution import install_command
 from clip_jax.embeddings.encode_query import encode_text_query
 from clip_jax.embeddings.searcher import Searcher
 from clip_jax.errors import UserError
@@ -41,7 +42,7 @@ def serve(
         import starlette  # noqa: F401
         import uvicorn
     except ImportError as e:
-        raise UserError(f"--serve needs {e.name}: pip install 'clip_jax[search]'") from None
+        raise UserError(f"--serve needs {e.name}: {install_command('search')}") from None
     from clip_jax.search_page.app import TEMPLATE, make_app
     from clip_jax.search_page.guard import bracketed
 

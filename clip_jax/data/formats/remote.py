@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import fsspec
 
+from clip_jax.distribution import install_command
 from clip_jax.errors import UserError, short
 
 TRIES = 6
@@ -57,7 +58,7 @@ def file_system(url: str) -> tuple[Any, str]:
         return fsspec.core.url_to_fs(url)
     except ImportError:
         extra = _EXTRAS.get(protocol)
-        fix = f"pip install 'clip_jax[{extra}]'" if extra else f"install its package for {protocol}"
+        fix = install_command(extra) if extra else f"install its package for {protocol}"
         raise UserError(f"{url}: fsspec has no reader for {protocol}:// here; {fix}") from None
     except ValueError as e:
         raise UserError(f"{url}: {e}; give a local path, gs://, s3:// or https://") from None

@@ -1,0 +1,1 @@
+"""What a machine and its packages are fit for: the answers of `python -m clip_jax.doctor`."""
