@@ -36,6 +36,12 @@ MAX_UPLOADS = 4
 """Uploads that are in memory at a time; others are asked to try again."""
 UPLOAD_SECONDS = 60.0
 """How long one may take to arrive."""
+STALL_SECONDS = 10.0
+"""How long nothing of it may arrive."""
+MAX_DROPPED = 200 << 20
+"""Bytes of a body that are read after the answer, so that the answer reaches who still sends it."""
+DROP_SECONDS = 10.0
+"""How long they may take."""
 DEFAULT_TOP = 20
 MAX_TOP = 200
 MAX_TEXT = 1_000
@@ -186,7 +192,7 @@ def make_app(
       hosts: names under which it answers; other pages must not reach it by a name of theirs.
     """
     endpoints = Endpoints(searcher, encoders, thumbnails, template=template, max_upload=max_upload)
-    return Starlette(
+    app = Starlette(
         routes=[
             *(file_route(path, *file) for path, file in FILES.items()),
             Route("/about", endpoints.about),
@@ -196,10 +202,13 @@ def make_app(
         ],
         middleware=[
             Middleware(WithHeaders),
+            Middleware(DropBody),
             Middleware(Guard, hosts=hosts, public=list(FILES)),
         ],
         exception_handlers={UserError: error_response, HTTPException: error_response},
     )
+    app.router.redirect_slashes = False
+    return app
 
 
 def file_route(path: str, filename: str, media_type: str) -> Route:
@@ -234,10 +243,50 @@ class WithHeaders:
         await self.app(scope, receive, send_with_headers)
 
 
+class DropBody:
+    """Middleware that reads the rest of a refused body before it ends an answer.
+
+    A connection that is closed while its client still sends is reset, and the answer is lost.
+    """
+
+    def __init__(self, app: Any):
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        is_read = scope["type"] != "http"
+
+        async def receive_noted() -> Any:
+            nonlocal is_read
+            message = await receive()
+            is_read = is_read or not message.get("more_body", False)
+            return message
+
+        async def drop() -> None:
+            size = 0
+            while not is_read and size < MAX_DROPPED:
+                size += len((await receive_noted()).get("body", b""))
+
+        async def send_and_drop(message: Any) -> None:
+            is_last = message["type"] == "http.response.body" and not message.get("more_body")
+            if is_last and not is_read:
+                await send({**message, "more_body": True})
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(drop(), DROP_SECONDS)
+                message = {"type": "http.response.body", "body": b""}
+            await send(message)
+
+        await self.app(scope, receive_noted, send_and_drop)
+
+
 async def read_upload(request: Request, max_bytes: int) -> bytes:
-    """Return the body, refused with status 413 as soon as it is larger than an image may be."""
+    """Return the body, refused with status 413 as soon as it is larger than an image may be.
+
+    Raises:
+      TimeoutError: nothing came for `STALL_SECONDS`.
+    """
     chunks, size = [], 0
-    async for chunk in request.stream():
+    stream = request.stream()
+    while (chunk := await asyncio.wait_for(anext(stream, None), STALL_SECONDS)) is not None:
         size += len(chunk)
         if size > max_bytes:
             raise HTTPException(413, f"the image is larger than {max_bytes >> 20} MiB")

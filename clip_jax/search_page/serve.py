@@ -44,6 +44,7 @@ def serve(
     except ImportError as e:
         raise UserError(f"--serve needs {e.name}: {install_command('search')}") from None
     from clip_jax.search_page.app import TEMPLATE, make_app
+    from clip_jax.search_page.connection import TimedConnection
     from clip_jax.search_page.guard import bracketed
 
     thumbnails = Thumbnails(searcher.embeddings, data)
@@ -60,7 +61,12 @@ def serve(
         print(f"whoever reaches {host} can ask; there is no password", flush=True)
     print(f"http://{shown_host}:{listener.getsockname()[1]} (Ctrl-C ends)", flush=True)
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, limit_concurrency=MAX_CONNECTIONS
+        app,
+        http=TimedConnection,
+        ws="none",
+        log_level="warning",
+        access_log=False,
+        limit_concurrency=MAX_CONNECTIONS,
     )
     uvicorn.Server(config).run(sockets=[listener])
     return 0
@@ -75,7 +81,7 @@ def is_local(host: str) -> bool:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a socket bound to an address; port 0 is any that is free.
+    """Return a socket that listens at an address; port 0 is any that is free.
 
     Raises:
       UserError: it is taken, or no address of this machine.
@@ -86,6 +92,7 @@ def listen(host: str, port: int) -> socket.socket:
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind((host, port))
+            listener.listen(MAX_CONNECTIONS)  # who reads the address may connect at once
         except BaseException:
             listener.close()
             raise

@@ -15,6 +15,7 @@ from pathlib import Path
 from pairs import run_losses
 from run_tiny import ROOT, environment, start_two
 
+from faults.asking import page
 from faults.trials import (
     STEPS,
     Campaign,
@@ -78,6 +79,7 @@ def _kill(run: list[subprocess.Popen], workdir: Path, rng: random.Random, *, in_
         wait_until(lambda: _is_saving(workdir), run[0])
     else:
         time.sleep(rng.uniform(0, 0.15))
+        wait_until(lambda: not _is_saving(workdir), run[0])
     is_over = any(process.poll() is not None for process in run)
     for process in run:
         process.kill()
@@ -320,5 +322,6 @@ KINDS = {
     "server": (server_faults, 40, "a server that fails"),
     "mutants": (mutants, 20_000, "checkpoints of others with bytes changed"),
     "configs": (configs, 2_000, "configs with random values"),
+    "page": (page, 500, "hostile requests to the search page"),
 }
 """By name: the trials, how many a whole campaign has, and what they are."""

@@ -233,6 +233,7 @@ def address(tmp_path_factory):
     pytest.importorskip("starlette")
     uvicorn = pytest.importorskip("uvicorn")
     from clip_jax.search_page.app import make_app
+    from clip_jax.search_page.connection import TimedConnection
     from clip_jax.search_page.thumbnails import Thumbnails
 
     root = tmp_path_factory.mktemp("page")
@@ -247,7 +248,15 @@ def address(tmp_path_factory):
     )
     listening = socket.create_server(("127.0.0.1", 0))
     # The websockets that it looks for are not used, and warn of themselves.
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", ws="none", lifespan="off"))
+    config = uvicorn.Config(
+        app,
+        http=TimedConnection,
+        log_level="error",
+        ws="none",
+        lifespan="off",
+        timeout_keep_alive=1,
+    )
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     while not server.started:
@@ -365,6 +374,38 @@ def test_few_uploads_are_in_memory_at_a_time(address):
             connection.close()
     while ask(address, "POST", "/search", data)[0] != 200:
         assert time.monotonic() < end
+
+
+def answers(address, data):
+    """Send bytes as they are; return the statuses of what comes until the server closes."""
+    with socket.create_connection(address, timeout=60) as connection:
+        connection.sendall(data)
+        received = b"".join(iter(lambda: connection.recv(1 << 16), b""))
+    return [int(part[:3]) for part in received.split(b"HTTP/1.1 ")[1:]]
+
+
+def test_a_broken_request_is_answered_once_and_a_slow_one_is_let_go(address, monkeypatch, capfd):
+    from clip_jax.search_page import app, connection
+
+    monkeypatch.setattr(connection, "REQUEST_SECONDS", 0.2)
+    monkeypatch.setattr(app, "STALL_SECONDS", 0.2)
+    head = b" HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+    chunked = head + b"Transfer-Encoding: chunked\r\n\r\n"
+    # A chunk that is none, before the answer of the page, which must not follow.
+    assert answers(address, b"POST /about" + chunked + b"zz\r\nab\r\n") == [400]
+    assert answers(address, b"POST /search" + chunked + b"2\r\nab\r\nzz\r\n") == [400]
+    assert answers(address, b"") == [] == answers(address, b"GET /about HTTP/1.1\r\nHost: 1")
+    # Behind a whole request, in the same connection.
+    assert answers(address, b"GET /about" + head + b"\r\nGET /ab") == [200]
+    with monkeypatch.context() as patch:
+        patch.setattr(app, "DROP_SECONDS", 0.2)
+        assert answers(address, b"POST /search" + head + b"Content-Length: 9\r\n\r\nab") == [408]
+    # An answer before the body has come reaches whoever sends it to its end first.
+    body = bytes(8 << 20)
+    close = b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
+    assert answers(address, b"POST /search" + head + close + body) == [413]
+    assert answers(address, b"GET /about/" + head + b"Connection: close\r\n\r\n") == [404]
+    assert "Traceback" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("host", ["::1", "127.0.0.1", "localhost", "box.local"])
