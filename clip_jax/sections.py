@@ -168,6 +168,9 @@ class DataSection:
     """Largest share of samples, and of shards, that may be unreadable before the run ends."""
     max_pixels: int = bounded(89_478_485, low=1, high=2**40)
     """Images with more are skipped before they are decoded."""
+    decode_seconds: float = bounded(300.0, low=0.1, high=1e6, may_change=True)
+    """Longest that decoding an image may take, reading aside: one that hangs is skipped, and its
+    thread replaced."""
     log_keys: bool = may_change(False)
     """Write the keys of every step's samples to keys-N.jsonl in the work folder."""
     tokenizer: str = may_change("clip")

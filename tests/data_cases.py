@@ -11,7 +11,7 @@ from PIL import Image
 from clip_jax.data.dataset import TrainingData
 from clip_jax.data.loader import make_eval_loader, make_train_loader
 from clip_jax.data.order import WHOLE_BATCH
-from clip_jax.data.sample_reader import SampleShape
+from clip_jax.data.sample_reader import DECODING, SampleShape
 from clip_jax.data.skip_log import SkipLog
 from clip_jax.sections import DataSection
 
@@ -47,6 +47,7 @@ def train_loader(
     start_step=0,
     part=WHOLE_BATCH,
     log=None,
+    decoding=DECODING,
     **section,
 ):
     """Make a training loader of tiny samples; `section` has fields of `config.data`."""
@@ -60,6 +61,7 @@ def train_loader(
         seed=seed,
         start_step=start_step,
         part=part,
+        decoding=decoding,
     )
 
 

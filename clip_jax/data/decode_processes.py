@@ -7,11 +7,13 @@ read from lately, or a file that was fetched. So a process holds only what it re
 headers are read once for all of them, and order, rows and errors are those of threads.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import pickle
 import queue
+import signal
 import socket
 import subprocess
 import sys
@@ -296,10 +298,9 @@ class DecodeProcesses:
 
     def cpu_seconds(self) -> float:
         """Return the processors' seconds of these processes so far; 0 where there is no /proc."""
-        first = self._process.pid
         try:
-            children = Path(f"/proc/{first}/task/{first}/children").read_text().split()
-            stats = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2] for pid in children]
+            paths = [Path(f"/proc/{pid}/stat") for pid in self._children()]
+            stats = [path.read_text().rpartition(")")[2] for path in paths]
         except OSError:
             return 0.0
         # proc(5): utime and stime are fields 14 and 15; the text begins behind the second.
@@ -309,9 +310,24 @@ class DecodeProcesses:
     def close(self) -> None:
         """End the processes, which they do when their sockets are closed."""
         for connection in self._connections:
+            # Closing alone would not wake a thread that waits for an answer.
+            with socket.socket(fileno=os.dup(connection.fileno())) as end:
+                end.shutdown(socket.SHUT_RDWR)
             connection.close()
         try:
             self._process.wait(_END_SECONDS)
         except subprocess.TimeoutExpired:
+            for pid in self._children():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             self._process.kill()
             self._process.wait()
+
+    def _children(self) -> list[int]:
+        """Return the processes that decode; none where there is no /proc."""
+        first = self._process.pid
+        try:
+            children = Path(f"/proc/{first}/task/{first}/children").read_text().split()
+        except OSError:
+            return []
+        return [int(pid) for pid in children]

@@ -6,6 +6,7 @@ or its process does, however that may be.
 """
 
 import contextlib
+import contextvars
 import gc
 import mmap
 import os
@@ -39,8 +40,8 @@ from clip_jax.data.sources import open_shard
 from clip_jax.errors import mute_notes
 from clip_jax.host_memory import keep_heap
 
-_connection = threading.local()
-"""The socket of a thread, as `.it`: what reads a shard asks through it for what it lacks."""
+_connection: contextvars.ContextVar[Connection] = contextvars.ContextVar("connection")
+"""The socket of a thread, and of those it starts: what reads a shard asks it for what it lacks."""
 
 
 class BorrowedShards(Sequence[Shard]):
@@ -90,11 +91,11 @@ class BorrowedFiles(remote.DiskCache):
         error = _ask(NeedFile(name))
         if error is not None:
             raise error
-        return recv_handle(_connection.it)
+        return recv_handle(_connection.get())
 
 
 def _ask(need: NeedShard | NeedFile) -> Any:
-    connection = _connection.it
+    connection = _connection.get()
     connection.send(need)
     while isinstance(answer := connection.recv(), OpenShard):
         try:
@@ -131,21 +132,26 @@ class Buffers:
 
 def serve(connection: Connection, reader: SampleReader, buffers: Buffers) -> None:
     """Answer requests until the socket is closed."""
-    _connection.it = connection
+    _connection.set(connection)
     try:
         while True:
             request: RowsRequest = connection.recv()
-            connection.send(_answer(request, reader, buffers))
+            connection.send(_answer(request, reader, buffers, connection))
     except (EOFError, ConnectionError):
         return
 
 
-def _answer(request: RowsRequest, reader: SampleReader, buffers: Buffers) -> object:
+def _answer(
+    request: RowsRequest, reader: SampleReader, buffers: Buffers, connection: Connection
+) -> object:
     """Read a run of rows; return its fields without the images, or what went wrong."""
     last_row = request.first_row + len(request.ids)
     image = buffers[request.buffer][request.first_row : last_row]
     try:
-        rows = reader.read(request.ids, request.epochs, image)
+        # While an image is decoded the loader sends nothing: what comes then is its end.
+        rows = reader.read(
+            request.ids, request.epochs, image, is_wanted=lambda: not connection.poll(0)
+        )
     except (EOFError, ConnectionError):
         raise
     except Exception as e:

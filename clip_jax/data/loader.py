@@ -83,22 +83,21 @@ class Loader(Iterator[Batch]):
     def __init__(
         self,
         iterator: grain.DatasetIterator[list[Rows]],
+        reader: SampleReader | DecodeProcesses,
         *,
         steps: tuple[int, int | None],
-        evaluation: bool,
         log: SkipLog,
         buffers: BatchBuffers,
-        processes: DecodeProcesses | None = None,
     ):
         self.rows = 0
         self._step, self.num_steps = steps
         self._buffers = buffers
-        self._processes = processes
+        self._reader = reader
         self._log = log
         self.skipped: Counter[str] = log.counts
         self.recent: deque[str] = deque(maxlen=32)
         self._iterator = iterator
-        self._evaluation = evaluation
+        self._evaluation = reader.evaluation
 
     def __next__(self) -> Batch:
         """Return the next batch, and account for its rows."""
@@ -128,14 +127,16 @@ class Loader(Iterator[Batch]):
 
     def cpu_seconds(self) -> float:
         """Return the processors' seconds of this process and those that decode for it."""
-        there = self._processes.cpu_seconds() if self._processes is not None else 0.0
+        there = self._reader.cpu_seconds() if isinstance(self._reader, DecodeProcesses) else 0.0
         return time.process_time() + there
 
     def close(self) -> None:
-        """End threads and processes; an image that is being decoded is finished first."""
+        """End threads and processes; an image that is being decoded is finished first.
+
+        One that hangs is given a second.
+        """
         self._iterator.close()
-        if self._processes is not None:
-            self._processes.close()
+        self._reader.close()
         self._buffers.close()
 
     def __enter__(self) -> "Loader":
@@ -305,11 +306,10 @@ def _make_loader(
     batches = dataset.to_iter_dataset(options).batch(chunks, drop_remainder=True, batch_fn=list)
     return Loader(
         iter(batches),
+        reader,
         steps=steps,
-        evaluation=reader.evaluation,
         log=SkipLog() if log is None else log,
         buffers=buffers,
-        processes=reader if isinstance(reader, DecodeProcesses) else None,
     )
 
 

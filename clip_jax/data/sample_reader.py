@@ -11,6 +11,7 @@ from PIL import Image
 
 from clip_jax.data.augment import make_decode, make_transform
 from clip_jax.data.dataset import LazyShard
+from clip_jax.data.decode_watch import DecodeWatch, Progress
 from clip_jax.data.images import MAX_PIXELS, Chance, Preprocess, decode_image, eval_transform
 from clip_jax.data.order import AUGMENT_KEY, Uniforms
 from clip_jax.data.patches import ImageSize, PatchShape, image_shape
@@ -104,6 +105,7 @@ class SampleReader:
       transform: (image, rng) -> uint8, of the shape's `image`.
       seed: with epoch and sample id it fixes a row's chance, whoever reads it.
       cache_bytes: memory for decoded images.
+      seconds: that decoding an image may take; then its sample counts as one that cannot be read.
       evaluation: read labels, take the first caption, and do without one where there is a label.
       need_captions: False does without a caption everywhere.
     """
@@ -118,6 +120,7 @@ class SampleReader:
         transform: ImageTransform,
         seed: int,
         cache_bytes: int,
+        seconds: float,
         evaluation: bool = False,
         need_captions: bool = True,
     ):
@@ -130,18 +133,27 @@ class SampleReader:
         self._transform = transform
         self._seed = seed
         self._cache = _ImageCache(cache_bytes)
+        self._watch = DecodeWatch(seconds)
+        self._hung: set[int] = set()
+
+    def close(self) -> None:
+        """Wait for no image any more that hangs."""
+        self._watch.close()
 
     def read(
         self,
         ids: Int64[np.ndarray, " rows"],
         epochs: Int64[np.ndarray, " rows"],
         image: UInt8[np.ndarray, "rows H W 3"] | None = None,
+        *,
+        is_wanted: Callable[[], bool] = lambda: True,
     ) -> Rows:
         """Return the rows of these samples in these epochs; an id of -1 is padding.
 
         Args:
           ids, epochs: one for each row.
           image: where the images go, if not into memory of their own.
+          is_wanted: whether anybody waits for the rows; asked where an image takes long.
         """
         n, length = len(ids), self._shape.context_length
         rows = Rows(
@@ -154,22 +166,56 @@ class SampleReader:
             captions=[[] for _ in range(n)],
         )
         texts = [""] * n
+        places = [
+            (sample, epoch, *place)
+            for sample, epoch, place in zip(
+                ids.tolist(), epochs.tolist(), self._shards.places(ids), strict=True
+            )
+        ]
+        first = 0
+        while first < n:
+
+            def read_rows(progress: Progress, first: int = first) -> None:
+                self._read_rows(rows, texts, places, first, progress)
+
+            hung = self._watch.run(read_rows, is_wanted)
+            if hung >= 0:
+                self._hung.add(places[hung][0])
+                rows.skipped.append(self._hung_cause(rows.key[hung]))
+            first = n if hung < 0 else hung + 1
+        rows.image[~rows.valid] = 0
+        rows.text[:] = self._tokenizer(texts, length)
+        return rows
+
+    def _read_rows(
+        self,
+        rows: Rows,
+        texts: list[str],
+        places: Sequence[tuple[int, int, int, int]],
+        first: int,
+        progress: Progress,
+    ) -> None:
+        """Read the rows from `first` on; `places` are (sample, epoch, shard, number in it)."""
         rng = Uniforms(self._seed, AUGMENT_KEY)
         opened: dict[int, tuple[Shard, str]] = {}
-        places = zip(ids.tolist(), epochs.tolist(), self._shards.places(ids), strict=True)
         with Handles(reads_images=True) as handles:
-            for row, (sample, epoch, (number, i)) in enumerate(places):
+            for row in range(first, len(places)):
+                sample, epoch, number, i = places[row]
                 if sample < 0:
                     continue
                 if number not in opened:
                     opened[number] = self._open(number)
                 shard, name = opened[number]
                 rows.key[row] = f"{name}/{shard.key(i)}"
+                if sample in self._hung:
+                    rows.skipped.append(self._hung_cause(rows.key[row]))
+                    continue
                 rng.move(sample, epoch)
-                texts[row] = self._read_row(rows, row, sample, shard, i, rng, handles)
-        rows.image[~rows.valid] = 0
-        rows.text[:] = self._tokenizer(texts, length)
-        return rows
+                texts[row] = self._read_row(rows, row, sample, shard, i, rng, handles, progress)
+
+    def _hung_cause(self, key: str) -> tuple[str, str, str]:
+        seconds = self._watch.seconds
+        return "decode_hung", key, f"decoding had not ended after {seconds:g} s; the thread is left"
 
     def _open(self, number: int) -> tuple[Shard, str]:
         """Return a shard, and its name: looked up once for a run of rows."""
@@ -187,6 +233,7 @@ class SampleReader:
         i: int,
         rng: Chance,
         handles: Handles,
+        progress: Progress,
     ) -> str:
         """Fill one row and return its caption; a fault of the data becomes `valid=False`."""
         try:
@@ -196,7 +243,16 @@ class SampleReader:
             # Drawn even for one caption, so that a crop does not depend on their number.
             choice = 0 if self.evaluation else int(rng.random() * len(captions))
             caption = captions[choice] if captions else ""
-            image_HWC = self._transform(self._image(shard, i, sample, handles), rng)
+            image = self._cache.get(sample)
+            data = shard.image(i, handles) if image is None else b""
+            progress.begin(row)
+            try:
+                if image is None:
+                    image = self._decode(data)
+                    self._cache.put(sample, image)
+                image_HWC = self._transform(image, rng)
+            finally:
+                progress.end()
         except PROGRAMMING_ERRORS:
             raise
         except Exception as e:
@@ -212,13 +268,6 @@ class SampleReader:
             rows.caption_id[row] = caption_id(caption)
         return caption
 
-    def _image(self, shard: Shard, i: int, sample: int, handles: Handles) -> Image.Image:
-        image = self._cache.get(sample)
-        if image is None:
-            image = self._decode(shard.image(i, handles))
-            self._cache.put(sample, image)
-        return image
-
 
 def make_training_reader(settings: ReaderSettings, shards: ConcatShards) -> SampleReader:
     """Make the reader of training data, whose decoder and crops are the config's."""
@@ -231,6 +280,7 @@ def make_training_reader(settings: ReaderSettings, shards: ConcatShards) -> Samp
         transform=settings.decoding.make_transform(shape.side, config),
         seed=settings.seed,
         cache_bytes=config.cache_bytes,
+        seconds=config.decode_seconds,
     )
 
 
@@ -253,6 +303,7 @@ def make_eval_reader(
         ),
         seed=0,  # nothing is drawn
         cache_bytes=0,
+        seconds=DataSection.decode_seconds,
         evaluation=True,
         need_captions=need_captions,
     )

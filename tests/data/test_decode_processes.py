@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from clip_jax.data import decode_processes
 from clip_jax.data.batch_buffers import BatchBuffers
 from clip_jax.data.dataset import open_sources
+from clip_jax.data.decode_processes import DecodeProcesses
 from clip_jax.data.filters import FilteredShard
 from clip_jax.data.formats import remote
 from clip_jax.data.order import AUGMENT_KEY, Uniforms, philox
@@ -30,7 +31,7 @@ from clip_jax.sections import DataSection
 
 def worker_pids(loader) -> list[int]:
     """Return the processes that decode, and the one that started them."""
-    first = loader._processes._process.pid
+    first = loader._reader._process.pid
     return [first, *map(int, Path(f"/proc/{first}/task/{first}/children").read_text().split())]
 
 
@@ -74,7 +75,7 @@ def test_rows_order_and_faults_are_those_of_threads(tmp_path):
             *sources, log=log, streams=2, batch_size=40, **(options | changes)
         ) as loader:
             batches = list(itertools.islice(loader, 3))
-            pids = worker_pids(loader) if loader._processes else []
+            pids = worker_pids(loader) if isinstance(loader._reader, DecodeProcesses) else []
         assert_ended(pids)
         return batches, log.counts, sorted(loader.recent), len(pids)
 
@@ -103,7 +104,7 @@ def test_a_mistake_of_the_program_and_a_killed_process_end_the_run(tmp_path):
         assert_ended(pids[1:])
         rows = np.arange(2)
         with pytest.raises(UserError, match=r"ended with signal 9.*fewer config\.data\.processes"):
-            loader._processes.read(rows, rows, 0, 0, np.empty((2, 8, 8, 3), np.uint8))
+            loader._reader.read(rows, rows, 0, 0, np.empty((2, 8, 8, 3), np.uint8))
     assert_ended(pids)
 
 
