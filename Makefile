@@ -14,6 +14,7 @@ NEWEST ?= $(shell for python in python3.13 \
 PIP := -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet
 PARITY := .venv-parity
+DOCS := .venv-docs
 TPU := .venv-tpu
 GPU := .venv-gpu
 WHEEL := .venv-wheel
@@ -23,7 +24,7 @@ FAULTS ?=
 BENCH ?= training encoding gradcache step_parts loss tokenizer load
 
 .DEFAULT_GOAL := help
-.PHONY: help install newest-python train test test-newest test-slow wheel-check parity lint format faults bench compile-tpu compile-gpu clean
+.PHONY: help install newest-python train test test-newest test-slow wheel-check parity lint format faults bench compile-tpu compile-gpu docs clean
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -89,6 +90,18 @@ wheel-check: $(VENV)/.installed ## build the wheel, install it into a clean envi
 
 parity: $(PARITY)/.installed ## install the reference libraries and compare with them
 	$(PARITY)/bin/python -m pytest tests/parity
+
+# The site: Sphinx beside the package, whose docstrings, flags and fields it reads.
+$(DOCS)/.installed: $(LOCK) requirements-docs.txt setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python $(INSTALL) -r $(LOCK)
+	$(DOCS)/bin/python $(INSTALL) --no-deps -r requirements-docs.txt
+	$(DOCS)/bin/python $(INSTALL) --no-deps --no-build-isolation -e .
+	@touch $@
+
+docs: $(DOCS)/.installed ## build the site into build/docs; a warning is an error
+	JAX_PLATFORMS=cpu $(DOCS)/bin/python -m sphinx -q -W --keep-going docs build/docs
+	@echo "build/docs/index.html"
 
 lint: $(VENV)/.installed ## formatting, checks and types
 	$(BIN)/ruff format --check .

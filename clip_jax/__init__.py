@@ -1,4 +1,4 @@
-"""CLIP in JAX: train a dual encoder from image-text pairs, classify zero-shot, embed.
+"""CLIP in JAX: train a dual encoder from image-text pairs, classify zero-shot, embed::
 
     import clip_jax
     clip = clip_jax.load("runs/emoji")          # a work folder, or any published checkpoint
@@ -91,7 +91,11 @@ def create(name: str, seed: int = 0) -> "LoadedCLIP":
 
 
 def list_models() -> list[str]:
-    """Return the names that `create` and `config.model.name` know."""
+    """Return the names that `create` and `config.model.name` know.
+
+    >>> "ViT-B/32" in list_models()
+    True
+    """
     from clip_jax.models import zoo
 
     return zoo.list_models()
@@ -101,6 +105,9 @@ def list_pretrained() -> list[tuple[str, str]]:
     """Return open_clip's published (model, tag) pairs that `load("model:tag")` fetches and loads.
 
     `load(file, "model:tag")` reads a file of one that is there already.
+
+    >>> ("ViT-B-32", "laion2b_s34b_b79k") in list_pretrained()
+    True
     """
     from clip_jax.pretrained import tags
 
@@ -109,6 +116,10 @@ def list_pretrained() -> list[tuple[str, str]]:
 
 def tokenize(texts: str | Sequence[str], context_length: int = 77) -> "np.ndarray":
     """Encode texts by CLIP's byte pairs: int32 [batch, context_length]; too long ones are cut.
+
+    >>> tokenize(["a red heart", "pizza"], 6)
+    array([[49406,   320,   736,  1936, 49407,     0],
+           [49406,  4474, 49407,     0,     0,     0]], dtype=int32)
 
     Raises:
       UserError: one is no text, or the length is no whole number of at least 2.

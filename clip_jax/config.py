@@ -33,7 +33,12 @@ MAX_ITEMS, MAX_TEXT = 1_000, 100_000
 
 
 def default() -> ml_collections.ConfigDict:
-    """Return every field at its default, locked: an unknown key is an error."""
+    """Return every field at its default, locked: an unknown key is an error.
+
+    >>> config = default()
+    >>> config.model.name, config.train.batch_size
+    ('ViT-B/32', 256)
+    """
     config = ml_collections.ConfigDict(dataclasses.asdict(Config()))
     # One string or a tuple of them, which a typed field could not change between.
     config.data.train = ml_collections.FieldReference(config.data.train, field_type=object)
@@ -132,6 +137,11 @@ def _require(condition: bool, message: str) -> None:
 
 def resolve(config: ml_collections.ConfigDict) -> Config:
     """Return the frozen config, its fields and their combination checked.
+
+    >>> config = default()
+    >>> config.train.steps = 2000
+    >>> resolve(config).optim.name
+    'adamw'
 
     Raises:
       UserError: a key is unknown or missing, a value has another type, or fields contradict.

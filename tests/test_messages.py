@@ -137,7 +137,11 @@ def test_every_option_of_a_source_in_a_message_is_there():
     assert named and named <= known, named - known
 
 
-DOCS = [PACKAGE.parent / "README.md", *sorted((PACKAGE.parent / "docs").glob("*.md"))]
+DOCS = [
+    PACKAGE.parent / "README.md",
+    *sorted((PACKAGE.parent / "docs").glob("*.md")),
+    *sorted((PACKAGE.parent / "docs").glob("[th]*/*.md")),  # tutorials and how-to pages
+]
 
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)

@@ -2,7 +2,7 @@
 
 With a manifest beside the shards a run knows its order without reading a single shard first. It
 is `index.json`, which `write_manifest` writes, or `sizes.json`, the file of webdataset and
-open_clip with nothing but {shard name: count}. `index.json` holds a line a shard,
+open_clip with nothing but {shard name: count}. `index.json` holds a line a shard::
 
     {"format": "clip_jax shards 1", "shards": {
     "00000.tar": [10000, 524288000],

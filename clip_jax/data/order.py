@@ -41,6 +41,9 @@ def permutation(seed: int, *where: int, n: int) -> Int64[np.ndarray, " n"]:
       seed: key of the generator.
       where: the key of the use, then up to three numbers, all integers in [0, 2**64).
       n: length.
+
+    >>> permutation(0, 1, n=5)
+    array([3, 2, 4, 1, 0])
     """
     return np.argsort(philox(seed, *where).random_raw(n), kind="stable")
 

@@ -80,7 +80,7 @@ class Handles:
         return data
 
     def read_ahead(self, path: str, size: int, offset: int, count: int) -> None:
-        """Read bytes of which several `read`s will ask for parts; no error but the size's is told.
+        """Read bytes of which calls of `read` will ask for parts; only the size's error is raised.
 
         Raises:
           BadSampleError: `shard_changed`.

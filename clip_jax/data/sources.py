@@ -283,7 +283,11 @@ def _of_one_format(files: Sequence[str]) -> list[str]:
 
 
 def expand_braces(text: str) -> list[str]:
-    """Expand `a{08..10}b` to `a08b a09b a10b`, `{x,y}` to `x y`; several multiply, left first."""
+    """Expand `a{08..10}b` to `a08b a09b a10b`, `{x,y}` to `x y`; several multiply, left first.
+
+    >>> expand_braces("train-{00000..00002}.tar")
+    ['train-00000.tar', 'train-00001.tar', 'train-00002.tar']
+    """
     match = re.search(r"\{([^{}]*)\}", text)
     if match is None:
         return [text]

@@ -23,6 +23,11 @@ def brute_force_search(
     """Return scores and row numbers of the `k` nearest rows, best first.
 
     They are fewer than `k` where there are fewer rows. `block_rows` are held in float32 at a time.
+
+    >>> rows_BD = np.array([[1, 0], [0, 1], [0.6, 0.8]], np.float16)
+    >>> scores_Qk, rows_Qk = brute_force_search([rows_BD], np.array([[0, 1]], np.float32), 2)
+    >>> rows_Qk
+    array([[1, 2]])
     """
     nearest = [(np.empty(0), np.empty(0, np.int64)) for _ in query_QD]
     part_start = 0
@@ -61,8 +66,8 @@ def top_k(
 def error_bound(rows_BD: np.ndarray, query_D: np.ndarray) -> float:
     """Return more than the error of any float32 inner product of these, in any order of summation.
 
-    The bound is D u / (1 - D u) times |x| |y| with u = 2^-24 (Higham 2002, section 3.1, with
-    Cauchy-Schwarz); doubled for what the bound itself is rounded by.
+    The bound is `D u / (1 - D u)` times `|x| |y|` with `u = 2^-24` (Higham 2002, section 3.1,
+    with Cauchy-Schwarz); doubled for what the bound itself is rounded by.
     """
     largest = np.sqrt((rows_BD * rows_BD).sum(axis=1).max(initial=0.0))
     return float(2 * query_D.size * 2.0**-24 * largest * np.linalg.norm(query_D))

@@ -32,6 +32,9 @@ def calibration_error(
     """Return the mean distance of confidence and accuracy over the bins, by their images.
 
     (Guo et al. 2017, arXiv:1706.04599, equation 3.)
+
+    >>> round(calibration_error(np.array([0.8, 0.8]), np.array([True, False])), 6)
+    0.3
     """
     table = reliability(share_B, right_B, bins=bins)
     total = sum(row["images"] * abs(row["confidence"] - row["accuracy"]) for row in table)

@@ -1,6 +1,6 @@
 """Fit a linear probe: multinomial logistic regression by L-BFGS on frozen features, over a mesh.
 
-The minimum is scikit-learn's `LogisticRegression`'s: C * sum of cross-entropies + |W|^2 / 2, the
+The minimum is scikit-learn's `LogisticRegression`'s: `C * sum of cross-entropies + |W|^2 / 2`, the
 bias left alone. The way there is shorter. CLIP's features lie in a narrow cone, so the loss is
 much steeper in some directions than in others, and L-BFGS takes hundreds of steps; here the
 features and the bias are first turned and stretched by the Hessian that all-equal probabilities

@@ -79,6 +79,9 @@ def recalls(ranks: Ranks, ks: Sequence[int] = KS) -> dict[str, float]:
     `image_retrieval_recall@k`: share of texts with a right image among the k nearest;
     `text_retrieval_recall@k`: share of images with a right text among the k nearest. A k above the
     number of candidates counts them all.
+
+    >>> recalls(Ranks(image_of_text=np.array([0, 2]), text_of_image=np.array([0, 0])), ks=(1,))
+    {'image_retrieval_recall@1': 0.5, 'text_retrieval_recall@1': 1.0}
     """
     of_text, of_image = ranks.image_of_text, ranks.text_of_image
     metrics = {f"image_retrieval_recall@{k}": float((of_text < k).mean()) for k in ks}

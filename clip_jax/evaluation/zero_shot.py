@@ -110,9 +110,9 @@ def zero_shot_metrics(
       label_B: the right class of each image.
 
     Returns:
-      acc1, acc5: share of images whose class is the first, or one of the first five; acc5 is NaN
-        under five classes.
-      mean_per_class_recall: acc1 of each class that has images, averaged over these classes.
+      By name: `acc1` and `acc5`, the share of images whose class is the first, or one of the first
+      five (NaN under five classes), and `mean_per_class_recall`, acc1 of each class that has
+      images, averaged over these classes.
     """
     right_B = top_Bk[:, 0] == label_B
     images_M = np.bincount(label_B, minlength=num_classes)

@@ -16,6 +16,7 @@ __all__ = ["FORMS", "LOSSES", "LossFn", "LossOutput", "make_loss"]
 LOSSES = {"softmax": (softmax_loss, SOFTMAX), "sigmoid": (sigmoid_loss, SIGMOID)}
 """By name: the dense definition, and what the walk over tiles needs of the loss."""
 FORMS = ("tiled", "dense")
+"""The walk over tiles, and the definition."""
 
 
 @runtime_checkable

@@ -54,6 +54,12 @@ def softmax_loss(
     """Return the symmetric InfoNCE of unit features (Radford et al. 2021, figure 3).
 
     `bias` is ignored: a constant leaves every softmax as it is.
+
+    >>> z_BD, one, zero = jnp.eye(2), jnp.float32(1), jnp.float32(0)
+    >>> valid_B = jnp.ones(2, bool)
+    >>> output = softmax_loss(z_BD, z_BD, one, zero, valid_B=valid_B, caption_id_B=None)
+    >>> print(f"{output.loss:.4f}")  # log(1 + 1/e)
+    0.3133
     """
     del bias
     _, negative_BB = pair_masks(valid_B, caption_id_B)

@@ -59,7 +59,11 @@ class CLIPConfig:
 
 
 def unit_length(z_BD: Float[Array, "B D"]) -> Float[Array, "B D"]:
-    """Scale rows to unit length, in float32."""
+    """Scale rows to unit length, in float32.
+
+    >>> unit_length(jnp.array([[3.0, 4.0]]))
+    Array([[0.6, 0.8]], dtype=float32)
+    """
     z_BD = z_BD.astype(jnp.float32)
     # The square root's derivative at zero is infinite: keep a zero row away from it.
     square_B1 = jnp.sum(z_BD * z_BD, axis=-1, keepdims=True)

@@ -173,6 +173,10 @@ def train_flops_per_pair(
       length: tokens of the caption (after trimming).
       num_patches: patches of an image that its tower sees; None is all.
       freeze: the tower that is not trained, "image" or "text", has no backward pass.
+
+    >>> from clip_jax.models.zoo import model_config
+    >>> train_flops_per_pair(model_config("ViT-B/32"), 77)
+    41343498240
     """
     image, text = image_flops(config, num_patches), text_flops(config, length)
     return image * (1 if freeze == "image" else 3) + text * (1 if freeze == "text" else 3)

@@ -414,6 +414,9 @@ def list_models() -> list[str]:
 def model_config(name: str) -> CLIPConfig:
     """Return the sizes of a model by its name.
 
+    >>> model_config("ViT-B/32").embed_dim
+    512
+
     Raises:
       UserError: no model has that name.
     """

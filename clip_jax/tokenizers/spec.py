@@ -78,6 +78,9 @@ def make_tokenizer(
 
     Raises:
       UserError: it is any other name, or the file is missing or damaged.
+
+    >>> make_tokenizer("clip")(["a red heart"], 6)
+    array([[49406,   320,   736,  1936, 49407,     0]], dtype=int32)
     """
     spec = tokenizer_spec(name_or_spec) if isinstance(name_or_spec, str) else name_or_spec
     check_spec(spec, "the tokenizer")
