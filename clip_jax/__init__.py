@@ -37,6 +37,7 @@ def load(
     mesh: "Mesh | None" = None,
     dtype: str = "float32",
     towers: str = "both",
+    adapters: str | Path | None = None,
 ) -> "LoadedCLIP":
     """Load a model: a run's work folder, a published checkpoint, or a published model by its name.
 
@@ -60,6 +61,7 @@ def load(
       dtype: "bfloat16" halves the memory of the weights: activations and matrices are bfloat16,
         results float32.
       towers: "image" or "text" loads one tower; the other's arrays are not read.
+      adapters: a folder of low-rank adapters in PEFT's files, which are merged in.
 
     Raises:
       UserError: the path is no checkpoint, is damaged, or holds another model; or a name is none,
@@ -76,6 +78,7 @@ def load(
         mesh=mesh,
         dtype=dtype,
         towers=towers,
+        adapters=adapters,
     )
 
 

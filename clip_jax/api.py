@@ -46,6 +46,7 @@ from clip_jax.models.states import TOWERS, StatesFn, TowerStates, make_states
 from clip_jax.models.zoo import model_config
 from clip_jax.parallel.mesh import device_target, make_mesh, mesh_target
 from clip_jax.pretrained.load import tokenizer_family
+from clip_jax.pretrained.peft import with_peft
 from clip_jax.pretrained.preprocess import MAX_PATCHES
 from clip_jax.pretrained.resize import resize_checkpoint
 from clip_jax.pretrained.tags import family_preprocess
@@ -472,6 +473,7 @@ def load(
     mesh: Mesh | None = None,
     dtype: str = "float32",
     towers: str = "both",
+    adapters: str | Path | None = None,
 ) -> LoadedCLIP:
     """Load a run's model, or a published one in any format; see `clip_jax.load`."""
     _check_types(
@@ -484,12 +486,15 @@ def load(
         mesh=(mesh, Mesh | None),
         dtype=(dtype, str),
         towers=(towers, str),
+        adapters=(adapters, str | os.PathLike | None),
     )
     if not str(path):
         raise UserError("load: path is empty")
     check_choice("dtype", dtype, DTYPES)
     check_choice("towers", towers, (*TOWERS, "both"))
     checkpoint = read_source(str(path), model).checkpoint
+    if adapters is not None:
+        checkpoint = with_peft(checkpoint, adapters)
     spec = checkpoint.tokenizer
     if tokenizer is not None:
         spec = tokenizer_from_file(str(tokenizer), tokenizer_family(checkpoint.config))

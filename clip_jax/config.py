@@ -10,6 +10,7 @@ so they are imported when values are checked: a key that does not exist is refus
 import dataclasses
 import difflib
 import math
+import re
 import sys
 import types
 import typing
@@ -173,7 +174,7 @@ def _check_model(m: ModelSection) -> None:
 def _check_train(t: TrainSection) -> None:
     from clip_jax.losses import LOSSES
     from clip_jax.training.programs import COMPILE_AHEAD
-    from clip_jax.training.state import FROZEN
+    from clip_jax.training.rates import FROZEN, parse_rates
 
     _require(
         (t.steps > 0) != (t.epochs > 0),
@@ -188,6 +189,18 @@ def _check_train(t: TrainSection) -> None:
     check_choice("config.train.loss", t.loss, LOSSES)
     check_choice("config.train.compile_ahead", t.compile_ahead, COMPILE_AHEAD)
     check_choice("config.train.freeze", t.freeze, FROZEN)
+    parse_rates(t.rates)
+    _check_patterns("config.train.lora_targets", t.lora_targets)
+
+
+def _check_patterns(key: str, patterns: tuple[str, ...]) -> None:
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(
+                f"{key} has {_shown(pattern)}, which is no regular expression: {error}"
+            ) from None
 
 
 def _check_optim(o: OptimSection) -> None:

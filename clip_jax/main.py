@@ -139,6 +139,7 @@ def print_dry_run(config: Config) -> None:
     from clip_jax.parallel.mesh import mesh_text
     from clip_jax.pretrained.by_name import parse_name
     from clip_jax.training.dry_run import dry_run
+    from clip_jax.training.rates import rate_lines
 
     found = dry_run(config)
     parameters, mib = found.parameters, 1 / 2**20
@@ -146,6 +147,7 @@ def print_dry_run(config: Config) -> None:
         json.dumps(dataclasses.asdict(config), indent=2),
         f"model       {config.model.name}: image tower {parameters['image']:,} parameters, "
         f"text tower {parameters['text']:,}, in all {parameters['total']:,}",
+        *rate_lines(found.rates, config.optim.learning_rate),
         f"forward     {found.image_flops / 1e9:.2f} GFLOP an image, "
         f"{found.text_flops / 1e9:.2f} GFLOP a caption of {found.context_length} tokens",
         f"mesh        {mesh_text(found.mesh)} over {found.devices} {found.device_kind} devices",

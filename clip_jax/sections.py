@@ -102,6 +102,28 @@ class TrainSection:
     on a resume: the gradient is the same, except where a tower has batch norms."""
     freeze: str = ""
     """The tower that stays as it is, "image" (LiT, arXiv:2111.07991) or "text"; empty is none."""
+    rates: tuple[str, ...] = ()
+    """Factors of the learning rate by parameter, "PATTERN=FACTOR": the first pattern that is found
+    in a parameter's path ("visual/transformer/resblocks_0/attn/q_proj/kernel") gives its factor; 0
+    freezes it, and without a pattern it is 1. A pattern is a regular expression, or one of "image",
+    "text", "norms", "biases"; ("norms=1", "=0") trains the norms alone. `--dry-run` shows the
+    result."""
+    image_layer_decay: float = bounded(1.0, low=1e-3, high=1)
+    """Factor of the learning rate from each block of the image tower to the one below it."""
+    text_layer_decay: float = bounded(1.0, low=1e-3, high=1)
+    """The same of the text tower."""
+    image_last_blocks: int = bounded(-1, low=-1, high=1000)
+    """Train so many last blocks of the image tower, and what stands behind them; -1: all of it."""
+    text_last_blocks: int = bounded(-1, low=-1, high=1000)
+    """The same of the text tower."""
+    lora_rank: int = bounded(0, low=0, high=2**14)
+    """Train low-rank adapters of this rank (LoRA, arXiv:2106.09685) in the towers' place, which
+    stay as they are; 0 has none. A run is loaded and converted with them merged."""
+    lora_alpha: float = bounded(16.0, low=0, high=1e6)
+    """An adapter's product is multiplied by lora_alpha / lora_rank."""
+    lora_targets: tuple[str, ...] = ("q", "v")
+    """The matrices that have adapters: "q", "k", "v", "out", "fc", "proj", "head", or regular
+    expressions on paths, such as "^text/.*/c_fc/kernel$"."""
     ema_decay: float = bounded(0.0, low=0, below=1)
     """Of the parameters' moving average, which evaluation and `load` then use; 0 is none."""
     loss: str = "softmax"

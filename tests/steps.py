@@ -19,6 +19,7 @@ from clip_jax.planning.program import batch_shapes
 from clip_jax.sections import DataSection, ModelSection, OptimSection, TrainSection
 from clip_jax.training.device_augment import make_draws
 from clip_jax.training.optimizer import make_optimizer, make_schedule
+from clip_jax.training.setup import rates_of
 from clip_jax.training.state import TrainState, init_state, state_shapes
 from clip_jax.training.step import make_train_step
 
@@ -55,7 +56,7 @@ def make_parts(
     section = TrainSection(**{"loss_tile": 8, "mask_equal_captions": True} | train)
     optim = OptimSection(name=optimizer, learning_rate=1e-3, warmup_steps=5)
     schedule = make_schedule(optim, 40)
-    transformation = make_optimizer(schedule, optim)
+    transformation = make_optimizer(schedule, optim, rates_of(model, section))
     shapes = state_shapes(model, transformation, mesh, section, split_update=split_update)
     loss_fn = make_loss(
         section.loss,
@@ -140,6 +141,7 @@ def compile_step(
     microbatch_size: int = 0,
     mask_equal_captions: bool = True,
     freeze: str = "",
+    image_last_blocks: int = -1,
     patch_dropout: float = 0.0,
     **exec_config,
 ) -> CompiledStep:
@@ -155,6 +157,7 @@ def compile_step(
         mask_equal_captions=mask_equal_captions,
         microbatch_size=microbatch_size,
         freeze=freeze,
+        image_last_blocks=image_last_blocks,
         patch_dropout=patch_dropout,
     )
     batch = batch_shapes(mesh, config, pairs)

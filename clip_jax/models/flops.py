@@ -5,6 +5,7 @@ peaks count them. A training step costs three times its forward pass.
 """
 
 import itertools
+from collections.abc import Collection
 
 from clip_jax.models.block_form import BlockForm
 from clip_jax.models.clip import CLIPConfig
@@ -162,7 +163,7 @@ def text_flops(config: CLIPConfig, length: int) -> int:
 
 
 def train_flops_per_pair(
-    config: CLIPConfig, length: int, *, num_patches: int | None = None, freeze: str = ""
+    config: CLIPConfig, length: int, *, num_patches: int | None = None, frozen: Collection[str] = ()
 ) -> int:
     """Count the operations of a pair's training step; the backward pass is twice the forward.
 
@@ -172,11 +173,11 @@ def train_flops_per_pair(
       config: the model.
       length: tokens of the caption (after trimming).
       num_patches: patches of an image that its tower sees; None is all.
-      freeze: the tower that is not trained, "image" or "text", has no backward pass.
+      frozen: the towers of which nothing is trained, "image", "text": they have no backward pass.
 
     >>> from clip_jax.models.zoo import model_config
     >>> train_flops_per_pair(model_config("ViT-B/32"), 77)
     41343498240
     """
     image, text = image_flops(config, num_patches), text_flops(config, length)
-    return image * (1 if freeze == "image" else 3) + text * (1 if freeze == "text" else 3)
+    return image * (1 if "image" in frozen else 3) + text * (1 if "text" in frozen else 3)

@@ -16,6 +16,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 STACK = "resblocks"
+FROZEN_STACK = "frozen_resblocks"
+"""The first blocks of a stack, where they are not trained and the others are."""
 
 
 def stack_layers(tree: Any) -> Any:
@@ -44,24 +46,34 @@ def _block_numbers(blocks: dict[str, Any]) -> list[int]:
 
 
 def _stack_blocks(blocks: dict[str, Any]) -> dict[str, Any]:
-    """Return a transformer's blocks but the last as one stack."""
+    """Return a transformer's blocks but the last as one stack.
+
+    Where parts of the first blocks are not there, as in the state of an optimizer that does not
+    train them, they are not in the stack.
+    """
     *first, last = _block_numbers(blocks)
     if not first:  # one block, or stacked already
         return blocks
-    stacked = jax.tree.map(lambda *xs: _stack_leaves(xs), *(blocks[f"{STACK}_{i}"] for i in first))
+    stacked = _stack_trees([blocks[f"{STACK}_{i}"] for i in first])
     return {STACK: stacked, f"{STACK}_{last}": blocks[f"{STACK}_{last}"]}
 
 
+def _stack_trees(trees: list[Any]) -> Any:
+    """Return nested dicts, each leaf stacked over the trees that have it."""
+    if not isinstance(trees[0], dict):
+        return jax.tree.map(lambda *xs: _stack_leaves(xs), *trees)
+    keys = dict.fromkeys(key for tree in trees for key in tree)
+    return {key: _stack_trees([tree[key] for tree in trees if key in tree]) for key in keys}
+
+
 def _unstack_blocks(blocks: dict[str, Any]) -> dict[str, Any]:
-    """Return a transformer's stack as blocks by themselves."""
+    """Return a transformer's stack as blocks by themselves; a part's last one is the last below."""
     if STACK not in blocks:
         return blocks
     (last,) = _block_numbers(blocks)
-    first = {
-        f"{STACK}_{i}": jax.tree.map(lambda x, i=i: _take_layer(x, i), blocks[STACK])
-        for i in range(last)
-    }
-    return {**first, f"{STACK}_{last}": blocks[f"{STACK}_{last}"]}
+    layers = {f"{STACK}_{i}": _take_layer(blocks[STACK], i - last) for i in range(last)}
+    layers = {name: layer for name, layer in layers.items() if layer is not None}
+    return {**layers, f"{STACK}_{last}": blocks[f"{STACK}_{last}"]}
 
 
 def _stack_leaves(layers: tuple[Any, ...]) -> Any:
@@ -79,9 +91,18 @@ def _stack_leaves(layers: tuple[Any, ...]) -> Any:
 
 
 def _take_layer(stacked: Any, i: int) -> Any:
-    """Return layer i of a stacked leaf."""
+    """Return layer i of a stack, counted from its end; None where it has no such layer."""
+    if isinstance(stacked, dict):
+        parts = {key: _take_layer(part, i) for key, part in stacked.items()}
+        return {key: part for key, part in parts.items() if part is not None} or None
+    return jax.tree.map(lambda x: _take_leaf(x, i), stacked)
+
+
+def _take_leaf(stacked: Any, i: int) -> Any:
     if stacked.size == 1:
         return stacked
+    if stacked.shape[0] < -i:
+        return None
     if isinstance(stacked, jax.ShapeDtypeStruct):
         sharding = stacked.sharding
         if isinstance(sharding, NamedSharding):

@@ -4,11 +4,13 @@ import dataclasses
 from typing import Any
 
 import flax.linen as nn
+import jax
 from jaxtyping import Array, Float, Int
 
 from clip_jax.models.execution import ExecConfig, remat_block
 from clip_jax.models.formed_block import BlockInputs, FormedBlock
 from clip_jax.models.layers import BlockConfig, ResidualBlock, gather_rows, stream_packing
+from clip_jax.models.stack import FROZEN_STACK, STACK
 
 NO_INPUTS = BlockInputs()
 
@@ -18,7 +20,8 @@ class Transformer(nn.Module):
 
     With `exec_config.scan` all blocks but the last are one block in a loop, `resblocks`, its
     parameters those of `resblocks_0`, `resblocks_1`, ... stacked. The last keeps its own name and
-    parameters: it may be computed at one position, which the loop's body cannot be.
+    parameters: it may be computed at one position, which the loop's body cannot be. Parameters
+    whose first blocks are `frozen_resblocks` have two loops, of which the first needs no gradient.
     """
 
     layers: int
@@ -52,7 +55,10 @@ class Transformer(nn.Module):
         static: tuple[Any, ...] = () if is_own_form else (packing,)
         arrays: tuple[Any, ...] = (inputs,) if is_own_form else (positions_BL,)
         if self.exec_config.scan and last > 0:
-            x = self._loop(x, static, arrays, last)
+            frozen = _count_stacked(self.variables.get("params", {}).get(FROZEN_STACK))
+            if frozen:
+                x = self._loop(x, static, arrays, frozen, FROZEN_STACK)
+            x = self._loop(x, static, arrays, last - frozen, STACK)
         block = self._block()
         for i in range(0 if not self.exec_config.scan else last, last):
             layer = block(self.block, self.exec_config, name=f"resblocks_{i}")
@@ -76,9 +82,9 @@ class Transformer(nn.Module):
         return remat_block(FormedBlock, exec_config, in_scan=in_scan)
 
     def _loop(
-        self, x: Array, static: tuple[Any, ...], arrays: tuple[Any, ...], times: int
+        self, x: Array, static: tuple[Any, ...], arrays: tuple[Any, ...], times: int, name: str
     ) -> Array:
-        """Apply the stacked blocks, `times` of them."""
+        """Apply the stacked blocks of that name, `times` of them."""
         loop = nn.scan(
             lambda block, x, arrays: (block(x, None, *static, *arrays), None),
             variable_axes={"params": 0},
@@ -87,5 +93,10 @@ class Transformer(nn.Module):
             length=times,
         )
         block = self._block(in_scan=True)
-        x, _ = loop(block(self.block, self.exec_config, name="resblocks"), x, arrays)
+        x, _ = loop(block(self.block, self.exec_config, name=name), x, arrays)
         return x
+
+
+def _count_stacked(stack: Any) -> int:
+    """Return the blocks of a stack of parameters; 0 without one."""
+    return jax.tree.leaves(stack)[0].shape[0] if stack else 0

@@ -1,4 +1,4 @@
-"""Convert a checkpoint: `python -m clip_jax.convert SRC DST --to {own,open_clip,hf}`.
+"""Convert a checkpoint: `python -m clip_jax.convert SRC DST --to {own,open_clip,hf,peft}`.
 
 SRC is anything that `clip_jax.load` takes: a run, a published file or folder, a published model's
 name. DST is a new folder, or `hf-hub:owner/name`: a repository of the hub, with a card.
@@ -25,10 +25,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--to",
         default="own",
-        choices=("own", "open_clip", "hf"),
-        help="own: a work folder of this project with one safetensors file",
+        choices=("own", "open_clip", "hf", "peft"),
+        help="own: a work folder of this project with one safetensors file; peft: of a run with "
+        "adapters these alone, for transformers' model",
     )
     add("--architecture", "--model", help='of a bare file: "NAME" or "NAME:TAG"')
+    add("--adapters", help="a folder of PEFT's to merge into SRC")
     add("--tokenizer", help="its tokenizer.json or SentencePiece .model")
     add("--image-size", type=int, help="interpolate to images of this size, pixels")
     add("--context-length", type=int, help="shorten to texts of this length, tokens")
@@ -66,10 +68,10 @@ def convert(
     Args:
       src: what `clip_jax.load` takes.
       dst: the folder to write, or "hf-hub:owner/name"; it must not hold anything.
-      to: "own", "open_clip" or "hf".
+      to: "own", "open_clip", "hf" or "peft".
       private: whether its owner alone sees a new repository.
-      load: `architecture`, `tokenizer`, `image_size` and `context_length`, as `convert_to` takes
-        them.
+      load: `architecture`, `tokenizer`, `image_size`, `context_length` and `adapters`, as
+        `convert_to` takes them.
 
     Raises:
       UserError: the checkpoint cannot be read, the format has no such model, or the folder or
@@ -97,6 +99,7 @@ def convert_to(
     tokenizer: str | None = None,
     image_size: int | None = None,
     context_length: int | None = None,
+    adapters: str | None = None,
     card_of: str = "",
 ) -> ConvertedModel:
     """Read a checkpoint and write it to a folder.
@@ -105,6 +108,7 @@ def convert_to(
       architecture: the model of a bare file, "NAME" or "NAME:TAG".
       tokenizer: its file, where the checkpoint came without one.
       image_size, context_length: sizes to interpolate to, in pixels and tokens.
+      adapters: a folder of PEFT's that is merged in.
       card_of: a repository whose card is written too; empty writes none.
 
     Raises:
@@ -116,6 +120,8 @@ def convert_to(
     from clip_jax.pretrained.work_folder import RunDescription
     from clip_jax.tools.model_card import card_text, measured_rows
 
+    if to == "peft":
+        return _convert_adapters(src, folder)
     # Claimed first: a wrong name answers before a big model is read.
     with new_folder(folder) as part:
         clip = api.load(
@@ -124,6 +130,7 @@ def convert_to(
             tokenizer=tokenizer,
             image_size=image_size,
             context_length=context_length,
+            adapters=adapters,
         )
         description = RunDescription(
             clip.name, clip.config, clip.tokenizer_spec, clip.preprocessing
@@ -137,6 +144,21 @@ def convert_to(
             card = card_text(card_of, clip.name, clip.config, num_values, to, rows)
             (part / "README.md").write_text(card, encoding="utf-8")
     return ConvertedModel(str(folder), clip.name, to, num_values)
+
+
+def _convert_adapters(src: str, folder: Path) -> ConvertedModel:
+    """Write the adapters of a run."""
+    from clip_jax.pretrained.export import new_folder
+    from clip_jax.pretrained.peft import write_peft
+    from clip_jax.pretrained.work_folder import read_description
+    from clip_jax.training.adapters import read_run_adapters
+
+    with new_folder(folder) as part:
+        description = read_description(src)
+        leaves, alpha = read_run_adapters(src, description.model)
+        base = str(description.config.get("model", {}).get("init_from", ""))
+        num_values = write_peft(part, leaves, description.model, alpha=alpha, base=base)
+    return ConvertedModel(str(folder), description.model_name, "peft", num_values)
 
 
 def converted_text(model: ConvertedModel) -> str:

@@ -26,9 +26,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import checkpoint_managers
 
 from clip_jax.errors import UserError, short
+from clip_jax.models.lora import LORA, adapter_scale, make_adapters, merge_adapters
 from clip_jax.models.stack import stack_layers, unstack_layers
 from clip_jax.parallel.distributed import (
     from_first,
@@ -253,10 +256,21 @@ class Checkpoints:
         """Restore the newest undamaged `{"params", "batch_stats"}` and its meta; None without any.
 
         They are the moving averages where the run keeps them: that is what it is trained for.
+        Adapters are merged into the kernels.
         """
+        restored = self.restore_parts(shapes)
+        if restored is None:
+            return None
+        variables, meta = restored
+        return merged_variables(variables, _adapter_scale(meta)), meta
+
+    def restore_parts(self, shapes: Any) -> tuple[Any, dict[str, Any]] | None:
+        """Restore as `restore_model` does, adapters as they are, under "lora" in the parameters."""
         meta = self.latest_meta()
         averaged = meta is not None and any(name.startswith("ema/") for name in meta["digests"])
         item = "ema" if averaged else "model"
+        if meta is not None and any(f"/{LORA}/" in name for name in meta["digests"]):
+            shapes = shapes | {"params": _with_adapter_shapes(shapes["params"], meta)}
         restored = self._restore({item: shapes})
         return None if restored is None else (restored[0][item], restored[1])
 
@@ -360,6 +374,43 @@ class Checkpoints:
         """Wait for what is being saved, and close the folder."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def merged_variables(variables: dict[str, Any], scale: float) -> dict[str, Any]:
+    """Return {"params", "batch_stats"} with adapters merged, each kernel where it lies."""
+    params = variables["params"]
+    if LORA not in params:
+        return variables
+    own = {name: tree for name, tree in params.items() if name != LORA}
+    shardings = jax.tree.map(lambda x: x.sharding, own)
+    merge = jax.jit(merge_adapters, static_argnums=1, out_shardings=shardings)
+    return variables | {"params": merge(params, scale)}
+
+
+def _adapter_fields(meta: dict[str, Any]) -> tuple[int, float, tuple[str, ...]]:
+    """Return rank, alpha and targets of a run's adapters."""
+    names = ("lora_rank", "lora_alpha", "lora_targets")
+    rank, alpha, targets = (meta["fingerprint"].get(f"config.train.{name}") for name in names)
+    return int(rank or 0), float(alpha or 0), tuple(targets or ())
+
+
+def _adapter_scale(meta: dict[str, Any]) -> float:
+    return adapter_scale(*_adapter_fields(meta)[:2])
+
+
+def _with_adapter_shapes(params: Any, meta: dict[str, Any]) -> Any:
+    """Return the shapes of parameters with those of the run's adapters, whole on every device."""
+    rank, _, targets = _adapter_fields(meta)
+    make = functools.partial(make_adapters, rank=rank, targets=targets, seed=0)
+    whole: Any = jax.tree.leaves(params)[0].sharding
+    if isinstance(whole, NamedSharding):
+        whole = NamedSharding(whole.mesh, P())
+    return params | {
+        LORA: jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole),
+            jax.eval_shape(make, params),
+        )
+    }
 
 
 def _items(state: TrainState) -> dict[str, Any]:

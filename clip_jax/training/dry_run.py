@@ -7,6 +7,7 @@ import jax
 from clip_jax.models.flops import image_flops, text_flops
 from clip_jax.parallel.mesh import batch_shards
 from clip_jax.sections import Config
+from clip_jax.training.rates import RateRow, rate_table
 from clip_jax.training.setup import build_run
 from clip_jax.training.state import device_bytes, parameter_counts
 
@@ -19,6 +20,7 @@ class DryRun:
       config: the experiment.
       source_found: whether the checkpoint to start from, if any, is there already.
       parameters: their number by tower, as `parameter_counts` has it.
+      rates: how many of them have each factor of the learning rate.
       image_flops: operations of one image's forward pass.
       text_flops: operations of the forward pass of a caption of `context_length` tokens.
       mesh: the number of devices along each axis.
@@ -30,6 +32,7 @@ class DryRun:
     config: Config
     source_found: bool
     parameters: dict[str, int]
+    rates: list[RateRow]
     image_flops: int
     text_flops: int
     context_length: int
@@ -56,6 +59,7 @@ def dry_run(config: Config) -> DryRun:
         config=config,
         source_found=run.source is not None,
         parameters=parameter_counts(run.shapes.params),
+        rates=rate_table(run.shapes.params, config.train),
         image_flops=image_flops(sizes),
         text_flops=text_flops(sizes, sizes.text.context_length),
         context_length=sizes.text.context_length,

@@ -15,6 +15,7 @@ from optax import MaskedNode
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from clip_jax.sections import OptimSection
+from clip_jax.training.rates import Rates
 from clip_jax.typing import path_name
 
 NOT_DECAYED = (
@@ -215,6 +216,25 @@ def scale_to_rms(rms: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
+def scale_by_rates(rates: Rates) -> optax.GradientTransformation:
+    """Multiply each parameter's update by its factor of the learning rate, decay included.
+
+    Of a stack of blocks each has its own factor; of one that is cut the last ones are there.
+    """
+
+    def update(updates, state, params=None):
+        def scale(path, update):
+            factors = rates[path_name(path)]
+            if len(set(factors)) == 1:
+                return update if factors[0] == 1 else factors[0] * update
+            rows = jnp.asarray(factors[-update.shape[0] :], update.dtype)
+            return rows.reshape(-1, *[1] * (update.ndim - 1)) * update
+
+        return jax.tree_util.tree_map_with_path(scale, updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
 ELEMENTWISE = ("adamw", "lion")
 """Optimizers whose update of a number needs no other: copies of the model can share it."""
 SPLIT = ("auto", "on", "off")
@@ -228,7 +248,9 @@ SCALERS: dict[str, Callable[[float, float, float], optax.GradientTransformation]
 }
 
 
-def make_optimizer(schedule: optax.Schedule, section: OptimSection) -> optax.GradientTransformation:
+def make_optimizer(
+    schedule: optax.Schedule, section: OptimSection, rates: Rates | None = None
+) -> optax.GradientTransformation:
     """Make an optimizer with decoupled decay; a `clip_norm` of 0 leaves gradients alone.
 
     The decay is multiplied by the learning rate, as PyTorch's AdamW does it.
@@ -242,12 +264,17 @@ def make_optimizer(schedule: optax.Schedule, section: OptimSection) -> optax.Gra
     Args:
       schedule: the learning rate of a step.
       section: everything but the learning rate and its warm-up.
+      rates: factors of the learning rate, by a parameter's path; None is 1 for all.
     """
     clip_norm = section.clip_norm
+    has_factors = any(
+        factor not in (0, 1) for factors in (rates or {}).values() for factor in factors
+    )
     return optax.chain(
         optax.clip_by_global_norm(clip_norm) if clip_norm > 0 else optax.identity(),
         SCALERS[section.name](section.beta1, section.beta2, section.eps),
         optax.add_decayed_weights(section.weight_decay, mask=decay_mask),
+        *([scale_by_rates(rates)] if rates is not None and has_factors else []),
         optax.scale_by_learning_rate(schedule),
         clip_logit_scale(section.max_logit_scale),
     )

@@ -24,6 +24,7 @@ from clip_jax.data.dataset import TrainingData
 from clip_jax.data.manifest import RUN_MANIFEST_FILENAME
 from clip_jax.errors import UserError
 from clip_jax.losses.dense import pair_losses
+from clip_jax.models.lora import adapter_scale
 from clip_jax.models.stack import unstack_layers
 from clip_jax.parallel import distributed
 from clip_jax.parallel.mesh import batch_part
@@ -42,6 +43,7 @@ from clip_jax.training.checkpoint import Checkpoints, not_finite
 from clip_jax.training.fingerprint import CONTENTS, DATA, PAIRS, TOKENIZER, Fingerprint
 from clip_jax.training.history import devices, read_history
 from clip_jax.training.metrics import DataWait, to_json
+from clip_jax.training.rates import frozen_towers, split_frozen
 from clip_jax.training.setup import (
     RunComponents,
     build_run,
@@ -55,7 +57,7 @@ from clip_jax.training.setup import (
 )
 from clip_jax.training.signals import StopRequest
 from clip_jax.training.skip_limit import SkipLimit
-from clip_jax.training.state import TrainState, make_init, split_frozen
+from clip_jax.training.state import TrainState, make_init
 from clip_jax.training.step import TrainStep, make_features, make_gradient
 from clip_jax.training.trainer import make_fingerprint
 from clip_jax.training.warm_start import warm_start_state
@@ -334,7 +336,11 @@ def look_at_step(
     # Plain blocks: what is computed again or in a loop cannot be watched from outside.
     plain = run.model.clone(remat="none", scan=False)
     features = make_features(
-        plain, mesh=mesh, preprocess=run.preprocess, freeze=config.train.freeze
+        plain,
+        mesh=mesh,
+        preprocess=run.preprocess,
+        frozen=frozen_towers(run.shapes.params, config.train),
+        lora_scale=adapter_scale(config.train.lora_rank, config.train.lora_alpha),
     )
     gradient = make_gradient(
         run.model, loss_of_run(run), run.shapes, config.train, preprocess=run.preprocess
@@ -369,7 +375,7 @@ def look_at_step(
             valid_B=rows["valid"],
             caption_id_B=rows["caption_id"] if config.train.mask_equal_captions else None,
         )
-        trained, frozen = split_frozen(state.params, config.train.freeze)
+        trained, frozen = split_frozen(state.params, config.train)
         grads = gradient(trained, frozen, state.batch_stats, rows)[2]
         return {
             "losses": losses,

@@ -27,6 +27,7 @@ from clip_jax.training.metrics import (
     read_lines_until,
 )
 from clip_jax.training.programs import ProgramCompiler
+from clip_jax.training.rates import rate_lines, rate_table, trains_all
 from clip_jax.training.setup import (
     RunComponents,
     attention_kernels,
@@ -49,6 +50,9 @@ def print_summary(run: RunComponents, data: TrainingData, *, pairs: int, steps: 
         + mesh_text(run.mesh.shape),
         attention_kernels(run),
     ]
+    if not trains_all(config.train):
+        table = rate_table(run.shapes.params, config.train)
+        lines += rate_lines(table, config.optim.learning_rate)
     if run.caption_packing is not None:
         packing = run.caption_packing
         lines.append(

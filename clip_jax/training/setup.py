@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import jax
@@ -24,7 +24,7 @@ from clip_jax.errors import UserError
 from clip_jax.evaluation.in_training import EncodeWith, Evaluator, make_evaluator
 from clip_jax.evaluation.spec import EvalSpec
 from clip_jax.losses import LossFn, make_loss
-from clip_jax.models.clip import CLIP, CLIPConfig, choose_kernels
+from clip_jax.models.clip import CLIP, CLIPConfig, choose_kernels, variable_shapes
 from clip_jax.models.convnet import ConvNetConfig
 from clip_jax.models.flops import train_flops_per_pair
 from clip_jax.models.target import Target
@@ -40,11 +40,12 @@ from clip_jax.parallel.mesh import (
     mesh_target,
 )
 from clip_jax.pretrained.work_folder import RunDescription
-from clip_jax.sections import Config, ModelSection, OptimSection
+from clip_jax.sections import Config, ModelSection, OptimSection, TrainSection
 from clip_jax.tokenizers import TokenizerSpec, make_tokenizer, tokenizer_spec
 from clip_jax.training.device_augment import DrawFn, kept_patches, make_draws
 from clip_jax.training.optimizer import ELEMENTWISE, make_optimizer, make_schedule
-from clip_jax.training.state import TrainState, state_shapes
+from clip_jax.training.rates import Rates, frozen_towers, parameter_rates, trains_all
+from clip_jax.training.state import TrainState, state_shapes, with_adapters
 from clip_jax.training.step import TrainStep, make_train_step
 from clip_jax.training.warm_start import (
     SourceCheckpoint,
@@ -53,7 +54,7 @@ from clip_jax.training.warm_start import (
     source_tokenizer,
     warm_start_sizes,
 )
-from clip_jax.typing import Tokenizer
+from clip_jax.typing import Tokenizer, leaves_by_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +162,6 @@ def build_run(
         spec, preprocess = description.tokenizer or spec, description.preprocess
     tokenizer = make_tokenizer(spec)
     sizes = description.model if description else model_sizes(config, tokenizer, source)
-    check_patch_dropout(config, sizes)
     model = CLIP(
         sizes,
         dtype=jnp.dtype(m.dtype),
@@ -171,7 +171,11 @@ def build_run(
         target=mesh_target(mesh),
     )
     schedule = make_schedule(config.optim, steps)
-    optimizer = make_optimizer(schedule, config.optim)
+    optimizer = make_optimizer(schedule, config.optim, rates_of(model, t))
+    shapes = state_shapes(
+        model, optimizer, mesh, t, split_update=splits_update(config.optim, model.target)
+    )
+    check_patch_dropout(config, sizes, frozen_towers(shapes.params, t))
     return RunComponents(
         config=config,
         mesh=mesh,
@@ -181,11 +185,18 @@ def build_run(
         model=model,
         schedule=schedule,
         optimizer=optimizer,
-        shapes=state_shapes(
-            model, optimizer, mesh, t, split_update=splits_update(config.optim, model.target)
-        ),
+        shapes=shapes,
         source=source,
     )
+
+
+def rates_of(model: CLIP, section: TrainSection) -> Rates | None:
+    """Return the factors of the learning rate of a model's parameters; None where all are 1."""
+    if trains_all(section):
+        return None
+    plain = variable_shapes(model)["params"]
+    shapes = jax.eval_shape(lambda params: with_adapters(params, section, 0), plain)
+    return parameter_rates(leaves_by_path(shapes), section)
 
 
 def splits_update(section: OptimSection, target: Target) -> bool:
@@ -226,7 +237,7 @@ def model_sizes(
     return warm_start_sizes(source, sizes) if source else sizes
 
 
-def check_patch_dropout(config: Config, sizes: CLIPConfig) -> None:
+def check_patch_dropout(config: Config, sizes: CLIPConfig, frozen: Collection[str]) -> None:
     """Raise UserError if patches are to be dropped that are not there, or must all be seen."""
     if not config.model.patch_dropout:
         return
@@ -235,9 +246,9 @@ def check_patch_dropout(config: Config, sizes: CLIPConfig) -> None:
             f"config.model.patch_dropout is set and {config.model.name} has no patches to drop; "
             "take a ViT or set it to 0"
         )
-    if config.train.freeze == "image":
+    if "image" in frozen:
         raise UserError(
-            "config.model.patch_dropout is set and config.train.freeze is 'image': a frozen "
+            "config.model.patch_dropout is set and nothing of the image tower is trained: a frozen "
             "tower sees whole images; leave one of them out"
         )
 
@@ -265,7 +276,7 @@ def pair_flops(run: RunComponents, length: int | CaptionPacking) -> int:
         run.model.config,
         length,
         num_patches=count_kept_patches(run),
-        freeze=run.config.train.freeze,
+        frozen=frozen_towers(run.shapes.params, run.config.train),
     )
 
 

@@ -11,12 +11,11 @@ import optax
 from jax.sharding import Mesh
 
 from clip_jax.models.clip import CLIP, init_variables
+from clip_jax.models.lora import LORA, make_adapters
 from clip_jax.parallel.sharding import partition_spec, tree_shardings, update_spec
 from clip_jax.sections import TrainSection
+from clip_jax.training.rates import split_frozen
 from clip_jax.typing import Params
-
-FROZEN = {"": (), "image": ("visual",), "text": ("text",)}
-"""The choices of `freeze`, and the top names of the parameters that each leaves as they are."""
 
 
 @flax.struct.dataclass
@@ -44,29 +43,37 @@ def state_mesh(state: TrainState) -> Mesh:
     return sharding.mesh
 
 
-def split_frozen(params: Params, freeze: str) -> tuple[Params, Params]:
-    """Return the parameters that are trained, and those that stay; `a | b` is the whole again."""
-    trained = {name: tree for name, tree in params.items() if name not in FROZEN[freeze]}
-    return trained, {name: tree for name, tree in params.items() if name not in trained}
+def with_adapters(params: Params, section: TrainSection, seed: int) -> Params:
+    """Return a model's parameters, with fresh adapters where the run trains them; traceable."""
+    if not section.lora_rank:
+        return params
+    rank, targets = section.lora_rank, section.lora_targets
+    return params | {LORA: make_adapters(params, rank=rank, targets=targets, seed=seed)}
 
 
 def make_state(
-    variables: dict[str, Any], optimizer: optax.GradientTransformation, section: TrainSection
+    variables: dict[str, Any],
+    optimizer: optax.GradientTransformation,
+    section: TrainSection,
+    *,
+    seed: int = 0,
 ) -> TrainState:
     """Make a state before its first step; traceable.
 
     Args:
       variables: {"params", "batch_stats"} of the model.
       optimizer: keeps a state of the parameters that are trained.
-      section: its `freeze` says which those are, its `ema_decay` whether averages are kept.
+      section: it says which those are, its `ema_decay` whether averages are kept.
+      seed: of the adapters, where there are any.
     """
-    params, batch_stats = variables["params"], variables.get("batch_stats", {})
+    params = with_adapters(variables["params"], section, seed)
+    batch_stats = variables.get("batch_stats", {})
     average = {"params": params, "batch_stats": batch_stats} if section.ema_decay else {}
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         batch_stats=batch_stats,
-        opt_state=optimizer.init(split_frozen(params, section.freeze)[0]),
+        opt_state=optimizer.init(split_frozen(params, section)[0]),
         # Arrays of their own: the step donates its state, and one buffer cannot be given twice.
         ema=jax.tree.map(jnp.copy, average),
     )
@@ -129,7 +136,7 @@ def make_init(
     shardings = jax.tree.map(lambda x: x.sharding, shapes)
 
     def make() -> TrainState:
-        return make_state(init_variables(model, seed), optimizer, section)
+        return make_state(init_variables(model, seed), optimizer, section, seed=seed)
 
     return jax.jit(make, out_shardings=shardings)
 

@@ -1,7 +1,7 @@
 """One training step: uint8 images and tokens in, the next state and its metrics out."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from clip_jax.data.images import Preprocess
 from clip_jax.losses import LossFn, LossOutput
 from clip_jax.models.clip import CLIP
+from clip_jax.models.lora import adapter_scale, merge_adapters
 from clip_jax.models.naflex import ImagePatches
 from clip_jax.models.target import Target
 from clip_jax.models.text import PackedTokens
@@ -22,7 +23,8 @@ from clip_jax.parallel.mesh import BATCH_AXES, batch_shards
 from clip_jax.parallel.sharding import rows_stay_split, with_whole_table
 from clip_jax.sections import TrainSection
 from clip_jax.training.device_augment import DrawFn, adjust_colors
-from clip_jax.training.state import TrainState, split_frozen, state_mesh, update_shardings
+from clip_jax.training.rates import frozen_towers, join_for_model, join_frozen, split_frozen
+from clip_jax.training.state import TrainState, state_mesh, update_shardings
 from clip_jax.typing import Features, Params
 
 TOWERS, LOSS, UPDATE = "towers", "loss", "update"
@@ -100,18 +102,27 @@ def tokens_of(rows: Batch, parts: int) -> jax.Array | PackedTokens:
     return PackedTokens(rows["text_tokens"], rows["text_positions"], rows["text_end"], parts)
 
 
-def make_features(model: CLIP, *, mesh: Mesh, preprocess: Preprocess, freeze: str) -> FeaturesFn:
+def make_features(
+    model: CLIP,
+    *,
+    mesh: Mesh,
+    preprocess: Preprocess,
+    frozen: Collection[str],
+    lora_scale: float = 0.0,
+) -> FeaturesFn:
     """Make the function that runs both towers over rows of a batch.
 
-    A frozen image tower runs as in evaluation: its batch norms use their running statistics.
+    Adapters among the parameters, which `lora_scale` multiplies, are merged before.
+    A `frozen` image tower runs as in evaluation: its batch norms use their running statistics.
     """
-    train = freeze != "image"
+    train = "image" not in frozen
     split = rows_stay_split(mesh)
 
     def features(params: Params, batch_stats: Any, rows: Batch) -> tuple[Features, Features, Any]:
         images_BHWC = unit_range(rows["image"])
         if "colors_B3" in rows:
             images_BHWC = adjust_colors(images_BHWC, rows["colors_B3"])
+        params = merge_adapters(params, lora_scale)
         with jax.named_scope(TOWERS), nn.intercept_methods(split):
             (z_image_BD, z_text_BD), updated = model.apply(
                 {"params": with_whole_table(params, mesh), "batch_stats": batch_stats},
@@ -146,8 +157,9 @@ def make_whole_gradient(features: FeaturesFn, loss_fn: LossFn) -> GradientFn:
 
     def gradient(trained: Params, frozen: Params, batch_stats: Any, rows: Batch):
         def loss_of(trained: Params):
-            z_image_BD, z_text_BD, stats = features(trained | frozen, batch_stats, rows)
-            loss, out = feature_loss(loss_fn, z_image_BD, z_text_BD, trained, rows)
+            params = join_for_model(trained, frozen)
+            z_image_BD, z_text_BD, stats = features(params, batch_stats, rows)
+            loss, out = feature_loss(loss_fn, z_image_BD, z_text_BD, params, rows)
             return loss, (out, stats)
 
         grads, (out, stats) = jax.grad(loss_of, has_aux=True)(trained)
@@ -190,13 +202,13 @@ def make_cached_gradient(
         parts = {name: split(x, count) for name, x in rows.items()}
 
         def embed(stats: Any, part: Batch):
-            z_image, z_text, stats = features(trained | frozen, stats, part)
+            z_image, z_text, stats = features(join_for_model(trained, frozen), stats, part)
             return stats, (z_image, z_text)
 
         stats, z = lax.scan(embed, batch_stats, parts)
 
         def loss_of(z: tuple[Features, Features], trained: Params):
-            return feature_loss(loss_fn, *z, trained, rows)
+            return feature_loss(loss_fn, *z, join_for_model(trained, frozen), rows)
 
         (dz, grads), out = jax.grad(loss_of, argnums=(0, 1), has_aux=True)(
             jax.tree.map(join, z), trained
@@ -206,7 +218,7 @@ def make_cached_gradient(
             part_rows, dz_part = part
 
             def embed_again(trained: Params):
-                return features(trained | frozen, batch_stats, part_rows)[:2]
+                return features(join_for_model(trained, frozen), batch_stats, part_rows)[:2]
 
             (part_grads,) = jax.vjp(embed_again, trained)[1](dz_part)
             grads = jax.tree.map(jnp.add, grads, part_grads)
@@ -228,10 +240,17 @@ def make_gradient(
 ) -> GradientFn:
     """Make the gradient of a run, in the form that its `microbatch_size` asks for."""
     mesh = state_mesh(shapes)
-    features = make_features(model, mesh=mesh, preprocess=preprocess, freeze=section.freeze)
+    frozen = frozen_towers(shapes.params, section)
+    features = make_features(
+        model,
+        mesh=mesh,
+        preprocess=preprocess,
+        frozen=frozen,
+        lora_scale=adapter_scale(section.lora_rank, section.lora_alpha),
+    )
     if not section.microbatch_size:
         return make_whole_gradient(features, loss_fn)
-    trained_shardings = split_frozen(update_shardings(shapes), section.freeze)[0]
+    trained_shardings = split_frozen(update_shardings(shapes), section)[0]
     return make_cached_gradient(
         features, loss_fn, trained_shardings, mesh=mesh, microbatch_size=section.microbatch_size
     )
@@ -265,18 +284,18 @@ def make_train_step(
       optimizer: gets the gradients of the parameters that are trained.
       schedule: the learning rate of a step, for the metrics.
       shapes: the layout of the state on its mesh.
-      section: its `microbatch_size`, `freeze` and `ema_decay`.
+      section: its `microbatch_size`, `ema_decay`, and what it says of what is trained.
       preprocess: the mean and the standard deviation of the images.
       draws: the random numbers of a step, see `device_augment`.
     """
     shardings = jax.tree.map(lambda x: x.sharding, shapes)
     param_shardings = update_shardings(shapes)
-    trained_shardings = split_frozen(param_shardings, section.freeze)[0]
+    trained_shardings = split_frozen(param_shardings, section)[0]
     gradient = make_gradient(model, loss_fn, shapes, section, preprocess=preprocess)
     update = make_update(optimizer, section)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        trained, frozen = split_frozen(state.params, section.freeze)
+        trained, frozen = split_frozen(state.params, section)
         rows = {**batch, **draws(state.step, batch["valid"].size)}
         out, batch_stats, grads = gradient(trained, frozen, state.batch_stats, rows)
         # Gradients lie where their parameters are updated, and are summed into place, not copied
@@ -314,10 +333,10 @@ def make_update(
     """Make `update(state, grads, batch_stats)`, which returns the state of the next step."""
 
     def update(state: TrainState, grads: Params, batch_stats: Any) -> TrainState:
-        trained, frozen = split_frozen(state.params, section.freeze)
+        trained, frozen = split_frozen(state.params, section)
         with jax.named_scope(UPDATE):
             updates, opt_state = optimizer.update(grads, state.opt_state, trained)
-            params = optax.apply_updates(trained, updates) | frozen
+            params = join_frozen(optax.apply_updates(trained, updates), frozen)
             ema = state.ema
             if section.ema_decay:
                 newest = {"params": params, "batch_stats": batch_stats}

@@ -16,6 +16,7 @@ from clip_jax.data.sources import fingerprint as data_fingerprint
 from clip_jax.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED, UserError
 from clip_jax.evaluation.in_training import Evaluator
 from clip_jax.files import make_folder
+from clip_jax.models.lora import adapter_scale
 from clip_jax.parallel import distributed, watchdog
 from clip_jax.parallel.mesh import batch_part
 from clip_jax.parallel.program_cache import start_program_cache
@@ -24,7 +25,7 @@ from clip_jax.sections import Config
 from clip_jax.training.batch_feed import BatchFeed, PlacedBatch
 from clip_jax.training.best_checkpoint import BestCheckpoint
 from clip_jax.training.caption_shares import with_caption_packing
-from clip_jax.training.checkpoint import Checkpoints, replay_hint
+from clip_jax.training.checkpoint import Checkpoints, merged_variables, replay_hint
 from clip_jax.training.compile_ahead import compiles_ahead, prepare_encoders, prepare_step
 from clip_jax.training.exit_report import ExitReport
 from clip_jax.training.fingerprint import (
@@ -427,7 +428,9 @@ class Trainer:
         """
         # The moving averages where the run keeps them: they are what it is trained for.
         newest = {"params": self.state.params, "batch_stats": self.state.batch_stats}
-        metrics = evaluate(self.state.ema or newest)
+        section = self.config.train
+        scale = adapter_scale(section.lora_rank, section.lora_alpha)
+        metrics = evaluate(merged_variables(self.state.ema or newest, scale))
         self.logger.log_evaluation(self.step, metrics)
         if self.best is None:
             return

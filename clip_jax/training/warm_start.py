@@ -28,6 +28,7 @@ from jax.typing import DTypeLike
 
 from clip_jax.errors import UserError
 from clip_jax.models.clip import CLIPConfig
+from clip_jax.models.lora import LORA
 from clip_jax.models.naflex import NaFlexConfig
 from clip_jax.parallel.sharding import partition_spec
 from clip_jax.pretrained.by_name import read_model
@@ -225,7 +226,8 @@ def warm_start_state(
     Raises:
       UserError: the checkpoint's temperature is beyond the run's limit.
     """
-    wanted = {"params": shapes.params, "batch_stats": shapes.batch_stats}
+    own = {name: tree for name, tree in shapes.params.items() if name != LORA}
+    wanted = {"params": own, "batch_stats": shapes.batch_stats}
     variables = place_source(source, sizes, wanted, state_mesh(shapes))
     scale = math.exp(float(variables["params"]["logit_scale"]))
     max_logit_scale = config.optim.max_logit_scale
@@ -237,7 +239,7 @@ def warm_start_state(
         )
 
     def make(variables: dict[str, Any]) -> TrainState:
-        return make_state(variables, optimizer, config.train)
+        return make_state(variables, optimizer, config.train, seed=config.seed)
 
     shardings = jax.tree.map(lambda x: x.sharding, shapes)
     # Donated: the state holds these very arrays, not a second copy.

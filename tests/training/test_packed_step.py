@@ -55,7 +55,7 @@ def test_values_and_gradients_are_the_plain_forms(
     packing = CaptionPacking(captions, segments, 32, 15.0)
     model = CLIP(MODEL, **how)
     variables = init_variables(model, 0)
-    features = make_features(model, mesh=mesh, preprocess=HALF, freeze="")
+    features = make_features(model, mesh=mesh, preprocess=HALF, frozen=())
     loss_fn = make_loss(
         "softmax",
         mesh=mesh,
