@@ -8,18 +8,24 @@
 Importing this starts no device: the heavy parts are imported by the first call.
 """
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clip_jax.distribution import mixed_files
-from clip_jax.errors import UserError, note
+from clip_jax.errors import UserError, end_on_sigterm, note
 
 if TYPE_CHECKING:
     import numpy as np
     from jax.sharding import Mesh
 
     from clip_jax.api import LoadedCLIP
+
+# Python says so while it looks for the module of `python -m clip_jax.COMMAND`, whose imports take
+# seconds in which a scheduler may end it.
+if sys.argv[:1] == ["-m"] and any(arg.startswith("clip_jax.") for arg in sys.orig_argv):
+    end_on_sigterm()
 
 __all__ = ["UserError", "create", "list_models", "list_pretrained", "load", "tokenize"]
 

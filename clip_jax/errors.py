@@ -142,6 +142,17 @@ signal_heard = threading.Event()
 """Set by whoever handles a SIGTERM: the main thread runs."""
 
 
+def end_on_sigterm() -> None:
+    """End the process on SIGTERM with a line and `EXIT_TERMINATED`, until a command takes over."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        with contextlib.suppress(OSError, AttributeError, RuntimeError):
+            print(TERMINATED, file=sys.stderr, flush=True)
+        os._exit(EXIT_TERMINATED)
+
+    signal.signal(signal.SIGTERM, handle)
+
+
 @contextlib.contextmanager
 def ending_on_sigterm() -> Iterator[None]:
     """Raise `Terminated` in the main thread on SIGTERM, or end the process if it cannot hear it.

@@ -41,6 +41,22 @@ def test_sigterm_ends_a_command_with_a_line_and_its_code():
     assert error.decode().splitlines() == [errors.TERMINATED]
 
 
+def test_sigterm_ends_a_command_while_it_is_being_imported(tmp_path):
+    (tmp_path / "absl.py").write_text("import time\nprint('ready', flush=True)\ntime.sleep(600)")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "clip_jax.main"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout.readline() == b"ready\n"
+    process.terminate()
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == EXIT_TERMINATED
+    assert error.decode().splitlines() == [errors.TERMINATED]
+
+
 def test_sigterm_ends_a_command_that_is_inside_a_library():
     process = start("""
         import hashlib
