@@ -5,7 +5,8 @@
 #       --config.data.train='/shared/data/{00000..41455}.tar'
 #
 # Set the lines below to your cluster. Code, data, work folder and environment have to be on a file
-# system that all nodes share. JAX finds the nodes in SLURM's environment; nothing else is needed.
+# system that all nodes share; PYTHON=PATH takes another environment than .venv. JAX finds the nodes
+# in SLURM's environment; nothing else is needed.
 #
 # Three minutes before the time limit, and on preemption, SLURM sends SIGTERM to every process: the
 # run saves, all processes exit with 75, and the job goes back into the queue to continue. With any
