@@ -31,7 +31,7 @@ class BatchBuffers:
         self.shape = shape
         page = mmap.ALLOCATIONGRANULARITY
         self.stride = max(1, -(-int(np.prod(shape)) // page)) * page
-        self.fd = _memory_file() if shared else -1
+        self.fd = memory_file() if shared else -1
         self._count = 0
         self._free: deque[tuple[int, mmap.mmap]] = deque()
         self._lock = threading.Lock()
@@ -68,7 +68,7 @@ class BatchBuffers:
         return number, mmap.mmap(self.fd, self.stride, offset=number * self.stride)
 
 
-def _memory_file() -> int:
+def memory_file() -> int:
     """Return a descriptor of an empty file that goes when the last process has closed it."""
     if hasattr(os, "memfd_create"):
         return os.memfd_create("clip_jax-batches")

@@ -10,6 +10,7 @@ headers are read once for all of them, and order, rows and errors are those of t
 import contextlib
 import dataclasses
 import json
+import mmap
 import os
 import pickle
 import queue
@@ -17,21 +18,25 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import send_handle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int64, UInt8
 
-from clip_jax.data.batch_buffers import BatchBuffers
+from clip_jax.data.batch_buffers import BatchBuffers, memory_file
 from clip_jax.data.dataset import LazyShard
+from clip_jax.data.decode_watch import SLICES
 from clip_jax.data.formats.remote import open_local
 from clip_jax.data.formats.webdataset import TarShard
 from clip_jax.data.sample_reader import ReaderSettings, Rows
 from clip_jax.data.shards import ConcatShards, Shard
+from clip_jax.data.sources import open_shard
 from clip_jax.errors import UserError
 from clip_jax.sections import DataSection
 
@@ -43,6 +48,10 @@ _COMMAND = (
 )
 # A process that imports JAX by the way must not reach for the accelerators.
 _ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "OPENBLAS_NUM_THREADS": "1"}
+BEAT_SECONDS = 0.5
+"""How often a process gives a sign of life."""
+LEAST_SILENCE = 30.0
+"""Seconds without one that a loaded machine may need."""
 _END_SECONDS = 10.0
 """Time that a process has to end after its sockets were closed."""
 
@@ -171,8 +180,124 @@ class Failed:
         raise error
 
 
+class HungError(Exception):
+    """A process that had these rows gave no sign of life any more, and was killed."""
+
+
+class Pool:
+    """Processes that decode, from their start to their end, and a watch on them.
+
+    Args:
+      message: the pickled `WorkerSetup`.
+      buffers: the batches' memory.
+      processes: their number.
+      threads: of all processes together.
+      seconds: without a sign of life after which a process hangs, and all are killed.
+
+    Attributes:
+      process: the first of them, which started the others.
+      idle: connections that nobody uses, each with the number of its process.
+      hung: the number of the process that hung, or -1.
+    """
+
+    def __init__(
+        self, message: bytes, buffers: BatchBuffers, *, processes: int, threads: int, seconds: float
+    ):
+        pairs = [socket.socketpair() for _ in range(threads)]
+        theirs = [their.fileno() for _, their in pairs]
+        path = [entry or os.getcwd() for entry in sys.path]
+        groups = [",".join(map(str, theirs[k::processes])) for k in range(processes)]
+        beats_fd = memory_file()
+        os.ftruncate(beats_fd, 8 * processes)
+        self._beats = np.frombuffer(mmap.mmap(beats_fd, 8 * processes), np.int64)
+        fds = [buffers.fd, beats_fd]
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", _COMMAND, json.dumps(path), *map(str, fds), *groups],
+            stdin=subprocess.DEVNULL,
+            pass_fds=[*fds, *theirs],
+            env=os.environ | _ENVIRONMENT,
+        )
+        os.close(beats_fd)
+        for _, their in pairs:
+            their.close()
+        self._connections = [Connection(our.detach()) for our, _ in pairs]
+        # Neighbors in a batch go to different processes, as the sockets were dealt out to them.
+        self.idle: queue.SimpleQueue[tuple[Connection, int]] = queue.SimpleQueue()
+        for number, connection in enumerate(self._connections):
+            self.idle.put((connection, number % processes))
+        self.hung = -1
+        self._closing = threading.Event()
+        self._connections[0].send_bytes(message)
+        threading.Thread(target=self._watch, args=(seconds,), daemon=True).start()
+
+    def _watch(self, seconds: float) -> None:
+        """Kill all processes when one that has begun gives no sign of life for so long."""
+        before, silent = self._beats.copy(), np.zeros(len(self._beats), int)
+        interval = max(seconds / SLICES, 2 * BEAT_SECONDS)
+        while not self._closing.wait(interval):
+            now = self._beats.copy()
+            silent = np.where((now == before) & (now > 0), silent + 1, 0)
+            before = now
+            if silent.max() >= SLICES and self.process.poll() is None:
+                self.hung = int(silent.argmax())
+                self._kill()
+                self._shut()
+                return
+
+    def _shut(self) -> None:
+        for connection in self._connections:
+            # Closing would not wake a thread that waits for an answer, and another file could get
+            # the number of a socket that is in use.
+            with (
+                contextlib.suppress(OSError),
+                socket.socket(fileno=os.dup(connection.fileno())) as end,
+            ):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def _kill(self) -> None:
+        for pid in self.children():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.kill()
+        self.process.wait()
+
+    def close(self) -> None:
+        """End the processes, which they do when their sockets are shut."""
+        self._closing.set()
+        self._shut()
+        try:
+            self.process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._kill()
+
+    def children(self) -> list[int]:
+        """Return the processes that decode; none where there is no /proc."""
+        first = self.process.pid
+        try:
+            children = Path(f"/proc/{first}/task/{first}/children").read_text().split()
+        except OSError:
+            return []
+        return [int(pid) for pid in children]
+
+    def has_ended(self) -> UserError:
+        """Return the error of a process that ended, and took the others with it."""
+        try:
+            code = self.process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            code = 0
+        how = f"signal {abs(code) % 128}" if code < 0 or code > 128 else f"code {code}"
+        return UserError(
+            f"a process that decodes has ended with {how}: its own lines say why, or the machine is"
+            " out of memory (signal 9); fewer config.data.processes need less"
+        )
+
+
 class DecodeProcesses:
     """Reads rows as a `SampleReader` does, but in other processes.
+
+    A process in which an image hangs goes on by another of its threads. One that hangs altogether,
+    because a decoder does not let go of Python's lock, is killed with the others, new ones take
+    their place, and what it had is read again row by row, to find the image that hangs.
 
     Args:
       settings: of their readers.
@@ -196,6 +321,7 @@ class DecodeProcesses:
         processes: int,
         threads: int,
     ):
+        self._settings = settings
         self._shards = shards
         setup = WorkerSetup(
             settings, shards.starts, buffers.shape, buffers.stride, _cached_shards(shards.shards)
@@ -207,24 +333,14 @@ class DecodeProcesses:
                 f"what decodes cannot be sent to another process ({e}): set config.data.processes"
                 " to 0"
             ) from e
-        pairs = [socket.socketpair() for _ in range(threads)]
-        theirs = [their.fileno() for _, their in pairs]
-        path = [entry or os.getcwd() for entry in sys.path]
-        groups = [",".join(map(str, theirs[k::processes])) for k in range(processes)]
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", _COMMAND, json.dumps(path), str(buffers.fd), *groups],
-            stdin=subprocess.DEVNULL,
-            pass_fds=[buffers.fd, *theirs],
-            env=os.environ | _ENVIRONMENT,
-        )
-        for _, their in pairs:
-            their.close()
-        self._connections = [Connection(our.detach()) for our, _ in pairs]
-        # Neighbors in a batch go to different processes, as the sockets were dealt out to them.
-        self._idle: queue.SimpleQueue[Connection] = queue.SimpleQueue()
-        for connection in self._connections:
-            self._idle.put(connection)
-        self._connections[0].send_bytes(message)
+        # Longer than a thread is waited for, which leaves the process as it is.
+        seconds = max(1.5 * settings.config.decode_seconds, LEAST_SILENCE)
+        options = {"processes": processes, "threads": threads}
+        self._start = lambda: Pool(message, buffers, seconds=seconds, **options)
+        self._pool = self._start()
+        self._is_closed = False
+        self._replacing, self._alone = threading.Lock(), threading.Lock()
+        self._hung: set[int] = set()
 
     def read(
         self,
@@ -245,37 +361,77 @@ class DecodeProcesses:
         Raises:
           UserError: the process has ended.
         """
-        connection = self._idle.get()
         try:
-            connection.send(RowsRequest(ids, epochs, buffer, first_row))
-            while not isinstance(answer := connection.recv(), dict):
-                self._give(connection, answer)
-        except (EOFError, ConnectionError) as e:
-            raise self._has_ended() from e
-        finally:
-            self._idle.put(connection)
-        return Rows(image=image, **answer)
+            if self._hung.isdisjoint(ids.tolist()):
+                return Rows(image=image, **self._ask(RowsRequest(ids, epochs, buffer, first_row)))
+        except HungError:
+            pass
+        rows = []
+        with self._alone:
+            for i in range(len(ids)):
+                one = slice(i, i + 1)
+                request = RowsRequest(ids[one], epochs[one], buffer, first_row + i)
+                rows.append(self._read_alone(request, image[one]))
+        return joined(rows, image)
 
-    def _has_ended(self) -> UserError:
-        """Return the error of a process that ended, and took the others with it."""
+    def _read_alone(self, request: RowsRequest, image: UInt8[np.ndarray, "1 H W 3"]) -> Rows:
+        """Read one row; where it makes a process hang, return a placeholder that says so."""
+        (sample,) = request.ids.tolist()
         try:
-            code = self._process.wait(_END_SECONDS)
-        except subprocess.TimeoutExpired:
-            code = 0
-        how = f"signal {abs(code) % 128}" if code < 0 or code > 128 else f"code {code}"
-        return UserError(
-            f"a process that decodes has ended with {how}: its own lines say why, or the machine is"
-            " out of memory (signal 9); fewer config.data.processes need less"
+            if sample not in self._hung:
+                return Rows(image=image, **self._ask(request))
+        except HungError:
+            self._hung.add(sample)
+        image[:] = 0
+        shard, i = self._shards.at(sample)
+        text = self._settings.tokenizer([""], self._settings.shape.context_length)
+        key = f"{shard.name}/{shard.key(i)}"
+        why = "decoding had not ended and had stopped its process, which was replaced"
+        return Rows(
+            image=image,
+            text=text,
+            caption_id=np.zeros(1, np.uint32),
+            valid=np.zeros(1, bool),
+            label=np.full(1, -1, np.int32),
+            key=[key],
+            captions=[[]],
+            skipped=[("decode_hung", key, why)],
         )
 
-    def _give(self, connection: Connection, need: object) -> None:
+    def _ask(self, request: RowsRequest) -> dict[str, Any]:
+        """Have a process read rows; return their fields without the images.
+
+        Raises:
+          HungError: the process hung.
+          UserError: it has ended.
+        """
+        while True:
+            pool = self._pool
+            connection, process = pool.idle.get()
+            try:
+                connection.send(request)
+                while not isinstance(answer := connection.recv(), dict):
+                    self._give(pool, connection, answer)
+                return answer
+            except (EOFError, ConnectionError) as e:
+                if pool.hung < 0 or self._is_closed:
+                    raise pool.has_ended() from e
+            finally:
+                pool.idle.put((connection, process))
+            with self._replacing:
+                if self._pool is pool and not self._is_closed:
+                    self._pool = self._start()
+            if process == pool.hung:
+                raise HungError
+
+    def _give(self, pool: Pool, connection: Connection, need: object) -> None:
         """Answer what a process asks for while it reads."""
         if isinstance(need, Failed):
             need.raise_it()
         elif isinstance(need, NeedShard):
             shard = self._shards.shards[need.number]
             if isinstance(shard, LazyShard):
-                shard = shard.load(lambda name: self._open_there(connection, name))
+                shard = shard.load(lambda name: self._open_there(pool, connection, name))
             connection.send(shard)
         elif isinstance(need, NeedFile):
             try:
@@ -284,22 +440,29 @@ class DecodeProcesses:
                 connection.send(e)
                 return
             connection.send(None)
-            send_handle(connection, fd, self._process.pid)
+            send_handle(connection, fd, pool.process.pid)
             os.close(fd)
         else:
             raise TypeError(f"a process that decodes sent {need!r}")
 
-    def _open_there(self, connection: Connection, name: str) -> Shard:
+    def _open_there(self, pool: Pool, connection: Connection, name: str) -> Shard:
         """Have the process that asks for a shard read its headers, which takes Python's lock."""
-        connection.send(OpenShard(name))
-        while not isinstance(answer := connection.recv(), OpenedShard):
-            self._give(connection, answer)
-        return answer.shard
+        try:
+            connection.send(OpenShard(name))
+            while not isinstance(answer := connection.recv(), OpenedShard):
+                self._give(pool, connection, answer)
+            return answer.shard
+        except (EOFError, ConnectionError):
+            return open_shard(name)  # others wait for it too
+
+    def worker_pids(self) -> list[int]:
+        """Return the first process and those that decode, which are known where there is /proc."""
+        return [self._pool.process.pid, *self._pool.children()]
 
     def cpu_seconds(self) -> float:
         """Return the processors' seconds of these processes so far; 0 where there is no /proc."""
         try:
-            paths = [Path(f"/proc/{pid}/stat") for pid in self._children()]
+            paths = [Path(f"/proc/{pid}/stat") for pid in self._pool.children()]
             stats = [path.read_text().rpartition(")")[2] for path in paths]
         except OSError:
             return 0.0
@@ -308,26 +471,21 @@ class DecodeProcesses:
         return ticks / os.sysconf("SC_CLK_TCK")
 
     def close(self) -> None:
-        """End the processes, which they do when their sockets are closed."""
-        for connection in self._connections:
-            # Closing alone would not wake a thread that waits for an answer.
-            with socket.socket(fileno=os.dup(connection.fileno())) as end:
-                end.shutdown(socket.SHUT_RDWR)
-            connection.close()
-        try:
-            self._process.wait(_END_SECONDS)
-        except subprocess.TimeoutExpired:
-            for pid in self._children():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            self._process.kill()
-            self._process.wait()
+        """End the processes."""
+        self._is_closed = True
+        with self._replacing:
+            self._pool.close()
 
-    def _children(self) -> list[int]:
-        """Return the processes that decode; none where there is no /proc."""
-        first = self._process.pid
-        try:
-            children = Path(f"/proc/{first}/task/{first}/children").read_text().split()
-        except OSError:
-            return []
-        return [int(pid) for pid in children]
+
+def joined(rows: Sequence[Rows], image: UInt8[np.ndarray, "rows H W 3"]) -> Rows:
+    """Return runs of rows as one, whose images lie in `image` already."""
+    return Rows(
+        image=image,
+        text=np.concatenate([r.text for r in rows]),
+        caption_id=np.concatenate([r.caption_id for r in rows]),
+        valid=np.concatenate([r.valid for r in rows]),
+        label=np.concatenate([r.label for r in rows]),
+        key=[key for r in rows for key in r.key],
+        captions=[captions for r in rows for captions in r.captions],
+        skipped=[skipped for r in rows for skipped in r.skipped],
+    )

@@ -21,10 +21,11 @@ from multiprocessing.reduction import recv_handle
 from typing import Any, overload
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int64, UInt8
 
 from clip_jax.data.dataset import LostShard
 from clip_jax.data.decode_processes import (
+    BEAT_SECONDS,
     Failed,
     NeedFile,
     NeedShard,
@@ -161,8 +162,13 @@ def _answer(
     return fields
 
 
-def run_worker(connections: Sequence[Connection], setup: WorkerSetup, fd: int) -> None:
-    """Serve each of these sockets by a thread, until all are closed."""
+def run_worker(
+    connections: Sequence[Connection],
+    setup: WorkerSetup,
+    fd: int,
+    beats: Int64[np.ndarray, " 1"],
+) -> None:
+    """Serve each of these sockets by a thread, until all are closed; count in `beats` meanwhile."""
     shards = BorrowedShards(len(setup.starts) - 1, setup.cached_shards)
     reader = make_training_reader(setup.settings, ConcatShards(shards, setup.starts))
     buffers = Buffers(fd, setup.image_shape, setup.stride)
@@ -170,24 +176,28 @@ def run_worker(connections: Sequence[Connection], setup: WorkerSetup, fd: int) -
         threading.Thread(target=serve, args=(connection, reader, buffers))
         for connection in connections
     ]
+    beats += 1  # before a thread can hold Python's lock for ever
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        while thread.is_alive():
+            beats += 1
+            thread.join(BEAT_SECONDS)
 
 
 def main(argv: Sequence[str]) -> None:
-    """Fork a process for every argument but the first, and wait for them.
+    """Fork a process for every argument but the first two, and wait for them.
 
     Args:
-      argv: the descriptor of the buffers' file, and for every process the descriptors of its
-        sockets, with commas. The first of all sockets gives the `WorkerSetup`.
+      argv: the descriptors of the buffers' file and of the signs of life, and for every process the
+        descriptors of its sockets, with commas. The first of all sockets gives the `WorkerSetup`.
     """
     # Ctrl-C and a scheduler's signal go to all processes; this one ends when its sockets close.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    fd = int(argv[0])
-    workers = [[Connection(int(socket)) for socket in group.split(",")] for group in argv[1:]]
+    fd, beats_fd = map(int, argv[:2])
+    workers = [[Connection(int(socket)) for socket in group.split(",")] for group in argv[2:]]
+    beats = np.frombuffer(mmap.mmap(beats_fd, 8 * len(workers)), np.int64)
     try:
         setup: WorkerSetup = pickle.loads(workers[0][0].recv_bytes())
     except EOFError:
@@ -196,7 +206,7 @@ def main(argv: Sequence[str]) -> None:
     keep_heap()  # a file and an image a pair: pages fresh from the kernel each time cost as much
     remote.CACHE = BorrowedFiles()
     gc.freeze()  # what was imported stays, shared by all
-    pids = [_fork(k, workers, setup, fd) for k in range(len(workers))]
+    pids = [_fork(k, workers, setup, fd, beats) for k in range(len(workers))]
     for connection in (c for worker in workers for c in worker):
         connection.close()
     for _ in pids:
@@ -209,7 +219,13 @@ def main(argv: Sequence[str]) -> None:
             os._exit(code if code > 0 else 128 - code)
 
 
-def _fork(k: int, workers: Sequence[Sequence[Connection]], setup: WorkerSetup, fd: int) -> int:
+def _fork(
+    k: int,
+    workers: Sequence[Sequence[Connection]],
+    setup: WorkerSetup,
+    fd: int,
+    beats: Int64[np.ndarray, " processes"],
+) -> int:
     """Fork worker `k`, which never returns; no thread has been started here."""
     pid = os.fork()
     if pid:
@@ -218,7 +234,7 @@ def _fork(k: int, workers: Sequence[Sequence[Connection]], setup: WorkerSetup, f
         for other, connections in enumerate(workers):
             for connection in connections if other != k else ():
                 connection.close()
-        run_worker(workers[k], setup, fd)
+        run_worker(workers[k], setup, fd, beats[k : k + 1])
         os._exit(0)
     except BaseException:
         traceback.print_exc()

@@ -31,8 +31,7 @@ from clip_jax.sections import DataSection
 
 def worker_pids(loader) -> list[int]:
     """Return the processes that decode, and the one that started them."""
-    first = loader._reader._process.pid
-    return [first, *map(int, Path(f"/proc/{first}/task/{first}/children").read_text().split())]
+    return loader._reader.worker_pids()
 
 
 def assert_ended(pids) -> None:

@@ -1,5 +1,6 @@
 """An image whose decoding hangs is counted and named, and moves no other."""
 
+import ctypes
 import threading
 import time
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from data_cases import encode, make_image, train_loader, write_shards
 
+from clip_jax.data import decode_processes
 from clip_jax.data.augment import make_decode
 from clip_jax.data.decode_processes import DecodeProcesses
 from clip_jax.data.decode_watch import AbandonedError, DecodeWatch, Progress
@@ -89,10 +91,34 @@ def test_a_sample_that_hangs_is_counted_named_and_moves_no_other(shards, threads
 def test_in_processes_that_decode_too_and_they_end(shards):
     batches, loader = take(shards, HANGING, threads=2, processes=2)
     assert isinstance(loader._reader, DecodeProcesses)
-    assert loader._reader._process.returncode == 0  # ended by itself
+    assert loader._reader._pool.process.returncode == 0  # ended by itself
     others, _ = take(shards, DECODING, threads=2)
     assert_same_but_one(batches, others, "s-00000.tar/000005")
     assert loader.skipped == {"decode_hung": 3}
+
+
+def make_locking_decode(side, config):
+    """Make a decoder that does not let go of Python's lock at one image."""
+    decode = make_decode(side, config)
+    hangs = encode(make_image("RGB", 20, 23, seed=HANGS), "PNG")
+
+    def decode_or_hang(data):
+        if data == hangs:
+            ctypes.PyDLL(None).sleep(600)
+        return decode(data)
+
+    return decode_or_hang
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_altogether_is_replaced(shards, monkeypatch):
+    monkeypatch.setattr(decode_processes, "LEAST_SILENCE", 3.0)
+    locking = Decoding(make_decode=make_locking_decode)
+    batches, loader = take(shards, locking, threads=4, processes=2)
+    others, _ = take(shards, DECODING, threads=2)
+    assert_same_but_one(batches, others, "s-00000.tar/000005")
+    assert loader.skipped == {"decode_hung": 3}
+    assert all("s-00000.tar/000005" in line and "replaced" in line for line in loader.recent)
 
 
 def test_a_loader_that_is_closed_waits_for_no_image(shards):
