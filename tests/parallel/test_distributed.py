@@ -119,6 +119,9 @@ def wait_for(path: Path, text: str, processes: list[subprocess.Popen]) -> None:
     """Wait until a log holds a text; a process that ends before is a failure."""
     while text not in path.read_text():
         if any(process.poll() is not None for process in processes):
+            for process in processes:
+                process.kill()
+                process.wait()
             pytest.fail(f"ended before {text!r}: {path.read_text()}")
         time.sleep(0.05)
 
