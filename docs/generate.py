@@ -135,7 +135,7 @@ def api_index() -> str:
         lines += [f"## {title}", "", "| module | |", "| --- | --- |"]
         for name in modules:
             first = inspect.getdoc(importlib.import_module(name)).split("\n\n")[0]
-            lines.append(f"| [`{name}`]({name}.md) | {cell(first)} |")
+            lines.append(f"| [`{name}`]({name}.md) | {cell(first).replace('::', '.')} |")
         short = [f"{name.removeprefix('clip_jax.')} <{name}>" for name in modules]
         lines += ["", "```{toctree}", ":hidden:", "", *short, "```", ""]
     return "\n".join(lines)
@@ -167,7 +167,7 @@ def config_page() -> str:
         for field in fields:
             notes = [cell(docs[owner.__name__, field.name])]
             if "bounds" in field.metadata:
-                notes.append(f"{field.metadata['bounds']}.")
+                notes.append(f"Takes {field.metadata['bounds']}.")
             if field.metadata.get("may_change"):
                 notes.append("*May change.*")
             name, text = f"`{title}.{field.name}`", " ".join(notes)
