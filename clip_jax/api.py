@@ -7,7 +7,7 @@ made of them, `image_states` and `text_states` what precedes them.
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +129,10 @@ class LoadedCLIP:
                 "its tokenizer.json or SentencePiece .model"
             )
         return self.tokenizer
+
+    def encoders_of_variables(self) -> tuple[Callable[..., jax.Array], Callable[..., jax.Array]]:
+        """Return the jitted encoders of images and texts, which take other weights first."""
+        return self._encode_image, self._encode_text
 
     @property
     def logit_scale(self) -> jax.Array:

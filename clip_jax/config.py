@@ -204,10 +204,16 @@ def _check_patterns(key: str, patterns: tuple[str, ...]) -> None:
 
 
 def _check_optim(o: OptimSection) -> None:
-    from clip_jax.training.optimizer import ELEMENTWISE, SCALERS, SPLIT
+    from clip_jax.training.optimizer import ELEMENTWISE, EXTENDABLE, SCALERS, SCHEDULES, SPLIT
 
     check_choice("config.optim.name", o.name, SCALERS)
     check_choice("config.optim.split", o.split, SPLIT)
+    check_choice("config.optim.schedule", o.schedule, SCHEDULES)
+    _require(
+        not o.cooldown_steps or o.schedule in EXTENDABLE,
+        f"config.optim.cooldown_steps is {o.cooldown_steps} and config.optim.schedule "
+        f"{o.schedule!r}, which ends at 0 by itself; take one of {', '.join(EXTENDABLE)}, or 0",
+    )
     _require(
         o.split != "on" or o.name in ELEMENTWISE,
         f'config.optim.split is "on" and config.optim.name {o.name}, which updates whole matrices; '
@@ -258,6 +264,7 @@ def _check_eval(e: EvalSection) -> None:
     _require(
         in_training or not e.best, "config.eval.best needs config.eval.every and config.eval.data"
     )
+    _require(in_training or not e.keep, "config.eval.keep needs config.eval.every and .data")
     for task in e.tasks:
         check_choice("config.eval.tasks", task, TASKS)
     trained = [task for task in e.tasks if task in TRAINED_TASKS]

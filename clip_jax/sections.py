@@ -154,6 +154,15 @@ class OptimSection:
     """At the end of the warm-up."""
     warmup_steps: int = bounded(2000, low=0, high=MAX_STEPS)
     """Steps of linear warm-up from 0; a shorter run warms up over a tenth of its steps at most."""
+    schedule: str = "cosine"
+    """The learning rate behind the warm-up: "cosine" or "linear" to 0 at the end, "constant", or
+    "inverse_sqrt"."""
+    cooldown_steps: int = bounded(0, low=0, high=MAX_STEPS, may_change=True)
+    """Last steps over which "constant" and "inverse_sqrt" fall to 0, linearly. The state before
+    them is kept, and a run that is resumed to become longer goes on from it."""
+    start_decay: float = bounded(0.0, low=0, high=100)
+    """Decay of trained parameters towards the weights that the run began with (L2-SP,
+    arXiv:1802.01483), multiplied by the learning rate as `weight_decay` is; 0 keeps none."""
     weight_decay: float = bounded(0.2, low=0, high=100)
     """On matrices and embeddings; gains, biases and the temperature have none."""
     beta1: float = bounded(0.9, low=0, below=1)
@@ -260,6 +269,14 @@ class EvalSection:
     """Steps between two evaluations during the run; 0 evaluates at its end alone."""
     best: str = may_change("")
     """Metric of these, "acc1" say, whose highest value's state is kept in `best/`."""
+    keep: str = may_change("")
+    """A second source, of what the model shall not forget, evaluated like `data` at the run's
+    beginning and every `every` steps; its metrics are called keep_acc1 and so on."""
+    keep_classnames: str = may_change("")
+    """Class names of `keep`; empty takes `classnames`."""
+    keep_loss: float = bounded(0.01, low=0, high=1, may_change=True)
+    """Most by which the metric `best` (acc1 without one) may fall on `keep` from the run's
+    beginning, as a share: a state that lost more is not taken for the best, and ends the run."""
     batch_size: int = bounded(256, low=1, high=2**24, may_change=True)
     ablate: tuple[str, ...] = may_change(())
     """Templates (or names of lists) that the report compares, each by itself, at the run's end."""

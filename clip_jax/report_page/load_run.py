@@ -17,6 +17,7 @@ from clip_jax.data.sources import expand, open_shards
 from clip_jax.errors import UserError
 from clip_jax.evaluation.feature_store import read_parts
 from clip_jax.evaluation.features import FeatureSet, concatenate
+from clip_jax.evaluation.interpolate import CURVE_FILENAME
 from clip_jax.evaluation.plots import read_curves
 from clip_jax.evaluation.read_images import read_images
 from clip_jax.evaluation.results import CONFUSION, RESULTS
@@ -35,6 +36,7 @@ class Run:
       confusion: (truth, guess, images), most first.
       features: of the evaluated images; None where they are not kept.
       class_MD: the embeddings of `class_names`.
+      wiseft: the curve of `python -m clip_jax.wiseft`; empty without one.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Run:
     features: FeatureSet | None
     class_names: list[str]
     class_MD: Float32[np.ndarray, "M D"] | None
+    wiseft: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def load_run(folder: str | Path) -> Run:
@@ -81,7 +84,17 @@ def load_run(folder: str | Path) -> Run:
         concatenate(parts) if parts else None,
         evaluation.get("class_names", []),
         class_MD,
+        _read_wiseft(folder / CURVE_FILENAME),
     )
+
+
+def _read_wiseft(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); measure it again") from None
 
 
 def _read_confusion(path: Path) -> list[tuple[str, str, int]]:

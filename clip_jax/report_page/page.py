@@ -46,6 +46,7 @@ def render(runs: Sequence[Run]) -> str:
             sections.examples,
             sections.calibration,
             sections.ablation,
+            sections.interpolation,
         )
     )
     return f"""<!doctype html>

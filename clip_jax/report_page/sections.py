@@ -168,6 +168,28 @@ def ablation(runs: Sequence[Run]) -> str:
     )
 
 
+def interpolation(runs: Sequence[Run]) -> str:
+    """Draw what weights between start and end know of the new task and of the kept one."""
+    charts = []
+    for run in runs:
+        if not run.wiseft:
+            continue
+        metric, points = run.wiseft["metric"], run.wiseft["points"]
+        series = [
+            (task, [(point["alpha"], point[task][metric]) for point in points])
+            for task in ("new", "kept")
+        ]
+        chart = line_chart(series, x_label="alpha", y_label=metric, percent=True)
+        best = f"best alpha {run.wiseft['best']:g}"
+        words = f"{run.name}: the new task (first color) and the kept one, {best}"
+        charts.append(figure(words, chart))
+    return section(
+        "Between start and end",
+        "Weights on the line from the start (alpha 0) to the end of the tuning (1), on both tasks.",
+        "".join(charts),
+    )
+
+
 def examples(runs: Sequence[Run]) -> str:
     """Make the sections with images, run by run."""
     return "".join(

@@ -16,6 +16,7 @@ PACKAGE = Path(__file__).parents[1]
 COMMANDS = {
     "main": "main.py",
     "evaluate": "tools/evaluate.py",
+    "wiseft": "tools/wiseft.py",
     "report": "tools/report.py",
     "replay": "tools/replay.py",
     "plan": "tools/plan.py",

@@ -15,11 +15,13 @@ With several processes all of them save and restore, each its own parts of the a
 system they share; process 0 alone renames and reads what decides for all.
 """
 
+import dataclasses
 import functools
 import json
 import logging
 import shutil
 import zlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +116,17 @@ def replay_hint(workdir: Path, step: int) -> str:
     return f"to look into it: python -m clip_jax.replay {workdir} --step {step}"
 
 
+@dataclasses.dataclass(frozen=True)
+class KeepSteps:
+    """A policy of Orbax's: checkpoints of some steps stay."""
+
+    steps: Collection[int]
+
+    def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
+        """Return which of the checkpoints stay."""
+        return [checkpoint.step in self.steps for checkpoint in checkpoints]
+
+
 class Checkpoints:
     """The checkpoints of a work folder. Saving is asynchronous; `close` waits for it.
 
@@ -123,20 +136,32 @@ class Checkpoints:
     Args:
       workdir: the work folder.
       keep: how many of the newest checkpoints stay.
+      keep_steps: steps that stay however old they are.
       read_only: save nothing, and leave damaged checkpoints where they are.
     """
 
-    def __init__(self, workdir: str | Path, *, keep: int = 1, read_only: bool = False) -> None:
+    def __init__(
+        self,
+        workdir: str | Path,
+        *,
+        keep: int = 1,
+        keep_steps: Collection[int] = (),
+        read_only: bool = False,
+    ) -> None:
         self.folder = Path(workdir).absolute() / CHECKPOINT_DIRNAME
         self._read_only = read_only
-        self._keep = keep
+        self._keep, self._keep_steps = keep, keep_steps
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
         # Orbax warns through absl about choices that are made here on purpose.
         logging.getLogger("absl").setLevel(logging.ERROR)
+        policy: Any = checkpoint_managers.LatestN(self._keep)
+        if self._keep_steps:
+            policies = [policy, KeepSteps(self._keep_steps)]
+            policy = checkpoint_managers.AnyPreservationPolicy(policies)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=checkpoint_managers.LatestN(self._keep),
+            preservation_policy=policy,
             cleanup_tmp_directories=not self._read_only,
             create=not self._read_only,
             read_only=self._read_only,
@@ -361,14 +386,28 @@ class Checkpoints:
         self._manager = self._open()
 
     def _rename(self, step: int, fault: str) -> None:
-        target = self.folder.parent / QUARANTINE_DIRNAME / str(step)
+        target = self._move(step, QUARANTINE_DIRNAME)
+        print_on_main(f"checkpoint {step} is damaged and moved to {target} ({fault})")
+
+    def _move(self, step: int, dirname: str) -> Path:
+        target = self.folder.parent / dirname / str(step)
         target.parent.mkdir(exist_ok=True)
         number = 0
         while target.exists():
             number += 1
             target = target.with_name(f"{step}-{number}")
         (self.folder / str(step)).rename(target)
-        print_on_main(f"checkpoint {step} is damaged and moved to {target} ({fault})")
+        return target
+
+    def set_aside(self, after: int, dirname: str) -> None:
+        """Move the checkpoints after a step into another folder of the work folder."""
+        steps = [step for step in from_first(self.steps()) if step > after]
+        self._manager.close()
+        if is_first():
+            for step in steps:
+                self._move(step, dirname)
+        gather(None)  # nobody looks into the folder before it is as it should be
+        self._manager = self._open()
 
     def close(self) -> None:
         """Wait for what is being saved, and close the folder."""

@@ -26,6 +26,10 @@ NOT_DECAYED = (
 )
 """Leaf names of gains, biases, the temperature, and learned tokens: vectors like a bias."""
 
+SCHEDULES = ("cosine", "linear", "constant", "inverse_sqrt")
+EXTENDABLE = ("constant", "inverse_sqrt")
+"""Schedules that do not depend on the end but for their cool-down."""
+
 FACTORED_FROM = 32
 """Smallest side of a matrix whose second moment Adafactor keeps as rows and columns."""
 
@@ -60,17 +64,63 @@ def decay_mask(params: optax.Params) -> optax.Params:
     )
 
 
-def make_schedule(section: OptimSection, steps: int) -> optax.Schedule:
-    """Make the schedule: linear from 0 over `warmup_steps`, then a cosine to 0 at `steps`.
+def warmup_of(section: OptimSection, steps: int) -> int:
+    """Return the steps of warm-up; a run too short for it warms up over a tenth of its steps."""
+    return min(section.warmup_steps, steps // 10)
 
-    A run too short for its warm-up warms up over a tenth of its steps.
+
+def cooldown_start(section: OptimSection, steps: int) -> int | None:
+    """Return the step from which a run of so many cools down; None where it does not."""
+    if section.schedule not in EXTENDABLE or not section.cooldown_steps:
+        return None
+    return max(steps - section.cooldown_steps, warmup_of(section, steps))
+
+
+def make_schedule(section: OptimSection, steps: int) -> optax.Schedule:
+    """Make the schedule: linear from 0 over `warmup_steps`, then as `section.schedule` says.
+
+    "cosine" and "linear" fall to 0 at `steps`. "constant" and "inverse_sqrt" (by the square root
+    of the step, Vaswani et al. 2017, arXiv:1706.03762, 5.3) know nothing of the end but for a
+    cool-down, linear to 0 over the last `cooldown_steps` (Zhai et al. 2021, arXiv:2106.04560, 3.5).
     """
-    return optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=section.learning_rate,
-        warmup_steps=min(section.warmup_steps, steps // 10),
-        decay_steps=steps,
-    )
+    peak, warmup = section.learning_rate, warmup_of(section, steps)
+    if section.schedule == "cosine":
+        return optax.warmup_cosine_decay_schedule(
+            init_value=0.0, peak_value=peak, warmup_steps=warmup, decay_steps=steps
+        )
+    start = cooldown_start(section, steps)
+
+    def schedule(count: jax.typing.ArrayLike) -> jax.Array:
+        step = jnp.asarray(count, jnp.float32)
+        rate = jnp.where(step < warmup, peak * step / max(warmup, 1), peak)
+        if section.schedule == "inverse_sqrt":
+            rate = rate * jnp.sqrt(max(warmup, 1) / jnp.maximum(step, max(warmup, 1)))
+        if section.schedule == "linear":
+            rate = rate * jnp.clip((steps - step) / max(steps - warmup, 1), 0, 1)
+        if start is not None:
+            rate = rate * jnp.clip((steps - step) / max(steps - start, 1), 0, 1)
+        return rate
+
+    return schedule
+
+
+def decay_to_start(decay: float) -> optax.GradientTransformation:
+    """Add a decoupled decay towards the weights of the beginning, which are kept in the state.
+
+    L2-SP (Li et al. 2018, arXiv:1802.01483) as AdamW has its decay: on every trained parameter but
+    the temperature, multiplied by the learning rate.
+    """
+
+    def update(updates, state, params=None):
+        def pull(path, update, param, start):
+            if leaf_name(path) in ("logit_scale", "logit_bias"):
+                return update
+            return update + decay * (param - start)
+
+        return jax.tree_util.tree_map_with_path(pull, updates, params, state["start"]), state
+
+    # Arrays of their own: the step donates its state.
+    return optax.GradientTransformation(lambda p: {"start": jax.tree.map(jnp.copy, p)}, update)
 
 
 def clip_logit_scale(max_scale: float) -> optax.GradientTransformation:
@@ -274,6 +324,7 @@ def make_optimizer(
         optax.clip_by_global_norm(clip_norm) if clip_norm > 0 else optax.identity(),
         SCALERS[section.name](section.beta1, section.beta2, section.eps),
         optax.add_decayed_weights(section.weight_decay, mask=decay_mask),
+        *([decay_to_start(section.start_decay)] if section.start_decay else []),
         *([scale_by_rates(rates)] if rates is not None and has_factors else []),
         optax.scale_by_learning_rate(schedule),
         clip_logit_scale(section.max_logit_scale),

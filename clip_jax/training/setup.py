@@ -40,7 +40,7 @@ from clip_jax.parallel.mesh import (
     mesh_target,
 )
 from clip_jax.pretrained.work_folder import RunDescription
-from clip_jax.sections import Config, ModelSection, OptimSection, TrainSection
+from clip_jax.sections import Config, EvalSection, ModelSection, OptimSection, TrainSection
 from clip_jax.tokenizers import TokenizerSpec, make_tokenizer, tokenizer_spec
 from clip_jax.training.device_augment import DrawFn, kept_patches, make_draws
 from clip_jax.training.optimizer import ELEMENTWISE, make_optimizer, make_schedule
@@ -323,13 +323,13 @@ def make_step(run: RunComponents) -> TrainStep:
 
 
 def make_evaluation(
-    run: RunComponents, encode_image: EncodeWith, encode_text: EncodeWith
+    run: RunComponents, encode_image: EncodeWith, encode_text: EncodeWith, section: EvalSection
 ) -> Evaluator:
     """Make what `config.eval.every` runs during a run, over its mesh."""
     return make_evaluator(
         encode_image,
         encode_text,
-        EvalSpec.from_section(run.config.eval),
+        EvalSpec.from_section(section),
         run.mesh,
         scale=lambda variables: math.exp(float(variables["params"]["logit_scale"])),
         config=run.model.config,

@@ -7,9 +7,10 @@ import time
 from collections.abc import Collection
 from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from clip_jax.data.dataset import TrainingData, contents_fingerprint
 from clip_jax.data.sources import fingerprint as data_fingerprint
@@ -21,7 +22,7 @@ from clip_jax.parallel import distributed, watchdog
 from clip_jax.parallel.mesh import batch_part
 from clip_jax.parallel.program_cache import start_program_cache
 from clip_jax.pretrained.work_folder import RunDescription, write_description
-from clip_jax.sections import Config
+from clip_jax.sections import Config, EvalSection, TrainSection
 from clip_jax.training.batch_feed import BatchFeed, PlacedBatch
 from clip_jax.training.best_checkpoint import BestCheckpoint
 from clip_jax.training.caption_shares import with_caption_packing
@@ -37,9 +38,12 @@ from clip_jax.training.fingerprint import (
     check_new_folder,
     complete_fingerprint,
     run_fingerprint,
+    saved_value,
 )
-from clip_jax.training.history import Changes, note_start
+from clip_jax.training.history import Changes, note_start, read_history
+from clip_jax.training.kept_task import KeptTask
 from clip_jax.training.kernel_check import with_checked_kernels
+from clip_jax.training.optimizer import cooldown_start, make_schedule
 from clip_jax.training.programs import ProgramCompiler, ShapedPrograms
 from clip_jax.training.run_lock import only_run
 from clip_jax.training.run_logger import RunLogger, print_summary
@@ -118,7 +122,7 @@ def _train(
     run = with_checked_kernels(run)
     print_summary(run, data, pairs=pairs, steps=steps)
     with (
-        closing(Checkpoints(folder, keep=config.checkpoint.keep)) as checkpoints,
+        closing(open_checkpoints(config, folder, steps)) as checkpoints,
         ProgramCompiler(cache_folder) as compiler,
     ):
         train_step = ShapedPrograms(make_step(run), compiler)
@@ -126,7 +130,7 @@ def _train(
             # Beside the restoring and the first batches.
             prepare_step(run, train_step)
         state, changes = restore_or_init(
-            run, checkpoints, fingerprint, folder, compiler, allow_change
+            run, checkpoints, fingerprint, folder, compiler, allow_change, steps
         )
         exit_report.owns_folder = True
         if distributed.is_first():
@@ -150,6 +154,13 @@ def _train(
             )
     watchdog.stand_by()
     return end
+
+
+def open_checkpoints(config: Config, folder: Path, steps: int) -> Checkpoints:
+    """Open the checkpoints of a run, of which the one before the cool-down stays."""
+    start = cooldown_start(config.optim, steps)
+    keep_steps = () if start is None else (start,)
+    return Checkpoints(folder, keep=config.checkpoint.keep, keep_steps=keep_steps)
 
 
 def make_fingerprint(run: RunComponents, data: TrainingData, pairs: int) -> Fingerprint:
@@ -202,6 +213,7 @@ def restore_or_init(
     folder: Path,
     compiler: ProgramCompiler,
     allow_change: Collection[str],
+    steps: int,
 ) -> tuple[TrainState, Changes]:
     """Restore the newest whole checkpoint, or make a fresh state; return what changed, too.
 
@@ -220,7 +232,8 @@ def restore_or_init(
         for key in (CONTENTS, SOURCE):
             if key in saved:  # what a run began from may be gone by now
                 fingerprint.setdefault(key, saved[key])
-        restored = checkpoints.restore(run.shapes)
+        last = extend_run(run, checkpoints, folder, meta["step"], steps)
+        restored = checkpoints.restore(run.shapes, last=last)
         if restored is not None:
             state, meta = restored
             changed = f"; changed: {', '.join(changes)}" if changes else ""
@@ -237,6 +250,49 @@ def restore_or_init(
     return state, changes
 
 
+COOLED_DIRNAME = "cooled"
+"""Where the checkpoints of a cool-down lie when a run has gone on from before it."""
+
+
+def extend_run(
+    run: RunComponents, checkpoints: Checkpoints, folder: Path, step: int, steps: int
+) -> int | None:
+    """Prepare a run that is resumed with another length; return the last step to restore, or None.
+
+    One that has begun to cool down and becomes longer goes on from the state before. Where the
+    learning rates of the steps behind would have been others, a line says so.
+    """
+    starts = read_history(folder) if distributed.is_first() else []
+    before = distributed.from_first(starts[-1]["steps"] if starts else steps)
+    cooldown = saved_value(folder, "config.optim.cooldown_steps", 0)
+    optim = run.config.optim
+    if (before, cooldown) == (steps, optim.cooldown_steps):
+        return None
+    old = dataclasses.replace(optim, cooldown_steps=cooldown)
+    start, last = cooldown_start(old, before), None
+    if start is not None and start < step and steps > before:
+        if start in distributed.from_first(checkpoints.steps()):
+            checkpoints.set_aside(start, COOLED_DIRNAME)
+            last = step = start
+            distributed.print_on_main(
+                f"the run becomes {steps} steps long: it goes on from step {start}, before its "
+                f"cool-down, whose checkpoints are now in {COOLED_DIRNAME}/"
+            )
+        else:
+            distributed.print_on_main(
+                f"step {start}, before the cool-down, is not in {checkpoints.folder}: the run goes "
+                f"on from step {step}, which has cooled down"
+            )
+    past = np.arange(step)
+    rates, rates_before = make_schedule(optim, steps)(past), make_schedule(old, before)(past)
+    if not np.array_equal(np.asarray(rates), np.asarray(rates_before)):
+        distributed.print_on_main(
+            f"the run was to be {before} steps long and now {steps}: with that from the beginning, "
+            f"the learning rates up to step {step} would have been others"
+        )
+    return last
+
+
 def describe_run(run: RunComponents) -> RunDescription:
     """Return the description of the run that its work folder keeps."""
     return RunDescription(
@@ -248,20 +304,34 @@ def describe_run(run: RunComponents) -> RunDescription:
     )
 
 
-def evaluator_of(run: RunComponents, compiler: ProgramCompiler) -> Evaluator | None:
+def kept_task_of(run: RunComponents, compiler: ProgramCompiler, folder: Path) -> KeptTask | None:
+    """Return what watches config.eval.keep; None where nothing is watched."""
+    section = run.config.eval
+    if not section.keep:
+        return None
+    names = section.keep_classnames or section.classnames
+    kept = dataclasses.replace(section, data=section.keep, classnames=names)
+    evaluate = evaluator_of(run, compiler, kept)
+    assert evaluate is not None
+    return KeptTask(evaluate, folder, section.best or "acc1", section.keep_loss)
+
+
+def evaluator_of(
+    run: RunComponents, compiler: ProgramCompiler, section: EvalSection
+) -> Evaluator | None:
     """Return what evaluates states during the run; None where that is not asked for.
 
     Raises:
       UserError: the data of an evaluation cannot be read.
     """
-    if not run.config.eval.data or not run.config.eval.every:
+    if not section.data or not section.every:
         return None
     encode_image, encode_text = (
         ShapedPrograms(encode, compiler) for encode in make_encoders(run.model, run.preprocess)
     )
     if compiles_ahead(run):
         prepare_encoders(run, encode_image, encode_text)
-    return make_evaluation(run, encode_image, encode_text)
+    return make_evaluation(run, encode_image, encode_text, section)
 
 
 def train_loop(
@@ -283,7 +353,7 @@ def train_loop(
       UserError: too much was skipped, or the evaluations do not measure config.eval.best.
     """
     start, steps, folder = int(state.step), logger.steps, logger.folder
-    evaluate = evaluator_of(run, compiler)
+    evaluate = evaluator_of(run, compiler, run.config.eval)
     metric = run.config.eval.best
     with (
         make_loader(run, data, start) as loader,
@@ -310,9 +380,23 @@ def train_loop(
             fingerprint=fingerprint,
             state=state,
             step=start,
+            cooldown=cooldown_start(run.config.optim, steps),
+            kept=kept_task_of(run, compiler, folder),
         )
+        if trainer.kept is not None:
+            trainer.kept.begin(evaluated_variables(state, run.config.train))
         trainer.run()
     return trainer.end()
+
+
+def evaluated_variables(state: TrainState, section: TrainSection) -> dict[str, Any]:
+    """Return what of a state is evaluated, adapters merged.
+
+    It is the moving averages where the run keeps them: they are what it is trained for.
+    """
+    newest = {"params": state.params, "batch_stats": state.batch_stats}
+    scale = adapter_scale(section.lora_rank, section.lora_alpha)
+    return merged_variables(state.ema or newest, scale)
 
 
 class DispatchedStep(NamedTuple):
@@ -342,6 +426,9 @@ class Trainer:
       state: the state after `step` updates.
       step: the number of updates.
       pending: the newest step, while its metrics are not read.
+      cooldown: the step from which the learning rate cools down, whose state is saved, or None.
+      kept: the task that shall not be forgotten, if one is watched.
+      forgot: whether too much of it is lost, which ends the run.
       finite: whether every step whose metrics were read was finite.
       stop_signal: the signal that ended the loop, or 0.
     """
@@ -357,6 +444,9 @@ class Trainer:
     fingerprint: Fingerprint
     state: TrainState
     step: int
+    cooldown: int | None
+    kept: KeptTask | None
+    forgot: bool = False
     pending: DispatchedStep | None = None
     finite: bool = True
     stop_signal: int = 0
@@ -364,7 +454,7 @@ class Trainer:
     def run(self) -> None:
         """Step to the end, a signal, or a loss that is not finite; save the last state."""
         upcoming = self.feed.place_next()
-        while upcoming is not None and self.finite and not self.asked_to_stop(upcoming):
+        while upcoming is not None and self.goes_on() and not self.asked_to_stop(upcoming):
             newest = self.dispatch(upcoming)
             # On its way to the devices while they are busy with the step.
             upcoming = self.feed.place_next()
@@ -377,6 +467,10 @@ class Trainer:
             self.save()
         else:
             self.logger.report_not_finite(self.checkpoints.steps(), self.checkpoints.folder)
+
+    def goes_on(self) -> bool:
+        """Return whether nothing that was read of the state ends the run."""
+        return self.finite and not self.forgot
 
     def asked_to_stop(self, upcoming: PlacedBatch) -> bool:
         """Return whether a process got a signal before this batch, and name another process."""
@@ -407,7 +501,8 @@ class Trainer:
 
     def save_and_evaluate(self) -> None:
         """Save and evaluate the state, if this step is one for it."""
-        save = self.step % self.config.checkpoint.every == 0
+        every = self.config.checkpoint.every
+        save = self.step % every == 0 or self.step == self.cooldown
         every = self.config.eval.every
         evaluate = self.evaluate if every and self.step % every == 0 else None
         if save or (evaluate is not None and self.best is not None):
@@ -426,13 +521,13 @@ class Trainer:
         Raises:
           UserError: the evaluations do not measure config.eval.best.
         """
-        # The moving averages where the run keeps them: they are what it is trained for.
-        newest = {"params": self.state.params, "batch_stats": self.state.batch_stats}
-        section = self.config.train
-        scale = adapter_scale(section.lora_rank, section.lora_alpha)
-        metrics = evaluate(merged_variables(self.state.ema or newest, scale))
+        variables = evaluated_variables(self.state, self.config.train)
+        metrics = evaluate(variables)
+        if self.kept is not None:
+            metrics |= self.kept.measure(variables)
+            self.forgot = self.kept.is_lost(metrics)
         self.logger.log_evaluation(self.step, metrics)
-        if self.best is None:
+        if self.best is None or self.forgot:
             return
         try:
             self.best.offer(self.state, self.step, metrics, self.fingerprint)
@@ -452,6 +547,10 @@ class Trainer:
             return EXIT_ERROR, f"step {step} is not finite; {hint}"
         if self.step >= self.steps:
             return 0, f"all {self.steps} steps are done"
+        if self.kept is not None and self.forgot:
+            verdict = self.kept.verdict(self.step)
+            distributed.print_on_main(verdict)
+            return 0, verdict
         saved = f"saved step {self.step} of {self.steps}; the same command goes on from there"
         distributed.print_on_main(saved)
         code = EXIT_INTERRUPTED if self.stop_signal == signal.SIGINT else EXIT_TERMINATED

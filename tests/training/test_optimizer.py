@@ -19,8 +19,10 @@ from clip_jax.models.clip import CLIP, init_variables
 from clip_jax.parallel.mesh import make_mesh, place_batch
 from clip_jax.sections import OptimSection, TrainSection
 from clip_jax.training.optimizer import (
+    EXTENDABLE,
     SCALERS,
     clip_logit_scale,
+    cooldown_start,
     decay_mask,
     make_optimizer,
     make_schedule,
@@ -76,6 +78,39 @@ def test_schedule():
     section = OptimSection(learning_rate=1e-3, warmup_steps=2000)
     assert float(make_schedule(section, 20)(2)) == pytest.approx(1e-3)
     assert float(make_schedule(section, 1)(0)) == pytest.approx(1e-3)
+
+
+def test_schedules_beside_the_cosine():
+    def rates(steps, at, **fields):
+        section = OptimSection(learning_rate=1e-3, warmup_steps=100, **fields)
+        return np.asarray(make_schedule(section, steps)(np.asarray(at)))
+
+    linear = rates(1100, [0, 50, 100, 600, 1100], schedule="linear")
+    np.testing.assert_allclose(linear, [0, 5e-4, 1e-3, 5e-4, 0], atol=1e-9)
+    root = rates(1100, [50, 100, 400, 900], schedule="inverse_sqrt")
+    np.testing.assert_allclose(root, [5e-4, 1e-3, 5e-4, 1e-3 / 3], rtol=1e-6)
+    cooled = rates(1100, [100, 899, 1000, 1100], schedule="constant", cooldown_steps=200)
+    np.testing.assert_allclose(cooled, [1e-3, 1e-3, 5e-4, 0], atol=1e-9)
+    # Up to the cool-down the length of the run changes nothing.
+    past = np.arange(901)
+    for name in EXTENDABLE:
+        short, long = (rates(n, past, schedule=name, cooldown_steps=200) for n in (1100, 5000))
+        np.testing.assert_array_equal(short, long)
+        assert cooldown_start(OptimSection(schedule=name, cooldown_steps=200), 1100) == 900
+    assert cooldown_start(OptimSection(), 1100) is None
+
+
+def test_the_decay_towards_the_start_pulls_back():
+    start = {"a": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}, "logit_scale": jnp.array(4.0)}
+    section = OptimSection(start_decay=0.5, weight_decay=0.0)
+    made = make_optimizer(lambda s: 0.1, section)
+    moved, zero = jax.tree.map(lambda x: x + 0.2, start), jax.tree.map(jnp.zeros_like, start)
+    updates, _ = made.update(zero, made.init(start), moved)
+    np.testing.assert_allclose(updates["a"]["kernel"], -0.1 * 0.5 * 0.2, rtol=1e-5)
+    np.testing.assert_allclose(updates["a"]["bias"], -0.1 * 0.5 * 0.2, rtol=1e-5)
+    assert float(updates["logit_scale"]) == 0
+    plain = make_optimizer(lambda s: 0.1, OptimSection())
+    assert jax.tree.structure(plain.init(start)) != jax.tree.structure(made.init(start))
 
 
 @pytest.mark.parametrize("update", [10.0, 0.1, -0.1, -10.0])
