@@ -122,8 +122,8 @@ class TrainSection:
     lora_alpha: float = bounded(16.0, low=0, high=1e6)
     """An adapter's product is multiplied by lora_alpha / lora_rank."""
     lora_targets: tuple[str, ...] = ("q", "v")
-    """The matrices that have adapters: "q", "k", "v", "out", "fc", "proj", "head", or regular
-    expressions on paths, such as "^text/.*/c_fc/kernel$"."""
+    """The matrices that have adapters: "q", "k", "v", "out", "fc", "proj", "conv", "head", or
+    regular expressions on paths, such as "^text/.*/c_fc/kernel$"."""
     ema_decay: float = bounded(0.0, low=0, below=1)
     """Of the parameters' moving average, which evaluation and `load` then use; 0 is none."""
     loss: str = "softmax"

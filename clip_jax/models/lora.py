@@ -29,12 +29,14 @@ TARGETS = {
     "out": r"attn/out_proj/kernel$",
     "fc": r"mlp/c_fc/kernel$",
     "proj": r"mlp/c_proj/kernel$",
+    "conv": r"^visual/.*conv\w*/kernel$",
     "head": r"^(visual/proj|text/text_projection)$",
 }
 """Words that stand for a pattern in `config.train.lora_targets`."""
 
 _INPUT_AXES = (
-    # How many first axes of a kernel are its input.
+    # How many first axes of a kernel are its input; of a convolution its window, too.
+    (r"conv\w*/kernel$", 3),
     (r"attn/out_proj/kernel$", 2),
     (r"attn\w*/[qkv]_proj/kernel$", 1),
     (r"mlp/(c_fc|c_gate|c_proj)/kernel$", 1),

@@ -71,8 +71,11 @@ def write_peft(
     for path, x in leaves.items():
         kernel, _, kind = path.rpartition("/")
         place = find_place(kernel, naming)
-        if place.parts > 1:
-            raise UserError(f"{kernel} is part of a fused matrix in transformers' model")
+        if place.parts > 1 or not place.key.endswith(".weight") or "conv" in kernel:
+            raise UserError(
+                f"{kernel} is no linear layer of transformers' model, whose adapters PEFT's files "
+                "hold here; convert to own, with the adapters merged"
+            )
         module = place.key.removesuffix(".weight")
         modules.append(module)
         rank = x.shape[-1] if kind == LORA_A else rank
@@ -111,7 +114,7 @@ def read_peft(folder: str | Path, config: CLIPConfig) -> Adapters:
     found, used = dict[str, tuple[np.ndarray, np.ndarray]](), set[str]()
     scales: dict[str, float] = {}
     for path, shape in array_shapes(config).items():
-        if not any(re.search(pattern, path) for pattern in TARGETS.values()):
+        if not any(re.search(p, path) for word, p in TARGETS.items() if word != "conv"):
             continue
         for place in _places(path, config):
             module = _module_of(place, tensors)

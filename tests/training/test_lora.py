@@ -48,13 +48,15 @@ def test_every_matrix_of_the_blocks_has_a_word():
     with pytest.raises(UserError, match="no such matrix"):
         target_paths(variable_shapes(CLIP(SMALL))["params"], ("nowhere",))
     with pytest.raises(UserError, match="no matrix that can have"):
-        make_adapters(random_variables(RESNET)["params"], rank=2, targets=("conv1",), seed=0)
+        make_adapters(random_variables(RESNET)["params"], rank=2, targets=("bn1/scale",), seed=0)
 
 
 def test_a_fresh_adapter_changes_nothing_and_a_stack_draws_as_its_blocks():
     params = random_variables(VIT)["params"]
     adapters = make_adapters(params, rank=2, targets=ALL, seed=5)
     chex.assert_trees_all_equal(merge_adapters(params | {LORA: adapters}, 2.0), params)
+    convolutions = make_adapters(random_variables(RESNET)["params"], rank=2, targets=ALL, seed=5)
+    assert convolutions["visual"]["conv2"]["kernel"]["lora_a"].shape == (3 * 3 * 4, 2)
     stacked = make_adapters(stack_layers(params), rank=2, targets=ALL, seed=5)
     chex.assert_trees_all_equal(unstack_layers(stacked), adapters)
     other = make_adapters(params, rank=2, targets=ALL, seed=6)
