@@ -45,6 +45,7 @@ def moved(model):
     ids=lambda x: x.name if isinstance(x, Case) else "",
 )
 def test_what_peft_wrote_gives_its_features(case, targets, options, tmp_path):
+    (tmp_path / "base").mkdir()
     model, path, name = SAVERS[case.form](case, tmp_path / "base")
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, **options)
     if case.name == "siglip":

@@ -87,12 +87,12 @@ def test_the_curve_between_two_models(runs, data, tmp_path, capsys):
 
 
 def test_the_best_point_loses_no_more_than_it_may():
-    curve = [(0, 0.5, 0.8), (0.5, 0.6, 0.795), (1, 0.7, 0.7)]
+    curve = [(0.0, 0.5, 0.8), (0.5, 0.6, 0.795), (1.0, 0.7, 0.7)]
     points = [CurvePoint(a, {"acc1": new}, {"acc1": kept}) for a, new, kept in curve]
     assert best_point(points, "acc1", 0.01).alpha == 0.5
     assert best_point(points, "acc1", 0.2).alpha == 1
     start, end = {"a": jnp.zeros(2)}, {"a": jnp.ones(2)}
-    assert interpolate(start, end, 0) is start and interpolate(start, end, 1) is end
+    assert interpolate(start, end, 0.0) is start and interpolate(start, end, 1.0) is end
     np.testing.assert_allclose(interpolate(start, end, 0.25)["a"], 0.25)
 
 
