@@ -42,6 +42,7 @@ def test_every_matrix_of_the_blocks_has_a_word():
     paths = target_paths(variable_shapes(CLIP(SMALL))["params"], ALL)
     kernels = set(leaves_by_path(variable_shapes(CLIP(SMALL))["params"]))
     assert set(paths) == {n for n in kernels if n.endswith("kernel") and "resblocks" in n} | {
+        "visual/conv1/kernel",
         "visual/proj",
         "text/text_projection",
     }
