@@ -5,7 +5,20 @@
         --out data/seventh
     python -m clip_jax.main --config experiments/emoji_lora.py --workdir runs/emoji_lora
 
-Adapters of rank 8 beside every convolution and every matrix of the text tower.
+Adapters of rank 8 beside every convolution and every matrix of the text tower: 36,225 parameters
+are trained and 1,457,408 stay. The curve as in `emoji_wiseft.py`, after 100 steps:
+
+| alpha | the seventh | the six |
+| ---: | ---: | ---: |
+| 0 | 49.6 % | 77.9 % |
+| 0.2 | 50.8 % | 77.6 % |
+| 0.4 | 51.8 % | 76.5 % |
+| 0.6 | 51.9 % | 75.2 % |
+| 0.8 | 52.0 % | 73.2 % |
+| 1 | 51.5 % | 70.6 % |
+
+They learn less than all parameters and forget less at the end; where a point of the six may go,
+all parameters give more.
 """
 
 import ml_collections
@@ -19,5 +32,6 @@ def get_config() -> ml_collections.ConfigDict:
     c.train.lora_rank = 8
     c.train.lora_alpha = 8.0
     c.train.lora_targets = ("conv", "q", "k", "v", "out", "fc", "proj")
+    c.train.steps = 100
     c.optim.learning_rate = 2e-3
     return c

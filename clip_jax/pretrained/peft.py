@@ -29,6 +29,9 @@ from clip_jax.pretrained.trees import array_shapes
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+MHA_OUT = 2
+"""How often PEFT 0.21's `MultiheadAttention.merge`, which its forward pass calls too, adds the
+adapter of the projection behind attention: once itself, once by that layer's own `merge`."""
 REFUSED = {"use_dora": False, "bias": "none", "modules_to_save": None, "fan_in_fan_out": False}
 """Fields of PEFT's config that change what an adapter means, and the one value that is read."""
 
@@ -129,7 +132,10 @@ def read_peft(folder: str | Path, config: CLIPConfig) -> Adapters:
                     f"{folder}: {keys[0]} is {first.shape} and {keys[1]} {tensors[keys[1]].shape}, "
                     f"and the model's {path} is {shape}"
                 )
-            found[path], scales[path] = (first.T, second.T), _scale(module, first.shape[0], values)
+            scale = _scale(module, first.shape[0], values)
+            if ".attn.base_layer." in f"{module}.":
+                scale *= MHA_OUT
+            found[path], scales[path] = (first.T, second.T), scale
             used |= set(keys)
             break
     left = sorted(tensors.keys() - used)
