@@ -14,7 +14,7 @@ def get_config() -> ml_collections.ConfigDict:
     """Return the emoji run, with what differs."""
     c = emoji.get_config()
     c.train.steps = 200
-    c.train.batch_size = 64
+    c.train.batch_size = 32
     c.optim.schedule = "constant"
     c.optim.cooldown_steps = 50
     c.optim.warmup_steps = 20
