@@ -141,11 +141,11 @@ def siglip_tower(v: ViTConfig):
     )
 
 
-def reference(config: CLIPConfig):
-    """Return open_clip's model of the same sizes, its weights moved off their special starts."""
+def build(config: CLIPConfig, **options):
+    """Return open_clip's model of the same sizes, with the random weights that it makes itself."""
     torch.manual_seed(0)
     text = text_options(config.text)
-    options = {
+    options |= {
         "quick_gelu": config.text.activation == "quick_gelu",
         "init_logit_scale": config.init_logit_scale,
         "init_logit_bias": config.init_logit_bias,
@@ -158,6 +158,12 @@ def reference(config: CLIPConfig):
     else:
         vision = vision_options(config.vision)
         model = open_clip.CLIP(config.embed_dim, vision, text, **options)
+    return model
+
+
+def reference(config: CLIPConfig):
+    """Return open_clip's model of the same sizes, its weights moved off their special starts."""
+    model = build(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
