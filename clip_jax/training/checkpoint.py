@@ -18,7 +18,6 @@ system they share; process 0 alone renames and reads what decides for all.
 import dataclasses
 import functools
 import json
-import logging
 import shutil
 import zlib
 from collections.abc import Collection
@@ -44,6 +43,7 @@ from clip_jax.parallel.distributed import (
     process_index,
 )
 from clip_jax.pretrained.work_folder import CHECKPOINT_DIRNAME
+from clip_jax.training.save_errors import mute_orbax, saving
 from clip_jax.training.state import TrainState
 from clip_jax.typing import leaves_by_path
 
@@ -154,8 +154,7 @@ class Checkpoints:
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
-        # Orbax warns through absl about choices that are made here on purpose.
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        mute_orbax()
         policy: Any = checkpoint_managers.LatestN(self._keep)
         if self._keep_steps:
             policies = [policy, KeepSteps(self._keep_steps)]
@@ -180,7 +179,8 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Return the steps with a committed checkpoint, newest first."""
-        self._manager.wait_until_finished()
+        with saving(self.folder):
+            self._manager.wait_until_finished()
         return sorted(self._manager.all_steps(), reverse=True)
 
     def save(
@@ -223,9 +223,9 @@ class Checkpoints:
         meta = json.loads(json.dumps(meta))
         meta["check"] = meta_check(meta)
         args = {name: ocp.args.StandardSave(item) for name, item in items.items()}
-        self._manager.save(
-            step, args=ocp.args.Composite(**args, meta=ocp.args.JsonSave(meta)), force=True
-        )
+        composite = ocp.args.Composite(**args, meta=ocp.args.JsonSave(meta))
+        with saving(self.folder):
+            self._manager.save(step, args=composite, force=True)
 
     def _require_finite(self, items: dict[str, Any], step: int) -> None:
         # The step's guard sees its loss and gradients; what the update makes of them is seen here.
@@ -410,8 +410,13 @@ class Checkpoints:
         self._manager = self._open()
 
     def close(self) -> None:
-        """Wait for what is being saved, and close the folder."""
-        self._manager.wait_until_finished()
+        """Wait for what is being saved, and close the folder.
+
+        Raises:
+          UserError: it could not be written.
+        """
+        with saving(self.folder):
+            self._manager.wait_until_finished()
         self._manager.close()
 
 

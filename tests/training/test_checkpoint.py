@@ -3,6 +3,8 @@
 import json
 import random
 import shutil
+import sys
+from types import SimpleNamespace
 
 import chex
 import jax
@@ -19,6 +21,7 @@ from clip_jax.parallel.mesh import make_mesh
 from clip_jax.sections import OptimSection, TrainSection
 from clip_jax.training.checkpoint import DIGEST, Checkpoints, tree_digests
 from clip_jax.training.optimizer import make_optimizer
+from clip_jax.training.save_errors import mute_orbax, saving
 from clip_jax.training.state import init_state, state_shapes
 
 MODEL = CLIP(VIT)
@@ -125,6 +128,29 @@ def test_a_full_disk_is_one_line_before_anything_is_written(
             saver.save(state, 1, {})
     assert saver.steps() == ([1] if fits else [])
     saver.close()
+
+
+def test_a_save_that_fails_is_one_line(tmp_path, monkeypatch):
+    """Of a full disk TensorStore and Orbax print hundreds; the campaign of faults fills it."""
+    text = 'OUT_OF_RANGE: Error writing "a/0" in OCDBT database: Failed writing: "d/1": Failed to'
+    text += " write 4558 bytes to file 7: File too large [os_error_code='27']"
+    line = r"^a checkpoint in .* cannot be written \(File too large\); those before it stay; "
+    with pytest.raises(UserError, match=line), saving(tmp_path):
+        raise ValueError(text)
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+    mute_orbax.__wrapped__()
+
+    async def async_serialize_from_host():
+        pass
+
+    coroutine = async_serialize_from_host()
+    coroutine.close()
+    monkeypatch.setattr(coroutine, "__qualname__", "async_serialize_from_host.write_fragment")
+    closed, other = RuntimeError("Event loop is closed"), RuntimeError("another")
+    for error, thing in ((closed, None), (ImportError("x"), coroutine), (other, None)):
+        sys.unraisablehook(SimpleNamespace(exc_type=type(error), exc_value=error, object=thing))
+    assert [args.exc_value for args in told] == [other]
 
 
 @pytest.fixture(scope="module")
