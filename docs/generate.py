@@ -111,7 +111,8 @@ def module_page(name: str) -> str:
         elif callable(value):
             lines += [f".. autofunction:: {name}.{member}", ""]
         else:
-            lines += [f".. py:data:: {name}.{member}", "", f"   {texts.get(member, '')}", ""]
+            lines += [f".. py:data:: {member}", f"   :module: {name}"]
+            lines += ["", f"   {texts.get(member, '')}", ""]
     return "\n".join([*lines, "```", ""])
 
 

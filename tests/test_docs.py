@@ -83,9 +83,11 @@ def test_every_public_name_has_an_entry_with_a_text():
         for name in generate.public_names(module):
             value = getattr(importlib.import_module(module), name)
             home = getattr(value, "__module__", module)
-            said = value.__doc__ if callable(value) else re.search(rf"\.{name}\n\n   \w", page)
-            if not said or not {f"{module}.{name}", f"{home}.{name}"} & entries:
-                missing.append(f"{module}.{name}")
+            if callable(value):
+                said = value.__doc__ and {f"{module}.{name}", f"{home}.{name}"} & entries
+            else:
+                said = re.search(rf"py:data:: {name}\n   :module: {module}\n\n   \w", page)
+            missing += [] if said else [f"{module}.{name}"]
     assert missing == []
 
 
