@@ -3,6 +3,17 @@
     python -m clip_jax.main --config experiments/emoji_extend.py --workdir runs/emoji_extend
     python -m clip_jax.main --config experiments/emoji_extend.py --workdir runs/emoji_extend \\
         --config.train.steps=300
+
+The second command goes on from step 150, before the cool-down of the first. Measured on a CPU, mean
+loss of ten steps of 32 pairs:
+
+| steps | 200 long | then 300 long | 300 long from the beginning |
+| --- | ---: | ---: | ---: |
+| 141 to 150, before the cool-down | 2.052 | | 2.052 |
+| 191 to 200 | 1.775 | 1.888 | 1.888 |
+| 291 to 300 | | 1.494 | 1.494 |
+
+All 300 losses of the run that was made longer are those of the long run, to the last digit.
 """
 
 import ml_collections
