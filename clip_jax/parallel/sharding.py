@@ -68,8 +68,10 @@ def partition_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     return P(*axes) if any(axes) else P()
 
 
-SMALL = 2**16
-"""Arrays of fewer elements are updated whole: exchanging them takes longer."""
+SMALL, SMALL_KERNEL = 2**16, 2**22
+"""Arrays of fewer elements are updated whole: exchanging them takes longer. Kernels of convolutions
+are up to a larger size: the compiler sums gradients that stay whole over the devices in few
+exchanges, and those that are split one by one, and lays a kernel out anew to split it."""
 
 
 def update_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
@@ -82,7 +84,8 @@ def update_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     axes = [*spec, *[None] * (len(shape) - len(spec))]
     first = 1 if "/resblocks/" in name else 0
     fits = [i for i in range(first, len(shape)) if axes[i] is None and shape[i] % data == 0]
-    if data == 1 or math.prod(shape) < SMALL or not fits:
+    is_small = math.prod(shape) < (SMALL_KERNEL if len(shape) == 4 else SMALL)
+    if data == 1 or is_small or not fits:
         return spec
     axes[max(fits, key=lambda i: shape[i])] = "data"
     return P(*axes)
