@@ -98,7 +98,7 @@ def test_int8_is_a_quarter_and_what_differs_too_much_is_not_written(run, tmp_pat
 def test_onnx_without_its_packages_is_one_line(run, tmp_path, monkeypatch):
     folder, _ = run
     monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(UserError, match=r"needs onnx: pip install 'clip_jax\[onnx\]'"):
+    with pytest.raises(UserError, match=r"needs onnx: pip install 'clip-jax-research\[onnx\]'"):
         export_model(parse([str(folder), str(tmp_path / "out"), "--format", "onnx"]))
     assert not (tmp_path / "out").exists()
 

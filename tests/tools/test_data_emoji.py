@@ -116,7 +116,7 @@ def test_mistakes_are_one_line(tmp_path, capsys, few, monkeypatch):
     assert code == 2 and "--shards is 0; it takes 1 or more" in err
     monkeypatch.undo()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'clip_jax\[demo\]'"):
+    with pytest.raises(UserError, match=r"pip install 'clip-jax-research\[demo\]'"):
         data_emoji.find_images()
     assert not os.path.exists(tmp_path / "x")
 

@@ -23,6 +23,7 @@ MAY_CHANGE = {
     *(f"model.{name}" for name in ("image_size", "context_length", "attention", "remat", "scan")),
     *(f"train.{name}" for name in ("steps", "epochs", "microbatch_size", "loss_tile", "log_every")),
     *(f"data.{name}" for name in ("train", "tokenizer", "threads", "cache_bytes", "log_keys")),
+    "optim.cooldown_steps",
     "data.max_skip_fraction",
     *(f"data.{name}" for name in ("processes", "caption_packing", "decode_seconds")),
     *(f"train.{name}" for name in ("compile_cache", "compile_ahead")),

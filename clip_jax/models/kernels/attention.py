@@ -27,6 +27,8 @@ from clip_jax.models.kernels.vmem import segments_per_program, vmem_limit
 from clip_jax.models.packing import HIDDEN, Packing
 from clip_jax.models.target import Target
 
+reciprocal: Callable[[Array], Array] = getattr(pltpu, "reciprocal", None) or pl.reciprocal
+"""Pallas's, which jax 0.11 has moved."""
 LANES = 128
 AT_ONCE = 2
 """Registers' widths that one round of the loop over heads works on."""
@@ -143,7 +145,7 @@ def _forward_kernel(qkv, *refs, heads: Heads) -> None:
             y_T = []
             for h in columns.heads:
                 p, total = _unnormalized(qs[:, h], ks[:, h], scale, hidden[segment])
-                y_T.append(_dot(v_T[h], p.astype(y.dtype), MATRICES) * pl.reciprocal(total))
+                y_T.append(_dot(v_T[h], p.astype(y.dtype), MATRICES) * reciprocal(total))
             y[segment, :, pl.ds(start, columns.size)] = _join(y_T, 0).astype(y.dtype).T
 
     _for_columns(attend, y.shape[-1], heads.number)
@@ -164,7 +166,7 @@ def _backward_kernel(qkv, dy, *refs, heads: Heads) -> None:
             dq_T, dk_heads, dv_heads = [], [], []
             for h in columns.heads:
                 p, total = _unnormalized(qs[:, h], ks[:, h], scale, hidden[segment])
-                p = p * pl.reciprocal(total)
+                p = p * reciprocal(total)
                 dp = _dot(vs[:, h], dys[:, h], ROWS_BY_ROWS)
                 ds = p * (dp - jnp.sum(p * dp, 0, keepdims=True)) * scale
                 ds = ds.astype(dtype)
