@@ -125,7 +125,7 @@ def test_without_faiss_search_is_exact_and_asking_for_it_is_one_line(tmp_path, m
     (hits,) = searcher.search(np.eye(8, dtype=np.float32)[5:6], 3)
     assert [hit.row for hit in hits] == [5, 0, 1] and hits[0].metadata == {"image_path": "1/1"}
     assert len(searcher.search(np.eye(8, dtype=np.float32)[:1], 99)[0]) == 8
-    with pytest.raises(UserError, match=r"clip_jax\[search\]"):
+    with pytest.raises(UserError, match=r"clip-jax-research\[search\]"):
         Searcher(embeddings, "faiss")
     with pytest.raises(UserError, match="one of auto, faiss, exact"):
         Searcher(embeddings, "best")
