@@ -11,11 +11,10 @@ does not wait for each. Profiles are for `benchmarks/kernels.py`.
 """
 
 import argparse
-import concurrent.futures
 import gzip
 import itertools
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
             for library, side in sides
             for case in cases
         ]
-        concurrent.futures.wait([started for *_, started in queue])
+        wait([started for *_, started in queue])
         while queue:
             rows.append(measure(*queue.pop(0)))
             report("on_gpu", options, rows)

@@ -40,10 +40,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
-        _sync(partial)
+        sync(partial)
         os.replace(partial, path)
         with suppress(OSError):  # some file systems have no folders to wait for
-            _sync(path.parent)
+            sync(path.parent)
     except OSError as error:
         # numpy reports a short write without a reason.
         reason = error.strerror or f"{error}; is the disk full?"
@@ -52,7 +52,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
         raise UserError(f"{path} cannot be written ({reason})") from error
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -10,16 +10,15 @@ from model_cases import make_tokens
 from tiny import VIT
 
 from clip_jax.data.images import Preprocess
-from clip_jax.losses import make_loss
 from clip_jax.models.clip import CLIP, CLIPConfig
-from clip_jax.parallel.mesh import BATCH_AXES, make_mesh, place_batch
+from clip_jax.parallel.mesh import make_mesh, place_batch
 from clip_jax.planning.counts import Collective, find_collectives, matmul_flops
 from clip_jax.planning.hlo import Program, parse_program
 from clip_jax.planning.program import batch_shapes
 from clip_jax.sections import DataSection, ModelSection, OptimSection, TrainSection
 from clip_jax.training.device_augment import make_draws
 from clip_jax.training.optimizer import make_optimizer, make_schedule
-from clip_jax.training.setup import rates_of
+from clip_jax.training.setup import loss_of_section, rates_of
 from clip_jax.training.state import TrainState, init_state, state_shapes
 from clip_jax.training.step import make_train_step
 
@@ -58,14 +57,7 @@ def make_parts(
     schedule = make_schedule(optim, 40)
     transformation = make_optimizer(schedule, optim, rates_of(model, section))
     shapes = state_shapes(model, transformation, mesh, section, split_update=split_update)
-    loss_fn = make_loss(
-        section.loss,
-        mesh=mesh,
-        batch_axes=BATCH_AXES,
-        platform=model.target.platform,
-        tile_size=section.loss_tile,
-        mask_equal_captions=section.mask_equal_captions,
-    )
+    loss_fn = loss_of_section(section, mesh, model.target)
     draws = make_draws(
         ModelSection(patch_dropout=patch_dropout),
         DataSection(color_jitter=(0.2, 0.2, 0.2) if jitter else (0.0, 0.0, 0.0)),

@@ -9,6 +9,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from clip_jax.files import sync
+
 LEAST_FREE_BYTES = 1 << 30
 """Below so much free space, a checkpoint is not likely to fit."""
 
@@ -167,8 +169,8 @@ def _try_files(folder: Path) -> tuple[dict[str, bool], list[str]]:
     attempt(
         "syncs",
         "no fsync, so that a checkpoint may be lost with the power; take another disk",
-        lambda: _sync(path),
-        lambda: _sync(folder),
+        lambda: sync(path),
+        lambda: sync(folder),
     )
     attempt(
         "renames",
@@ -176,11 +178,3 @@ def _try_files(folder: Path) -> tuple[dict[str, bool], list[str]]:
         lambda: path.replace(folder / "other"),
     )
     return can, problems
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

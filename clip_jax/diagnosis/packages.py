@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
 from clip_jax import distribution
 
@@ -76,14 +77,14 @@ def installed_versions() -> dict[str, str]:
     for found in importlib.metadata.distributions():
         name = found.metadata["Name"]
         if name:
-            versions.setdefault(_canonical(name), found.version)
+            versions.setdefault(canonicalize_name(name), found.version)
     return versions
 
 
 def look_at_packages() -> Packages:
     """Return what is installed, and what is wrong with it."""
     versions = installed_versions()
-    own = _canonical(distribution.NAME)
+    own = canonicalize_name(distribution.NAME)
     requirements = tuple(importlib.metadata.requires(own) or ()) if own in versions else ()
     jax_requirements = tuple(importlib.metadata.requires("jax") or ()) if "jax" in versions else ()
     plugins = {n: versions[n] for n in (*NVIDIA, *OTHER_PLUGINS) if n in versions}
@@ -126,7 +127,7 @@ def requirement_problems(requirements: Sequence[str], versions: Versions) -> lis
     for requirement in map(Requirement, requirements):
         if not _belongs(requirement, "") or _is_met(requirement, versions):
             continue
-        version = versions.get(_canonical(requirement.name))
+        version = versions.get(canonicalize_name(requirement.name))
         state = f"is {version}" if version else "is not installed"
         wanted = f"{requirement.name}{requirement.specifier}"
         problems.append(f"{requirement.name} {state}: pip install '{wanted}'")
@@ -162,7 +163,7 @@ def plugin_problems(versions: Versions, jax_requirements: Sequence[str]) -> list
 
 def _allowed(name: str, jax_requirements: Sequence[Requirement]) -> SpecifierSet:
     """Return the versions of a package that jax takes, in whichever of its extras they stand."""
-    allowed = (r.specifier for r in jax_requirements if _canonical(r.name) == name)
+    allowed = (r.specifier for r in jax_requirements if canonicalize_name(r.name) == name)
     return next(allowed, SpecifierSet())
 
 
@@ -195,12 +196,8 @@ def _belongs(requirement: Requirement, extra: str) -> bool:
 
 def _is_met(requirement: Requirement, versions: Versions) -> bool:
     """Return whether it is installed, with the plug-in of an extra of JAX."""
-    version = versions.get(_canonical(requirement.name))
+    version = versions.get(canonicalize_name(requirement.name))
     if version is None or not requirement.specifier.contains(version, prereleases=True):
         return False
     brings = {"cuda12": "jax-cuda12-plugin", "cuda13": "jax-cuda13-plugin", "tpu": "libtpu"}
     return all(brings[extra] in versions for extra in requirement.extras if extra in brings)
-
-
-def _canonical(name: str) -> str:
-    return name.lower().replace("_", "-").replace(".", "-")

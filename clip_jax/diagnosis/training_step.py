@@ -10,14 +10,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from clip_jax.data.images import Preprocess
-from clip_jax.losses import make_loss
 from clip_jax.models.clip import CLIP, CLIPConfig
 from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
-from clip_jax.parallel.mesh import BATCH_AXES, make_mesh, mesh_target, place_batch
+from clip_jax.parallel.mesh import make_mesh, mesh_target, place_batch
 from clip_jax.sections import DataSection, ModelSection, OptimSection, TrainSection
 from clip_jax.training.device_augment import make_draws
 from clip_jax.training.optimizer import make_optimizer, make_schedule
+from clip_jax.training.setup import loss_of_section
 from clip_jax.training.state import TrainState, init_state, state_shapes
 from clip_jax.training.step import TrainStep, make_train_step
 
@@ -78,14 +78,7 @@ def _make_step(mesh: Mesh) -> tuple[TrainStep, TrainState]:
     schedule = make_schedule(optim, 10 * STEPS)
     optimizer = make_optimizer(schedule, optim)
     shapes = state_shapes(model, optimizer, mesh, section, split_update=False)
-    loss_fn = make_loss(
-        section.loss,
-        mesh=mesh,
-        batch_axes=BATCH_AXES,
-        platform=model.target.platform,
-        tile_size=section.loss_tile,
-        mask_equal_captions=section.mask_equal_captions,
-    )
+    loss_fn = loss_of_section(section, mesh, model.target)
     step = make_train_step(
         model,
         loss_fn,

@@ -1,5 +1,6 @@
 """Evaluate while a run trains: the same tasks on parameters that change."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,16 @@ Variables = Mapping[str, Any]
 EncodeWith = Callable[[Variables, Any], Any]
 Evaluator = Callable[[Variables], dict[str, float]]
 
+WITHOUT_NAMES = (
+    "config.eval.classnames names no file; name one, or leave zeroshot_classification out of "
+    "config.eval.tasks"
+)
+
+
+def logit_factor(variables: Variables) -> float:
+    """Return exp(logit_scale) of a model's variables, which multiplies cosines to give logits."""
+    return math.exp(float(variables["params"]["logit_scale"]))
+
 
 def make_evaluator(
     encode_image: EncodeWith,
@@ -31,7 +42,8 @@ def make_evaluator(
     config: CLIPConfig,
     tokenizer: Tokenizer,
     preprocess: Preprocess,
-    scale: Callable[[Variables], float],
+    scale: Callable[[Variables], float] = logit_factor,
+    without_names: str = WITHOUT_NAMES,
 ) -> Evaluator:
     """Make a function of the variables that returns the metrics; the data is opened here, once.
 
@@ -42,6 +54,7 @@ def make_evaluator(
     Args:
       config, tokenizer, preprocess: of the model, as `encoders.mesh_encoders` takes them.
       scale: returns what multiplies cosines to give logits.
+      without_names: what is said of data without class names, as this command's options have it.
 
     Raises:
       UserError: a task does not exist or lacks its data, a source cannot be read, or classes have
@@ -49,11 +62,7 @@ def make_evaluator(
     """
     sources = open_eval_sources(spec)
     if ZERO_SHOT in spec.tasks and not class_names(spec, sources):
-        raise UserError(
-            f"config.eval.data {spec.data} has no class names of its own and "
-            "config.eval.classnames names no file; name one, or leave zeroshot_classification out "
-            "of config.eval.tasks"
-        )
+        raise UserError(f"{spec.data} has no class names of its own and {without_names}")
 
     def evaluate(variables: Variables) -> dict[str, float]:
         encoders = mesh_encoders(

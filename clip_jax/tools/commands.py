@@ -6,12 +6,9 @@ Nothing is imported for it: the lines are read from the files.
 import ast
 import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 
 from clip_jax import distribution, experiments
 from clip_jax.errors import UserError
-
-PACKAGE = Path(__file__).parents[1]
 
 COMMANDS = {
     "main": "main.py",
@@ -38,7 +35,9 @@ COMMANDS = {
 
 def summary(name: str) -> str:
     """Return what a command does: its docstring's first words, up to the colon."""
-    doc = ast.get_docstring(ast.parse((PACKAGE / COMMANDS[name]).read_text(encoding="utf-8")))
+    doc = ast.get_docstring(
+        ast.parse((distribution.PACKAGE / COMMANDS[name]).read_text(encoding="utf-8"))
+    )
     return (doc or "").partition(": `python")[0]
 
 

@@ -292,13 +292,18 @@ def attention_kernels(run: RunComponents) -> str:
 
 def loss_of_run(run: RunComponents) -> LossFn:
     """Make the loss of a run's global batch."""
+    return loss_of_section(run.config.train, run.mesh, run.model.target)
+
+
+def loss_of_section(section: TrainSection, mesh: Mesh, target: Target) -> LossFn:
+    """Make the loss of a global batch that is split over a mesh."""
     return make_loss(
-        run.config.train.loss,
-        mesh=run.mesh,
+        section.loss,
+        mesh=mesh,
         batch_axes=BATCH_AXES,
-        platform=run.model.target.platform,
-        tile_size=run.config.train.loss_tile,
-        mask_equal_captions=run.config.train.mask_equal_captions,
+        platform=target.platform,
+        tile_size=section.loss_tile,
+        mask_equal_captions=section.mask_equal_captions,
     )
 
 
@@ -331,7 +336,6 @@ def make_evaluation(
         encode_text,
         EvalSpec.from_section(section),
         run.mesh,
-        scale=lambda variables: math.exp(float(variables["params"]["logit_scale"])),
         config=run.model.config,
         tokenizer=run.tokenizer,
         preprocess=run.preprocess,
