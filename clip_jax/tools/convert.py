@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clip_jax.errors import run_command
+from clip_jax.errors import UserError, run_command
 from clip_jax.pretrained.repositories import HUB_PREFIX
 
 
@@ -121,6 +121,12 @@ def convert_to(
     from clip_jax.tools.model_card import card_text, measured_rows
 
     if to == "peft":
+        options = (architecture, tokenizer, image_size, context_length, adapters)
+        if any(option is not None for option in options):
+            raise UserError(
+                "--to peft writes a run's own adapters as they are; it takes no --architecture, "
+                "--tokenizer, --image-size, --context-length or --adapters"
+            )
         return _convert_adapters(src, folder)
     # Claimed first: a wrong name answers before a big model is read.
     with new_folder(folder) as part:

@@ -8,6 +8,7 @@ written as a model of their own.
 """
 
 import argparse
+import contextlib
 import csv
 import json
 from collections.abc import Callable, Sequence
@@ -70,7 +71,7 @@ def _evaluator(
         batch_size=args.batch_size,
     )
     encode_image, encode_text = clip.encoders_of_variables()
-    return make_evaluator(
+    evaluate = make_evaluator(
         encode_image,
         encode_text,
         EvalSpec.from_section(section),
@@ -78,8 +79,16 @@ def _evaluator(
         config=clip.config,
         tokenizer=clip.known_tokenizer(),
         preprocess=clip.preprocessing,
-        scale=lambda variables: clip.scale,
+        without_names="--classnames (--keep-classnames of the kept task) names no file; name one",
     )
+
+    def measure_task(weights: Any) -> dict[str, float]:
+        metrics = evaluate(weights)
+        if args.metric not in metrics:
+            raise UserError(f"--metric {args.metric}: there are {', '.join(sorted(metrics))}")
+        return metrics
+
+    return measure_task
 
 
 def measure(args: argparse.Namespace) -> Curve:
@@ -92,6 +101,7 @@ def measure(args: argparse.Namespace) -> Curve:
     from clip_jax.evaluation.interpolate import best_point, interpolate, measure_curve
     from clip_jax.files import make_folder
     from clip_jax.parallel.mesh import make_mesh
+    from clip_jax.pretrained.export import new_folder
     from clip_jax.pretrained.work_folder import is_work_folder
 
     alphas = _alphas(args.alphas)
@@ -106,19 +116,20 @@ def measure(args: argparse.Namespace) -> Curve:
         {"params": clip.params, "batch_stats": clip.batch_stats} for clip in (start, tuned)
     )
     kept_names = args.keep_classnames or args.classnames
-    points = measure_curve(
-        first,
-        last,
-        alphas,
-        new=_evaluator(start, args, mesh, data=args.data, classnames=args.classnames),
-        kept=_evaluator(start, args, mesh, data=args.keep_data, classnames=kept_names),
-    )
-    if args.metric not in points[0].new or args.metric not in points[0].kept:
-        raise UserError(f"--metric {args.metric}: there are {', '.join(sorted(points[0].new))}")
-    best = best_point(points, args.metric, args.max_loss)
-    paths = _write(folder, points, best, args)
-    if args.save:
-        paths.append(_save(Path(args.save), start, interpolate(first, last, best.alpha)))
+    # Claimed first: a wrong name answers before anything is measured.
+    with new_folder(Path(args.save)) if args.save else contextlib.nullcontext() as part:
+        points = measure_curve(
+            first,
+            last,
+            alphas,
+            new=_evaluator(start, args, mesh, data=args.data, classnames=args.classnames),
+            kept=_evaluator(start, args, mesh, data=args.keep_data, classnames=kept_names),
+        )
+        best = best_point(points, args.metric, args.max_loss)
+        paths = _write(folder, points, best, args)
+        if part is not None:
+            _save(part, start, interpolate(first, last, best.alpha))
+            paths.append(Path(args.save))
     return Curve(points, best, args.metric, paths)
 
 
@@ -136,14 +147,16 @@ def _write(
     folder: Path, points: "Sequence[CurvePoint]", best: "CurvePoint", args: argparse.Namespace
 ) -> list[Path]:
     from clip_jax.evaluation.interpolate import CURVE_FILENAME, curve_to_json
+    from clip_jax.files import atomic_write
 
     path, table = folder / CURVE_FILENAME, folder / "wiseft.csv"
     names = ("start", "tuned", "data", "keep_data", "metric", "max_loss")
     fields = {name: getattr(args, name) for name in names}
     text = json.dumps(curve_to_json(points, best, **fields), indent=1)
-    path.write_text(text + "\n", encoding="utf-8")
+    with atomic_write(path) as partial:
+        partial.write_text(text + "\n", encoding="utf-8")
     metrics = [m for m in points[0].new if m in points[0].kept]
-    with table.open("w", encoding="utf-8", newline="") as file:
+    with atomic_write(table) as partial, partial.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["alpha", *(f"{task}_{m}" for m in metrics for task in ("new", "kept"))])
         for point in points:
@@ -152,19 +165,14 @@ def _write(
     return [path, table]
 
 
-def _save(folder: Path, clip: "LoadedCLIP", weights: dict[str, Any]) -> Path:
+def _save(folder: Path, clip: "LoadedCLIP", weights: dict[str, Any]) -> None:
     """Write weights as a work folder."""
-    from clip_jax.pretrained.export import new_folder
     from clip_jax.pretrained.trees import from_variables
     from clip_jax.pretrained.work_folder import RunDescription, write_work_folder
 
-    with new_folder(folder) as part:
-        description = RunDescription(
-            clip.name, clip.config, clip.tokenizer_spec, clip.preprocessing
-        )
-        arrays = from_variables(weights["params"], weights["batch_stats"])
-        write_work_folder(part, description, arrays)
-    return folder
+    description = RunDescription(clip.name, clip.config, clip.tokenizer_spec, clip.preprocessing)
+    arrays = from_variables(weights["params"], weights["batch_stats"])
+    write_work_folder(folder, description, arrays)
 
 
 def curve_text(curve: Curve) -> str:

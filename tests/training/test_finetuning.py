@@ -84,6 +84,10 @@ def test_the_curve_between_two_models(runs, data, tmp_path, capsys):
     assert "Between start and end" in write_report([long]).read_text()
     with pytest.raises(UserError, match="each lies in"):
         wiseft.main([extended, long, *flags[:-1], "2"])
+    with pytest.raises(UserError, match="--metric nothing: there are acc1, "):
+        wiseft.main([extended, long, *flags, "--metric", "nothing"])
+    with pytest.raises(UserError, match="best holds something already"):
+        wiseft.main([extended, long, *flags, "--save", str(tmp_path / "best")])
 
 
 def test_the_best_point_loses_no_more_than_it_may():

@@ -18,6 +18,7 @@ from clip_jax.models.lora import LORA, TARGETS, make_adapters, merge_adapters, t
 from clip_jax.models.stack import stack_layers, unstack_layers
 from clip_jax.parallel.mesh import place_batch
 from clip_jax.pretrained.peft import read_peft, write_peft
+from clip_jax.tools.convert import convert
 from clip_jax.training.adapters import read_run_adapters
 from clip_jax.training.checkpoint import Checkpoints
 from clip_jax.typing import leaves_by_path
@@ -135,6 +136,11 @@ def test_pefts_files_go_both_ways(tmp_path, config):
         np.testing.assert_array_equal(first, leaves[f"{path}/lora_a"])
         np.testing.assert_array_equal(second, leaves[f"{path}/lora_b"])
     assert 2 * len(found.pairs) == len(leaves)
+
+
+def test_options_that_adapters_do_not_take_are_refused(tmp_path):
+    with pytest.raises(UserError, match="it takes no --architecture, --tokenizer, --image-size"):
+        convert("runs/x", str(tmp_path / "adapters"), to="peft", image_size=64)
 
 
 def test_pefts_files_of_another_kind_are_refused(tmp_path):
