@@ -53,7 +53,7 @@ class KeptTask:
                 f"{', '.join(sorted(metrics))}; name one in config.eval.best"
             )
         self._start = from_first(metrics[self._metric])
-        print_on_main(f"at the beginning {PREFIX}{self._metric} is {self._start:.4g}")
+        print_on_main(f"the kept task begins with {PREFIX}{self._metric} {self._start:.4g}")
         if is_first():
             with atomic_write(self._path) as partial:
                 partial.write_text(json.dumps(metrics) + "\n", encoding="utf-8")

@@ -287,8 +287,9 @@ def extend_run(
     rates, rates_before = make_schedule(optim, steps)(past), make_schedule(old, before)(past)
     if not np.array_equal(np.asarray(rates), np.asarray(rates_before)):
         distributed.print_on_main(
-            f"the run was to be {before} steps long and now {steps}: with that from the beginning, "
-            f"the learning rates up to step {step} would have been others"
+            f"the run was to be {before} steps long, {cooldown} of them cooling down, and now "
+            f"{steps}, of them {optim.cooldown_steps}: with that from the beginning, the learning "
+            f"rates up to step {step} would have been others"
         )
     return last
 
@@ -501,8 +502,8 @@ class Trainer:
 
     def save_and_evaluate(self) -> None:
         """Save and evaluate the state, if this step is one for it."""
-        every = self.config.checkpoint.every
-        save = self.step % every == 0 or self.step == self.cooldown
+        is_due = self.step % self.config.checkpoint.every == 0
+        save = is_due or self.step == self.cooldown
         every = self.config.eval.every
         evaluate = self.evaluate if every and self.step % every == 0 else None
         if save or (evaluate is not None and self.best is not None):
