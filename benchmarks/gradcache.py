@@ -8,6 +8,7 @@ and outputs, less one set of gradients, which both of them hold. Each step has a
 """
 
 import argparse
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 
@@ -23,10 +24,13 @@ def main(argv: list[str] | None = None) -> None:
     compare_open_clip.add_arguments(parser, batch=64)
     parser.add_argument("--microbatches", type=int, default=8)
     options = parser.parse_args(argv)
-    calls, activations, losses = {}, {}, {}
-    for name, size in (("plain", 0), ("gradcache", options.batch // options.microbatches)):
-        step_calls, (activations[name], gradients) = in_subprocess(make_step_call, options, size)
+    calls, activations, gradients, losses = {}, {}, {}, {}
+    sizes = {"plain": 0, "gradcache": options.batch // options.microbatches}
+    with ThreadPoolExecutor() as pool:  # both compile at once
+        steps = pool.map(lambda size: in_subprocess(make_step_call, options, size), sizes.values())
+    for name, (step_calls, facts) in zip(sizes, steps, strict=True):
         calls[name] = step_calls["step"]
+        activations[name], gradients[name] = facts
         losses[name] = calls[name]()
     times = time_interleaved(calls, warmup=options.warmup, repeats=options.repeats)
     rows = [
@@ -40,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
         }
         for name in calls
     ]
-    report("gradcache", options, rows, gradients_MB=gradients / 1e6)
+    report("gradcache", options, rows, gradients_MB=gradients["plain"] / 1e6)
 
 
 def make_step_call(

@@ -13,6 +13,7 @@ does not wait for each. Profiles are for `benchmarks/kernels.py`.
 import argparse
 import gzip
 import itertools
+import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -42,17 +43,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--profile", type=Path, help="folder for profiles and programs of our steps"
     )
-    parser.add_argument("--ours", action="store_true", help="open_clip is left out")
+    parser.add_argument("--only", choices=["clip_jax", "open_clip"], help="one library alone")
     compare_open_clip.add_arguments(parser, batch=0)
     parser.set_defaults(device="gpu", dtype="bfloat16", untrimmed=True)
     options = parser.parse_args(argv)
     cases = [case_options(options, case) for case in options.case or CASES]
     rows: list[dict[str, Any]] = []
     with ThreadPoolExecutor() as pool:
-        sides = [("open_clip", torch_side)] * (not options.ours) + [("clip_jax", jax_side)]
+        sides = {"open_clip": torch_side, "clip_jax": jax_side}
         queue = [
             (library, case, pool.submit(in_subprocess, side, case))
-            for library, side in sides
+            for library, side in sides.items()
+            if options.only in (None, library)
             for case in cases
         ]
         wait([started for *_, started in queue])
@@ -102,7 +104,15 @@ def jax_side(options: argparse.Namespace) -> tuple[Calls, dict[str, Any]]:
     start = time.perf_counter()
     _, loaded, batch = compare_open_clip.prepare(options)
     run = make_run(options, loaded, batch.images, batch.tokens)
-    step = run.step.lower(run.state, run.batch).compile()
+    prepared = time.perf_counter()
+    lowered = run.step.lower(run.state, run.batch)
+    traced = time.perf_counter()
+    step = lowered.compile()
+    print(
+        f"{options.model}: made in {prepared - start:.1f} s, traced in {traced - prepared:.1f}, "
+        f"compiled in {time.perf_counter() - traced:.1f}",
+        file=sys.stderr,
+    )
     stepper = Stepper(run, step)
     facts = {
         "seconds": time.perf_counter() - start,

@@ -37,7 +37,7 @@ for name in ${*:-training encoding loss gradcache}; do
         done
         ;;
     loss) part 90 benchmarks.loss --dtype bfloat16 --rows 32768 --beyond 65536 ;;
-    gradcache) part 120 benchmarks.gradcache $bf16 --model ViT-L-14-quickgelu --batch 128 --microbatches 4 ;;
+    gradcache) part 120 benchmarks.gradcache $bf16 --model ViT-B-16-quickgelu --batch 512 --microbatches 4 ;;
     encoding) part 120 benchmarks.encoding $bf16 --model ViT-B-16-quickgelu --batch 256 ;;
     *) echo "no part $name" && exit 2 ;;
     esac

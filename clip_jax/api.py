@@ -44,6 +44,7 @@ from clip_jax.models.naflex import ImagePatches, NaFlexConfig, canvas_patches
 from clip_jax.models.relevance import make_relevance
 from clip_jax.models.states import TOWERS, StatesFn, TowerStates, make_states
 from clip_jax.models.zoo import model_config
+from clip_jax.parallel.jax_internals import draws_as_gpu_kernels
 from clip_jax.parallel.mesh import device_target, make_mesh, mesh_target
 from clip_jax.pretrained.load import tokenizer_family
 from clip_jax.pretrained.peft import with_peft
@@ -457,7 +458,8 @@ def create(name: str, seed: int = 0) -> LoadedCLIP:
     """
     _check_types("create", name=(name, str), seed=(seed, int | np.integer))
     config = model_config(name)
-    variables = jax.jit(lambda: init_variables(CLIP(config), seed))()
+    with draws_as_gpu_kernels():
+        variables = jax.jit(lambda: init_variables(CLIP(config), seed))()
     return LoadedCLIP(
         name,
         config,

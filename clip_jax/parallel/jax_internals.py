@@ -4,9 +4,10 @@ They have no public counterpart. A JAX that has moved one of them fails here, on
 AttributeError, and nowhere else.
 """
 
+from contextlib import AbstractContextManager
 from typing import Any
 
-from jax._src import compilation_cache, xla_bridge
+from jax._src import compilation_cache, config, xla_bridge
 from jax._src.clusters import ClusterEnv
 from jax._src.distributed import global_state
 
@@ -69,3 +70,14 @@ def use_compilation_cache(cache: Any) -> None:
     """
     compilation_cache.reset_cache()
     compilation_cache._cache, compilation_cache._cache_initialized = cache, True
+
+
+def draws_as_gpu_kernels() -> AbstractContextManager:
+    """Lower each draw of random numbers to one kernel of jaxlib's on a GPU; same numbers.
+
+    XLA compiles the unrolled rounds of every draw by itself: ViT-B/32's weights take 32 s of two
+    cores so, and 5 as kernels. These cannot be partitioned: each device makes whole arrays.
+
+    It breaks if the config has no `threefry_gpu_kernel_lowering` any more.
+    """
+    return config.threefry_gpu_kernel_lowering(True)

@@ -1,7 +1,7 @@
 """The state that a step changes, made in place on the mesh."""
 
+import contextlib
 import math
-from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from clip_jax.models.clip import CLIP, init_variables
 from clip_jax.models.lora import LORA, make_adapters
+from clip_jax.parallel.jax_internals import draws_as_gpu_kernels
 from clip_jax.parallel.sharding import partition_spec, tree_shardings, update_spec
 from clip_jax.sections import TrainSection
 from clip_jax.training.rates import split_frozen
@@ -114,6 +115,27 @@ def update_shardings(shapes: TrainState) -> Params:
     )["params"]
 
 
+class Init:
+    """The jitted function that returns a fresh state.
+
+    Attributes:
+      function: jitted, of no arguments.
+      is_whole: no parameter is cut, so a GPU draws them by kernels that cannot cut them.
+    """
+
+    def __init__(self, function: Any, is_whole: bool) -> None:
+        self.function, self.is_whole = function, is_whole
+
+    def __call__(self) -> TrainState:
+        """Return the state."""
+        return self.lower().compile()()
+
+    def lower(self, **options: Any) -> jax.stages.Lowered:
+        """Lower it, with the options of a traced function's `lower`."""
+        with draws_as_gpu_kernels() if self.is_whole else contextlib.nullcontext():
+            return self.function.trace().lower(**options)
+
+
 def init_state(
     model: CLIP,
     optimizer: optax.GradientTransformation,
@@ -131,14 +153,15 @@ def make_init(
     shapes: TrainState,
     section: TrainSection,
     seed: int,
-) -> Callable[[], TrainState]:
-    """Make the jitted function that returns a fresh state, see `init_state`."""
+) -> Init:
+    """Make the function that returns a fresh state, see `init_state`."""
     shardings = jax.tree.map(lambda x: x.sharding, shapes)
 
     def make() -> TrainState:
         return make_state(init_variables(model, seed), optimizer, section, seed=seed)
 
-    return jax.jit(make, out_shardings=shardings)
+    is_whole = all(x.sharding.is_fully_replicated for x in jax.tree.leaves(shapes.params))
+    return Init(jax.jit(make, out_shardings=shardings), is_whole)
 
 
 def parameter_counts(params: Any) -> dict[str, int]:

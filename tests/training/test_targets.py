@@ -12,6 +12,9 @@ from clip_jax.models.clip import CLIP
 from clip_jax.models.target import Target
 from clip_jax.parallel.mesh import device_target, make_mesh, mesh_target
 from clip_jax.planning.program import batch_shapes
+from clip_jax.sections import OptimSection, TrainSection
+from clip_jax.training.optimizer import make_optimizer
+from clip_jax.training.state import make_init, state_shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,3 +67,14 @@ def test_the_step_is_lowered_for_any_target(monkeypatch, target, platform, kerne
     text = traced.lower(lowering_platforms=(platform,)).as_text()
     kernels = ("attention_forward", "__cudnn$fmhaSoftmax")
     assert [name for name in kernels if name in text] == ([kernel] if kernel else [])
+
+
+@pytest.mark.parametrize(("fsdp", "kernels"), [(1, True), (2, False)], ids=["whole", "cut"])
+def test_weights_are_drawn_by_kernels_on_gpus_where_no_parameter_is_cut(fsdp, kernels):
+    model, section = CLIP(VIT), TrainSection()
+    optimizer = make_optimizer(lambda step: 1e-3, OptimSection())
+    mesh = make_mesh(data=8 // fsdp, fsdp=fsdp, tensor=1)
+    shapes = state_shapes(model, optimizer, mesh, section)
+    init = make_init(model, optimizer, shapes, section, seed=0)
+    lowered = init.lower(lowering_platforms=("cuda",)).as_text()
+    assert ("cu_threefry2x32_ffi" in lowered) == kernels
