@@ -27,16 +27,22 @@ def check_fetched(path: str | Path) -> None:
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path, *, shared: bool = False) -> Iterator[Path]:
     """Yield a path to write to, which takes the place of `path` when the block ends well.
 
     The folder is made if it does not exist. After a kill, and after a loss of power, an older file
     is as it was or the new one is whole: it is on the disk before it takes the name.
 
+    Args:
+      path: of the file.
+      shared: another process may write the same file at the same time, so each has a partial file
+        of its own. What a killed one leaves is not written over by the next.
+
     Raises:
       UserError: it cannot be written: no permission, a full disk, a file in the folder's place.
     """
-    partial = path.with_name(path.name + ".partial")
+    suffix = f".{os.getpid()}.partial" if shared else ".partial"
+    partial = path.with_name(path.name + suffix)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial

@@ -35,6 +35,17 @@ def test_what_cannot_be_written_is_told_in_a_line_and_leaves_no_rest(tmp_path):
         make_folder(path / "c", flag="--out")
 
 
+def test_two_processes_write_the_same_file_at_once(tmp_path, monkeypatch):
+    path, numbers = tmp_path / "main", iter([1, 2])
+    monkeypatch.setattr(os, "getpid", lambda: next(numbers))
+    with atomic_write(path, shared=True) as first:
+        first.write_text("first")
+        with atomic_write(path, shared=True) as second:
+            second.write_text("second")
+        assert path.read_text() == "second"
+    assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]
+
+
 def test_a_folder_is_claimed_once_by_what_it_is_made_of(tmp_path):
     folder, info = tmp_path / "out", {"model": "a", "sizes": (1, 2), "texts": True}
     assert not claim_folder(folder, info, name="info.json", write=False) and not folder.exists()

@@ -159,7 +159,7 @@ def encode_classes(
     )
     if path is not None and jax.process_index() == 0:
         _remove_outdated_classes(path)
-        with atomic_write(path) as partial, partial.open("wb") as file:
+        with atomic_write(path, shared=True) as partial, partial.open("wb") as file:
             np.save(file, class_MD)
     return class_MD
 
@@ -225,7 +225,7 @@ def _part_path(folder: Path, number: int) -> Path:
 
 def _write_part(part: FeatureSet, path: Path) -> None:
     rest = json.dumps({name: getattr(part, name) for name in _LISTS})
-    with atomic_write(path) as partial, partial.open("wb") as file:
+    with atomic_write(path, shared=True) as partial, partial.open("wb") as file:
         arrays = {name: getattr(part, name) for name in _ARRAYS}
         np.savez(file, rest=np.frombuffer(rest.encode(), np.uint8), **arrays)
 

@@ -298,7 +298,7 @@ def _remember(repository: Repository) -> None:
             return
     except OSError:
         pass
-    with atomic_write(reference) as partial:
+    with atomic_write(reference, shared=True) as partial:
         partial.write_text(repository.commit, encoding="utf-8")
 
 
