@@ -173,6 +173,7 @@ def _check_model(m: ModelSection) -> None:
 
 def _check_train(t: TrainSection) -> None:
     from clip_jax.losses import LOSSES
+    from clip_jax.training.metrics_sender import SERVICES
     from clip_jax.training.programs import COMPILE_AHEAD
     from clip_jax.training.rates import FROZEN, parse_rates
 
@@ -189,6 +190,12 @@ def _check_train(t: TrainSection) -> None:
     check_choice("config.train.loss", t.loss, LOSSES)
     check_choice("config.train.compile_ahead", t.compile_ahead, COMPILE_AHEAD)
     check_choice("config.train.freeze", t.freeze, FROZEN)
+    check_choice("config.train.report_to", t.report_to, ("", *SERVICES))
+    _require(
+        not t.report_to or bool(re.fullmatch(r"[\w.-]{1,128}", t.report_project, re.ASCII)),
+        f"config.train.report_project is {_shown(t.report_project)}; it takes letters, digits, "
+        '"_", "-" and "."',
+    )
     parse_rates(t.rates)
     _check_patterns("config.train.lora_targets", t.lora_targets)
 

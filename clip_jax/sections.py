@@ -134,6 +134,13 @@ class TrainSection:
     """Leave pairs with the same caption out of the negatives."""
     log_every: int = bounded(10, low=1, high=MAX_STEPS, may_change=True)
     """Steps between two lines of metrics."""
+    report_to: str = may_change("")
+    """Where the metrics go beside TensorBoard's file: "wandb" or "trackio", each an extra; empty is
+    nowhere. Their environment variables decide the rest, such as WANDB_MODE=offline."""
+    report_project: str = may_change("clip_jax")
+    """The project there. A run keeps its id when it is resumed."""
+    report_name: str = may_change("")
+    """The name of the run there; empty takes the work folder's."""
     compile_cache: str = may_change("auto")
     """Folder of compiled programs, which a next start reads instead of compiling; "" keeps none.
     "auto" is the user's cache folder, with several processes a folder in the work folder.

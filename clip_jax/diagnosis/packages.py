@@ -23,6 +23,8 @@ EXTRAS = {
     "search": "an index of many rows, and the page of clip_jax.search --serve",
     "onnx": "clip_jax.export --format onnx",
     "umap": "the report's map by UMAP instead of PCA",
+    "wandb": "metrics to Weights & Biases: config.train.report_to",
+    "trackio": "metrics to trackio: config.train.report_to",
     "gpu": "NVIDIA GPUs",
     "tpu": "TPUs",
     "plan-gpu": "plans by the compiler of NVIDIA GPUs",

@@ -114,7 +114,8 @@ def program_config(config: Config) -> dict[str, Any]:
         del values[section]
     data = values["data"]
     values["data"] = {k: data[k] for k in ("tokenizer", "color_jitter", "caption_packing")}
-    del values["train"]["log_every"]
+    for name in ("log_every", "report_to", "report_project", "report_name"):
+        del values["train"][name]
     return values
 
 

@@ -26,6 +26,7 @@ from clip_jax.training.metrics import (
     progress_line,
     read_lines_until,
 )
+from clip_jax.training.metrics_service import MetricsService
 from clip_jax.training.programs import ProgramCompiler
 from clip_jax.training.rates import rate_lines, rate_table, trains_all
 from clip_jax.training.setup import (
@@ -91,6 +92,7 @@ class RunLogger:
       began: when the process, or the call that trains, began, on the clock of
         `time.perf_counter`.
       exit_report: gets the metrics of every step.
+      service: is started, and sends what is written.
     """
 
     def __init__(
@@ -103,6 +105,7 @@ class RunLogger:
         compiler: ProgramCompiler,
         began: float,
         exit_report: ExitReport,
+        service: MetricsService,
     ) -> None:
         config = run.config
         self._compiler, self._began = compiler, began
@@ -117,6 +120,8 @@ class RunLogger:
         self._writer = None
         if distributed.is_first():
             self._writer = MetricsWriter(folder, resume_step=start if start else None)
+        self._service = service
+        service.start()
         self._throughput = Throughput(pairs_per_step=config.train.batch_size, steps=steps)
         kind, dtype = jax.devices()[0].device_kind, config.model.dtype
         per_device = peak_flops(kind, dtype) or measure_matmul_flops(dtype)
@@ -157,6 +162,7 @@ class RunLogger:
             values |= {f"left_out/{cause}": n for cause, n in loader.excluded.items()}
             if self._writer is not None:
                 self._writer.write(step, values)
+                self._service.check()
             left = self._throughput.seconds_left
             distributed.print_on_main(progress_line(step, self.steps, values, rate, left))
         return True

@@ -43,6 +43,7 @@ from clip_jax.training.fingerprint import (
 from clip_jax.training.history import Changes, note_start, read_history
 from clip_jax.training.kept_task import KeptTask
 from clip_jax.training.kernel_check import with_checked_kernels
+from clip_jax.training.metrics_service import MetricsService
 from clip_jax.training.optimizer import cooldown_start, make_schedule
 from clip_jax.training.programs import ProgramCompiler, ShapedPrograms
 from clip_jax.training.run_lock import only_run
@@ -108,11 +109,7 @@ def _train(
     data = open_data(config, workdir)
     pairs = sum(len(shard) for shard in data.shards)
     steps = steps_of_run(config, pairs)
-    if steps < 1:
-        raise UserError(
-            f"config.train.epochs {config.train.epochs:g} over {pairs:,} pairs is not one step of "
-            f"config.train.batch_size {config.train.batch_size}; raise the one or lower the other"
-        )
+    check_steps(steps, config.train, pairs)
     run = build_run(config, steps, workdir)
     check_streams(config.data.streams, batch_part(run.mesh)[1])
     run = with_caption_packing(run, data, folder)
@@ -122,6 +119,8 @@ def _train(
     run = with_checked_kernels(run)
     print_summary(run, data, pairs=pairs, steps=steps)
     with (
+        # It is closed last: a state is never saved later for it.
+        closing(MetricsService(config.train, folder)) as service,
         closing(open_checkpoints(config, folder, steps)) as checkpoints,
         ProgramCompiler(cache_folder) as compiler,
     ):
@@ -147,11 +146,13 @@ def _train(
             compiler=compiler,
             began=began,
             exit_report=exit_report,
+            service=service,
         )
         with logger:
             end = train_loop(
                 run, data, state, train_step, checkpoints, fingerprint, compiler, logger
             )
+        service.code = end[0]
     watchdog.stand_by()
     return end
 
@@ -195,6 +196,15 @@ def make_workdir(workdir: str) -> Path:
     if not os.access(folder, os.W_OK):
         raise UserError(f"--workdir {workdir} cannot be written to; give another")
     return folder
+
+
+def check_steps(steps: int, section: TrainSection, pairs: int) -> None:
+    """Raise UserError if the run has no step."""
+    if steps < 1:
+        raise UserError(
+            f"config.train.epochs {section.epochs:g} over {pairs:,} pairs is not one step of "
+            f"config.train.batch_size {section.batch_size}; raise the one or lower the other"
+        )
 
 
 def check_streams(streams: int, parts: int) -> None:

@@ -27,6 +27,7 @@ MAY_CHANGE = {
     "data.max_skip_fraction",
     *(f"data.{name}" for name in ("processes", "caption_packing", "decode_seconds")),
     *(f"train.{name}" for name in ("compile_cache", "compile_ahead")),
+    *(f"train.report_{name}" for name in ("to", "project", "name")),
     "optim.split",
 }
 FREE_SECTIONS = ("mesh", "eval", "checkpoint")

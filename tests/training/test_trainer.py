@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from pairs import NAMES, run_losses, tiny_config, write_data
 from quick import QUICK
+from service_stand_in import put_stand_in
 from tiny import CONVNET
 from tiny import SHALLOW as VIT
 
@@ -127,17 +128,22 @@ def stop_at(monkeypatch, step, number=signal.SIGTERM):
 def test_stopped_and_run_again_is_the_same_to_the_last_digit(
     data, uninterrupted, tmp_path, monkeypatch, capsys, number, code
 ):
+    sent = put_stand_in(tmp_path, monkeypatch)
+    config = make_config(data, train__report_to="trackio")
     with monkeypatch.context() as patch:
         stop_at(patch, 7, number)
-        assert main.run(make_config(data), str(tmp_path)) == code
+        assert main.run(config, str(tmp_path)) == code
     out = capsys.readouterr().out
     assert "the same command goes on from there" in out
     assert re.search(r"first step done [\d.]+ s after the start; \d programs compiled, ", out)
     stopped = run_losses(tmp_path)
     assert 7 <= stopped[-1][0] < 12
-    assert main.run(make_config(data), str(tmp_path)) == 0
+    assert main.run(config, str(tmp_path)) == 0
     assert f"going on from step {stopped[-1][0]}" in capsys.readouterr().out
     assert run_losses(tmp_path) == run_losses(uninterrupted)
+    reported = [json.loads(line) for line in sent.read_text().splitlines()]
+    assert len({line["name"] for line in reported if "name" in line}) == 1
+    assert [(x["step"], x["loss"]) for x in reported if "loss" in x] == run_losses(uninterrupted)
     # Each start says once how long it took; of the second, the step alone is a program, and read.
     lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     starts = {line["step"]: line for line in lines if "startup/first_step_seconds" in line}
