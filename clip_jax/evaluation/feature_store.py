@@ -45,6 +45,7 @@ def encode_shards(
     *,
     title: str,
     progress: bool,
+    need_captions: bool = True,
 ) -> FeatureSet:
     """Return the features of every sample; what `store` has of them is not encoded again.
 
@@ -54,12 +55,15 @@ def encode_shards(
       batch_size: images at a time, rounded up to what devices and processes share equally.
       store: the folder of all features; None keeps none.
       title: the data's name, for the progress bar and for messages.
+      need_captions: False takes images with neither a caption nor a class, too.
 
     Raises:
       UserError: features are not finite, or no image could be used.
     """
     batch_size = encoders.round_batch_size(batch_size)
-    folder = None if store is None else feature_folder(store, encoders, shards, batch_size)
+    folder = None
+    if store is not None:
+        folder = feature_folder(store, encoders, shards, batch_size, need_captions=need_captions)
     _remove_outdated(folder)
     with contextlib.ExitStack() as stack:
 
@@ -69,6 +73,7 @@ def encode_shards(
                 batch_size=batch_size,
                 steps=slice(start, None),
                 part=BatchPart(jax.process_index(), jax.process_count()),
+                need_captions=need_captions,
             )
             return stack.enter_context(loader)
 
@@ -165,7 +170,12 @@ def encode_classes(
 
 
 def feature_folder(
-    store: Path, encoders: Encoders, shards: Sequence[Shard], batch_size: int
+    store: Path,
+    encoders: Encoders,
+    shards: Sequence[Shard],
+    batch_size: int,
+    *,
+    need_captions: bool = True,
 ) -> Path:
     """Return where the features of this data by these weights are kept: "DATA-WEIGHTS"."""
     # Two sets may have files of one name and size; a source that is not a file has its name alone.
@@ -173,7 +183,8 @@ def feature_folder(
     size = encoders.image_size
     size_text = size if isinstance(size, int) else repr(size)
     sizes = (size_text, encoders.context_length, repr(encoders.preprocess), batch_size)
-    data = _short_hash(fingerprint(shards), paths)
+    which = () if need_captions else ("all images",)
+    data = _short_hash(fingerprint(shards), paths, *which)
     return store / f"{data}-{_short_hash(encoders.identity, *sizes)}"
 
 

@@ -1,13 +1,16 @@
 """Load class names and prompt templates: those of the paper, which are shipped, and those of files.
 
 `prompt_data/` holds open_clip's names and templates of ImageNet and CLIP_benchmark's of the other
-data sets of the CLIP paper; `prompt_data/NOTICE` says under which licenses.
+data sets of the CLIP paper; `prompt_data/NOTICE` says under which licenses. `label_names.json` are
+the names that data sets give their own labels, with spaces for "_" and "/", and
+`imagenet_subsets.json` the classes of ImageNet that ImageNet-A, -R and -O have.
 """
 
 import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from clip_jax.errors import UserError
 
@@ -21,13 +24,20 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 
 
 @functools.cache
-def _shipped(file: str) -> dict[str, list[str]]:
+def _shipped(file: str) -> dict[str, list[Any]]:
     return json.loads((SHIPPED / file).read_text(encoding="utf-8"))
 
 
+@functools.cache
 def shipped_class_names() -> dict[str, list[str]]:
     """Return the class names in label order, by data set."""
-    return _shipped("en_classnames.json")
+    names = _shipped("label_names.json") | _shipped("en_classnames.json")
+    imagenet = names["imagenet1k"]
+    subsets = {
+        dataset: [imagenet[m] for m in classes]
+        for dataset, classes in _shipped("imagenet_subsets.json").items()
+    }
+    return names | subsets | dict.fromkeys(("imagenetv2", "imagenet_sketch"), imagenet)
 
 
 def shipped_templates() -> dict[str, list[str]]:
@@ -112,7 +122,7 @@ def _read_strings(path: Path, what: str) -> list[str]:
             raise UserError(f"{what} in {path} must be one JSON list of strings")
     else:
         # Only line ends part names: other separators (U+2028, form feed) may stand inside one.
-        strings = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
+        strings = [line.strip() for line in text.removesuffix("\n").split("\n")]
     for number, string in enumerate(strings, 1):
         if not string.strip():
             raise UserError(f"{what} in {path}: number {number} of {len(strings)} is empty")

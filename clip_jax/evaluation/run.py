@@ -17,7 +17,10 @@ import numpy as np
 
 from clip_jax.data.formats.options import split_options
 from clip_jax.data.sources import Shard, expand, format_of, open_shards
-from clip_jax.errors import UserError
+from clip_jax.errors import UserError, check_choice
+from clip_jax.evaluation.arrays import read_arrays
+from clip_jax.evaluation.bootstrap import ratio_intervals
+from clip_jax.evaluation.caption_choice import CHOICE, choice_metrics, open_choices
 from clip_jax.evaluation.encoders import Encoders
 from clip_jax.evaluation.feature_store import (
     class_file,
@@ -41,11 +44,14 @@ from clip_jax.evaluation.results import (
 )
 from clip_jax.evaluation.spec import EvalSpec
 from clip_jax.evaluation.tasks import (
+    MULTILABEL,
     RETRIEVAL,
+    SCORINGS,
     TRAINED_TASKS,
     ZERO_SHOT,
     Predictions,
     TaskInputs,
+    TaskResult,
     check_tasks,
     missing_train_data,
     run_tasks,
@@ -96,6 +102,9 @@ def open_eval_sources(spec: EvalSpec) -> Sources:
       UserError: there is no such task or it lacks its data, or a source cannot be read.
     """
     check_tasks(spec.tasks)
+    check_choice("the scoring", spec.scoring, SCORINGS)
+    if CHOICE in spec.tasks:
+        raise UserError(f"{CHOICE} is a task of python -m clip_jax.evaluate, not of a run")
     trained = [task for task in spec.tasks if task in TRAINED_TASKS]
     if trained and not spec.train_data:
         raise missing_train_data(trained[0])
@@ -111,15 +120,25 @@ def open_eval_sources(spec: EvalSpec) -> Sources:
 
 
 def run_evaluation(
-    encoders: Encoders, spec: EvalSpec, *, folder: str | Path, progress: bool = True
+    encoders: Encoders,
+    spec: EvalSpec,
+    *,
+    folder: str | Path,
+    progress: bool = True,
+    draw: bool = True,
 ) -> Evaluation:
     """Run every task of the spec, and write the results to `folder`.
 
     With several processes all of them call it; process 0 writes.
 
+    Args:
+      draw: makes the grid of predictions, and the curve of a run's loss, too.
+
     Raises:
       UserError: data or names are missing or do not fit each other.
     """
+    if CHOICE in spec.tasks:
+        return _run_choice(encoders, spec, folder, progress=progress)
     start = time.perf_counter()
     sources = open_eval_sources(spec)
     folder = make_folder(folder, flag="--out")
@@ -141,16 +160,58 @@ def run_evaluation(
         paths = [folder / RESULTS]
         extra = {"request": spec.to_json(), "ablation": ablation}
         extra |= _model_fields(encoders, spec, sources.test)
-        if task_results.get(ZERO_SHOT):
-            predictions = task_results[ZERO_SHOT][0].predictions
-            assert predictions is not None
+        zero_shot = task_results.get(ZERO_SHOT)
+        predictions = zero_shot[0].predictions if zero_shot else None
+        if predictions is not None:
             extra |= _class_fields(encoders, inputs, predictions)
-            paths += _write_predictions(encoders, inputs, predictions, sources.test, folder)
+            write_confusion(predictions, inputs, folder / CONFUSION)
+            paths.append(folder / CONFUSION)
+        if predictions is not None and draw:
+            paths.append(_draw_grid(encoders, inputs, predictions, sources.test, folder))
         write_results(results, inputs.test.skipped, folder / RESULTS, **extra)
-        if (folder / "metrics.jsonl").exists():
+        if draw and (folder / "metrics.jsonl").exists():
             paths.append(loss_curve(folder / "metrics.jsonl", folder / CURVE))
     seconds = time.perf_counter() - start
     return Evaluation(results, inputs.test.skipped, folder, tuple(paths), seconds)
+
+
+def _run_choice(
+    encoders: Encoders, spec: EvalSpec, folder: str | Path, *, progress: bool
+) -> Evaluation:
+    """Do as `run_evaluation` for the choice between captions, which no other task goes with."""
+    start = time.perf_counter()
+    if len(spec.tasks) > 1:
+        raise UserError(f"{CHOICE} has data of its own kind: evaluate it without other tasks")
+    choices = open_choices(spec.data)
+    folder = make_folder(folder, flag="--out")
+    store = folder / FEATURES
+    features = encode_shards(
+        encoders,
+        [choices],
+        spec.batch_size,
+        store,
+        title=Path(spec.data).name,
+        progress=progress,
+        need_captions=False,
+    )
+    texts = choices.captions_of_all
+    z_text_BD = encode_classes(encoders, texts, ["{}"], spec.batch_size, store)
+    metrics, each = choice_metrics(choices, features.z_image_BD, features.row_B, z_text_BD)
+    hits = np.stack(list(each.values()), axis=1)
+    intervals = dict(zip(each, ratio_intervals(hits, np.ones_like(hits)), strict=True))
+    results = result_rows(
+        {CHOICE: [TaskResult(metrics, intervals, images=len(features))]},
+        dataset=spec.dataset or Path(spec.data).stem,
+        model=encoders.name,
+        pretrained=spec.pretrained,
+        images=len(features),
+    )
+    paths: list[Path] = []
+    if jax.process_index() == 0:
+        paths = [folder / RESULTS]
+        write_results(results, features.skipped, paths[0], request=spec.to_json())
+    seconds = time.perf_counter() - start
+    return Evaluation(results, features.skipped, folder, tuple(paths), seconds)
 
 
 def make_task_inputs(
@@ -171,10 +232,20 @@ def make_task_inputs(
     def features(shards: Sequence[Shard], pattern: str) -> FeatureSet:
         title = Path(pattern).name
         return encode_shards(
-            encoders, shards, spec.batch_size, store, title=title, progress=progress
+            encoders,
+            shards,
+            spec.batch_size,
+            store,
+            title=title,
+            progress=progress,
+            need_captions=spec.scoring != MULTILABEL,
         )
 
     test = features(sources.test, spec.data)
+    array_BK = None
+    if spec.scoring:
+        what = "labels" if spec.scoring == MULTILABEL else "groups"
+        array_BK = read_arrays(sources.test, test.row_B, what)
     if RETRIEVAL in spec.tasks:
         test = join_rows_of_one_image(test, sources.test)
     return TaskInputs(
@@ -185,6 +256,7 @@ def make_task_inputs(
         validation=features(sources.validation, spec.val_data) if sources.validation else None,
         class_names=names,
         class_MD=class_MD,
+        array_BK=array_BK,
         mesh=encoders.mesh,
         progress=progress,
     )
@@ -298,11 +370,17 @@ def compare_templates(
 
 def _model_fields(encoders: Encoders, spec: EvalSpec, shards: Sequence[Shard]) -> dict[str, Any]:
     """Return what eval.json says of the model and of the features of the data."""
-    batch_size = encoders.round_batch_size(spec.batch_size)
+    folder = feature_folder(
+        Path(FEATURES),
+        encoders,
+        shards,
+        encoders.round_batch_size(spec.batch_size),
+        need_captions=spec.scoring != MULTILABEL,
+    )
     return {
         "scale": encoders.scale,
         "preprocess": preprocess_to_json(encoders.preprocess),
-        "features": feature_folder(Path(FEATURES), encoders, shards, batch_size).as_posix(),
+        "features": folder.as_posix(),
     }
 
 
@@ -318,16 +396,15 @@ def _class_fields(
     }
 
 
-def _write_predictions(
+def _draw_grid(
     encoders: Encoders,
     inputs: TaskInputs,
     predictions: Predictions,
     shards: Sequence[Shard],
     folder: Path,
-) -> list[Path]:
-    """Write the grid of predictions and the confusion matrix."""
-    write_confusion(predictions, inputs, folder / CONFUSION)
+) -> Path:
+    """Draw some images with their predictions."""
     examples = draw_examples(predictions, inputs, EXAMPLES)
     images = read_images(shards, examples.rows, encoders.shown_side, encoders.preprocess)
     prediction_grid(list(images), examples.truths, examples.guesses, folder / GRID)
-    return [folder / GRID, folder / CONFUSION]
+    return folder / GRID

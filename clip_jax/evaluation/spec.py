@@ -25,6 +25,8 @@ class EvalSpec:
       shots: labeled images a class in "few_shot".
       confuse_equal_captions: score retrieval as CLIP_benchmark does, where equal captions of
         different images are wrong answers.
+      scoring: what the `.npy` of an image is: "multilabel", a one for each of its classes, or a
+        name in `groups.GROUP_SCORES`; empty reads none.
     """
 
     data: str
@@ -40,6 +42,7 @@ class EvalSpec:
     neighbors: int = 20
     shots: Sequence[int] = (1, 2, 4, 8, 16)
     confuse_equal_captions: bool = False
+    scoring: str = ""
 
     @classmethod
     def from_section(cls, section: EvalSection, **changes: Any) -> "EvalSpec":
@@ -49,5 +52,9 @@ class EvalSpec:
         return cls(**given | changes)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields by their names in eval.json."""
-        return {JSON_NAMES.get(name, name): value for name, value in vars(self).items()}
+        """Return the fields by their names in eval.json, without a `scoring` that reads nothing."""
+        return {
+            JSON_NAMES.get(name, name): value
+            for name, value in vars(self).items()
+            if value or name != "scoring"
+        }

@@ -12,9 +12,12 @@ from jaxtyping import Float, Float32, Int
 from clip_jax.errors import UserError
 from clip_jax.evaluation.bootstrap import Interval, mean_recall_interval, ratio_intervals
 from clip_jax.evaluation.calibration import Bin, calibration_error, reliability
+from clip_jax.evaluation.caption_choice import CHOICE
 from clip_jax.evaluation.features import FeatureSet
+from clip_jax.evaluation.groups import GROUP_SCORES
 from clip_jax.evaluation.knn import knn_votes
 from clip_jax.evaluation.linear_probe import MAX_FITS, Probe, choose_c, draw_shots, fit, hold_out
+from clip_jax.evaluation.multilabel import MEAN_AVERAGE_PRECISION, average_precisions
 from clip_jax.evaluation.retrieval import KS, Ranks, recalls, retrieval_ranks
 from clip_jax.evaluation.spec import EvalSpec
 from clip_jax.evaluation.zero_shot import rank_classes, zero_shot_metrics
@@ -22,6 +25,9 @@ from clip_jax.progress_bar import progress_bar
 
 ZERO_SHOT, RETRIEVAL = "zeroshot_classification", "zeroshot_retrieval"
 LINEAR_PROBE, KNN, FEW_SHOT = "linear_probe", "knn", "few_shot"
+MULTILABEL = "multilabel"
+SCORINGS = ("", MULTILABEL, *GROUP_SCORES)
+"""The values of `spec.EvalSpec.scoring`."""
 
 # Draws of the training images in `few_shot`, of which the mean is reported.
 DRAWS = 3
@@ -35,12 +41,13 @@ class TaskInputs:
     """The features that the tasks score, and how.
 
     Attributes:
-      spec: of it `neighbors`, `shots` and `confuse_equal_captions`.
+      spec: of it `neighbors`, `shots`, `confuse_equal_captions` and `scoring`.
       test: the images that are scored.
       scale: what multiplies cosines to give logits, for probabilities.
       train, validation: labeled images to learn from; without `validation` a fifth of `train`
         chooses C.
       class_MD: the text embeddings of `class_names`, or None.
+      array_BK: the rows of the test set's `.npy` members, where `spec.scoring` needs them.
       mesh: the devices that fit a linear probe; None is one.
       progress: shows a bar of the fits on stderr.
     """
@@ -52,6 +59,7 @@ class TaskInputs:
     validation: FeatureSet | None = None
     class_names: Sequence[str] = ()
     class_MD: Float32[np.ndarray, "M D"] | None = None
+    array_BK: Int[np.ndarray, "B K"] | None = None
     mesh: Mesh | None = None
     progress: bool = False
 
@@ -79,7 +87,7 @@ class TaskResult:
     Attributes:
       metrics: by CLIP_benchmark's names, where it has them.
       intervals: of 95 %, for some of the metrics.
-      predictions: of zero-shot classification alone.
+      predictions: of zero-shot classification alone, where an image has one class.
       images: that were scored; None is all.
     """
 
@@ -90,7 +98,9 @@ class TaskResult:
 
 
 def zero_shot(inputs: TaskInputs) -> list[TaskResult]:
-    """Score the nearest class names: accuracy, recall by class, calibration."""
+    """Score the nearest class names: accuracy, recall by class, calibration, or by `scoring`."""
+    if inputs.spec.scoring == MULTILABEL:
+        return _multilabel(inputs)
     rows = _labeled_rows(inputs.test, len(inputs.class_names))
     if inputs.class_MD is None or not len(rows):
         return []
@@ -100,8 +110,37 @@ def zero_shot(inputs: TaskInputs) -> list[TaskResult]:
     right_B = top_Bk[:, 0] == label_B
     share_B = share_Bk[:, 0].astype(np.float64)
     metrics["calibration_error"] = calibration_error(share_B, right_B)
+    if inputs.array_BK is not None:
+        metrics |= _group_metrics(inputs.spec.scoring, top_Bk, label_B, inputs.array_BK[rows])
     predictions = Predictions(rows, top_Bk, share_Bk, reliability(share_B, right_B))
     return [TaskResult(metrics, intervals, predictions, images=len(rows))]
+
+
+def _multilabel(inputs: TaskInputs) -> list[TaskResult]:
+    """Score every class's ranking of the images: the mean average precision."""
+    if inputs.class_MD is None or inputs.array_BK is None:
+        return []
+    if inputs.array_BK.shape[1] != len(inputs.class_MD):
+        raise UserError(
+            f"an image's .npy has {inputs.array_BK.shape[1]} labels, and there are "
+            f"{len(inputs.class_MD)} class names"
+        )
+    cosine_BM = inputs.test.z_image_BD @ inputs.class_MD.T
+    precision_M = average_precisions(cosine_BM, inputs.array_BK != 0)
+    return [TaskResult({MEAN_AVERAGE_PRECISION: float(precision_M.mean())})]
+
+
+def _group_metrics(
+    scoring: str, top_Bk: np.ndarray, label_B: np.ndarray, groups_BK: np.ndarray
+) -> dict[str, float]:
+    """Return the figures by groups, or raise UserError where the groups are others."""
+    columns = GROUP_SCORES[scoring].columns
+    if groups_BK.shape[1] != len(columns) or groups_BK.min() < 0:
+        raise UserError(
+            f"{scoring}: an image's .npy holds {groups_BK.shape[1]} numbers, and not "
+            f"{', '.join(columns)}, each from 0 on"
+        )
+    return GROUP_SCORES[scoring].score(top_Bk, label_B, groups_BK)
 
 
 def retrieval(inputs: TaskInputs) -> list[TaskResult]:
@@ -201,9 +240,10 @@ def run_tasks(inputs: TaskInputs) -> dict[str, list[TaskResult]]:
 
 def check_tasks(names: Sequence[str]) -> None:
     """Raise UserError for a name that no task has."""
+    known = (*TASKS, CHOICE)
     for name in names:
-        if name not in TASKS:
-            raise UserError(f"there is no task {name!r}; the tasks are {', '.join(TASKS)}")
+        if name not in known:
+            raise UserError(f"there is no task {name!r}; the tasks are {', '.join(known)}")
 
 
 def missing_train_data(task: str) -> UserError:

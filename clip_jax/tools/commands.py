@@ -13,6 +13,7 @@ from clip_jax.errors import UserError
 COMMANDS = {
     "main": "main.py",
     "evaluate": "tools/evaluate.py",
+    "benchmark": "tools/benchmark.py",
     "wiseft": "tools/wiseft.py",
     "report": "tools/report.py",
     "replay": "tools/replay.py",

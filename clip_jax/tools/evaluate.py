@@ -26,13 +26,24 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     The flags that say what to evaluate are stored by the names of `evaluation.spec.EvalSpec`.
     """
     parser = argparse.ArgumentParser(prog="python -m clip_jax.evaluate", description=__doc__)
+    parser.add_argument("--model", "--workdir", help="a run, or a published model's path or name")
     parser.add_argument(
-        "--model", "--workdir", required=True, help="a run, or a published model's path or name"
+        "--embeddings", help="in place of --data: a folder of clip_jax.embed; nothing is encoded"
     )
+    parser.add_argument("--train-embeddings", help="the same, that probes learn from")
+    parser.add_argument("--labels", help="of --embeddings: a .npy, or a number a line")
+    parser.add_argument("--class-embeddings", help="a .npy [classes, features]: needs no model")
     parser.add_argument("--architecture", help='of a bare file: "NAME" or "NAME:TAG"')
     parser.add_argument("--tokenizer", help="its tokenizer.json or SentencePiece .model")
     parser.add_argument("--dtype", default="float32", help="float32, or bfloat16: half the memory")
-    parser.add_argument("--data", help="tar shards; .cls members hold the classes")
+    parser.add_argument(
+        "--data",
+        help="tar shards, whose .cls members hold the classes; a data set's folder in "
+        "CLIP_benchmark's layout; or SugarCrepe's, Winoground's or WinoGAViL's file",
+    )
+    parser.add_argument("--split", default="test", help="of a data set's folder")
+    parser.add_argument("--train-split", default="train", help="that probes learn from")
+    parser.add_argument("--val-split", default="", help="that chooses C")
     parser.add_argument(
         "--task", dest="tasks", action="append", help="one or several, joined by commas"
     )
@@ -100,6 +111,7 @@ def evaluate_workdir(
 
 def workdir_spec(workdir: str, **changes: Any) -> "EvalSpec":
     """Return what the config of a run evaluates, with changes."""
+    from clip_jax.evaluation.caption_choice import CHOICE
     from clip_jax.evaluation.run import source_class_names
     from clip_jax.evaluation.spec import EvalSpec
     from clip_jax.evaluation.tasks import ZERO_SHOT
@@ -109,7 +121,8 @@ def workdir_spec(workdir: str, **changes: Any) -> "EvalSpec":
     saved = read_description(workdir).config.get("eval") or {}
     known = {field.name for field in dataclasses.fields(EvalSection)}
     section = EvalSection(**{name: value for name, value in saved.items() if name in known})
-    if "data" in changes and "classnames" not in changes and ZERO_SHOT in section.tasks:
+    needs_names = ZERO_SHOT in section.tasks and CHOICE not in changes.get("tasks", ())
+    if "data" in changes and "classnames" not in changes and needs_names:
         if source_class_names(changes["data"]):
             changes["classnames"] = ""  # the data's own
         elif section.classnames and changes["data"] != section.data:
@@ -147,6 +160,7 @@ def spec_changes(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
       UserError: a number is no count, or a data set without shipped names has none of its own.
     """
+    from clip_jax.evaluation.benchmark_folder import find_benchmark_folder
     from clip_jax.evaluation.prompts import load_templates, shipped_class_names, shipped_templates
     from clip_jax.evaluation.spec import EvalSpec
     from clip_jax.evaluation.tasks import ZERO_SHOT
@@ -159,9 +173,10 @@ def spec_changes(args: argparse.Namespace) -> dict[str, Any]:
     values["templates"] = _load_prompts(args.templates)
     values["ablate"] = _load_prompts(args.ablate)
     values["tasks"] = tasks = [name for item in args.tasks or () for name in item.split(",")]
+    has_own = find_benchmark_folder(args.data or "", args.split) or args.class_embeddings
     if args.dataset in shipped_class_names() and not args.classnames:
         values["classnames"] = args.dataset
-    elif args.dataset and not args.classnames and (not tasks or ZERO_SHOT in tasks):
+    elif args.dataset and not (args.classnames or has_own) and (not tasks or ZERO_SHOT in tasks):
         # Else a run's own names would be taken for another data set's classes.
         raise UserError(
             f"no class names are shipped for --dataset {args.dataset}; give --classnames, or one "
@@ -206,13 +221,25 @@ def model_label(model: str) -> tuple[str, str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the flags, evaluate and print the results; return the exit code."""
+    from clip_jax.evaluation.benchmark_folder import describe_source
+    from clip_jax.evaluation.caption_choice import CHOICE
     from clip_jax.evaluation.run import source_class_names
     from clip_jax.evaluation.spec import EvalSpec
     from clip_jax.evaluation.tasks import RETRIEVAL, TRAINED_TASKS, check_tasks
     from clip_jax.pretrained.work_folder import is_work_folder
+    from clip_jax.tools.evaluate_embeddings import evaluate_embeddings
 
     args = parse(argv)
     changes = spec_changes(args)
+    if args.embeddings:
+        check_tasks(changes.get("tasks", ()))
+        print(evaluation_text(evaluate_embeddings(args, changes)))
+        return 0
+    if not args.model:
+        raise UserError("--model is missing; only --embeddings can do without")
+    if "data" in changes:
+        splits = {"train_split": args.train_split, "val_split": args.val_split}
+        changes = describe_source(changes, split=args.split, **splits)
     tasks = changes.get("tasks", ())
     check_tasks(tasks)
     if is_work_folder(args.model):
@@ -221,7 +248,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if "data" not in changes:
         raise UserError(f"--data is missing: {args.model} names no evaluation data of its own")
-    needs_names = "classnames" not in changes and not set(tasks) & {*TRAINED_TASKS, RETRIEVAL}
+    needs_names = "classnames" not in changes and not set(tasks) & {
+        *TRAINED_TASKS,
+        RETRIEVAL,
+        CHOICE,
+    }
     if needs_names and not source_class_names(changes["data"]):
         raise UserError("classification needs class names; give --classnames or --dataset")
     label, tag = model_label(args.model)

@@ -19,8 +19,10 @@ from hypothesis import strategies as st
 from pairs import write_data
 from run_tiny import ROOT, environment
 
+from clip_jax import api
 from clip_jax.data.images import eval_transform
 from clip_jax.embeddings.folder import begin_folder, open_embeddings, part_path, read_info
+from clip_jax.embeddings.score import read_features
 from clip_jax.embeddings.write import (
     consecutive_runs,
     embed,
@@ -29,7 +31,9 @@ from clip_jax.embeddings.write import (
     parts_of_process,
 )
 from clip_jax.errors import UserError
+from clip_jax.evaluation.multilabel import average_precisions
 from clip_jax.tools import embed as command
+from clip_jax.tools import evaluate
 
 FLOAT16_ERROR = 2**-12
 """Half a unit in the last place of float16 below 1, which unit rows are rounded by."""
@@ -249,3 +253,52 @@ def test_the_command_killed_three_times_leaves_the_same_bytes(tmp_path):
     assert {n: b for n, b in files(killed).items() if "partial" not in n} == files(
         tmp_path / "finished"
     )
+
+
+def test_embedded_features_are_evaluated_without_their_images(tmp_path, monkeypatch, capsys):
+    rng = np.random.default_rng(0)
+    data = tmp_path / "data"
+    data.mkdir()
+    write_shards(data, [30, 23], side=SIDE)
+    for name in ("test", "train"):
+        info = toy_info(str(data))
+        begin_folder(tmp_path / name, info)
+        embed(toy_encoders(), open_images(str(data)), info, tmp_path / name, progress=False)
+        finish_folder(tmp_path / name, info)
+    monkeypatch.setattr(api, "load_encoders", lambda model, **options: toy_encoders())
+    names = [f"name {i}" for i in range(7)]
+    (tmp_path / "names.txt").write_text("\n".join(names) + "\n")
+    encoders = toy_encoders()
+    tokens = encoders.tokenizer(names, 16)
+    np.save(tmp_path / "classes.npy", encoders.encode_text(tokens))
+    z = read_features(tmp_path / "test").z_image_BD
+    labels = np.arange(53) % 7
+
+    def run(*flags):
+        out = tmp_path / "out"
+        flags = ["--embeddings", str(tmp_path / "test"), "--out", str(out), *map(str, flags)]
+        assert evaluate.main(flags) == 0
+        return json.loads((out / "eval.json").read_text())["results"]
+
+    classes = encoders.encode_text(tokens)
+    classes /= np.linalg.norm(classes, axis=1, keepdims=True)
+    by_names = run("--classnames", tmp_path / "names.txt", "--template", "{}")
+    by_features = run("--class-embeddings", tmp_path / "classes.npy")
+    want = ((z @ classes.T).argmax(axis=1) == labels).mean()
+    for (result,) in (by_names, by_features):
+        assert result["metrics"]["acc1"] == pytest.approx(want)
+    (pairs,) = run()
+    assert pairs["task"] == "zeroshot_retrieval" and pairs["images"] == 53
+    (near,) = run("--task", "knn", "--train-embeddings", tmp_path / "train", "--neighbors", 1)
+    assert near["metrics"]["knn_acc1"] == 1
+    several = rng.integers(0, 2, (53, 7))
+    np.save(tmp_path / "labels.npy", several)
+    flags = ("--class-embeddings", tmp_path / "classes.npy", "--labels")
+    (many,) = run(*flags, tmp_path / "labels.npy")
+    want = average_precisions(z @ classes.T, several != 0).mean()
+    assert many["metrics"] == pytest.approx({"mean_average_precision": want})
+    (tmp_path / "few.txt").write_text("1\n2\n")
+    with pytest.raises(UserError, match="holds 53 images, and there are 2 labels"):
+        run(*flags, tmp_path / "few.txt")
+    with pytest.raises(UserError, match="learns from labeled images; give --train-embeddings"):
+        run("--task", "knn")

@@ -195,7 +195,7 @@ def test_learning_tasks_tell_clusters_apart_and_refuse_to_guess():
         (["--neighbours", "0"], "must be at least 1"),
         (["--batch-size", "0"], "must be at least 1"),
         (["--dataset", "imagenet1K"], "no class names are shipped for --dataset imagenet1K"),
-        (["--dataset", "cars"], "give --classnames, or one of .*imagenet1k"),
+        (["--dataset", "objectnet"], "give --classnames, or one of .*imagenet1k"),
     ],
 )
 def test_mistakes_on_the_command_line(tmp_path, flags, message):

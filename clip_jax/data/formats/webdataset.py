@@ -2,13 +2,14 @@
 
 The format is WebDataset's: the members of one sample lie next to each other and share a key, the
 part of the name before the first dot of the base name; what follows the dot, in lower case, is
-the suffix (`000.jpg`, `000.txt`, `000.json`, `000.cls`).
+the suffix (`000.jpg`, `000.txt`, `000.json`, `000.cls`, `000.npy`).
 
 A shard is opened by its headers alone, see `clip_jax.data.formats.tar`; nothing is extracted.
 """
 
 import dataclasses
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -37,9 +38,9 @@ from clip_jax.data.shards import (
 from clip_jax.errors import note
 from clip_jax.files import atomic_write
 
-SUFFIXES = (*IMAGE_SUFFIXES, "txt", "json", "cls")
+SUFFIXES = (*IMAGE_SUFFIXES, "txt", "json", "cls", "npy")
 # Side files of earlier versions do not know these members.
-_LATER_SUFFIXES = set(IMAGE_SUFFIXES) - {"jpg", "jpeg", "png", "webp"}
+_LATER_SUFFIXES = {*IMAGE_SUFFIXES, "npy"} - {"jpg", "jpeg", "png", "webp"}
 SIDE_SUFFIX = ".index.json"
 """Of the file beside a shard that says what it must hold."""
 
@@ -140,6 +141,20 @@ class TarShard:
             return -1
         data = handles.read(self.path, self.size, place[0], min(place[1], 32))
         return parse_label(data, named=False)
+
+    def array(self, i: int, handles: Handles) -> np.ndarray | None:
+        """Return the array of `.npy`, such as several labels or a group; None without one.
+
+        Raises:
+          BadSampleError: it is no array of numbers.
+        """
+        place = self.member(i, "npy")
+        if place is None:
+            return None
+        try:
+            return np.load(io.BytesIO(self._text(place, handles)), allow_pickle=False)
+        except (ValueError, EOFError, OSError) as e:
+            raise BadSampleError("no_array", str(e)) from e
 
     def record(self, i: int, handles: Handles) -> dict[str, Any]:
         place = self.member(i, "json")
