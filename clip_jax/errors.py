@@ -31,6 +31,15 @@ class UserError(Exception):
     """
 
 
+def write_remedy(reason: str) -> str:
+    """Return what to do about a file that cannot be written, from the system's own words for it."""
+    if re.search("no space|too large|quota|disk is full|disk full", reason, re.IGNORECASE):
+        return "make room"
+    if re.search("permission|not permitted|read-only", reason, re.IGNORECASE):
+        return "give yourself the right to write there"
+    return "take another place"
+
+
 def exit_code(error: BaseException) -> int:
     """Return the code that a process exits with after an exception."""
     if isinstance(error, UserError):

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from clip_jax.errors import UserError, short
+from clip_jax.errors import UserError, short, write_remedy
 
 GIT_LFS = b"version https://git-lfs"
 """How the text begins that Git LFS leaves in the place of a file that was not fetched."""
@@ -55,7 +55,8 @@ def atomic_write(path: Path, *, shared: bool = False) -> Iterator[Path]:
         reason = error.strerror or f"{error}; is the disk full?"
         with suppress(OSError):  # a full disk has better use for the room
             partial.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written ({reason})") from error
+        remedy = write_remedy(reason)
+        raise UserError(f"{path} cannot be written ({reason}): {remedy}") from error
 
 
 def sync(path: Path) -> None:

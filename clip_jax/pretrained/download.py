@@ -22,7 +22,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import are_progress_bars_disabled, get_session, hf_raise_for_status
 from tqdm import tqdm
 
-from clip_jax.errors import UserError, short
+from clip_jax.errors import UserError, short, write_remedy
 from clip_jax.progress_bar import progress_bar
 
 TRIES = 5
@@ -173,8 +173,9 @@ class _GrowingFile:
             raise self._failed(error) from None
 
     def _failed(self, error: OSError) -> UserError:
+        reason = error.strerror or str(error)
         return UserError(
-            f"{self._path} cannot be written ({error.strerror or error}): make room, or let "
+            f"{self._path} cannot be written ({reason}): {write_remedy(reason)}, or let "
             "HF_HOME name a folder on another disk; the next call goes on with what has come"
         )
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from clip_jax.errors import UserError
+from clip_jax.errors import UserError, write_remedy
 from clip_jax.files import atomic_write
 from clip_jax.training.tensorboard_file import TensorBoardFile
 
@@ -264,7 +264,8 @@ class MetricsWriter:
         if not self._has_warned:
             self._has_warned = True
             print(
-                f"{self.path} takes no more lines ({reason}); make room, they are lost until then"
+                f"{self.path} takes no more lines ({reason}); {write_remedy(reason)}, they are "
+                "lost until then"
             )
 
     def close(self) -> None:

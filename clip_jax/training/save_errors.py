@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from clip_jax.errors import UserError
+from clip_jax.errors import UserError, write_remedy
 
 
 @contextlib.contextmanager
@@ -23,8 +23,8 @@ def saving(folder: Path) -> Iterator[None]:
         reason = str(error).rpartition(": ")[2].partition(" [os_error")[0]
         reason = " ".join(reason.split())[:200]
         raise UserError(
-            f"a checkpoint in {folder} cannot be written ({reason}); those before it stay; make "
-            "room and run the same command again"
+            f"a checkpoint in {folder} cannot be written ({reason}); those before it stay; "
+            f"{write_remedy(reason)} and run the same command again"
         ) from None
 
 

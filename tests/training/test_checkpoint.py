@@ -134,9 +134,14 @@ def test_a_save_that_fails_is_one_line(tmp_path, monkeypatch):
     """Of a full disk TensorStore and Orbax print hundreds; the campaign of faults fills it."""
     text = 'OUT_OF_RANGE: Error writing "a/0" in OCDBT database: Failed writing: "d/1": Failed to'
     text += " write 4558 bytes to file 7: File too large [os_error_code='27']"
-    line = r"^a checkpoint in .* cannot be written \(File too large\); those before it stay; "
+    line = (
+        r"^a checkpoint in .* cannot be written \(File too large\); those before it stay; make room"
+    )
     with pytest.raises(UserError, match=line), saving(tmp_path):
         raise ValueError(text)
+    right = r"Permission denied.*; give yourself the right to write"
+    with pytest.raises(UserError, match=right), saving(tmp_path):
+        raise PermissionError(13, "Permission denied")
     told = []
     monkeypatch.setattr(sys, "unraisablehook", told.append)
     mute_orbax.__wrapped__()
