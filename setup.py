@@ -17,7 +17,7 @@ class BuildWithExperiments(build_py):
         super().run()
         if self.editable_mode:
             return
-        for pattern in ("*.py", "launch/*.sh"):
+        for pattern in ("*.py", "launch/*.sh", "launch/*.yaml"):
             for path in TOP.glob(pattern):
                 target = Path(self.build_lib, "clip_jax", path)
                 target.parent.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ LEVELS = [
     {"distribution"},
     {"errors"},
     {"files", "host_memory", "protobuf", "typing", "progress_bar", "sections"},
-    {"models", "losses", "data", "tokenizers"},
+    {"models", "losses", "data", "tokenizers", "executors"},
     {"parallel", "pretrained"},
     {"evaluation", "api_inputs"},
     {"training"},

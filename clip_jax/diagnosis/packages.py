@@ -22,6 +22,7 @@ EXTRAS = {
     "http": "data by https://",
     "search": "an index of many rows, and the page of clip_jax.search --serve",
     "onnx": "clip_jax.export --format onnx",
+    "ray": "parts made on a Ray cluster, --executor ray",
     "umap": "the report's map by UMAP instead of PCA",
     "wandb": "metrics to Weights & Biases: config.train.report_to",
     "trackio": "metrics to trackio: config.train.report_to",

@@ -90,16 +90,23 @@ def read_info(folder: Path) -> EmbeddingInfo | None:
         raise UserError(f"{path} is damaged ({short(e)}); embed into another folder") from None
 
 
-def begin_folder(folder: Path, info: EmbeddingInfo) -> None:
+def begin_folder(folder: Path, info: EmbeddingInfo, *, write: bool = True) -> bool:
     """Write a new folder's `embedding.json`, or check that one begun before holds the same.
+
+    Args:
+      write: False leaves a new folder as it is.
+
+    Returns:
+      Whether it was begun before.
 
     Raises:
       UserError: the folder holds embeddings of something else; the first difference is named.
     """
-    claim_folder(
+    return claim_folder(
         folder,
         dataclasses.asdict(info),
         name=INFO_FILENAME,
+        write=write,
         may_differ=["model"],  # the same weights may have moved
         defaults={"texts": True, "dtype": "float32"},
         foreign=[*EMBEDDING_DIRNAMES.values(), METADATA_DIRNAME],

@@ -91,8 +91,8 @@ def embed(
       UserError: a file cannot be written, or features are not finite.
     """
     parts = parts_of_process(info.parts, process_index, process_count)
-    missing = [n for n in parts if not is_complete(folder, info, n)]
-    sizes = {n: min(info.part_rows, info.samples - n * info.part_rows) for n in parts}
+    missing = missing_parts(folder, info, parts)
+    sizes = part_sizes(info, parts)
     title = f"process {process_index} of {process_count}" if process_count > 1 else "embed"
     done = sum(sizes[n] for n in parts if n not in missing)
     total = sum(sizes.values())
@@ -100,6 +100,27 @@ def embed(
         for run in consecutive_runs(missing):
             _embed_run(encoders, shards, info, folder, run, bar.update)
     return missing
+
+
+def missing_parts(folder: Path, info: EmbeddingInfo, parts: Sequence[int]) -> list[int]:
+    """Return those parts that are not there, or not whole."""
+    return [n for n in parts if not is_complete(folder, info, n)]
+
+
+def part_sizes(info: EmbeddingInfo, parts: Sequence[int]) -> dict[int, int]:
+    """Return the samples of each part."""
+    return {n: min(info.part_rows, info.samples - n * info.part_rows) for n in parts}
+
+
+def embed_part(
+    encoders: Encoders, shards: Sequence[Shard], info: EmbeddingInfo, folder: Path, number: int
+) -> None:
+    """Make one part: the bytes that `embed` writes.
+
+    Raises:
+      UserError: a file cannot be written, or features are not finite.
+    """
+    _embed_run(encoders, shards, info, folder, range(number, number + 1), lambda images: None)
 
 
 def consecutive_runs(numbers: Sequence[int]) -> list[range]:

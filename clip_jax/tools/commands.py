@@ -54,7 +54,7 @@ def listing() -> str:
             *lines,
             "experiments, for --config NAME of main and plan:",
             known.replace("\n", "\n  "),
-            f"launch scripts for SLURM and TPU pods: {experiments.LAUNCH}",
+            f"launch files for SLURM, Kubernetes, SkyPilot and TPU pods: {experiments.LAUNCH}",
         ]
     )
 

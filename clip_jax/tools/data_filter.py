@@ -3,18 +3,17 @@
 
 A score is the cosine of an image and its caption. DIR/scores stores them, part by part, and the
 same command goes on after a kill. The selected pairs become tar shards, `similarity` among their
-fields; with neither flag all scored ones do, for `config.data.filter="similarity>=0.28"`.
+fields; with neither flag all scored ones do, for `config.data.filter="similarity>=0.28"`. With
+`--executor ray` a cluster scores and writes.
 """
 
 import argparse
-import contextlib
 import itertools
-import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float32, Int64
@@ -32,10 +31,14 @@ from clip_jax.data.writing.shard_set import (
     write_set,
 )
 from clip_jax.errors import UserError, check_counts, run_command
+from clip_jax.executors.parts import Executor, PartMaker
+from clip_jax.executors.pool import WorkerPool
 from clip_jax.files import claim_folder
 from clip_jax.progress_bar import progress_bar
 from clip_jax.sections import DataSection, EvalSection
-from clip_jax.tools.data_shard import written_text
+from clip_jax.tools.absolute_paths import absolute_checkpoint, absolute_source
+from clip_jax.tools.data_shard import write_set_on, writer_of, written_text
+from clip_jax.tools.executor_flags import add_executor_flags, executor_of, pop_executor_flags
 
 if TYPE_CHECKING:
     from clip_jax.evaluation.encoders import Encoders
@@ -43,6 +46,9 @@ if TYPE_CHECKING:
 SCORES, BUILD_INFO = "scores", "scores.json"
 PART_ROWS = 8192
 """Samples of a part of the scores, about."""
+
+MODULE = "clip_jax.tools.data_filter"
+"""Its name where it is imported: the command itself is `__main__`."""
 
 _DATA, _EVAL = DataSection(), EvalSection()
 
@@ -68,6 +74,87 @@ class FilterResult:
     written: WrittenShards | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class ScoreJob:
+    """The scoring of a source by a model, in parts.
+
+    Attributes:
+      encoders: the model.
+      shards: the source.
+      folder: of the parts.
+      batch_size: pairs scored at a time, as devices share them.
+      threads: that read and decode.
+    """
+
+    encoders: "Encoders"
+    shards: Sequence[Shard]
+    folder: Path
+    batch_size: int
+    threads: int
+
+    @property
+    def batches_per_part(self) -> int:
+        """The batches of a part, of the last one at most so many."""
+        return max(1, PART_ROWS // self.batch_size)
+
+    @property
+    def samples(self) -> int:
+        """The samples of the source."""
+        return sum(map(len, self.shards))
+
+    @property
+    def sizes(self) -> list[int]:
+        """The samples of each part."""
+        rows, samples = self.batches_per_part * self.batch_size, self.samples
+        return [min(rows, samples - start) for start in range(0, samples, rows)]
+
+    @property
+    def build_info(self) -> dict[str, Any]:
+        """What the folder's parts are made of."""
+        return {
+            "model": self.encoders.identity,
+            "data": fingerprint(self.shards),
+            "--batch-size": self.batch_size,
+            "batches of a part": self.batches_per_part,
+            "preprocessing": repr((self.encoders.image_size, self.encoders.preprocess)),
+        }
+
+    def claim(self, *, write: bool = True) -> bool:
+        """Begin the folder, or check that it was begun for the same; return whether it was.
+
+        Raises:
+          UserError: the folder is another model's or other data's.
+        """
+        return claim_folder(self.folder, self.build_info, name=BUILD_INFO, write=write)
+
+    def score(self, parts: range, on_rows: Callable[[int], object]) -> None:
+        """Write consecutive parts with one loader; `on_rows` takes how many were scored.
+
+        Raises:
+          UserError: features are not finite, or a part cannot be written.
+        """
+        from clip_jax.evaluation.similarity import similarities
+
+        per_part = self.batches_per_part
+        with self.encoders.loader(
+            self.shards,
+            batch_size=self.batch_size,
+            steps=slice(parts.start * per_part, parts.stop * per_part),
+            threads=self.threads,
+        ) as loader:
+            for part in parts:
+                before, keys, scores = Counter(loader.skipped), [], []
+                for batch in itertools.islice(loader, per_part):
+                    # The last batch is filled up with rows that are not samples.
+                    batch_keys = [key for key in batch["key"] if key]
+                    keys += batch_keys
+                    scores_B = similarities(self.encoders, batch, self.batch_size)
+                    scores.append(scores_B[: len(batch_keys)])
+                    on_rows(len(batch_keys))
+                skipped = Counter(loader.skipped) - before
+                write_part(part_path(self.folder, part), keys, np.concatenate(scores), skipped)
+
+
 def score_set(
     encoders: "Encoders",
     shards: Sequence[Shard],
@@ -83,39 +170,12 @@ def score_set(
     Raises:
       UserError: the folder is another model's or other data's, or features are not finite.
     """
-    from clip_jax.evaluation.similarity import similarities
-
-    batch_size = encoders.round_batch_size(batch_size)
-    per_part = max(1, PART_ROWS // batch_size)
-    build_info = {
-        "model": encoders.identity,
-        "data": fingerprint(shards),
-        "--batch-size": batch_size,
-        "batches of a part": per_part,
-        "preprocessing": repr((encoders.image_size, encoders.preprocess)),
-    }
-    claim_folder(folder, build_info, name=BUILD_INFO)
-    total = sum(map(len, shards))
-    parts = math.ceil(total / (per_part * batch_size))
+    job = ScoreJob(encoders, shards, folder, encoders.round_batch_size(batch_size), threads)
+    job.claim()
+    parts = len(job.sizes)
     done = next((n for n in range(parts) if not part_path(folder, n).exists()), parts)
-    with contextlib.ExitStack() as stack:
-        start = done * per_part * batch_size
-        progress = stack.enter_context(progress_bar(total, "score", initial=min(start, total)))
-        loader = stack.enter_context(
-            encoders.loader(
-                shards, batch_size=batch_size, steps=slice(done * per_part, None), threads=threads
-            )
-        )
-        for part in range(done, parts):
-            before, keys, scores = Counter(loader.skipped), [], []
-            for batch in itertools.islice(loader, per_part):
-                # The last batch is filled up with rows that are not samples.
-                batch_keys = [key for key in batch["key"] if key]
-                keys += batch_keys
-                scores.append(similarities(encoders, batch, batch_size)[: len(batch_keys)])
-                progress.update(len(batch_keys))
-            skipped = Counter(loader.skipped) - before
-            write_part(part_path(folder, part), keys, np.concatenate(scores), skipped)
+    with progress_bar(job.samples, "score", initial=sum(job.sizes[:done])) as progress:
+        job.score(range(done, parts), progress.update)
     return read_scores(folder, parts)
 
 
@@ -153,25 +213,142 @@ def filter_set(
     scores_B, skipped = score_set(
         encoders, shards, folder / SCORES, batch_size=batch_size, threads=threads
     )
+    result = _scored(folder, scores_B, skipped, log)
+    if scores_only:
+        return result
+    choice = Selection(folder, threshold, top, per_shard, encoders.identity)
+    shard_set = choice.shard_set(shards, scores_B)
+    claim_shard_folder(shard_set, choice.options)
+    with progress_bar(len(shard_set.rows), "write") as progress:
+        written = write_set(shard_set, threads=threads, on_rows=progress.update)
+    return replace(result, rows=shard_set.rows, written=written)
+
+
+def _scored(
+    folder: Path, scores_B: Float32[np.ndarray, " samples"], skipped: Counter[str], log: SkipLog
+) -> FilterResult:
+    """Return the result of scoring.
+
+    Raises:
+      UserError: no sample has a score.
+    """
     if np.isnan(scores_B).all():
         text = scores_text(scores_B, skipped, folder / SCORES)
         raise UserError(" ".join(text.splitlines()))
-    result = FilterResult(folder / SCORES, scores_B, skipped, tuple(log.excluded_shards))
-    if scores_only:
+    return FilterResult(folder / SCORES, scores_B, skipped, tuple(log.excluded_shards))
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The choice of samples by their scores, and the shards it becomes.
+
+    Attributes:
+      folder: of the command; the shards get one in it.
+      threshold, top: as `scores.select` takes them.
+      per_shard: samples of a shard.
+      model: the identity of the weights that scored.
+    """
+
+    folder: Path
+    threshold: float | None
+    top: float | None
+    per_shard: int
+    model: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the folder of the shards remembers."""
+        return {"model": self.model, "--per-shard": self.per_shard}
+
+    def shard_set(
+        self, shards: Sequence[Shard], scores_B: Float32[np.ndarray, " samples"]
+    ) -> ShardSet:
+        """Return the set of shards.
+
+        Raises:
+          UserError: no sample is selected.
+        """
+        rows = select(scores_B, threshold=self.threshold, top=self.top)
+        return ShardSet(
+            shards,
+            rows,
+            self.folder / selection_name(self.threshold, self.top),
+            self.per_shard,
+            # Exactly the score, so that a filter on the field selects what a threshold selects.
+            extra=lambda place: {FIELD: float(scores_B[rows[place]])},
+        )
+
+
+def filter_on(
+    executor: Executor, args: argparse.Namespace, checkpoint: Mapping[str, str | None]
+) -> FilterResult:
+    """Score, select and write as `filter_set` does, on the workers of an executor.
+
+    Args:
+      args: the command line.
+      checkpoint: the arguments of `api.load_encoders`.
+
+    Raises:
+      UserError: as `filter_set`, or the workers do not see the same files.
+    """
+    log, folder = SkipLog(), Path(args.out).absolute()
+    data = {"source": [absolute_source(one) for one in args.source], "where": args.where}
+    numbers = {"batch_size": args.batch_size, "threads": args.threads}
+    model = absolute_checkpoint(checkpoint)
+    scorer = data | numbers | {"checkpoint": model, "folder": str(folder)}
+    with WorkerPool(executor, f"{MODULE}:open_scorer", scorer, uses_devices=True) as pool:
+        build_info, sizes = pool.info()
+        claim_folder(folder / SCORES, build_info, name=BUILD_INFO)
+        rows = dict(enumerate(sizes))
+        missing = [n for n in rows if not part_path(folder / SCORES, n).exists()]
+        pool.run(rows, missing, title="score")
+    scores_B, skipped = read_scores(folder / SCORES, len(sizes))
+    shards = open_all_shards(args.source, where=args.where, log=log)
+    result = _scored(Path(args.out), scores_B, skipped, log)
+    if args.scores_only:
         return result
-    rows = select(scores_B, threshold=threshold, top=top)
-    shard_set = ShardSet(
-        shards,
-        rows,
-        folder / selection_name(threshold, top),
-        per_shard,
-        # Exactly the score, so that a filter on the field selects what a threshold selects.
-        extra=lambda place: {FIELD: float(scores_B[rows[place]])},
+    choice = Selection(
+        Path(args.out), args.threshold, args.top, args.per_shard, build_info["model"]
     )
-    claim_shard_folder(shard_set, {"model": encoders.identity, "--per-shard": per_shard})
-    with progress_bar(len(rows), "write") as progress:
-        written = write_set(shard_set, threads=threads, on_rows=progress.update)
-    return replace(result, rows=rows, written=written)
+    shard_set = choice.shard_set(shards, scores_B)
+    claim_shard_folder(shard_set, choice.options)
+    writer = data | {"parts": len(sizes), "choice": asdict(choice) | {"folder": str(folder)}}
+    with WorkerPool(executor, f"{MODULE}:open_selected", writer, uses_devices=False) as pool:
+        written = write_set_on(pool, shard_set, title="write")
+    return replace(result, rows=shard_set.rows, written=written)
+
+
+def open_scorer(
+    source: Sequence[str],
+    where: str,
+    folder: str,
+    checkpoint: Mapping[str, Any],
+    batch_size: int,
+    threads: int,
+) -> PartMaker:
+    """Open what a worker scores with."""
+    from clip_jax.api import load_encoders
+
+    shards = open_all_shards(source, where=where, log=SkipLog())
+    encoders = load_encoders(**checkpoint)
+    scores = Path(folder) / SCORES
+    job = ScoreJob(encoders, shards, scores, encoders.round_batch_size(batch_size), threads)
+    return PartMaker(
+        (job.build_info, job.sizes),
+        make=lambda part: job.score(range(part, part + 1), lambda rows: None),
+        folder=scores,
+        is_begun=lambda: job.claim(write=False),
+    )
+
+
+def open_selected(
+    source: Sequence[str], where: str, parts: int, choice: Mapping[str, Any]
+) -> PartMaker:
+    """Open what a worker writes selected pairs from; `choice` are `Selection`'s fields."""
+    selection = Selection(**{**choice, "folder": Path(choice["folder"])})
+    shards = open_all_shards(source, where=where, log=SkipLog())
+    scores_B, _ = read_scores(selection.folder / SCORES, parts)
+    return writer_of(selection.shard_set(shards, scores_B), selection.options)
 
 
 def selection_name(threshold: float | None, top: float | None) -> str:
@@ -226,6 +403,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--batch-size", type=int, default=_EVAL.batch_size, help="pairs scored at a time")
     add("--per-shard", type=int, default=PER_SHARD, help="samples of a shard")
     add("--threads", type=int, default=_DATA.threads, help="that read and decode")
+    add_executor_flags(parser)
     return parser.parse_args(argv)
 
 
@@ -252,7 +430,12 @@ def main() -> int:
     check(args)
     options = vars(args)
     checkpoint = {name: options.pop(name) for name in ("model", "architecture", "tokenizer")}
-    print(result_text(filter_set(encoders=load_encoders(**checkpoint), **options)))
+    with executor_of(pop_executor_flags(args)) as executor:
+        if executor is None:
+            result = filter_set(encoders=load_encoders(**checkpoint), **options)
+        else:
+            result = filter_on(executor, args, checkpoint)
+    print(result_text(result))
     return 0
 
 

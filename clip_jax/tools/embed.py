@@ -2,7 +2,7 @@
 
 DIR gets clip-retrieval's layout: `img_emb/`, `text_emb/` and `metadata/`, float16 of unit length.
 The same command goes on where it was stopped. On a cluster start it once on every machine: each
-process makes parts of its own, none waits for another.
+process makes parts of its own, none waits for another; or once in all, with `--executor ray`.
 """
 
 import argparse
@@ -12,12 +12,17 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from clip_jax.errors import UserError, run_command
+from clip_jax.executors.parts import Executor, PartMaker
+from clip_jax.executors.pool import WorkerPool
 from clip_jax.parallel.cluster import detected_place
+from clip_jax.tools.absolute_paths import absolute_checkpoint, absolute_model, absolute_source
+from clip_jax.tools.executor_flags import add_executor_flags, executor_of, pop_executor_flags
 
 if TYPE_CHECKING:
+    from clip_jax.data.shards import Shard
     from clip_jax.embeddings.folder import EmbeddingInfo
     from clip_jax.evaluation.encoders import Encoders
 
@@ -35,6 +40,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--part-size", type=int, default=32_768, help="samples of a part's files")
     parser.add_argument("--part-of", metavar="I/N", help="this process and how many, from 0/N on")
     parser.add_argument("--no-text", action="store_true", help="captions are not embedded")
+    add_executor_flags(parser)
     return parser.parse_args(argv)
 
 
@@ -74,32 +80,45 @@ def process_place(part_of: str | None) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def absolute_source(source: str) -> str:
-    """Return a source or path with absolute local parts, good in any current folder."""
-
-    def absolute(part: str) -> str:
-        is_local = not re.match(r"[a-z][a-z0-9+.-]+:", part)
-        return os.path.abspath(os.path.expanduser(part)) if is_local else part
-
-    return "::".join(absolute(part.strip()) for part in source.split("::"))
-
-
 def embed_source(args: argparse.Namespace) -> EmbedResult:
     """Embed what the command line says.
 
     Raises:
       UserError: the model or the data cannot be read, or the folder holds something else.
     """
+    from clip_jax.embeddings.folder import begin_folder
+    from clip_jax.embeddings.write import embed, finish_folder
+
+    flags = pop_executor_flags(args)
+    if min(args.batch_size, args.part_size) < 1:
+        raise UserError("--batch-size and --part-size must be at least 1")
+    if flags.executor and args.part_of:
+        raise UserError("--part-of shares parts out by hand, and --executor does: give one of them")
+    with executor_of(flags) as executor:
+        if executor is not None:
+            return embed_on(executor, args)
+    process_index, process_count = process_place(args.part_of)
+    encoders, shards, info = _open(args)
+    folder = Path(args.out)
+    begin_folder(folder, info)
+    parts = embed(
+        encoders, shards, info, folder, process_index=process_index, process_count=process_count
+    )
+    return EmbedResult(folder, info, parts, finish_folder(folder, info))
+
+
+def _open(args: argparse.Namespace) -> "tuple[Encoders, list[Shard], EmbeddingInfo]":
+    """Open the model and the data of a command line.
+
+    Raises:
+      UserError: they cannot be read, or this process's devices are part of a larger system.
+    """
     import jax
 
     from clip_jax.api import load_encoders
     from clip_jax.data.sources import fingerprint
-    from clip_jax.embeddings.folder import begin_folder
-    from clip_jax.embeddings.write import embed, finish_folder, open_images
+    from clip_jax.embeddings.write import open_images
 
-    if min(args.batch_size, args.part_size) < 1:
-        raise UserError("--batch-size and --part-size must be at least 1")
-    process_index, process_count = process_place(args.part_of)
     shards = open_images(args.data)
     if not (samples := sum(map(len, shards))):
         raise UserError(f"--data {args.data} holds no image")
@@ -114,13 +133,48 @@ def embed_source(args: argparse.Namespace) -> EmbedResult:
             "the devices of this machine have started together with those of others, as on a TPU "
             "pod, and embed works with a machine's own; start it on a single one"
         )
-    info = embedding_info(args, encoders, fingerprint(shards), samples)
+    return encoders, shards, embedding_info(args, encoders, fingerprint(shards), samples)
+
+
+def embed_on(executor: Executor, args: argparse.Namespace) -> EmbedResult:
+    """Embed what the command line says on the workers of an executor.
+
+    Raises:
+      UserError: as `embed_source`, or the workers do not see the same files.
+    """
+    from clip_jax.embeddings.folder import begin_folder
+    from clip_jax.embeddings.write import finish_folder, missing_parts, part_sizes
+
+    folder = Path(os.path.abspath(args.out))
+    options = absolute_checkpoint(vars(args)) | {
+        "data": absolute_source(args.data),
+        "out": str(folder),
+    }
+    with WorkerPool(
+        executor, "clip_jax.tools.embed:open_embedder", options, uses_devices=True
+    ) as pool:
+        info = pool.info()
+        begin_folder(folder, info)
+        parts = missing_parts(folder, info, range(info.parts))
+        pool.run(part_sizes(info, range(info.parts)), parts, title="embed", unit=" images")
+    return EmbedResult(Path(args.out), info, parts, finish_folder(folder, info))
+
+
+def open_embedder(**options: Any) -> PartMaker:
+    """Open what a worker embeds with, by the command line's options."""
+    from clip_jax.embeddings.folder import begin_folder
+    from clip_jax.embeddings.write import embed_part
+
+    args = argparse.Namespace(**options)
+    encoders, shards, info = _open(args)
     folder = Path(args.out)
-    begin_folder(folder, info)
-    parts = embed(
-        encoders, shards, info, folder, process_index=process_index, process_count=process_count
+
+    return PartMaker(
+        info,
+        make=lambda number: embed_part(encoders, shards, info, folder, number),
+        folder=folder,
+        is_begun=lambda: begin_folder(folder, info, write=False),
     )
-    return EmbedResult(folder, info, parts, finish_folder(folder, info))
 
 
 def embedding_info(
@@ -130,7 +184,7 @@ def embedding_info(
     from clip_jax.embeddings.folder import EmbeddingInfo
 
     return EmbeddingInfo(
-        model=os.path.abspath(args.model) if os.path.exists(args.model) else args.model,
+        model=absolute_model(args.model),
         architecture=args.architecture,
         tokenizer=absolute_source(args.tokenizer) if args.tokenizer else "",
         name=encoders.name,

@@ -86,11 +86,17 @@ class WrittenShards:
     skipped: Counter[str]
 
 
-def claim_shard_folder(shard_set: ShardSet, options: Mapping[str, Any]) -> None:
+def claim_shard_folder(
+    shard_set: ShardSet, options: Mapping[str, Any], *, write: bool = True
+) -> bool:
     """Write into the folder what the set is made of, unless it says just that already.
 
     Args:
       options: the user's choices, by flag; the source is known by its fingerprint.
+      write: False leaves a new folder as it is.
+
+    Returns:
+      Whether the folder said so already.
 
     Raises:
       UserError: the folder holds something else; the first difference is named.
@@ -102,17 +108,26 @@ def claim_shard_folder(shard_set: ShardSet, options: Mapping[str, Any]) -> None:
         "samples": len(shard_set.rows),
         "their places": digest,
     }
-    claim_folder(shard_set.folder, build_info, name=BUILD_INFO)
+    return claim_folder(shard_set.folder, build_info, name=BUILD_INFO, write=write)
+
+
+WriteMissing = Callable[[Sequence[int]], Mapping[int, Mapping[str, Any]]]
+"""Writes the shards of these numbers; returns the side file of each."""
 
 
 def write_set(
-    shard_set: ShardSet, *, threads: int, on_rows: Callable[[int], object] = lambda rows: None
+    shard_set: ShardSet,
+    *,
+    threads: int,
+    on_rows: Callable[[int], object] = lambda rows: None,
+    write_missing: WriteMissing | None = None,
 ) -> WrittenShards:
     """Write the shards that are not there yet; an interruption leaves whole ones only.
 
     Args:
       threads: shards written at a time.
       on_rows: called with how many more rows are done, from several threads.
+      write_missing: writes them, by `write_one`, where threads of this process do not.
 
     Raises:
       UserError: the disk is full, or a file cannot be written.
@@ -122,16 +137,37 @@ def write_set(
         if record is not None:
             on_rows(len(shard_set.places(k)))
     missing = [k for k, record in records.items() if record is None]
+    if write_missing is None:
+        written: Mapping[int, Mapping[str, Any]] = _write_by_threads(
+            shard_set, missing, threads, on_rows
+        )
+    else:
+        written = write_missing(missing)
+    return _summary(shard_set, [record or written[k] for k, record in records.items()])
+
+
+def _write_by_threads(
+    shard_set: ShardSet, missing: Sequence[int], threads: int, on_rows: Callable[[int], object]
+) -> dict[int, dict[str, Any]]:
+    """Write shards side by side; return the side file of each."""
     stop = threading.Event()
     with ThreadPoolExecutor(threads, thread_name_prefix="shard") as pool:
         futures = {k: pool.submit(_write_one, shard_set, k, stop, on_rows) for k in missing}
         try:
             wait(futures.values(), return_when=FIRST_EXCEPTION)
-            written = {k: future.result() for k, future in futures.items()}
+            return {k: future.result() for k, future in futures.items()}
         finally:
             stop.set()  # after an error or Ctrl-C, no thread finishes its shard first
             pool.shutdown(wait=True, cancel_futures=True)
-    return _summary(shard_set, [record or written[k] for k, record in records.items()])
+
+
+def write_one(shard_set: ShardSet, k: int) -> dict[str, Any]:
+    """Write one shard with the files beside it; return its side file.
+
+    Raises:
+      UserError: the disk is full, or a file cannot be written.
+    """
+    return _write_one(shard_set, k, threading.Event(), lambda rows: None)
 
 
 def _read_side_file(path: Path) -> dict[str, Any] | None:

@@ -1,0 +1,1 @@
+"""Making the parts of a command's output on the machines of a cluster."""
