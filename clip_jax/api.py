@@ -54,6 +54,7 @@ from clip_jax.pretrained.tags import family_preprocess
 from clip_jax.pretrained.trees import by_path, to_variables
 from clip_jax.sections import EvalSection
 from clip_jax.tokenizers import TokenizerSpec, make_tokenizer, spec_digest, tokenizer_from_file
+from clip_jax.training.bucket_copy import local_copy
 from clip_jax.training.checkpoint import not_finite, tree_digests
 from clip_jax.training.step import make_encoders, model_images
 from clip_jax.training.warm_start import (
@@ -498,7 +499,8 @@ def load(
         raise UserError("load: path is empty")
     check_choice("dtype", dtype, DTYPES)
     check_choice("towers", towers, (*TOWERS, "both"))
-    checkpoint = read_source(str(path), model).checkpoint
+    path = local_copy(path)
+    checkpoint = read_source(path, model).checkpoint
     if adapters is not None:
         checkpoint = with_peft(checkpoint, adapters)
     spec = checkpoint.tokenizer

@@ -20,7 +20,16 @@ from clip_jax.parallel.limits import LIMITS, Limits
 from clip_jax.sections import Config
 from clip_jax.tools.config_flags import help_text, parse
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and results.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir",
+    None,
+    "Folder for checkpoints, metrics and results; also in a bucket: s3://bucket/run, gs://...",
+)
+_SCRATCH = flags.DEFINE_string(
+    "scratch",
+    "",
+    "Folder of this machine for the copies of work folders in buckets; ~/.cache/clip_jax/runs.",
+)
 _DRY_RUN = flags.DEFINE_bool(
     "dry-run", False, "Print the config, parameters, mesh and bytes per device, and exit."
 )
@@ -60,7 +69,7 @@ _ALLOW_CHANGE = flags.DEFINE_list(
 )
 
 OWN_FLAGS: tuple[flags.FlagHolder, ...] = (
-    *(_WORKDIR, _DRY_RUN, _ALLOW_CHANGE, _COORDINATOR, _NUM_PROCESSES, _PROCESS_ID),
+    *(_WORKDIR, _SCRATCH, _DRY_RUN, _ALLOW_CHANGE, _COORDINATOR, _NUM_PROCESSES, _PROCESS_ID),
     *(_DEVICE_IDS, _INIT, _HEARTBEAT, _HANG),
 )
 """The flags of this command, as `--help` shows them."""
@@ -117,7 +126,12 @@ def main() -> int:
             print_dry_run(config)
             return 0
         began = time.perf_counter() - process_age()
-        return run(config, workdir, began=began, allow_change=allowed_changes())
+        from clip_jax.training.bucket_workdir import local_workdir
+
+        changes = allowed_changes()
+        with local_workdir(workdir, _SCRATCH.value) as local:
+            code = run(config, local.path, began=began, allow_change=changes)
+        return local.exit_code(code)
 
 
 def allowed_changes() -> list[str]:

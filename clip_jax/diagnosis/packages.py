@@ -17,8 +17,8 @@ Versions = Mapping[str, str]
 
 EXTRAS = {
     "demo": "the emoji set",
-    "gcs": "data by gs://",
-    "s3": "data by s3://",
+    "gcs": "data and work folders by gs://",
+    "s3": "data and work folders by s3://",
     "http": "data by https://",
     "search": "an index of many rows, and the page of clip_jax.search --serve",
     "onnx": "clip_jax.export --format onnx",

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clip_jax.data.formats.remote import is_url
 from clip_jax.errors import UserError, note, run_command
 from clip_jax.sections import EvalSection
 
@@ -228,8 +229,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     from clip_jax.evaluation.tasks import RETRIEVAL, TRAINED_TASKS, check_tasks
     from clip_jax.pretrained.work_folder import is_work_folder
     from clip_jax.tools.evaluate_embeddings import evaluate_embeddings
+    from clip_jax.training.bucket_copy import local_copy
 
     args = parse(argv)
+    if args.model and is_url(args.model):
+        args.out = args.out or f"eval-{args.model.rstrip('/').rpartition('/')[2]}"
+        args.model = local_copy(args.model)
     changes = spec_changes(args)
     if args.embeddings:
         check_tasks(changes.get("tasks", ()))

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+from clip_jax.data.formats.remote import is_url
 from clip_jax.errors import run_command
 
 
@@ -16,7 +17,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m clip_jax.report", description=__doc__)
     parser.add_argument("folders", nargs="+", metavar="WORKDIR", help="runs to show side by side")
-    parser.add_argument("--out", help="the page; report.html in the first folder if not given")
+    parser.add_argument(
+        "--out",
+        help="the page; report.html in the first folder, report-NAME.html where that is a URL",
+    )
     return parser.parse_args(argv)
 
 
@@ -35,7 +39,11 @@ def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Repo
       UserError: a folder has nothing to report, or holds a damaged file.
     """
     from clip_jax.report_page.page import write_report
+    from clip_jax.training.bucket_copy import local_copy
 
+    if is_url(str(folders[0])) and out is None:
+        out = f"report-{str(folders[0]).rstrip('/').rpartition('/')[2]}.html"
+    folders = [local_copy(folder, weights=False) for folder in folders]
     path = write_report(folders, out)
     return ReportPage(path, path.stat().st_size)
 

@@ -15,16 +15,17 @@ LOCK_FILENAME = "run.lock"
 
 
 @contextlib.contextmanager
-def only_run(folder: Path) -> Iterator[None]:
+def only_run(folder: Path, workdir: str | None = None) -> Iterator[None]:
     """Hold the work folder's lock, which the operating system drops when the process ends.
 
     Process 0 holds it for all. The file names its holder, and stays. On a file system without
-    locks the run goes on, and says so.
+    locks the run goes on, and says so. `workdir` is what the user calls the folder.
 
     Raises:
       UserError: another run has it, on every process.
     """
-    file, fault = _lock(folder) if distributed.is_first() else (None, None)
+    name = workdir or str(folder)
+    file, fault = _lock(folder, name) if distributed.is_first() else (None, None)
     try:
         fault = distributed.from_first(fault)
         if fault:
@@ -35,7 +36,7 @@ def only_run(folder: Path) -> Iterator[None]:
             os.close(file)
 
 
-def _lock(folder: Path) -> tuple[int | None, str | None]:
+def _lock(folder: Path, name: str) -> tuple[int | None, str | None]:
     """Return the file that is locked, or why there is none: a message if another run has it."""
     path = folder / LOCK_FILENAME
     try:
@@ -50,7 +51,7 @@ def _lock(folder: Path) -> tuple[int | None, str | None]:
         os.close(file)
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             return None, (
-                f"--workdir {folder} is in use by {holder}; wait for it, stop it, or give another"
+                f"--workdir {name} is in use by {holder}; wait for it, stop it, or give another"
             )
         print(f"{path} cannot be locked ({error.strerror}); see that no other run uses {folder}")
         return None, None

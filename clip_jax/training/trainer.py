@@ -25,6 +25,7 @@ from clip_jax.pretrained.work_folder import RunDescription, write_description
 from clip_jax.sections import Config, EvalSection, TrainSection
 from clip_jax.training.batch_feed import BatchFeed, PlacedBatch
 from clip_jax.training.best_checkpoint import BestCheckpoint
+from clip_jax.training.bucket import COOLED_DIRNAME
 from clip_jax.training.caption_shares import with_caption_packing
 from clip_jax.training.checkpoint import Checkpoints, merged_variables, replay_hint
 from clip_jax.training.compile_ahead import compiles_ahead, prepare_encoders, prepare_step
@@ -258,10 +259,6 @@ def restore_or_init(
     distributed.print_on_main(f"starting from {run.source.path}")
     state = warm_start_state(run.source, run.model.config, run.optimizer, run.shapes, config)
     return state, changes
-
-
-COOLED_DIRNAME = "cooled"
-"""Where the checkpoints of a cool-down lie when a run has gone on from before it."""
 
 
 def extend_run(

@@ -15,6 +15,7 @@ from pathlib import Path
 from pairs import run_losses
 from run_tiny import ROOT, environment, start_two
 
+from faults import bucket
 from faults.asking import page
 from faults.trials import (
     STEPS,
@@ -320,6 +321,8 @@ KINDS = {
     "disks": (full_disks, 30, "no room for what a run writes"),
     "shards": (damaged_shards, 100, "a shard damaged in mid-run"),
     "server": (server_faults, 40, "a server that fails"),
+    "bucket_kills": (bucket.kills, 10, "a run in a bucket killed"),
+    "bucket": (bucket.faults, 10, "a bucket that fails"),
     "mutants": (mutants, 20_000, "checkpoints of others with bytes changed"),
     "configs": (configs, 2_000, "configs with random values"),
     "page": (page, 500, "hostile requests to the search page"),

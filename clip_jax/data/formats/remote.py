@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import fsspec
 
@@ -47,15 +47,19 @@ def is_url(path: str) -> bool:
     return re.match(r"[a-z][a-z0-9+.-]*://", path) is not None
 
 
-def file_system(url: str) -> tuple[Any, str]:
+def file_system(url: str, **options: Any) -> tuple[Any, str]:
     """Return fsspec's file system of a URL, and the path in it.
+
+    Args:
+      url: of a file or a folder.
+      options: of the file system.
 
     Raises:
       UserError: the protocol is unknown, or its package is not installed.
     """
     protocol = url.partition("://")[0]
     try:
-        return fsspec.core.url_to_fs(url)
+        return fsspec.core.url_to_fs(url, **options)
     except ImportError:
         extra = _EXTRAS.get(protocol)
         fix = install_command(extra) if extra else f"install its package for {protocol}"
@@ -76,15 +80,40 @@ def with_retries(url: str, call: Callable[[], T]) -> T:
             return call()
         except Exception as e:  # every file system of fsspec has exceptions of its own
             error = e
-        status, asked_for = _answer(error)
-        if status in _MISSING or (status is None and isinstance(error, FileNotFoundError)):
+        answer = answer_of(error)
+        if answer.kind == "missing":
             raise RemoteError(f"{url} does not exist") from error
-        if status in _FORBIDDEN or isinstance(error, PermissionError):
-            raise RemoteError(f"{url} may not be read: {short(error)}") from error
+        if answer.kind == "forbidden":
+            raise RemoteError(f"{url} may not be read: {answer.text}") from error
         if attempt < TRIES - 1:
-            time.sleep(max(PAUSE * 2**attempt, min(asked_for, LONGEST_PAUSE)))
-    answer = f"answer {status}" if status else short(_causes(error)[-1])
-    raise RemoteError(f"{url} failed {TRIES} times, at last with {answer}") from error
+            time.sleep(max(PAUSE * 2**attempt, min(answer.wait, LONGEST_PAUSE)))
+    raise RemoteError(f"{url} failed {TRIES} times, at last with {answer.text}") from error
+
+
+class Answer(NamedTuple):
+    """What an error of fsspec says of a file.
+
+    Attributes:
+      kind: "missing", "forbidden", or "failed": only the last is worth another try.
+      text: the server's answer, or what broke.
+      wait: the seconds that the server asks to wait.
+    """
+
+    kind: str
+    text: str
+    wait: float = 0.0
+
+
+def answer_of(error: Exception) -> Answer:
+    """Return what an error of fsspec says; every file system has exceptions of its own."""
+    status, asked_for = _answer(error)
+    last = _causes(error)[-1]
+    if status in _MISSING or (status is None and isinstance(error, FileNotFoundError)):
+        return Answer("missing", "it does not exist")
+    is_refused = isinstance(error, PermissionError) or "Credentials" in type(last).__name__
+    if status in _FORBIDDEN or is_refused:
+        return Answer("forbidden", short(error))
+    return Answer("failed", f"answer {status}" if status else short(last), asked_for)
 
 
 def _answer(error: BaseException) -> tuple[int | None, float]:
