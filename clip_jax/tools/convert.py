@@ -127,7 +127,7 @@ def convert_to(
                 "--to peft writes a run's own adapters as they are; it takes no --architecture, "
                 "--tokenizer, --image-size, --context-length or --adapters"
             )
-        return _convert_adapters(src, folder)
+        return _convert_adapters(src, folder, card_of)
     # Claimed first: a wrong name answers before a big model is read.
     with new_folder(folder) as part:
         clip = api.load(
@@ -152,11 +152,12 @@ def convert_to(
     return ConvertedModel(str(folder), clip.name, to, num_values)
 
 
-def _convert_adapters(src: str, folder: Path) -> ConvertedModel:
-    """Write the adapters of a run."""
+def _convert_adapters(src: str, folder: Path, card_of: str) -> ConvertedModel:
+    """Write the adapters of a run, and a card where `card_of` names a repository."""
     from clip_jax.pretrained.export import new_folder
     from clip_jax.pretrained.peft import write_peft
     from clip_jax.pretrained.work_folder import read_description
+    from clip_jax.tools.model_card import card_text
     from clip_jax.training.adapters import read_run_adapters
 
     with new_folder(folder) as part:
@@ -164,6 +165,10 @@ def _convert_adapters(src: str, folder: Path) -> ConvertedModel:
         leaves, alpha = read_run_adapters(src, description.model)
         base = str(description.config.get("model", {}).get("init_from", ""))
         num_values = write_peft(part, leaves, description.model, alpha=alpha, base=base)
+        if card_of:
+            name, sizes = description.model_name, description.model
+            card = card_text(card_of, name, sizes, num_values, "peft", [], base=base or "BASE")
+            (part / "README.md").write_text(card, encoding="utf-8")
     return ConvertedModel(str(folder), description.model_name, "peft", num_values)
 
 

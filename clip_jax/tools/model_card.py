@@ -25,6 +25,12 @@ LOADING = {
         "import transformers\n\n"
         'model = transformers.AutoModel.from_pretrained("{name}")',
     ),
+    "peft": (
+        "peft",
+        "import clip_jax\nimport huggingface_hub\n\n"
+        'folder = huggingface_hub.snapshot_download("{name}")\n'
+        'clip = clip_jax.load("{base}", adapters=folder)',
+    ),
 }
 """For each format, the library that the hub names for it, and how it is loaded."""
 
@@ -47,7 +53,13 @@ def measured_rows(workdir: str | Path, scale: float) -> list[dict[str, Any]]:
 
 
 def card_text(
-    name: str, model: str, sizes: "CLIPConfig", values: int, to: str, rows: Sequence[Mapping]
+    name: str,
+    model: str,
+    sizes: "CLIPConfig",
+    values: int,
+    to: str,
+    rows: Sequence[Mapping],
+    base: str = "",
 ) -> str:
     """Return the card, in Markdown.
 
@@ -58,6 +70,7 @@ def card_text(
       values: how many numbers it has.
       to: the format it is written in.
       rows: as `measured_rows` returns them.
+      base: the checkpoint that adapters belong to.
     """
     library, lines = LOADING[to]
     head = [
@@ -72,16 +85,15 @@ def card_text(
         "",
         f"`{model}`: images of {sizes.vision.image_size} pixels and captions of "
         f"{sizes.text.context_length} tokens into {sizes.embed_dim} dimensions; {values / 1e6:.1f} "
-        "million numbers. Trained or converted with clip_jax.",
+        f"million numbers{' of adapters' if base else ''}. Trained or converted with clip_jax.",
         "",
         "```python",
-        *lines.format(name=name).split("\n"),
+        *lines.format(name=name, base=base).split("\n"),
         "```",
         "",
-        "## Measured",
-        "",
     ]
-    return "\n".join([*head, *_table(rows)]) + "\n"
+    measured = [] if base else ["## Measured", "", *_table(rows)]
+    return "\n".join([*head, *measured]) + "\n"
 
 
 def _table(rows: Sequence[Mapping]) -> list[str]:

@@ -17,8 +17,10 @@ from clip_jax.models.clip import CLIP, variable_shapes
 from clip_jax.models.lora import LORA, TARGETS, make_adapters, merge_adapters, target_paths
 from clip_jax.models.stack import stack_layers, unstack_layers
 from clip_jax.parallel.mesh import place_batch
+from clip_jax.pretrained import work_folder
 from clip_jax.pretrained.peft import read_peft, write_peft
-from clip_jax.tools.convert import convert
+from clip_jax.tools.convert import convert, convert_to
+from clip_jax.training import adapters as run_adapters
 from clip_jax.training.adapters import read_run_adapters
 from clip_jax.training.checkpoint import Checkpoints
 from clip_jax.typing import leaves_by_path
@@ -141,6 +143,20 @@ def test_pefts_files_go_both_ways(tmp_path, config):
 def test_options_that_adapters_do_not_take_are_refused(tmp_path):
     with pytest.raises(UserError, match="it takes no --architecture, --tokenizer, --image-size"):
         convert("runs/x", str(tmp_path / "adapters"), to="peft", image_size=64)
+
+
+def test_adapters_for_the_hub_have_a_card(tmp_path, monkeypatch):
+    path = "text/transformer/resblocks_0/mlp/c_fc/kernel/lora_"
+    leaves = {f"{path}a": np.ones((32, 2)), f"{path}b": np.ones((2, 128))}
+    description = work_folder.RunDescription(
+        "tiny", VIT, None, config={"model": {"init_from": "hf-hub:a/b"}}
+    )
+    monkeypatch.setattr(work_folder, "read_description", lambda src: description)
+    monkeypatch.setattr(run_adapters, "read_run_adapters", lambda src, sizes: (leaves, 2.0))
+    convert_to("run", tmp_path / "out", to="peft", card_of="me/mine")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "library_name: peft" in card and 'snapshot_download("me/mine")' in card
+    assert 'clip_jax.load("hf-hub:a/b", adapters=folder)' in card and "Measured" not in card
 
 
 def test_pefts_files_of_another_kind_are_refused(tmp_path):
