@@ -89,7 +89,11 @@ class Bucket:
         except FileNotFoundError:
             return {}
         start = len(self._root) + 1
-        return {name[start:]: int(info.get("size") or 0) for name, info in sorted(found.items())}
+        return {
+            name[start:]: int(info.get("size") or 0)
+            for name, info in sorted(found.items())
+            if len(name) > start  # of a file, `find` gives the file itself
+        }
 
     def remove(self, name: str) -> None:
         """Delete an object, if there is one."""
@@ -154,9 +158,10 @@ def checkpoint_of(name: str) -> str | None:
 
 
 def checkpoints_in(folder: Path) -> list[str]:
-    """Return the whole checkpoints in a work folder, those of the highest steps first.
+    """Return the whole checkpoints in a work folder, in the order in which a bucket gets them.
 
-    Orbax gives a checkpoint its number when it is whole.
+    Those of the run come last: one that goes on from step 20 finds the best of the steps up to it.
+    Of one folder the highest step comes first. Orbax gives a whole checkpoint its number.
     """
     found = [
         path
@@ -166,8 +171,11 @@ def checkpoints_in(folder: Path) -> list[str]:
         for path in parent.iterdir()
         if path.name.partition("-")[0].isdigit()
     ]
-    found.sort(key=lambda path: int(path.name.partition("-")[0]), reverse=True)
-    return [path.relative_to(folder).as_posix() for path in found]
+
+    def order(path: Path) -> tuple[bool, int]:
+        return path.parent == folder / CHECKPOINT_DIRNAME, -int(path.name.partition("-")[0])
+
+    return [path.relative_to(folder).as_posix() for path in sorted(found, key=order)]
 
 
 def single_files(folder: Path) -> Iterator[str]:

@@ -62,7 +62,11 @@ def _copy(bucket: Bucket, fetched: Path, place: Path, committed: dict[str, Files
             if not old.name.startswith("fetching-"):
                 shutil.rmtree(old, ignore_errors=True)
         copy.parent.mkdir(parents=True, exist_ok=True)
-        fetched.rename(copy)
+        try:
+            fetched.rename(copy)
+        except OSError:
+            if not copy.is_dir():  # made by another process meanwhile
+                raise
         return copy
     fetch(bucket, fetched, {})
     for parent, _, files in os.walk(fetched):

@@ -38,7 +38,7 @@ LONGEST_PAUSE = 30.0
 FINISH_SECONDS = 600.0
 """How long the end of a run waits for a bucket that fails."""
 PARALLEL_FILES = 8
-WHOLE_BYTES = 64 << 20
+WHOLE_BYTES = 16 << 20
 """Larger files are not read into memory."""
 
 DELETE_SECONDS = 2.0
@@ -164,7 +164,7 @@ class BucketSync:
             print(f"{self._bucket.url} takes files again, after {seconds:.0f} s", flush=True)
 
     def upload(self, *, all_files: bool = True) -> None:
-        """Upload what has changed: checkpoints, those of the highest steps first, then files.
+        """Upload what has changed: checkpoints, then files.
 
         Args:
           all_files: also the files that were uploaded a short while ago.

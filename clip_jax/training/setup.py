@@ -42,6 +42,7 @@ from clip_jax.parallel.mesh import (
 from clip_jax.pretrained.work_folder import RunDescription
 from clip_jax.sections import Config, EvalSection, ModelSection, OptimSection, TrainSection
 from clip_jax.tokenizers import TokenizerSpec, make_tokenizer, tokenizer_spec
+from clip_jax.training.bucket_copy import local_copy
 from clip_jax.training.device_augment import DrawFn, kept_patches, make_draws
 from clip_jax.training.optimizer import ELEMENTWISE, make_optimizer, make_schedule
 from clip_jax.training.rates import Rates, frozen_towers, parameter_rates, trains_all
@@ -217,6 +218,7 @@ def find_source(section: ModelSection, workdir: str | None) -> SourceCheckpoint 
         return None
     if workdir is not None and has_checkpoints(workdir):
         path = str(workdir)
+    path = local_copy(path)
     tag = section.init_tag
     return read_source(path, f"{section.name}:{tag}" if tag else section.name)
 

@@ -38,6 +38,7 @@ from clip_jax.pretrained.trees import array_shapes, by_path, to_variables
 from clip_jax.pretrained.work_folder import CHECKPOINT_DIRNAME
 from clip_jax.sections import Config
 from clip_jax.tokenizers import TokenizerSpec, make_tokenizer, tokenizer_from_file
+from clip_jax.training.bucket_copy import local_copy
 from clip_jax.training.checkpoint import Checkpoints
 from clip_jax.training.state import TrainState, make_state, state_mesh
 
@@ -89,7 +90,7 @@ def source_digest(path: str) -> str | None:
     """
     if not path:
         return None
-    place = Path(path)
+    place = Path(local_copy(path))
     state = hashlib.blake2b(digest_size=16)
     if not place.exists():
         return None

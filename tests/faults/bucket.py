@@ -15,7 +15,7 @@ from run_tiny import ROOT, environment
 
 from clip_jax.training.bucket import Bucket, read_manifest
 from clip_jax.training.bucket_workdir import fetch
-from faults.s3 import BUCKET, Proxy, is_missing, s3_server
+from faults.stores import BUCKET, GCS, S3, Proxy, Store, server_of
 from faults.trials import EVERY, LONGEST, STEPS, Campaign, Trial, started, wait_until
 
 OUTAGE = 60.0
@@ -25,8 +25,9 @@ OUTAGE = 60.0
 class BucketRun:
     """A run in the bucket, from its machines to what it leaves there."""
 
-    def __init__(self, campaign: Campaign, name: str) -> None:
-        self.campaign, self.url = campaign, f"s3://{BUCKET}/{name}"
+    def __init__(self, campaign: Campaign, store: Store, name: str) -> None:
+        self.campaign, self.url = campaign, f"{store.protocol}://{BUCKET}/{name}"
+        name = f"{store.protocol}-{name}"
         self.folder = campaign.folder / name
         self.log = campaign.folder / f"{name}.log"
         self.machine = 0
@@ -90,14 +91,23 @@ def _end(process: subprocess.Popen[str]) -> int | None:
 
 def kills(campaign: Campaign, count: int, seed: int) -> Iterator[Trial]:
     """Kill a run, three times of five in an upload; every other time another machine goes on."""
-    if is_missing():
+    yield from _kills(campaign, count, seed, S3)
+
+
+def kills_of_gcs(campaign: Campaign, count: int, seed: int) -> Iterator[Trial]:
+    """Kill a run in an emulated bucket of Google's."""
+    yield from _kills(campaign, count, seed, GCS)
+
+
+def _kills(campaign: Campaign, count: int, seed: int, store: Store) -> Iterator[Trial]:
+    if store.is_missing():
         return
     rng = random.Random(seed)
-    with s3_server(seed) as proxy:
+    with server_of(store, seed) as proxy:
         proxy.mode = "slow"  # uploads take long enough to be killed inside one
         proxy.share = 0.1
         for group in range(0, count, 5):
-            run, faults = BucketRun(campaign, f"bucket-kills-{seed}-{group}"), []
+            run, faults = BucketRun(campaign, store, f"kills-{seed}-{group}"), []
             for number in range(group, min(group + 5, count)):
                 faults.append(_kill(run, proxy, rng, in_upload=number % 5 < 3))
                 if number % 2:
@@ -126,12 +136,12 @@ def _kill(run: BucketRun, proxy: Proxy, rng: random.Random, *, in_upload: bool) 
 
 def faults(campaign: Campaign, count: int, seed: int) -> Iterator[Trial]:
     """Let the server fail while a run trains, for up to a minute."""
-    if is_missing():
+    if S3.is_missing():
         return
     rng = random.Random(seed)
-    with s3_server(seed) as proxy:
+    with server_of(S3, seed) as proxy:
         for number in range(count):
-            run = BucketRun(campaign, f"bucket-faults-{seed}-{number}")
+            run = BucketRun(campaign, S3, f"faults-{seed}-{number}")
             mode = ("down", "error", "slow", "lost")[number % 4]
             seconds = OUTAGE if number < 4 else rng.uniform(5, 30)
             proxy.mode, proxy.share, proxy.faults = "ok", 1.0, 0

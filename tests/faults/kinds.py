@@ -322,6 +322,7 @@ KINDS = {
     "shards": (damaged_shards, 100, "a shard damaged in mid-run"),
     "server": (server_faults, 40, "a server that fails"),
     "bucket_kills": (bucket.kills, 10, "a run in a bucket killed"),
+    "bucket_kills_gcs": (bucket.kills_of_gcs, 5, "a run in an emulated bucket of Google's killed"),
     "bucket": (bucket.faults, 10, "a bucket that fails"),
     "mutants": (mutants, 20_000, "checkpoints of others with bytes changed"),
     "configs": (configs, 2_000, "configs with random values"),

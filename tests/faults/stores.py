@@ -1,8 +1,10 @@
-"""A real S3 server on loopback, moto's, behind a proxy that fails as it is told.
+"""Real servers of buckets on loopback, behind a proxy that fails as it is told.
 
-It needs `pip install "moto[server]" s3fs`.
+S3's is moto's, Google's is gcp-storage-emulator's:
+`pip install "moto[server]" s3fs gcp-storage-emulator gcsfs`.
 """
 
+import dataclasses
 import http.client
 import importlib.util
 import os
@@ -14,7 +16,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote
 
+import fsspec
 from run_tiny import free_port
 
 from faults.trials import started
@@ -81,9 +85,10 @@ class Proxy:
         answer = connection.getresponse()
         content = answer.read()
         connection.close()
-        if request.command == "PUT":
-            self.uploading = "/checkpoints/" in request.path or (
-                self.uploading and not request.path.endswith("/bucket.json")
+        if request.command in ("PUT", "POST"):
+            path = unquote(request.path)
+            self.uploading = "/checkpoints/" in path or (
+                self.uploading and "/bucket.json" not in path
             )
         if mode == "lost":
             return
@@ -97,35 +102,72 @@ class Proxy:
         request.wfile.write(content)
 
 
-def is_missing() -> bool:
-    """Return whether a package is not there, and say so."""
-    missing = any(importlib.util.find_spec(name) is None for name in ("moto", "s3fs", "flask"))
-    if missing:
-        print('runs in buckets are left out: pip install "moto[server]" s3fs')
-    return missing
+@dataclasses.dataclass(frozen=True)
+class Store:
+    """A kind of bucket.
+
+    Attributes:
+      protocol: of its URLs.
+      packages: that its server and its file system need.
+      server: the arguments of Python that start the server on a port.
+      environment: what names the server's address, and what else a client wants.
+      make: path and body of the request that makes the bucket.
+    """
+
+    protocol: str
+    packages: tuple[str, ...]
+    server: tuple[str, ...]
+    environment: dict[str, str]
+    make: tuple[str, str, str]
+
+    def is_missing(self) -> bool:
+        """Return whether a package is not there, and say so."""
+        missing = [name for name in self.packages if importlib.util.find_spec(name) is None]
+        if missing:
+            print(f"runs in {self.protocol}:// are left out, without {', '.join(missing)}")
+        return bool(missing)
+
+
+S3 = Store(
+    "s3",
+    ("moto", "flask", "s3fs"),
+    ("-m", "moto.server", "-H", "127.0.0.1", "-p", "PORT"),
+    {
+        "AWS_ENDPOINT_URL": "ADDRESS",
+        "AWS_ACCESS_KEY_ID": "of",
+        "AWS_SECRET_ACCESS_KEY": "nobody",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    },
+    ("PUT", f"/{BUCKET}", ""),
+)
+GCS = Store(
+    "gs",
+    ("gcp_storage_emulator", "gcsfs"),
+    (
+        *("-m", "gcp_storage_emulator", "start", "--host=127.0.0.1", "--port=PORT", "--in-memory"),
+        f"--default-bucket={BUCKET}",
+    ),
+    {"STORAGE_EMULATOR_HOST": "ADDRESS", "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"},
+    ("GET", f"/storage/v1/b/{BUCKET}", ""),
+)
 
 
 @contextmanager
-def s3_server(seed: int) -> Iterator[Proxy]:
-    """Start the server and its proxy; the environment names it until the block ends."""
-    import s3fs
-
-    s3fs.S3FileSystem.clear_instance_cache()  # of a server before
+def server_of(store: Store, seed: int) -> Iterator[Proxy]:
+    """Start a server and its proxy; the environment names it until the block ends."""
+    fsspec.get_filesystem_class(store.protocol).clear_instance_cache()  # of a server before
     port = free_port()
-    line = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    line = [sys.executable, *(word.replace("PORT", str(port)) for word in store.server)]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     server = started(subprocess.Popen(line, text=True, **quiet))
     proxy = Proxy(port, seed)
     thread = threading.Thread(target=proxy.server.serve_forever)
     thread.start()
     os.environ |= {
-        "AWS_ENDPOINT_URL": proxy.address,
-        "AWS_ACCESS_KEY_ID": "of",
-        "AWS_SECRET_ACCESS_KEY": "nobody",
-        "AWS_DEFAULT_REGION": "us-east-1",
+        name: value.replace("ADDRESS", proxy.address) for name, value in store.environment.items()
     }
     try:
-        _make_bucket(port)
+        _make_bucket(store, port)
         yield proxy
     finally:
         proxy.server.shutdown()
@@ -135,12 +177,12 @@ def s3_server(seed: int) -> Iterator[Proxy]:
         server.wait()
 
 
-def _make_bucket(port: int) -> None:
+def _make_bucket(store: Store, port: int) -> None:
     end = time.monotonic() + 60
     while True:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
         try:
-            connection.request("PUT", f"/{BUCKET}")
+            connection.request(*store.make)
             if connection.getresponse().status == 200:
                 return
         except OSError:
