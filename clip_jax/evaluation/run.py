@@ -229,8 +229,8 @@ def make_task_inputs(
         templates = load_templates(spec.templates)
         class_MD = encode_classes(encoders, names, templates, spec.batch_size, store)
 
-    def features(shards: Sequence[Shard], pattern: str) -> FeatureSet:
-        title = Path(pattern).name
+    def features(shards: Sequence[Shard], pattern: str, title: str = "") -> FeatureSet:
+        title = title or Path(pattern).name
         return encode_shards(
             encoders,
             shards,
@@ -241,7 +241,7 @@ def make_task_inputs(
             need_captions=spec.scoring != MULTILABEL,
         )
 
-    test = features(sources.test, spec.data)
+    test = features(sources.test, spec.data, spec.dataset)
     array_BK = None
     if spec.scoring:
         what = "labels" if spec.scoring == MULTILABEL else "groups"

@@ -19,7 +19,7 @@ from clip_benchmark.metrics import image_caption_selection, zeroshot_classificat
 from safetensors.torch import save_file
 
 from clip_jax.evaluation.caption_choice import choice_metrics, open_choices
-from clip_jax.evaluation.groups import macro_scores
+from clip_jax.evaluation.groups import GROUP_SCORES, macro_scores
 from clip_jax.evaluation.multilabel import average_precisions
 from clip_jax.tools import benchmark, evaluate
 
@@ -186,3 +186,49 @@ def test_choices_on_the_same_features(name, tmp_path):
     )
     got, _ = choice_metrics(choices, images, np.arange(len(images)), texts)
     assert got == pytest.approx(want, abs=1e-6)
+
+
+def test_groups_against_wilds(monkeypatch):
+    pytest.importorskip("wilds")
+    from wilds.common import utils
+    from wilds.common.metrics import metric
+    from wilds.common.metrics.all_metrics import F1, Accuracy, Recall
+
+    def avg_over_groups(v, g, n_groups):
+        """Do as WILDS' own, without torch_scatter, which DataComp replaces too."""
+        counts = utils.get_counts(g, n_groups)
+        return torch.zeros(n_groups).scatter_add_(0, g, v) / counts, counts
+
+    monkeypatch.setattr(metric, "avg_over_groups", avg_over_groups)
+    rng = np.random.default_rng(0)
+    label, groups = rng.integers(6, size=300), rng.integers(5, size=(300, 9))
+    groups[groups == 3] = 0  # a group without images
+    top = np.stack([rng.permutation(6)[:5] for _ in label])
+    torch_label, first = torch.from_numpy(label), torch.from_numpy(top[:, 0])
+
+    def worst(accuracy, guess, column):
+        group = torch.from_numpy(groups[:, column])
+        return accuracy.compute_group_wise(guess, torch_label, group, 5)[f"{accuracy.name}_wg"]
+
+    accuracy = Accuracy(prediction_fn=None)
+    scores = {
+        name: GROUP_SCORES[name].score(top, label, groups[:, : len(GROUP_SCORES[name].columns)])
+        for name in GROUP_SCORES
+    }
+    assert scores["fmow"]["acc_worst_region"] == pytest.approx(worst(accuracy, first, 0))
+    assert scores["fmow"]["acc_worst_year"] == pytest.approx(worst(accuracy, first, 1))
+    assert scores["geode"]["acc_wg"] == pytest.approx(worst(accuracy, first, 0))
+    assert scores["camelyon17"]["acc_wg"] == pytest.approx(worst(accuracy, first, 1))
+    for kind in (Recall, F1):
+        (item,) = kind(prediction_fn=None, average="macro").compute(first, torch_label).items()
+        assert scores["iwildcam"][item[0]] == pytest.approx(item[1])
+
+    class TopAccuracy(Accuracy):
+        """The accuracy of DataComp's Dollar Street: the class is one of five."""
+
+        def _compute_element_wise(self, y_pred, y_true):
+            return (y_pred == y_true[:, None]).any(-1).float()
+
+    top5 = TopAccuracy(prediction_fn=None, name="acc_top5")
+    want = worst(top5, torch.from_numpy(top), 0)
+    assert scores["dollar_street"]["acc_top5_wg"] == pytest.approx(want)
