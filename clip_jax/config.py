@@ -230,6 +230,8 @@ def _check_optim(o: OptimSection) -> None:
 
 def _check_data(d: DataSection, batch_size: int) -> None:
     from clip_jax.data import caption_packing
+    from clip_jax.data.captions import parse_captions
+    from clip_jax.training.device_augment import ERASING_MODES
 
     _require(
         batch_size % d.streams == 0,
@@ -241,6 +243,8 @@ def _check_data(d: DataSection, batch_size: int) -> None:
         f"config.data.processes is {d.processes}; it takes -1 to {d.threads}, the number of"
         " config.data.threads",
     )
+    parse_captions(d.captions)
+    check_choice("config.data.erasing_mode", d.erasing_mode, ERASING_MODES)
     if d.caption_packing not in caption_packing.CHOICES:
         caption_packing.parse_shares(d.caption_packing)
     sources = 1 if isinstance(d.train, str) else len(d.train)

@@ -75,6 +75,9 @@ class ModelSection:
     """Tokens of a caption; 0 is the model's own. Resumed: the model's sizes decide."""
     patch_dropout: float = bounded(0.0, low=0, below=1)
     """Share of a training image's patches that are left out (FLIP, arXiv:2212.00794)."""
+    drop_path: float = bounded(0.0, low=0, below=1)
+    """Share of images that pass by the branches of the image transformer's last block (stochastic
+    depth, arXiv:1603.09382); of the blocks before it, evenly less, down to 0 of the first."""
     attention: str = may_change("auto")
     """"xla", "cudnn" (NVIDIA GPUs), "pallas" (TPUs), or "auto": what can run there, else xla."""
     remat: str = may_change("auto")
@@ -232,6 +235,12 @@ class DataSection:
     trimmed to the longest ("off"). "auto" counts the lengths of the first captions on accelerators,
     where packing pays, and writes what it found into the work folder's config.json, which a resumed
     run reads."""
+    captions: tuple[str, ...] = ()
+    """The kinds of captions with their weights, "KEY=WEIGHT", of which a sample has one a step: "*"
+    is what the source has by itself, ".blip.txt" a file of that ending beside the image, any other
+    key a column or a field. A sample that lacks a kind shares out its weight; () is ("*=1",)."""
+    word_dropout: float = bounded(0.0, low=0, below=1)
+    """Share of a caption's words that are left out, each by itself; one stays."""
     crop_scale: tuple[float, float] = (0.9, 1.0)
     """Share of the image's area that a training crop keeps."""
     crop_ratio: tuple[float, float] = bounded((3 / 4, 4 / 3), low=1e-3, high=1e3)
@@ -242,6 +251,16 @@ class DataSection:
     """Share of training images that lose their colors."""
     color_jitter: tuple[float, float, float] = bounded((0.0, 0.0, 0.0), low=0, high=1)
     """Most by which a training image's brightness, contrast and saturation change, in 0..1."""
+    rand_augment: int = bounded(0, low=0, high=14)
+    """Operations that RandAugment applies to a training image (arXiv:1909.13719), 2 in the paper;
+    list and magnitudes are torchvision's."""
+    rand_augment_magnitude: int = bounded(9, low=0, high=30)
+    """Their strength, 0 to 30."""
+    random_erasing: float = bounded(0.0, low=0, high=1)
+    """Share of training images of which a box of 2 to 33 % is erased (arXiv:1708.04896), as timm
+    does it."""
+    erasing_mode: str = "const"
+    """What is in the box: the mean color ("const"), a random color ("rand"), or noise ("pixel")."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -47,6 +47,8 @@ def make_parts(
     optimizer="adamw",
     jitter=False,
     patch_dropout=0.0,
+    drop_path=0.0,
+    erasing=0.0,
     wrap_loss=lambda loss_fn: loss_fn,
     split_update=False,
     **train,
@@ -59,10 +61,15 @@ def make_parts(
     shapes = state_shapes(model, transformation, mesh, section, split_update=split_update)
     loss_fn = loss_of_section(section, mesh, model.target)
     draws = make_draws(
-        ModelSection(patch_dropout=patch_dropout),
-        DataSection(color_jitter=(0.2, 0.2, 0.2) if jitter else (0.0, 0.0, 0.0)),
+        ModelSection(patch_dropout=patch_dropout, drop_path=drop_path),
+        DataSection(
+            color_jitter=(0.2, 0.2, 0.2) if jitter else (0.0, 0.0, 0.0),
+            random_erasing=erasing,
+            erasing_mode="rand",
+        ),
         seed=0,
         patches=model.config.vision.grid_size**2 if patch_dropout else 0,
+        layers=model.config.vision.layers if drop_path else 0,
     )
     step = make_train_step(
         model,

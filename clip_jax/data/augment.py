@@ -17,6 +17,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from clip_jax.data.images import Chance, costs_too_much, decode_image, random_resized_crop
+from clip_jax.data.rand_augment import rand_augment
 from clip_jax.sections import DataSection
 
 T = TypeVar("T")
@@ -98,14 +99,15 @@ def _if_readable(call: Callable[..., T], data: bytes, **options: Any) -> T | Non
 def make_transform(
     image_size: int, config: DataSection
 ) -> Callable[[Image.Image, Chance], UInt8[np.ndarray, "H W 3"]]:
-    """Make the training transform: a random crop, mirrored or gray with the config's chances.
+    """Make the training transform: a random crop, mirrored, gray and changed as the config says.
 
     The draws come in this order and are always made, so that one setting does not move another's.
 
     Args:
       image_size: side of the crops, in pixels.
-      config: `crop_scale`, `crop_ratio`, `flip` and `grayscale` are read.
+      config: `crop_scale`, `crop_ratio`, `flip`, `grayscale`, and those of RandAugment are read.
     """
+    operations, strength = config.rand_augment, config.rand_augment_magnitude
 
     def transform(image: Image.Image, rng: Chance) -> np.ndarray:
         x_HWC = random_resized_crop(image, image_size, rng, config.crop_scale, config.crop_ratio)
@@ -115,6 +117,9 @@ def make_transform(
         if gray:
             x_HW = np.asarray(Image.fromarray(np.ascontiguousarray(x_HWC)).convert("L"))
             x_HWC = np.repeat(x_HW[..., None], 3, axis=-1)
+        if operations:
+            crop = Image.fromarray(np.ascontiguousarray(x_HWC))
+            x_HWC = np.asarray(rand_augment(crop, operations, strength, rng))
         return x_HWC
 
     return transform

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int64
 
+from clip_jax.data.captions import captions_of_kind
 from clip_jax.data.shards import BadSampleError, Handles, Shard, with_templates
 from clip_jax.errors import UserError
 
@@ -108,6 +109,11 @@ class FilteredShard:
 
     def captions(self, i: int, handles: Handles) -> list[str]:
         return with_templates(self.shard.captions(self._row(i), handles), self._templates)
+
+    def captions_of_kind(self, key: str, i: int, handles: Handles) -> list[str]:
+        """Return the captions of a kind in every template, see `captions.captions_of_kind`."""
+        captions = captions_of_kind(self.shard, key, self._row(i), handles)
+        return with_templates(captions, self._templates)
 
     def label(self, i: int, handles: Handles) -> int:
         return self.shard.label(self._row(i), handles)

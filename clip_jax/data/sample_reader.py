@@ -10,10 +10,11 @@ from jaxtyping import Bool, Int32, Int64, UInt8, UInt32
 from PIL import Image
 
 from clip_jax.data.augment import make_decode, make_transform
+from clip_jax.data.captions import CaptionKind, choose_caption, drop_words, parse_captions
 from clip_jax.data.dataset import LazyShard
 from clip_jax.data.decode_watch import DecodeWatch, Progress
 from clip_jax.data.images import MAX_PIXELS, Chance, Preprocess, decode_image, eval_transform
-from clip_jax.data.order import AUGMENT_KEY, Uniforms
+from clip_jax.data.order import AUGMENT_KEY, WORDS_KEY, Uniforms
 from clip_jax.data.patches import ImageSize, PatchShape, image_shape
 from clip_jax.data.shards import (
     PROGRAMMING_ERRORS,
@@ -106,6 +107,8 @@ class SampleReader:
       seed: with epoch and sample id it fixes a row's chance, whoever reads it.
       cache_bytes: memory for decoded images.
       seconds: that decoding an image may take; then its sample counts as one that cannot be read.
+      kinds: of captions, of which each sample's is one; empty takes those that a source has.
+      word_dropout: the share of a caption's words that are left out.
       evaluation: read labels, take the first caption, and do without one where there is a label.
       need_captions: False does without a caption everywhere.
     """
@@ -121,11 +124,14 @@ class SampleReader:
         seed: int,
         cache_bytes: int,
         seconds: float,
+        kinds: Sequence[CaptionKind] = (),
+        word_dropout: float = 0.0,
         evaluation: bool = False,
         need_captions: bool = True,
     ):
         self.evaluation = evaluation
         self._need_captions = need_captions
+        self._kinds, self._word_dropout = kinds, word_dropout
         self._shards = shards
         self._tokenizer = tokenizer
         self._shape = shape
@@ -196,7 +202,7 @@ class SampleReader:
         progress: Progress,
     ) -> None:
         """Read the rows from `first` on; `places` are (sample, epoch, shard, number in it)."""
-        rng = Uniforms(self._seed, AUGMENT_KEY)
+        rng, word_rng = Uniforms(self._seed, AUGMENT_KEY), Uniforms(self._seed, WORDS_KEY)
         opened: dict[int, tuple[Shard, str]] = {}
         with Handles(reads_images=True) as handles:
             for row in range(first, len(places)):
@@ -212,6 +218,9 @@ class SampleReader:
                     continue
                 rng.move(sample, epoch)
                 texts[row] = self._read_row(rows, row, sample, shard, i, rng, handles, progress)
+                if self._word_dropout:
+                    word_rng.move(sample, epoch)
+                    texts[row] = drop_words(texts[row], self._word_dropout, word_rng)
 
     def _hung_cause(self, key: str) -> tuple[str, str, str]:
         seconds = self._watch.seconds
@@ -239,10 +248,13 @@ class SampleReader:
         try:
             label = shard.label(i, handles) if self.evaluation else -1
             optional = label >= 0 or not self._need_captions
-            captions = _captions(shard, i, handles, optional=optional)
             # Drawn even for one caption, so that a crop does not depend on their number.
-            choice = 0 if self.evaluation else int(rng.random() * len(captions))
-            caption = captions[choice] if captions else ""
+            chance = 0.0 if self.evaluation else rng.random()
+            if self._kinds:
+                captions = [choose_caption(shard, self._kinds, i, handles, chance)]
+            else:
+                captions = _captions(shard, i, handles, optional=optional)
+            caption = captions[int(chance * len(captions))] if captions else ""
             image = self._cache.get(sample)
             data = shard.image(i, handles) if image is None else b""
             progress.begin(row)
@@ -281,6 +293,8 @@ def make_training_reader(settings: ReaderSettings, shards: ConcatShards) -> Samp
         seed=settings.seed,
         cache_bytes=config.cache_bytes,
         seconds=config.decode_seconds,
+        kinds=parse_captions(config.captions),
+        word_dropout=config.word_dropout,
     )
 
 

@@ -122,6 +122,7 @@ class CLIP(nn.Module):
         train: bool = False,
         valid_B: Bool[Array, " B"] | None = None,
         patch_ids_Bl: Int[Array, "B l"] | None = None,
+        path_scale_BK2: Float[Array, "B K 2"] | None = None,
     ) -> Float[Array, "B D"]:
         """Return image features, not of unit length.
 
@@ -131,8 +132,10 @@ class CLIP(nn.Module):
           valid_B: False leaves a row out of the batch statistics; None takes all.
           patch_ids_Bl: the numbers of the patches that an image transformer sees of each image;
             None is all. The class token always stays.
+          path_scale_BK2: factors of both branches of each block of an image transformer.
         """
-        return self.visual(images_BHWC, train, valid_B, patch_ids_Bl)
+        paths = () if path_scale_BK2 is None else (path_scale_BK2,)
+        return self.visual(images_BHWC, train, valid_B, patch_ids_Bl, *paths)
 
     def encode_text(self, tokens_BL: Int[Array, "B L"] | PackedTokens) -> Float[Array, "B D"]:
         """Return text features, not of unit length."""
@@ -145,10 +148,11 @@ class CLIP(nn.Module):
         train: bool = False,
         valid_B: Bool[Array, " B"] | None = None,
         patch_ids_Bl: Int[Array, "B l"] | None = None,
+        path_scale_BK2: Float[Array, "B K 2"] | None = None,
     ) -> tuple[Float[Array, "B D"], Float[Array, "B D"]]:
         """Return image and text features of unit length, float32; see `encode_image`."""
-        image_features = unit_length(self.encode_image(images_BHWC, train, valid_B, patch_ids_Bl))
-        return image_features, unit_length(self.encode_text(tokens_BL))
+        z_image_BD = self.encode_image(images_BHWC, train, valid_B, patch_ids_Bl, path_scale_BK2)
+        return unit_length(z_image_BD), unit_length(self.encode_text(tokens_BL))
 
 
 def unrolled(model: CLIP) -> CLIP:

@@ -14,7 +14,14 @@ from clip_jax.models.attention import attend
 from clip_jax.models.block_form import BlockForm
 from clip_jax.models.execution import ExecConfig, dense_product
 from clip_jax.models.gated_mlp import GatedMLP
-from clip_jax.models.layers import MLP, BlockConfig, LayerNorm, LayerScale, gather_rows
+from clip_jax.models.layers import (
+    MLP,
+    BlockConfig,
+    LayerNorm,
+    LayerScale,
+    gather_rows,
+    scale_path,
+)
 from clip_jax.models.rotary import rotate
 
 
@@ -132,10 +139,12 @@ class FormedBlock(nn.Module):
         x_BLD: Array,
         pool_index_B: Int[Array, " B"] | None,
         inputs: BlockInputs,
+        path_scale_B2: Float[Array, "B 2"] | None = None,
     ) -> Array:
         """Return all rows [B, L, D], or with `pool_index_B` that row of every sequence [B, 1, D].
 
-        The one row is equal to that row of all, as in `ResidualBlock`.
+        The one row is equal to that row of all, as in `ResidualBlock`, and `path_scale_B2` is
+        what it is there.
         """
         c, form = self.config, self.config.form
         assert form is not None
@@ -145,11 +154,11 @@ class FormedBlock(nn.Module):
         y_BLD = attention(h_BLD, inputs, pool_index_B)
         if pool_index_B is not None:
             x_BLD = gather_rows(x_BLD, pool_index_B)
-        x_BLD = self._join(x_BLD, y_BLD, ln_1, "ls_1")
+        x_BLD = self._join(x_BLD, y_BLD, ln_1, "ls_1", path_scale_B2, 0)
         h_BLD = ln_2(x_BLD) if form.norms == "before" else x_BLD
         if form.mlp_norm:
             h_BLD = LayerNorm(c.norm_eps, name="ln_mlp")(h_BLD)
-        return self._join(x_BLD, self._mlp(form)(h_BLD), ln_2, "ls_2")
+        return self._join(x_BLD, self._mlp(form)(h_BLD), ln_2, "ls_2", path_scale_B2, 1)
 
     def _mlp(self, form: BlockForm) -> nn.Module:
         """Return the MLP of the form."""
@@ -159,7 +168,15 @@ class FormedBlock(nn.Module):
         norm_eps = c.norm_eps if form.inner_norms else None
         return GatedMLP(c.mlp_width, form.mlp, norm_eps, c.init, self.exec_config, name="mlp")
 
-    def _join(self, x_BLD: Array, y_BLD: Array, norm: LayerNorm, scale: str) -> Array:
+    def _join(
+        self,
+        x_BLD: Array,
+        y_BLD: Array,
+        norm: LayerNorm,
+        scale: str,
+        path_scale_B2: Array | None,
+        branch: int,
+    ) -> Array:
         """Return the sum of the rows and of a branch, the norm where the form has it."""
         c = self.config
         assert c.form is not None
@@ -167,5 +184,5 @@ class FormedBlock(nn.Module):
             y_BLD = norm(y_BLD)
         if c.layer_scale is not None:
             y_BLD = LayerScale(c.layer_scale, name=scale)(y_BLD)
-        x_BLD = x_BLD + y_BLD
+        x_BLD = x_BLD + scale_path(y_BLD, path_scale_B2, branch)
         return norm(x_BLD) if c.form.norms == "after" else x_BLD

@@ -231,6 +231,13 @@ def gather_rows(x_BLD: Float[Array, "B L D"], index_B: Int[Array, " B"]) -> Floa
     return jnp.take_along_axis(x_BLD, index_B[:, None, None], axis=1)
 
 
+def scale_path(y_BLD: Array, path_scale_B2: Array | None, branch: int) -> Array:
+    """Return a branch, each sequence's times its factor: stochastic depth (arXiv:1603.09382)."""
+    if path_scale_B2 is None:
+        return y_BLD
+    return y_BLD * path_scale_B2[:, branch, None, None].astype(y_BLD.dtype)
+
+
 @dataclasses.dataclass(frozen=True)
 class BlockConfig:
     """The sizes and choices that the blocks of a stack have in common.
@@ -373,12 +380,13 @@ class ResidualBlock(nn.Module):
         pool_index_B: Int[Array, " B"] | None = None,
         packing: Packing | None = None,
         positions_BL: Int[Array, "B L"] | None = None,
+        path_scale_B2: Float[Array, "B 2"] | None = None,
     ) -> Array:
         """Return all rows [B, L, D], or with `pool_index_B` that row of every sequence [B, 1, D].
 
         With `packing` rows are given as [N, D], all rows are returned so, and the block has its
         own backward pass. With `positions_BL` the rows are segments of shorter sequences, see
-        `attention.attend_packed`.
+        `attention.attend_packed`. `path_scale_B2`: factors of both branches, without `packing`.
 
         The one row is equal to that row of all, because a row of the output depends on the other
         rows through keys and values alone: its query, out-projection and MLP are its own.
@@ -399,10 +407,10 @@ class ResidualBlock(nn.Module):
             query_BLD = gather_rows(h_BLD, pool_index_B)
             y_BLD = attention(query_BLD, h_BLD, key_lengths_B=key_lengths_B)
             x_BLD = gather_rows(x_BLD, pool_index_B)
-        x_BLD = x_BLD + self._scaled(y_BLD, "ls_1")
+        x_BLD = x_BLD + scale_path(self._scaled(y_BLD, "ls_1"), path_scale_B2, 0)
         mlp = MLP(c.mlp_width, c.activation, c.init, self.exec_config, name="mlp")
         y_BLD = mlp(LayerNorm(c.norm_eps, name="ln_2")(x_BLD))
-        return x_BLD + self._scaled(y_BLD, "ls_2")
+        return x_BLD + scale_path(self._scaled(y_BLD, "ls_2"), path_scale_B2, 1)
 
     def _scaled(self, y_BLD: Array, name: str) -> Array:
         """Apply the layer scale of this name, if there is one."""

@@ -5,6 +5,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from clip_jax.models.execution import ExecConfig, remat_block
@@ -35,11 +36,13 @@ class Transformer(nn.Module):
         pool_index_B: Int[Array, " B"] | None = None,
         positions_BL: Int[Array, "B L"] | None = None,
         inputs: BlockInputs = NO_INPUTS,
+        path_scale_BK2: Float[Array, "B K 2"] | None = None,
     ) -> Float[Array, "B l D"]:
         """Return all rows, or with `pool_index_B` that one of every sequence: l is L or 1.
 
         With `positions_BL` the rows are segments of shorter sequences, see `ResidualBlock`, which
-        blocks of a form do not take. They alone read `inputs`.
+        blocks of a form do not take. They alone read `inputs`. `path_scale_BK2`: factors of both
+        branches of each block, of which none has its own backward pass then.
 
         Without `exec_config.pool_last_block` the last block is computed for all rows, one of which
         is then gathered: the plain form.
@@ -47,53 +50,63 @@ class Transformer(nn.Module):
         last, packing = self.layers - 1, None
         is_own_form = self.block.form is not None
         # Parameters are drawn by the modules of the plain block.
-        if self.exec_config.is_minimal and not is_own_form and not self.is_initializing():
+        is_minimal = self.exec_config.is_minimal and path_scale_BK2 is None
+        if is_minimal and not is_own_form and not self.is_initializing():
             is_ragged = positions_BL is not None
             packing = stream_packing(self.block, self.exec_config, x_BLD.shape, is_ragged=is_ragged)
         x = x_BLD if packing is None else packing.flatten(x_BLD)
         # A packing is no array, which a loop could hand to its body.
         static: tuple[Any, ...] = () if is_own_form else (packing,)
         arrays: tuple[Any, ...] = (inputs,) if is_own_form else (positions_BL,)
+        # One for each block; () where no branch has factors.
+        paths = () if path_scale_BK2 is None else tuple(path_scale_BK2.transpose(1, 0, 2))
         if self.exec_config.scan and last > 0:
             frozen = _count_stacked(self.variables.get("params", {}).get(FROZEN_STACK))
             if frozen:
-                x = self._loop(x, static, arrays, frozen, FROZEN_STACK)
-            x = self._loop(x, static, arrays, last - frozen, STACK)
-        block = self._block()
+                x = self._loop(x, static, arrays, paths[:frozen], frozen, FROZEN_STACK)
+            x = self._loop(x, static, arrays, paths[frozen:last], last - frozen, STACK)
+        block = self._block(is_minimal=is_minimal)
         for i in range(0 if not self.exec_config.scan else last, last):
             layer = block(self.block, self.exec_config, name=f"resblocks_{i}")
-            x = layer(x, None, *static, *arrays)
+            x = layer(x, None, *static, *arrays, *paths[i : i + 1])
         last_block = block(self.block, self.exec_config, name=f"resblocks_{last}")
         pool_in_block_B = pool_index_B if self.exec_config.pool_last_block else None
-        x = last_block(x, pool_in_block_B, *static, *arrays)
+        x = last_block(x, pool_in_block_B, *static, *arrays, *paths[last:])
         if pool_in_block_B is not None:
             return x
         x_BLD = x if packing is None else packing.unflatten(x)
         return x_BLD if pool_index_B is None else gather_rows(x_BLD, pool_index_B)
 
-    def _block(self, *, in_scan: bool = False) -> Any:
+    def _block(self, *, is_minimal: bool, in_scan: bool = False) -> Any:
         """Return the class of the blocks, which may be computed again in the backward pass."""
-        exec_config = self.exec_config
-        if self.block.form is None:
-            return remat_block(ResidualBlock, exec_config, in_scan=in_scan)
-        if exec_config.is_minimal:
-            # The form has no backward pass of its own, and keeps its matrix products.
+        exec_config, is_own_form = self.exec_config, self.block.form is not None
+        if exec_config.is_minimal and (is_own_form or not is_minimal):
+            # It has no backward pass of its own then, and keeps its matrix products.
             exec_config = dataclasses.replace(exec_config, remat="dots")
-        return remat_block(FormedBlock, exec_config, in_scan=in_scan)
+        block = FormedBlock if is_own_form else ResidualBlock
+        return remat_block(block, exec_config, in_scan=in_scan)
 
     def _loop(
-        self, x: Array, static: tuple[Any, ...], arrays: tuple[Any, ...], times: int, name: str
+        self,
+        x: Array,
+        static: tuple[Any, ...],
+        arrays: tuple[Any, ...],
+        paths: tuple[Array, ...],
+        times: int,
+        name: str,
     ) -> Array:
-        """Apply the stacked blocks of that name, `times` of them."""
+        """Apply the stacked blocks of that name, `times` of them; `paths` are one for each."""
         loop = nn.scan(
-            lambda block, x, arrays: (block(x, None, *static, *arrays), None),
+            lambda block, x, arrays, paths: (block(x, None, *static, *arrays, *paths), None),
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
+            in_axes=(nn.broadcast, 0),
             length=times,
         )
-        block = self._block(in_scan=True)
-        x, _ = loop(block(self.block, self.exec_config, name=name), x, arrays)
+        is_minimal = self.exec_config.is_minimal and not paths
+        block = self._block(is_minimal=is_minimal, in_scan=True)
+        stacked = (jnp.stack(paths),) if paths else ()
+        x, _ = loop(block(self.block, self.exec_config, name=name), x, arrays, stacked)
         return x
 
 

@@ -1,6 +1,7 @@
 """The Vision Transformer of CLIP, CLIPA and SigLIP (Radford et al. 2021, section 2.4)."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -183,12 +184,14 @@ class VisionTransformer(nn.Module):
         train: bool = False,
         valid_B: Bool[Array, " B"] | None = None,
         patch_ids_Bl: Int[Array, "B l"] | None = None,
+        path_scale_BK2: Float[Array, "B K 2"] | None = None,
     ) -> Float[Array, "B D"]:
         """Return features of normalized images, not of unit length.
 
         `train` and `valid_B` change nothing: they are of towers with batch norm.
 
         With `patch_ids_Bl` those patches of each image alone are seen (FLIP, Li et al. 2022).
+        With `path_scale_BK2` the branches of each block have these factors (stochastic depth).
         """
         del train, valid_B
         c = self.config
@@ -197,15 +200,18 @@ class VisionTransformer(nn.Module):
             x_BLD = self._select_patches(x_BLD, patch_ids_Bl)
         if c.pre_norm:
             x_BLD = LayerNorm(c.norm_eps, name="ln_pre")(x_BLD)
-        inputs = self._block_inputs(patch_ids_Bl)
-        transformer = Transformer(c.layers, c.block, self.exec_config, name="transformer")
+        transformer = functools.partial(
+            Transformer(c.layers, c.block, self.exec_config, name="transformer"),
+            inputs=self._block_inputs(patch_ids_Bl),
+            path_scale_BK2=path_scale_BK2,
+        )
         norm = LayerNorm(c.norm_eps, name="ln_post")
         if c.pool == "token":
             pool_index_B = jnp.zeros(x_BLD.shape[0], jnp.int32)
             # Layer norm works on each row alone, so it may follow the pooling.
-            x_BD = norm(transformer(x_BLD, pool_index_B, inputs=inputs)[:, 0])
+            x_BD = norm(transformer(x_BLD, pool_index_B)[:, 0])
         elif c.pool == "average":
-            x_BLD = transformer(x_BLD, inputs=inputs)
+            x_BLD = transformer(x_BLD)
             x_BLD = x_BLD if c.norm_after_pool else norm(x_BLD)
             x_BD = jnp.mean(self._patches(x_BLD), axis=1)
             x_BD = norm(x_BD) if c.norm_after_pool else x_BD
@@ -213,9 +219,9 @@ class VisionTransformer(nn.Module):
             pool = QueryPool(
                 c.pool_block, c.pool_queries, self.embed_dim, self.exec_config, name="attn_pool"
             )
-            x_BD = norm(pool(transformer(x_BLD, inputs=inputs)))
+            x_BD = norm(pool(transformer(x_BLD)))
         else:
-            x_BLD = norm(transformer(x_BLD, inputs=inputs))
+            x_BLD = norm(transformer(x_BLD))
             x_BD = MAPHead(c.pool_block, self.exec_config, name="attn_pool")(x_BLD)
         if not c.project:
             return x_BD

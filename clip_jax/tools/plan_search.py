@@ -113,7 +113,8 @@ def program_config(config: Config) -> dict[str, Any]:
     for section in ("eval", "checkpoint"):
         del values[section]
     data = values["data"]
-    values["data"] = {k: data[k] for k in ("tokenizer", "color_jitter", "caption_packing")}
+    fields = ("tokenizer", "color_jitter", "caption_packing", "random_erasing", "erasing_mode")
+    values["data"] = {name: data[name] for name in fields}
     for name in ("log_every", "report_to", "report_project", "report_name"):
         del values["train"][name]
     return values

@@ -16,7 +16,8 @@ from clip_jax.data.caption_packing import (
     measured_shares,
     trimmed_tokens,
 )
-from clip_jax.data.dataset import TrainingData
+from clip_jax.data.captions import choose_caption, parse_captions
+from clip_jax.data.dataset import LazyShard, TrainingData
 from clip_jax.data.loader import caption_lengths, make_order
 from clip_jax.data.order import BatchOrder, BatchPart
 from clip_jax.data.shards import PROGRAMMING_ERRORS, ConcatShards, Handles
@@ -31,6 +32,7 @@ SAMPLES = 4096
 WORTH = 0.9
 """Captions are packed where that leaves at most this share of the tokens that trimming leaves."""
 _ROWS_PER_PART = 64
+GOLDEN = 0.6180339887498949
 
 
 def with_caption_packing(run: RunComponents, data: TrainingData, folder: Path) -> RunComponents:
@@ -82,7 +84,7 @@ def count_lengths(run: RunComponents, data: TrainingData) -> np.ndarray:
     steps = range(math.ceil(wanted / rows.rows))
     ids = np.concatenate([rows.rows_at(step, 0, rows.rows)[0] for step in steps])
     ids = ids[np.arange(min(wanted, len(ids))) * len(ids) // min(wanted, len(ids))]
-    samples = ConcatShards(data.shards)
+    samples, kinds = ConcatShards(data.shards), parse_captions(config.data.captions)
 
     def count(first: int) -> np.ndarray:
         captions: list[str] = []
@@ -90,7 +92,12 @@ def count_lengths(run: RunComponents, data: TrainingData) -> np.ndarray:
             for row in ids[first : first + _ROWS_PER_PART].tolist():
                 shard, i = samples.at(row)
                 try:
-                    captions += shard.captions(i, handles)
+                    if kinds:
+                        chance = row * GOLDEN % 1.0  # even, by the kinds' weights
+                        whole = shard.load() if isinstance(shard, LazyShard) else shard
+                        captions.append(choose_caption(whole, kinds, i, handles, chance))
+                    else:
+                        captions += shard.captions(i, handles)
                 except PROGRAMMING_ERRORS:
                     raise
                 except Exception:  # counted where the row is read as a whole

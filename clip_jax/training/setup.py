@@ -176,7 +176,7 @@ def build_run(
     shapes = state_shapes(
         model, optimizer, mesh, t, split_update=splits_update(config.optim, model.target)
     )
-    check_patch_dropout(config, sizes, frozen_towers(shapes.params, t))
+    check_dropout(config, sizes, frozen_towers(shapes.params, t))
     return RunComponents(
         config=config,
         mesh=mesh,
@@ -239,20 +239,22 @@ def model_sizes(
     return warm_start_sizes(source, sizes) if source else sizes
 
 
-def check_patch_dropout(config: Config, sizes: CLIPConfig, frozen: Collection[str]) -> None:
-    """Raise UserError if patches are to be dropped that are not there, or must all be seen."""
-    if not config.model.patch_dropout:
-        return
-    if not isinstance(sizes.vision, ViTConfig):
-        raise UserError(
-            f"config.model.patch_dropout is set and {config.model.name} has no patches to drop; "
-            "take a ViT or set it to 0"
-        )
-    if "image" in frozen:
-        raise UserError(
-            "config.model.patch_dropout is set and nothing of the image tower is trained: a frozen "
-            "tower sees whole images; leave one of them out"
-        )
+def check_dropout(config: Config, sizes: CLIPConfig, frozen: Collection[str]) -> None:
+    """Raise UserError if patches or paths are to be dropped that are not there, or must all be."""
+    dropped = {"patch_dropout": "patches", "drop_path": "blocks"}
+    for field, what in dropped.items():
+        if not getattr(config.model, field):
+            continue
+        if not isinstance(sizes.vision, ViTConfig):
+            raise UserError(
+                f"config.model.{field} is set and {config.model.name} has no {what} to drop; "
+                "take a ViT or set it to 0"
+            )
+        if "image" in frozen:
+            raise UserError(
+                f"config.model.{field} is set and nothing of the image tower is trained: a frozen "
+                "tower sees whole images; leave one of them out"
+            )
 
 
 def count_patches(model: CLIP) -> int:
@@ -312,7 +314,14 @@ def loss_of_section(section: TrainSection, mesh: Mesh, target: Target) -> LossFn
 def draws_of_run(run: RunComponents) -> DrawFn:
     """Make the random numbers of a run's steps."""
     config = run.config
-    return make_draws(config.model, config.data, seed=config.seed, patches=count_patches(run.model))
+    vision = run.model.config.vision
+    return make_draws(
+        config.model,
+        config.data,
+        seed=config.seed,
+        patches=count_patches(run.model),
+        layers=vision.layers if isinstance(vision, ViTConfig) else 0,
+    )
 
 
 def make_step(run: RunComponents) -> TrainStep:

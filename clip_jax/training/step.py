@@ -22,7 +22,7 @@ from clip_jax.models.text import PackedTokens
 from clip_jax.parallel.mesh import BATCH_AXES, batch_shards
 from clip_jax.parallel.sharding import rows_stay_split, with_whole_table
 from clip_jax.sections import TrainSection
-from clip_jax.training.device_augment import DrawFn, adjust_colors
+from clip_jax.training.device_augment import DrawFn, adjust_colors, erase_boxes
 from clip_jax.training.rates import frozen_towers, join_for_model, join_frozen, split_frozen
 from clip_jax.training.state import TrainState, state_mesh, update_shardings
 from clip_jax.typing import Features, Params
@@ -124,13 +124,17 @@ def make_features(
             images_BHWC = adjust_colors(images_BHWC, rows["colors_B3"])
         params = merge_adapters(params, lora_scale)
         with jax.named_scope(TOWERS), nn.intercept_methods(split):
+            images_BHWC = normalize_images(images_BHWC, preprocess.mean, preprocess.std)
+            if "erase_B" in rows:
+                images_BHWC = erase_boxes(images_BHWC, rows)
             (z_image_BD, z_text_BD), updated = model.apply(
                 {"params": with_whole_table(params, mesh), "batch_stats": batch_stats},
-                normalize_images(images_BHWC, preprocess.mean, preprocess.std),
+                images_BHWC,
                 tokens_of(rows, batch_shards(mesh)),
                 train,
                 rows["valid"],
                 rows.get("patch_ids_Bl"),
+                rows.get("path_scale_BK2"),
                 mutable=["batch_stats"],
             )
         return z_image_BD, z_text_BD, updated.get("batch_stats", batch_stats)

@@ -70,6 +70,7 @@ def test_rows_order_and_faults_are_those_of_threads(tmp_path):
         log = SkipLog()
         sources = open_sources(pattern, log=log, cached_shards=3, workdir=run)
         options = {"crop_scale": (0.3, 1.0), "flip": 0.5, "grayscale": 0.5, "start_step": 2}
+        options |= {"captions": ("*=1", "caption=1"), "word_dropout": 0.4, "rand_augment": 2}
         with train_loader(
             *sources, log=log, streams=2, batch_size=40, **(options | changes)
         ) as loader:

@@ -25,10 +25,11 @@ from clip_jax.models.attention import (
     attend_padded,
     choose_kernel,
 )
+from clip_jax.models.block_form import BlockForm
 from clip_jax.models.clip import CLIP, AttentionKernels, choose_kernels
 from clip_jax.models.execution import ExecConfig
 from clip_jax.models.flops import image_flops
-from clip_jax.models.stack import stack_layers
+from clip_jax.models.stack import stack_layers, unstack_layers
 from clip_jax.models.target import Target
 from clip_jax.models.zoo import MODELS
 
@@ -234,3 +235,79 @@ def test_flops_of_some_patches_are_those_of_a_shorter_sequence():
     # Of 196 patches 49 stay, as in an image of half the side; all 196 are projected.
     assert image_flops(config, 49) == image_flops(half) + (196 - 49) * projection
     assert image_flops(config, 196) == image_flops(config)
+
+
+def encode_along_paths(config, params, images, scale_BK2, **form):
+    """Return image features and the gradient of a sum of them, where branches have factors."""
+    model = CLIP(config, **form)
+    stacked = stack_layers({"params": params})["params"] if form.get("scan") else params
+    weights = jnp.cos(jnp.arange(config.embed_dim))
+
+    def total(params):
+        features = model.apply(
+            {"params": params}, images, True, None, None, scale_BK2, method="encode_image"
+        )
+        return jnp.sum(features @ weights), features
+
+    grads, features = jax.jit(jax.grad(total, has_aux=True))(stacked)
+    return features, unstack_layers(grads)
+
+
+FORMED = dataclasses.replace(
+    VIT, vision=dataclasses.replace(VIT.vision, form=BlockForm("before", "swiglu"))
+)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [VIT, pytest.param(FORMED, marks=pytest.mark.slow)],
+    ids=["clip", "formed"],
+)
+def test_a_block_whose_branches_are_dropped_is_as_if_it_were_not_there(config):
+    layers = config.vision.layers
+    params, (images, _) = random_variables(config)["params"], make_inputs(config, batch=2)
+    scale_BK2 = jnp.ones((2, layers, 2)).at[1, 0].set(0).at[0, 0, 1].set(0)
+    found, _ = encode_along_paths(config, params, images, scale_BK2)
+
+    def without(*paths):
+        """Return the features where these modules give 0."""
+        zeroed = jax.tree_util.tree_map_with_path(
+            lambda path, x: jnp.where(
+                any(
+                    name in jax.tree_util.keystr(path, simple=True, separator="/") for name in paths
+                ),
+                0,
+                x,
+            ),
+            params,
+        )
+        return encode_along_paths(config, zeroed, images, None)[0]
+
+    out = "visual/transformer/resblocks_0/"
+    branches = out + "attn/out_proj", out + "mlp/c_proj"
+    np.testing.assert_allclose(found[1], without(*branches)[1], atol=5e-6, rtol=2e-5)
+    np.testing.assert_allclose(found[0], without(branches[1])[0], atol=5e-6, rtol=2e-5)
+    assert float(jnp.abs(found - encode_along_paths(config, params, images, None)[0]).max()) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"remat": "minimal", "scan": True},
+        pytest.param({"remat": "minimal"}, marks=pytest.mark.slow),
+        pytest.param({"remat": "blocks", "scan": True}, marks=pytest.mark.slow),
+        pytest.param({"remat": "full"}, marks=pytest.mark.slow),
+        pytest.param({"pool_last_block": False}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_factors_of_branches_are_the_same_however_the_tower_is_computed(form):
+    config = VIT if "pool_last_block" in form else DEEP["siglip"]
+    params, (images, _) = random_variables(config)["params"], make_inputs(config, batch=3)
+    rng = np.random.default_rng(1)
+    shape = (3, config.vision.layers, 2)
+    scale_BK2 = jnp.asarray(rng.choice([0.0, 1.0, 2.0], shape), jnp.float32)
+    wanted = encode_along_paths(config, params, images, scale_BK2)
+    found = encode_along_paths(config, params, images, scale_BK2, **form)
+    np.testing.assert_allclose(found[0], wanted[0], atol=5e-6, rtol=2e-5)
+    assert_trees_close(found[1]["visual"], wanted[1]["visual"], atol=2e-5)

@@ -172,6 +172,30 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(data, uninterrupted, tmp_
     assert run_losses(tmp_path) == run_losses(uninterrupted)
 
 
+@pytest.mark.slow
+def test_augmented_images_and_captions_are_the_same_after_a_resume(data, tmp_path, monkeypatch):
+    """Decoded by processes there, by threads before."""
+    fields = {
+        "model__drop_path": 0.5,
+        "data__captions": ("*=1", ".txt=1"),
+        "data__word_dropout": 0.3,
+        "data__rand_augment": 2,
+        "data__random_erasing": 0.5,
+        "data__erasing_mode": "pixel",
+    }
+    config = make_config(data, **fields)
+    assert main.run(config, str(tmp_path / "whole")) == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, 7)
+        assert main.run(config, str(tmp_path / "stopped")) == EXIT_TERMINATED
+    other = make_config(data, data__processes=2, **fields)
+    assert main.run(other, str(tmp_path / "stopped")) == 0
+    assert run_losses(tmp_path / "stopped") == run_losses(tmp_path / "whole")
+    changed = make_config(data, **fields | {"data__word_dropout": 0.2})
+    with pytest.raises(UserError, match=r"config\.data\.word_dropout = 0\.3 and now it is 0\.2"):
+        main.run(changed, str(tmp_path / "whole"))
+
+
 def test_finished_runs_do_nothing_more(data, uninterrupted):
     before = run_losses(uninterrupted)
     assert main.run(make_config(data), str(uninterrupted)) == 0

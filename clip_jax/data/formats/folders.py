@@ -142,6 +142,13 @@ class FolderShard(FileShard):
             raise BadSampleError("no_caption")
         return caption_values(self._json_caption(i, handles))
 
+    def captions_beside(self, suffix: str, i: int, handles: Handles) -> list[str]:
+        """Return the captions of the file `<image without its ending>.<suffix>`."""
+        text = self._side_file(i, f".{suffix}")
+        if text is None:
+            raise BadSampleError("no_caption", f"no .{suffix}")
+        return text_captions(text, lambda: None, self._whole_txt)
+
     def _json_caption(self, i: int, handles: Handles) -> Any:
         return self.record(i, handles).get(self._caption_key)
 

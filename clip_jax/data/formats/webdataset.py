@@ -39,8 +39,8 @@ from clip_jax.errors import note
 from clip_jax.files import atomic_write
 
 SUFFIXES = (*IMAGE_SUFFIXES, "txt", "json", "cls", "npy")
-# Side files of earlier versions do not know these members.
-_LATER_SUFFIXES = {*IMAGE_SUFFIXES, "npy"} - {"jpg", "jpeg", "png", "webp"}
+# Side files of earlier versions know these members alone.
+_DIGEST_SUFFIXES = {"jpg", "jpeg", "png", "webp", "txt", "json", "cls"}
 SIDE_SUFFIX = ".index.json"
 """Of the file beside a shard that says what it must hold."""
 
@@ -132,6 +132,17 @@ class TarShard:
             raise BadSampleError("no_caption")
         return caption_values(self._json_caption(i, handles))
 
+    def captions_beside(self, suffix: str, i: int, handles: Handles) -> list[str]:
+        """Return the captions of the member of this suffix, one on "txt".
+
+        Raises:
+          BadSampleError: as `Shard.captions`.
+        """
+        place = self.member(i, suffix)
+        if place is None:
+            raise BadSampleError("no_caption", f"no .{suffix}")
+        return text_captions(self._text(place, handles), lambda: None, self.whole_txt)
+
     def _json_caption(self, i: int, handles: Handles) -> Any:
         return self.record(i, handles).get(self.caption_key)
 
@@ -180,7 +191,7 @@ class TarShard:
         """Return a hash of keys, offsets and lengths, but not of the members' contents."""
         state = hashlib.blake2b(self.key_bytes, digest_size=16)
         state.update(self.key_ends.astype("<u4").tobytes())
-        for suffix in sorted(set(self.members) - _LATER_SUFFIXES):
+        for suffix in sorted(set(self.members) & _DIGEST_SUFFIXES):
             state.update(suffix.encode() + b"\0")
             state.update(self.members[suffix].astype("<u4").tobytes())
         return state.hexdigest()
@@ -228,7 +239,7 @@ def _collect(path: str, size: int, members: Sequence[tar.Member], caption_key: s
     current = None
     for member in members:
         key, suffix = split_name(member.name)
-        known = suffix in SUFFIXES
+        known = suffix in SUFFIXES or suffix.endswith(".txt")
         ignored += not member.is_folder and not (key and member.is_file and known)
         if not key or not member.is_file:
             continue
