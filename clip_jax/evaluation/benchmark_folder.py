@@ -3,7 +3,7 @@
 A folder holds a folder for each split, with `nshards.txt` and `0.tar`, `1.tar`, ...; beside them
 lie `classnames.txt`, `zeroshot_classification_templates.txt` and `dataset_type.txt` ("retrieval" or
 "multilabel"; none is classification). In the tars, `.cls` is a class, `.npy` a row of zeros and
-ones or the groups of an image, and `.txt` holds captions, one a line.
+ones or the groups of an image, and `.txt` holds captions, one a line. The folder may be remote.
 """
 
 import os
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_jax.data.formats.options import split_options
+from clip_jax.data.formats.remote import RemoteError, answer_of, is_url, read_whole
 from clip_jax.errors import UserError
 from clip_jax.evaluation.caption_choice import CHOICE, is_choice_file
 from clip_jax.evaluation.datasets import known_dataset
@@ -26,6 +27,8 @@ TEMPLATES = "zeroshot_classification_templates.txt"
 KIND = "dataset_type.txt"
 CLASSIFICATION, RETRIEVAL_KIND = "classification", "retrieval"
 KINDS = (CLASSIFICATION, MULTILABEL, RETRIEVAL_KIND)
+MAX_BYTES = 1 << 24
+"""Of the files beside the shards."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +36,13 @@ class BenchmarkFolder:
     """One split of a data set in the layout.
 
     Attributes:
-      root: the folder of the whole data set.
+      root: the folder of the whole data set, or its URL.
       split: the name of the split, a folder in it.
       shards: the number of its tar files.
       kind: one of `KINDS`.
     """
 
-    root: Path
+    root: str
     split: str
     shards: int
     kind: str
@@ -47,66 +50,91 @@ class BenchmarkFolder:
     @property
     def data(self) -> str:
         """The split's tars, as `data.sources.expand` takes them."""
-        return f"{self.root / self.split}/{{0..{self.shards - 1}}}.tar"
+        return f"{self.root}/{self.split}/{{0..{self.shards - 1}}}.tar"
 
     @property
     def name(self) -> str:
         """The data set's name: the folder's, without the `wds_` and `_test` of published ones."""
-        return re.sub(r"^wds_|_(test|train|val)$", "", self.root.name)
+        name = re.sub(r"/resolve/[^/]+$", "", self.root).rpartition("/")[2]
+        return re.sub(r"^wds_|_(test|train|val)$", "", name)
 
     def file(self, name: str) -> str:
         """Return the path of one of the files beside the splits; empty where it is not there."""
-        path = self.root / name
-        return str(path) if path.is_file() else ""
+        path = f"{self.root}/{name}"
+        return path if _read(path) is not None else ""
 
 
 def find_benchmark_folder(pattern: str, split: str) -> BenchmarkFolder | None:
     """Return what a source names if it is a folder of the layout, else None.
 
     Args:
-      pattern: the data set's folder, or a split's; `{}` stands for the split.
+      pattern: the data set's folder or URL, or a split's; `{}` stands for the split. A page of
+        Hugging Face's hub, .../datasets/OWNER/NAME/tree/REVISION, is read as the files behind it.
       split: the one that is read where the pattern names none.
 
     Raises:
       UserError: the data set has no such split, or a file beside the tars is damaged.
     """
-    path = Path(os.path.expanduser(pattern.replace("{}", split)))
-    if not path.is_dir():
-        if "{}" in pattern and (parent := path.parent).is_dir():
-            raise _no_split(parent, split)
+    path = pattern.replace("{}", split).rstrip("/")
+    if is_url(path):
+        if re.search(r"::|[*{#]|\.\w{2,}$", path):
+            return None  # shards by their own names
+        path = re.sub(
+            r"^(https://huggingface\.co/datasets/[^/]+/[^/]+)/tree/", r"\1/resolve/", path
+        )
+    else:
+        path = os.path.abspath(os.path.expanduser(path))
+        if not os.path.isdir(path):
+            if "{}" in pattern and os.path.isdir(os.path.dirname(path)):
+                raise _no_split(os.path.dirname(path), split)
+            return None
+    if (text := _read(f"{path}/{SHARD_COUNT}")) is not None:
+        root, _, split = path.rpartition("/")
+    elif (text := _read(f"{path}/{split}/{SHARD_COUNT}")) is not None:
+        root = path
+    elif _splits(path):
+        raise _no_split(path, split)
+    else:
         return None
-    if (path / SHARD_COUNT).is_file():
-        path, split = Path(os.path.abspath(path)).parent, path.name
-    elif not (path / split / SHARD_COUNT).is_file():
-        if _splits(path):
-            raise _no_split(path, split)
+    if not re.fullmatch(r"[1-9]\d*", text.strip()):
+        raise UserError(f"{root}/{split}/{SHARD_COUNT} holds {text[:40]!r} and no number of shards")
+    return BenchmarkFolder(root, split, int(text), _kind(root))
+
+
+def _read(path: str) -> str | None:
+    """Return a small file's text, local or remote; None where there is no such file.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    try:
+        return read_whole(path, MAX_BYTES).decode("utf-8", "replace")
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         return None
-    return BenchmarkFolder(path, split, _shard_count(path / split / SHARD_COUNT), _kind(path))
+    except RemoteError as e:
+        if isinstance(e.__cause__, Exception) and answer_of(e.__cause__).kind == "missing":
+            return None
+        raise UserError(f"{path} cannot be read: {e}") from None
+    except OSError as e:
+        raise UserError(f"{path} cannot be read: {e.strerror or e}") from None
 
 
-def _splits(root: Path) -> list[str]:
-    return sorted(path.parent.name for path in root.glob(f"*/{SHARD_COUNT}"))
+def _splits(root: str) -> list[str]:
+    return (
+        [] if is_url(root) else sorted(p.parent.name for p in Path(root).glob(f"*/{SHARD_COUNT}"))
+    )
 
 
-def _no_split(root: Path, split: str) -> UserError:
+def _no_split(root: str, split: str) -> UserError:
     known = ", ".join(_splits(root)) or "none at all"
     return UserError(f"{root} has no split {split!r} with {SHARD_COUNT}; it has {known}: --split")
 
 
-def _shard_count(path: Path) -> int:
-    text = path.read_text(encoding="utf-8", errors="replace").strip()
-    if not re.fullmatch(r"[1-9]\d*", text):
-        raise UserError(f"{path} holds {text[:40]!r} and no number of shards")
-    return int(text)
-
-
-def _kind(root: Path) -> str:
-    path = root / KIND
-    if not path.is_file():
-        return CLASSIFICATION
-    kind = path.read_text(encoding="utf-8", errors="replace").strip().lower()
+def _kind(root: str) -> str:
+    text = _read(f"{root}/{KIND}")
+    kind = CLASSIFICATION if text is None else text.strip().lower()
     if kind not in KINDS:
-        raise UserError(f"{path} holds {kind[:40]!r}, which is none of {', '.join(KINDS)}")
+        raise UserError(f"{root}/{KIND} holds {kind[:40]!r}, which is none of {', '.join(KINDS)}")
     return kind
 
 
@@ -142,8 +170,8 @@ def describe_source(
         )
     sources = {"data": folder.data}
     if set(tasks) & set(TRAINED_TASKS):
-        defaults = {"train_data": str(folder.root)}
-        defaults |= {"val_data": str(folder.root)} if val_split else {}
+        defaults = {"train_data": folder.root}
+        defaults |= {"val_data": folder.root} if val_split else {}
         splits = {"train_data": train_split, "val_data": val_split or "val"}
         for field, pattern in (defaults | dict(given)).items():
             if field in splits and (found := find_benchmark_folder(pattern, splits[field])):

@@ -12,8 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from clip_jax.data.formats.remote import read_whole
 from clip_jax.errors import UserError
 
+MAX_BYTES = 1 << 28
+"""Of a file of names or prompts, which may be remote."""
 SHIPPED = Path(__file__).parent / "prompt_data"
 
 # Named lists for configs and commands; other names are of shipped data sets, or a file's path.
@@ -62,7 +65,7 @@ def load_class_names(name_or_path: str | Path) -> list[str]:
     """
     if str(name_or_path) in shipped_class_names():
         return list(shipped_class_names()[str(name_or_path)])
-    return _read_strings(Path(name_or_path), "class names")
+    return _read_strings(name_or_path, "class names")
 
 
 def load_templates(name_or_path: str | Path | Sequence[str]) -> list[str]:
@@ -78,7 +81,7 @@ def load_templates(name_or_path: str | Path | Sequence[str]) -> list[str]:
     """
     if isinstance(name_or_path, str | Path):
         named = _named_templates(str(name_or_path))
-        templates = named or _read_strings(Path(name_or_path), "templates")
+        templates = named or _read_strings(name_or_path, "templates")
     else:
         templates = [t for item in name_or_path for t in _named_templates(item) or [item]]
     return check_templates(templates)
@@ -105,15 +108,16 @@ def check_templates(templates: Sequence[str]) -> list[str]:
     return templates
 
 
-def _read_strings(path: Path, what: str) -> list[str]:
+def _read_strings(path: str | Path, what: str) -> list[str]:
     """Read a JSON list or one string a line; `what` names them in messages."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_whole(str(path), MAX_BYTES).decode("utf-8-sig")
     except OSError as error:
-        raise UserError(f"cannot read {what} from {path}: {error.strerror}") from error
+        reason = error.strerror or error
+        raise UserError(f"cannot read {what} from {path}: {reason}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{what} in {path} are not UTF-8 (byte {error.start})") from error
-    if path.suffix == ".json":
+    if str(path).endswith(".json"):
         try:
             strings = json.loads(text)
         except ValueError as error:

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import shutil
 
+import fsspec
 import numpy as np
 import pytest
 from benchmark_trees import NAMES, TEMPLATES, crepe_texts, png, write_choices, write_tree
@@ -95,6 +96,19 @@ def test_a_folder_of_the_layout_is_found_by_its_root_its_split_or_braces(tmp_pat
     (root / "test" / "nshards.txt").write_text("many")
     with pytest.raises(UserError, match=r"nshards.txt holds 'many'"):
         find_benchmark_folder(str(root), "test")
+
+
+def test_a_remote_folder_is_as_a_local_one(tmp_path):
+    local = write_tree(tmp_path / "wds_many_test", "multilabel")
+    bucket = fsspec.filesystem("memory")
+    bucket.put(str(local), "/trees/wds_many_test", recursive=True)
+    found = find_benchmark_folder("memory://trees/wds_many_test/", "test")
+    assert (found.name, found.kind, found.shards) == ("many", "multilabel", 3)
+    assert find_benchmark_folder("memory://trees/wds_many_test", "val") is None
+    assert find_benchmark_folder("memory://trees/{0..3}.tar", "val") is None
+    (want,) = evaluate(local, tmp_path / "a").results
+    (got,) = evaluate("memory://trees/wds_many_test", tmp_path / "b").results
+    assert got == want
 
 
 def test_a_missing_shard_is_an_error(tmp_path):
