@@ -158,9 +158,8 @@ def test_the_softmax_of_bfloat16_attention_is_in_float32():
     assert float(jnp.abs(rough - expected).max()) > 4 * 2 * 2**-9 * largest
 
 
-@pytest.mark.parametrize(
-    "name", ["vit", *(pytest.param(name, marks=pytest.mark.slow) for name in ("convnet", "resnet"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vit", "convnet", "resnet"])
 def test_recomputing_changes_nothing(name):
     """Values, gradients and batch statistics come of the same operations, done once more."""
     config = DEEP[name]

@@ -84,13 +84,13 @@ def assert_equal_to_plain(kernel, plain, arrays, weights, spec, *, is_pair):
     ("batch", "length", "number", "size", "is_causal"),
     [
         (3, 50, 4, 64, False),
-        (4, 50, 3, 64, False),
+        pytest.param(4, 50, 3, 64, False, marks=pytest.mark.slow),
         (2, 77, 2, 64, True),
         (1, 77, 3, 80, True),
-        (1, 196, 2, 64, False),
+        pytest.param(1, 196, 2, 64, False, marks=pytest.mark.slow),
         (1, 197, 2, 80, False),
         (1, 257, 1, 128, False),
-        (1, 257, 2, 64, False),
+        pytest.param(1, 257, 2, 64, False, marks=pytest.mark.slow),
         (5, 16, 4, 32, True),
     ],
 )

@@ -46,8 +46,12 @@ BLOCKS = {
 
 @pytest.mark.parametrize(
     ("config", "scan"),
-    [(VIT, False), (VIT, True), (CLIPA, False), (SIGLIP, False)],
-    ids=["vit", "vit-scan", "clipa", "siglip"],
+    [
+        pytest.param(VIT, False, id="vit"),
+        pytest.param(VIT, True, id="vit-scan", marks=pytest.mark.slow),
+        pytest.param(CLIPA, False, id="clipa", marks=pytest.mark.slow),
+        pytest.param(SIGLIP, False, id="siglip"),
+    ],
 )
 def test_models_with_minimal_blocks_are_the_plain_models(config, scan):
     variables, inputs = random_variables(config), make_inputs(config)

@@ -143,7 +143,9 @@ def test_every_leaf_that_can_be_is_split(name, scan):
             assert "tensor" in spec, label
 
 
-@pytest.mark.parametrize(("fsdp", "scan"), [(64, True), (128, True)])
+@pytest.mark.parametrize(
+    ("fsdp", "scan"), [(64, True), pytest.param(128, True, marks=pytest.mark.slow)]
+)
 def test_bigg_is_split_evenly(fsdp, scan):
     """Parameters and optimizer of a device within 2 % of an exact division."""
     mesh = jax.sharding.AbstractMesh((256 // fsdp, fsdp, 1), AXES)

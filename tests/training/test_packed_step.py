@@ -43,7 +43,7 @@ def packed(batch, packing):
     ("devices", "microbatch_size", "captions", "segments", "how"),
     [
         (1, 8, 8, 4, {"remat": "minimal"}),
-        (8, 0, 2, 1, {"scan": True}),
+        pytest.param(8, 0, 2, 1, {"scan": True}, marks=pytest.mark.slow),
         pytest.param(1, 0, 16, 8, {}, marks=pytest.mark.slow),
         pytest.param(1, 0, 16, 8, {"remat": "minimal", "scan": True}, marks=pytest.mark.slow),
     ],

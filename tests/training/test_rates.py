@@ -142,6 +142,7 @@ def both():
     return results
 
 
+@pytest.mark.slow
 def test_a_stack_that_is_cut_trains_as_single_blocks(both):
     (_, plain, want), (_, looped, got) = both
     # The same sums in another order, which three steps of Adam pass on.
