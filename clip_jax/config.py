@@ -23,6 +23,7 @@ from clip_jax.sections import (
     Bounds,
     Config,
     DataSection,
+    DistillSection,
     EvalSection,
     MeshSection,
     ModelSection,
@@ -157,6 +158,7 @@ def resolve(config: ml_collections.ConfigDict) -> Config:
         "config.data.repeat is off, which is one pass: set config.train.epochs to 1,"
         " config.train.steps to 0 and give no config.data.weights",
     )
+    _check_distill(c.distill)
     _check_mesh(c.mesh)
     _check_eval(c.eval)
     return c
@@ -260,6 +262,16 @@ def _check_data(d: DataSection, batch_size: int) -> None:
     _require(
         0 < d.crop_ratio[0] <= d.crop_ratio[1],
         f"config.data.crop_ratio is {d.crop_ratio}; it takes 0 < low <= high",
+    )
+
+
+def _check_distill(d: DistillSection) -> None:
+    from clip_jax.models.execution import DTYPES
+
+    check_choice("config.distill.dtype", d.dtype, DTYPES)
+    _require(
+        not (d.teachers or d.features) or d.affinity_weight + d.feature_weight > 0,
+        "config.distill has a teacher, and its affinity_weight and feature_weight are 0: raise one",
     )
 
 

@@ -264,6 +264,31 @@ class DataSection:
 
 
 @dataclasses.dataclass(frozen=True)
+class DistillSection:
+    """Teachers, whose features of the very crops and captions a run learns from beside its loss."""
+
+    teachers: tuple[str, ...] = may_change(())
+    """Models as `clip_jax.load` takes them: a run, a path or a published model's name; none trains
+    as ever. Resumed: the weights decide, not the path."""
+    features: str = may_change("")
+    """Folder of the teachers' features that `python -m clip_jax.data.reinforce` has stored; they
+    are then not computed, and `teachers` may be empty. Resumed: the weights decide."""
+    affinity_weight: float = bounded(1.0, low=0, high=1e6)
+    """Of the divergence of the student's softmax over the batch from the teachers', image to text
+    and text to image, averaged over the teachers (MobileCLIP, arXiv:2311.17049)."""
+    feature_weight: float = bounded(0.0, low=0, high=1e6)
+    """Of the squared distance between unit features (CLIP-KD, arXiv:2307.12732), the student's
+    through a learned projection where a teacher's are of another width."""
+    contrastive_weight: float = bounded(1.0, low=0, high=1e6)
+    """Of the run's own loss beside them."""
+    temperature: float = bounded(1.0, low=1e-3, high=1e3)
+    """Divides the scaled cosines of student and teachers in the affinity, which is multiplied by
+    its square (arXiv:1503.02531); above 1 is softer."""
+    dtype: str = "float32"
+    """Of the teachers' activations and matrix products, float32 or bfloat16."""
+
+
+@dataclasses.dataclass(frozen=True)
 class MeshSection:
     """The number of devices along each axis; their product is the number of all devices."""
 
@@ -328,6 +353,7 @@ class Config:
     train: TrainSection = TrainSection()
     optim: OptimSection = OptimSection()
     data: DataSection = DataSection()
+    distill: DistillSection = DistillSection()
     mesh: MeshSection = MeshSection()
     eval: EvalSection = EvalSection()
     checkpoint: CheckpointSection = CheckpointSection()

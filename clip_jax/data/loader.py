@@ -55,7 +55,8 @@ class Batch(TypedDict, total=False):
     """This host's rows of one global batch; b = batch_size / hosts.
 
     `label` and `captions` are in evaluation batches only; `key` and `captions` stay on the host.
-    `packed` are the captions of `text` as `caption_packing.pack_captions` lays them, where it does.
+    `packed` are the captions of `text` as `caption_packing.pack_captions` lays them, where it does;
+    `teacher_text` those of a distillation's teachers.
     """
 
     image: UInt8[np.ndarray, "b H W 3"]
@@ -66,6 +67,7 @@ class Batch(TypedDict, total=False):
     label: Int32[np.ndarray, " b"]  # class number, -1 when the sample has none
     captions: list[list[str]]  # every caption of the image
     packed: dict[str, np.ndarray]
+    teacher_text: Int32[np.ndarray, "b L"]
 
 
 class Loader(Iterator[Batch]):
@@ -78,6 +80,7 @@ class Loader(Iterator[Batch]):
       rows: rows handed out so far, padding left out.
       recent: the last of the skipped, as "cause: detail (shard/key)".
       num_steps: batches in all, or None for a loader without an end.
+      step: of the next batch.
     """
 
     def __init__(
@@ -90,7 +93,7 @@ class Loader(Iterator[Batch]):
         buffers: BatchBuffers,
     ):
         self.rows = 0
-        self._step, self.num_steps = steps
+        self.step, self.num_steps = steps
         self._buffers = buffers
         self._reader = reader
         self._log = log
@@ -108,13 +111,13 @@ class Loader(Iterator[Batch]):
                 self._log.sample(cause, key, detail)
                 self.recent.append(f"{detail} ({key})")
         batch = Batch(
-            image=self._buffers.take(self._step),
+            image=self._buffers.take(self.step),
             text=np.concatenate([p.text for p in parts]),
             caption_id=np.concatenate([p.caption_id for p in parts]),
             valid=np.concatenate([p.valid for p in parts]),
             key=[key for p in parts for key in p.key],
         )
-        self._step += 1
+        self.step += 1
         if self._evaluation:
             batch["label"] = np.concatenate([p.label for p in parts])
             batch["captions"] = [captions for p in parts for captions in p.captions]
@@ -180,21 +183,71 @@ def make_train_loader(
     rows = BatchOrder(
         order, batch_size=batch_size, part=part, lengths=None if config.repeat else lengths
     )
-    settings = ReaderSettings(tokenizer, shape, config, seed, decoding)
-    shards = ConcatShards(data.shards)
+    return _make_training_loader(
+        rows.rows_at,
+        data,
+        ReaderSettings(tokenizer, shape, config, seed, decoding),
+        rows=rows.rows,
+        steps=(start_step, rows.num_steps),
+    )
+
+
+def make_listed_loader(
+    data: TrainingData,
+    config: DataSection,
+    tokenizer: Tokenizer,
+    *,
+    shape: SampleShape,
+    seed: int,
+    batch_size: int,
+    batches: Sequence[tuple[int, int, int]],
+) -> Loader:
+    """Return given batches of training data, each sample as its epoch crops it.
+
+    Args:
+      data, config, tokenizer, shape, seed: as `make_train_loader` takes them.
+      batch_size: rows of a batch.
+      batches: of each its epoch, its first sample and the one behind its last; what is missing to
+        `batch_size` is filled up with rows of `valid=False` and an empty key.
+    """
+
+    def rows_at(step: int, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        epoch, start, stop = batches[step]
+        ids = np.arange(start + first, start + last)
+        return np.where(ids < stop, ids, -1), np.full_like(ids, epoch)
+
+    return _make_training_loader(
+        rows_at,
+        data,
+        ReaderSettings(tokenizer, shape, config, seed),
+        rows=batch_size,
+        steps=(0, len(batches)),
+    )
+
+
+def _make_training_loader(
+    rows_at: Callable[[int, int, int], tuple[np.ndarray, np.ndarray]],
+    data: TrainingData,
+    settings: ReaderSettings,
+    *,
+    rows: int,
+    steps: tuple[int, int | None],
+) -> Loader:
+    """Return batches of training data, decoded in this process or in others for it."""
+    config, shards = settings.config, ConcatShards(data.shards)
     count = decode_processes(config, data.shards)
-    buffers = BatchBuffers((rows.rows, *shape.image), shared=count > 0)
+    buffers = BatchBuffers((rows, *settings.shape.image), shared=count > 0)
     processes = None
     if count:
         processes = DecodeProcesses(
             settings, shards, buffers, processes=count, threads=config.threads
         )
     return _make_loader(
-        rows.rows_at,
+        rows_at,
         make_training_reader(settings, shards) if processes is None else processes,
         buffers,
-        rows=rows.rows,
-        steps=(start_step, rows.num_steps),
+        rows=rows,
+        steps=steps,
         threads=config.threads,
         log=data.log,
     )

@@ -223,6 +223,12 @@ MODELS: dict[str, CLIPConfig] = {
         ConvNetConfig(48, 4, (64, 128, 256)),
         TextConfig(width=128, layers=1, heads=2, context_length=24),
     ),
+    # A quarter of its parameters, for distillation.
+    "ConvNet-48-S": CLIPConfig(
+        64,
+        ConvNetConfig(48, 4, (32, 64, 128)),
+        TextConfig(width=64, layers=1, heads=1, context_length=24),
+    ),
     # One that open_clip and transformers can load when it is exported.
     "ViT-48": CLIPConfig(
         256,

@@ -26,6 +26,7 @@ COMMANDS = {
     "data.inspect": "tools/data_inspect.py",
     "data.shard": "tools/data_shard.py",
     "data.filter": "tools/data_filter.py",
+    "data.reinforce": "tools/data_reinforce.py",
     "data.bench": "tools/data_bench.py",
     "data.emoji": "tools/data_emoji.py",
     "tokenizers.train": "tokenizers/train.py",

@@ -15,6 +15,7 @@ from clip_jax.data.loader import Batch, Loader, bucket_length
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.parallel import distributed
 from clip_jax.parallel.mesh import BATCH_AXES, place_batch
+from clip_jax.training.distillation import split_captions
 from clip_jax.training.metrics import DataWait
 from clip_jax.training.setup import RunComponents
 from clip_jax.training.signals import StopRequest
@@ -76,6 +77,7 @@ class BatchFeed:
         self._limit = limit
         self._stop_request = stop_request
         self._data_wait = data_wait
+        self._step = loader.step
         self._batches = announced(loader, count, self._announce)
 
     def place_next(self) -> PlacedBatch | None:
@@ -97,10 +99,15 @@ class BatchFeed:
             text, packing = {"text": batch["text"][:, :length]}, None
         signals = answers[:, 1]
         arrays = place_batch(device_arrays(batch) | text, self._run.mesh)
+        if self._run.distiller is not None:
+            arrays |= self._run.distiller.features(batch, self._step)
+        self._step += 1
         return PlacedBatch(arrays, batch["key"], packing or length, signals, batch["text"])
 
     def _announce(self, batch: Batch) -> distributed.Announcement:
         """Tell all processes (caption length, stop signal, skipped rows, rows) of a batch."""
+        if self._run.distiller is not None:
+            split_captions(batch, self._run.model.config.text.context_length)
         length = self._trim(batch)
         rows = sum(key != "" for key in batch["key"])
         skipped = rows - int(batch["valid"].sum())

@@ -33,6 +33,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from clip_jax.errors import UserError, short
 from clip_jax.models.lora import LORA, adapter_scale, make_adapters, merge_adapters
+from clip_jax.models.projection import PROJECTIONS, without_projections
 from clip_jax.models.stack import stack_layers, unstack_layers
 from clip_jax.parallel.distributed import (
     from_first,
@@ -270,7 +271,7 @@ class Checkpoints:
         items, meta = restored
         state = TrainState(
             step=items["train"]["step"],
-            params=items["model"]["params"],
+            params=items["model"]["params"] | _projections(items["train"]),
             batch_stats=items["model"]["batch_stats"],
             opt_state=items["train"]["opt_state"],
             ema=items.get("ema", {}),
@@ -457,11 +458,18 @@ def _with_adapter_shapes(params: Any, meta: dict[str, Any]) -> Any:
     }
 
 
+def _projections(train: dict[str, Any]) -> dict[str, Any]:
+    return {name: tree for name, tree in train.items() if name == PROJECTIONS}
+
+
 def _items(state: TrainState) -> dict[str, Any]:
+    params = without_projections(state.params)
     items = {
-        "model": {"params": state.params, "batch_stats": state.batch_stats},
+        "model": {"params": params, "batch_stats": state.batch_stats},
         "train": {"step": state.step, "opt_state": state.opt_state},
     }
+    if PROJECTIONS in state.params:
+        items["train"][PROJECTIONS] = state.params[PROJECTIONS]
     return items | {"ema": state.ema} if state.ema else items
 
 

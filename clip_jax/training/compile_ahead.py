@@ -8,8 +8,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from clip_jax.data.loader import bucket_lengths
+from clip_jax.models.projection import without_projections
 from clip_jax.parallel.mesh import BATCH_AXES, batch_shards
 from clip_jax.training.batch_feed import packed_shapes, trimmed_batch_shapes
+from clip_jax.training.distillation import teacher_shapes
 from clip_jax.training.programs import ShapedPrograms
 from clip_jax.training.setup import RunComponents
 
@@ -33,13 +35,16 @@ def caption_lengths(run: RunComponents) -> list[int]:
 def prepare_step(run: RunComponents, step: ShapedPrograms) -> None:
     """Compile the step for every length of captions; for packed ones and the full length alone."""
     size, packing, lengths = run.config.train.batch_size, run.caption_packing, caption_lengths(run)
+    infos = () if run.distiller is None else run.distiller.infos
+    teachers = teacher_shapes(infos, run.mesh, size)
     if packing is not None:
         batch = trimmed_batch_shapes(run.mesh, run.model.config, size, lengths[0])
-        step.prepare("the step for packed captions", run.shapes, packed_shapes(batch, packing))
+        batch = packed_shapes(batch, packing) | teachers
+        step.prepare("the step for packed captions", run.shapes, batch)
         lengths = lengths[:1]
     for length in lengths:
         batch = trimmed_batch_shapes(run.mesh, run.model.config, size, length)
-        step.prepare(f"the step for captions of {length} tokens", run.shapes, batch)
+        step.prepare(f"the step for captions of {length} tokens", run.shapes, batch | teachers)
 
 
 def prepare_encoders(
@@ -54,7 +59,8 @@ def prepare_encoders(
     def shape(dims: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((rows, *dims), dtype, sharding=sharding)
 
-    variables = {"params": run.shapes.params, "batch_stats": run.shapes.batch_stats}
+    params = without_projections(run.shapes.params)
+    variables = {"params": params, "batch_stats": run.shapes.batch_stats}
     variables = run.shapes.ema or variables
     encode_image.prepare("images of an evaluation", variables, shape((side, side, 3), np.uint8))
     for length in caption_lengths(run):

@@ -5,7 +5,7 @@ the run had there stands in its work folder's `config.json`.
 """
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ Fingerprint = dict[str, Any]
 
 TOKENIZER = "the tokenizer's fingerprint"
 PAIRS, DATA = "the number of training pairs", "the training data's fingerprint"
+TEACHERS = "the teachers' weights"
 CONTENTS, SOURCE = "the contents of the training shards", "the contents of the first weights"
 FIELD_OF = {
     TOKENIZER: "config.data.tokenizer",
@@ -33,6 +34,7 @@ FIELD_OF = {
     DATA: "config.data.train",
     CONTENTS: "config.data.train",
     SOURCE: "config.model.init_from",
+    TEACHERS: "config.distill.teachers",
 }
 """The field of the config by which a change of what is not in the config is allowed."""
 RUN_FILES = ("metrics.jsonl", "best", WEIGHTS_FILENAME)
@@ -48,6 +50,7 @@ def run_fingerprint(
     pairs: int,
     contents: str | None,
     source: str | None,
+    teachers: Sequence[str] = (),
 ) -> Fingerprint:
     """Return the fingerprint of a run, as it is after a round trip through JSON.
 
@@ -60,12 +63,14 @@ def run_fingerprint(
       contents: the digest of what the shards hold; None where it is not known.
       source: the digest of the weights that the run starts from; None without any, and where they
         are not there any more.
+      teachers: their identities.
     """
     values = fixed_values(config) | {
         "the model's sizes": model_to_json(model),
         TOKENIZER: spec_digest(tokenizer),
         PAIRS: pairs,
         DATA: data,
+        TEACHERS: teachers,
     }
     known = {CONTENTS: contents, SOURCE: source}
     values |= {key: value for key, value in known.items() if value is not None}

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from clip_jax.errors import UserError
 from clip_jax.models.lora import LORA
+from clip_jax.models.projection import PROJECTIONS
 from clip_jax.models.stack import FROZEN_STACK, STACK
 from clip_jax.sections import TrainSection
 from clip_jax.typing import Params, leaves_by_path
@@ -132,6 +133,8 @@ def _factor(
     is_adapter = name.startswith(f"{LORA}/")
     name = name.removeprefix(f"{LORA}/")
     top = name.split("/")[0]
+    if top == PROJECTIONS:
+        return 1.0
     if top in FROZEN[section.freeze] or (section.lora_rank and top in _TOWERS and not is_adapter):
         return 0.0
     factor = next((factor for pattern, factor in rows if pattern.search(name)), 1.0)

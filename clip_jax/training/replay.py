@@ -47,20 +47,23 @@ from clip_jax.training.rates import frozen_towers, split_frozen
 from clip_jax.training.setup import (
     RunComponents,
     build_run,
+    distillation_of_run,
     draws_of_run,
     find_source,
+    init_of_run,
     loss_of_run,
     make_loader,
     make_step,
     open_data,
+    open_distiller,
     steps_of_run,
+    warm_start_of_run,
 )
 from clip_jax.training.signals import StopRequest
 from clip_jax.training.skip_limit import SkipLimit
-from clip_jax.training.state import TrainState, make_init
+from clip_jax.training.state import TrainState
 from clip_jax.training.step import TrainStep, make_features, make_gradient
 from clip_jax.training.trainer import make_fingerprint
-from clip_jax.training.warm_start import warm_start_state
 from clip_jax.typing import leaves_by_path
 
 DATA_KEYS = (PAIRS, DATA, CONTENTS, TOKENIZER)
@@ -178,7 +181,8 @@ def _rebuild(
     steps = starts[-1]["steps"] if starts else steps_of_run(config, pairs)
     if step > steps:
         raise UserError(f"--step {step}: the run has {steps} steps")
-    run = build_run(config, steps, description=description)
+    distiller = open_distiller(config, steps, shards)
+    run = build_run(config, steps, description=description, distiller=distiller)
     now = make_fingerprint(run, shards, pairs)
     since = int(meta["step"]) if meta else 0
     changed = {key for line in starts if line["step"] >= since for key in line["changes"]}
@@ -214,13 +218,13 @@ def _first_state(run: RunComponents) -> TrainState:
     config = run.config
     source = find_source(config.model, None)
     if source is not None:
-        return warm_start_state(source, run.model.config, run.optimizer, run.shapes, config)
+        return warm_start_of_run(run, source)
     if config.model.init_from:
         raise UserError(
             f"no checkpoint is before that step, and config.model.init_from "
             f"{config.model.init_from} is not there; take a later --step"
         )
-    return make_init(run.model, run.optimizer, run.shapes, config.train, config.seed)()
+    return init_of_run(run)()
 
 
 def _replay(
@@ -343,7 +347,12 @@ def look_at_step(
         lora_scale=adapter_scale(config.train.lora_rank, config.train.lora_alpha),
     )
     gradient = make_gradient(
-        run.model, loss_of_run(run), run.shapes, config.train, preprocess=run.preprocess
+        run.model,
+        loss_of_run(run),
+        run.shapes,
+        config.train,
+        preprocess=run.preprocess,
+        distillation=distillation_of_run(run),
     )
     draws, modules = draws_of_run(run), list[str]()
 

@@ -27,6 +27,7 @@ from clip_jax.losses import LossFn, make_loss
 from clip_jax.models.clip import CLIP, CLIPConfig, choose_kernels, variable_shapes
 from clip_jax.models.convnet import ConvNetConfig
 from clip_jax.models.flops import train_flops_per_pair
+from clip_jax.models.projection import Projections
 from clip_jax.models.target import Target
 from clip_jax.models.vit import ViTConfig
 from clip_jax.models.zoo import model_config
@@ -44,16 +45,25 @@ from clip_jax.sections import Config, EvalSection, ModelSection, OptimSection, T
 from clip_jax.tokenizers import TokenizerSpec, make_tokenizer, tokenizer_spec
 from clip_jax.training.bucket_copy import local_copy
 from clip_jax.training.device_augment import DrawFn, kept_patches, make_draws
+from clip_jax.training.distillation import (
+    Distillation,
+    Distiller,
+    make_distillation,
+    projections_of,
+)
 from clip_jax.training.optimizer import ELEMENTWISE, make_optimizer, make_schedule
 from clip_jax.training.rates import Rates, frozen_towers, parameter_rates, trains_all
-from clip_jax.training.state import TrainState, state_shapes, with_adapters
+from clip_jax.training.state import Init, TrainState, make_init, state_shapes, with_extras
 from clip_jax.training.step import TrainStep, make_train_step
+from clip_jax.training.stored_features import open_stored
+from clip_jax.training.teachers import load_teachers
 from clip_jax.training.warm_start import (
     SourceCheckpoint,
     has_checkpoints,
     read_source,
     source_tokenizer,
     warm_start_sizes,
+    warm_start_state,
 )
 from clip_jax.typing import Tokenizer, leaves_by_path
 
@@ -73,6 +83,8 @@ class RunComponents:
       optimizer: of the parameters that are trained.
       shapes: the state as ShapeDtypeStructs with their shardings.
       source: the checkpoint that the run starts from.
+      distiller: gives the teachers' features of its batches; None without teachers, and where
+        nothing is trained.
     """
 
     config: Config
@@ -85,6 +97,12 @@ class RunComponents:
     optimizer: optax.GradientTransformation
     shapes: TrainState
     source: SourceCheckpoint | None
+    distiller: Distiller | None = None
+
+    @property
+    def projections(self) -> Projections:
+        """Return the projections that it learns beside its model."""
+        return projections_of_run(self.config, self.model.config, self.distiller)
 
     @functools.cached_property
     def caption_packing(self) -> CaptionPacking | None:
@@ -139,6 +157,7 @@ def build_run(
     *,
     devices: Sequence[jax.Device] | None = None,
     description: RunDescription | None = None,
+    distiller: Distiller | None = None,
 ) -> RunComponents:
     """Build what a run of this many steps needs; nothing is allocated on devices.
 
@@ -172,9 +191,15 @@ def build_run(
         target=mesh_target(mesh),
     )
     schedule = make_schedule(config.optim, steps)
-    optimizer = make_optimizer(schedule, config.optim, rates_of(model, t))
+    projections = projections_of_run(config, sizes, distiller)
+    optimizer = make_optimizer(schedule, config.optim, rates_of(model, t, projections))
     shapes = state_shapes(
-        model, optimizer, mesh, t, split_update=splits_update(config.optim, model.target)
+        model,
+        optimizer,
+        mesh,
+        t,
+        split_update=splits_update(config.optim, model.target),
+        projections=projections,
     )
     check_dropout(config, sizes, frozen_towers(shapes.params, t))
     return RunComponents(
@@ -188,15 +213,24 @@ def build_run(
         optimizer=optimizer,
         shapes=shapes,
         source=source,
+        distiller=distiller,
     )
 
 
-def rates_of(model: CLIP, section: TrainSection) -> Rates | None:
+def projections_of_run(
+    config: Config, sizes: CLIPConfig, distiller: Distiller | None
+) -> Projections:
+    """Return the projections that a run learns beside its model."""
+    infos = () if distiller is None else distiller.infos
+    return projections_of(config.distill, infos, sizes.embed_dim)
+
+
+def rates_of(model: CLIP, section: TrainSection, projections: Projections = ()) -> Rates | None:
     """Return the factors of the learning rate of a model's parameters; None where all are 1."""
     if trains_all(section):
         return None
     plain = variable_shapes(model)["params"]
-    shapes = jax.eval_shape(lambda params: with_adapters(params, section, 0), plain)
+    shapes = jax.eval_shape(lambda params: with_extras(params, section, 0, projections), plain)
     return parameter_rates(leaves_by_path(shapes), section)
 
 
@@ -324,6 +358,20 @@ def draws_of_run(run: RunComponents) -> DrawFn:
     )
 
 
+def init_of_run(run: RunComponents) -> Init:
+    """Make the function that returns a run's state before its first step, from random weights."""
+    config = run.config
+    return make_init(
+        run.model, run.optimizer, run.shapes, config.train, config.seed, run.projections
+    )
+
+
+def warm_start_of_run(run: RunComponents, source: SourceCheckpoint) -> TrainState:
+    """Make a run's state before its first step, from a checkpoint's weights."""
+    sizes, optimizer, shapes = run.model.config, run.optimizer, run.shapes
+    return warm_start_state(source, sizes, optimizer, shapes, run.config, run.projections)
+
+
 def make_step(run: RunComponents) -> TrainStep:
     """Make the jitted step of a run."""
     return make_train_step(
@@ -335,7 +383,15 @@ def make_step(run: RunComponents) -> TrainStep:
         run.config.train,
         preprocess=run.preprocess,
         draws=draws_of_run(run),
+        distillation=distillation_of_run(run),
     )
+
+
+def distillation_of_run(run: RunComponents) -> Distillation | None:
+    """Make what a run learns from its teachers; None without any."""
+    if run.distiller is None:
+        return None
+    return make_distillation(run.config.distill, run.distiller.infos, run.mesh)
 
 
 def make_evaluation(
@@ -379,6 +435,37 @@ def open_data(config: Config, workdir: str) -> TrainingData:
     return TrainingData(sources, log)
 
 
+def open_distiller(config: Config, steps: int, data: TrainingData) -> Distiller | None:
+    """Return what gives the teachers' features of a run of so many steps; None without teachers.
+
+    Where features are stored, teachers are loaded to be compared, and dropped again.
+
+    Raises:
+      UserError: a teacher cannot be loaded, or the features are of something else.
+    """
+    section = config.distill
+    if not section.teachers and not section.features:
+        return None
+    mesh = make_mesh(**dataclasses.asdict(config.mesh))
+    live = load_teachers(section.teachers, mesh, dtype=section.dtype)
+    if not section.features:
+        return live
+    return open_stored(
+        config,
+        steps,
+        data,
+        image_size=sized_images(config),
+        identities=[info.identity for info in live.infos] if live.infos else None,
+        mesh=mesh,
+        part=BatchPart(*batch_part(mesh)),
+    )
+
+
+def sized_images(config: Config) -> int:
+    """Return the side of a run's images, pixels."""
+    return config.model.image_size or model_config(config.model.name).vision.image_size
+
+
 def windows_in_memory(config: Config, processes: int) -> int:
     """Count the shards that a process may hold: the windows that it reads from, and the next."""
     d = config.data
@@ -399,11 +486,14 @@ def steps_of_run(config: Config, pairs: int) -> int:
 def make_loader(run: RunComponents, data: TrainingData, start_step: int) -> Loader:
     """Make this process's batches from a step on."""
     config, sizes = run.config, run.model.config
+    tokenizer, length = run.tokenizer, sizes.text.context_length
+    if run.distiller is not None:
+        tokenizer, length = run.distiller.tokenizer(tokenizer, length)
     return make_train_loader(
         data,
         config.data,
-        run.tokenizer,
-        shape=SampleShape(sizes.vision.image_size, sizes.text.context_length),
+        tokenizer,
+        shape=SampleShape(sizes.vision.image_size, length),
         batch_size=config.train.batch_size,
         seed=config.seed,
         start_step=start_step,

@@ -12,6 +12,12 @@ from jax.sharding import Mesh
 
 from clip_jax.models.clip import CLIP, init_variables
 from clip_jax.models.lora import LORA, make_adapters
+from clip_jax.models.projection import (
+    PROJECTIONS,
+    Projections,
+    make_projections,
+    without_projections,
+)
 from clip_jax.parallel.jax_internals import draws_as_gpu_kernels
 from clip_jax.parallel.sharding import partition_spec, tree_shardings, update_spec
 from clip_jax.sections import TrainSection
@@ -25,7 +31,7 @@ class TrainState:
 
     Attributes:
       step: int32 scalar.
-      params: the model's parameters, float32.
+      params: the model's parameters, float32; with them adapters and a distillation's projections.
       batch_stats: a ResNet's running statistics; empty for a ViT.
       opt_state: the optimizer's, of the parameters that are trained.
       ema: the moving averages {"params", "batch_stats"}; empty where none is kept.
@@ -44,12 +50,17 @@ def state_mesh(state: TrainState) -> Mesh:
     return sharding.mesh
 
 
-def with_adapters(params: Params, section: TrainSection, seed: int) -> Params:
-    """Return a model's parameters, with fresh adapters where the run trains them; traceable."""
-    if not section.lora_rank:
-        return params
-    rank, targets = section.lora_rank, section.lora_targets
-    return params | {LORA: make_adapters(params, rank=rank, targets=targets, seed=seed)}
+def with_extras(
+    params: Params, section: TrainSection, seed: int, projections: Projections
+) -> Params:
+    """Return a model's parameters, with the fresh adapters and projections of a run; traceable."""
+    extras: Params = {}
+    if section.lora_rank:
+        rank, targets = section.lora_rank, section.lora_targets
+        extras[LORA] = make_adapters(params, rank=rank, targets=targets, seed=seed)
+    if projections:
+        extras[PROJECTIONS] = make_projections(projections, seed)
+    return params | extras if extras else params
 
 
 def make_state(
@@ -58,6 +69,7 @@ def make_state(
     section: TrainSection,
     *,
     seed: int = 0,
+    projections: Projections = (),
 ) -> TrainState:
     """Make a state before its first step; traceable.
 
@@ -65,18 +77,19 @@ def make_state(
       variables: {"params", "batch_stats"} of the model.
       optimizer: keeps a state of the parameters that are trained.
       section: it says which those are, its `ema_decay` whether averages are kept.
-      seed: of the adapters, where there are any.
+      seed: of the adapters and the projections, where there are any.
+      projections: of a distillation.
     """
-    params = with_adapters(variables["params"], section, seed)
+    params = with_extras(variables["params"], section, seed, projections)
     batch_stats = variables.get("batch_stats", {})
-    average = {"params": params, "batch_stats": batch_stats} if section.ema_decay else {}
+    average = {"params": without_projections(params), "batch_stats": batch_stats}
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         batch_stats=batch_stats,
         opt_state=optimizer.init(split_frozen(params, section)[0]),
         # Arrays of their own: the step donates its state, and one buffer cannot be given twice.
-        ema=jax.tree.map(jnp.copy, average),
+        ema=jax.tree.map(jnp.copy, average if section.ema_decay else {}),
     )
 
 
@@ -87,12 +100,15 @@ def state_shapes(
     section: TrainSection,
     *,
     split_update: bool = False,
+    projections: Projections = (),
 ) -> TrainState:
     """Return a state of ShapeDtypeStructs with their shardings; nothing is allocated.
 
     `split_update`: the optimizer's state is split over `data` too (`sharding.update_spec`).
     """
-    shapes = jax.eval_shape(lambda: make_state(init_variables(model, 0), optimizer, section))
+    shapes = jax.eval_shape(
+        lambda: make_state(init_variables(model, 0), optimizer, section, projections=projections)
+    )
     shardings = tree_shardings(shapes, mesh)
     if split_update:
         shardings = shardings.replace(
@@ -153,12 +169,14 @@ def make_init(
     shapes: TrainState,
     section: TrainSection,
     seed: int,
+    projections: Projections = (),
 ) -> Init:
     """Make the function that returns a fresh state, see `init_state`."""
     shardings = jax.tree.map(lambda x: x.sharding, shapes)
 
     def make() -> TrainState:
-        return make_state(init_variables(model, seed), optimizer, section, seed=seed)
+        variables = init_variables(model, seed)
+        return make_state(variables, optimizer, section, seed=seed, projections=projections)
 
     is_whole = all(x.sharding.is_fully_replicated for x in jax.tree.leaves(shapes.params))
     return Init(jax.jit(make, out_shardings=shardings), is_whole)

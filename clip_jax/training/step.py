@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -13,16 +13,18 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from clip_jax.data.images import Preprocess
-from clip_jax.losses import LossFn, LossOutput
+from clip_jax.losses import LossFn
 from clip_jax.models.clip import CLIP
 from clip_jax.models.lora import adapter_scale, merge_adapters
 from clip_jax.models.naflex import ImagePatches
+from clip_jax.models.projection import without_projections
 from clip_jax.models.target import Target
 from clip_jax.models.text import PackedTokens
 from clip_jax.parallel.mesh import BATCH_AXES, batch_shards
 from clip_jax.parallel.sharding import rows_stay_split, with_whole_table
 from clip_jax.sections import TrainSection
 from clip_jax.training.device_augment import DrawFn, adjust_colors, erase_boxes
+from clip_jax.training.distillation import Distillation
 from clip_jax.training.rates import frozen_towers, join_for_model, join_frozen, split_frozen
 from clip_jax.training.state import TrainState, state_mesh, update_shardings
 from clip_jax.typing import Features, Params
@@ -59,13 +61,28 @@ class FeaturesFn(Protocol):
         ...
 
 
+class StepOutput(NamedTuple):
+    """What the loss of a batch tells, float32 scalars.
+
+    Attributes:
+      loss: what is minimized.
+      image_accuracy, text_accuracy: as `LossOutput` has them.
+      parts: of the loss of a run with teachers, unweighted, by the names of their metrics.
+    """
+
+    loss: jax.Array
+    image_accuracy: jax.Array
+    text_accuracy: jax.Array
+    parts: dict[str, jax.Array]
+
+
 @runtime_checkable
 class GradientFn(Protocol):
     """The loss of a batch and its gradient."""
 
     def __call__(
         self, trained: Params, frozen: Params, batch_stats: Any, rows: Batch
-    ) -> tuple[LossOutput, Any, Params]:
+    ) -> tuple[StepOutput, Any, Params]:
         """Return the loss, the batch statistics after it, and the gradient of what is trained."""
         ...
 
@@ -143,27 +160,39 @@ def make_features(
 
 
 def feature_loss(
-    loss_fn: LossFn, z_image_BD: Features, z_text_BD: Features, params: Params, rows: Batch
-) -> tuple[jax.Array, LossOutput]:
+    loss_fn: LossFn,
+    distillation: Distillation | None,
+    z_image_BD: Features,
+    z_text_BD: Features,
+    params: Params,
+    rows: Batch,
+) -> tuple[jax.Array, StepOutput]:
     """Return the loss of a batch's features, twice: alone, and with all that the loss tells.
 
-    Of the parameters it takes the temperature and the bias.
+    Of the parameters it takes the temperature, the bias and the projections.
     """
     bias = params.get("logit_bias", jnp.zeros(()))
     scale = jnp.exp(params["logit_scale"])
     with jax.named_scope(LOSS):
         out = loss_fn(z_image_BD, z_text_BD, scale, bias, rows["valid"], rows["caption_id"])
-    return out.loss, out
+        if distillation is None:
+            return out.loss, StepOutput(*out, parts={})
+        parts = distillation.losses(z_image_BD, z_text_BD, params, rows)
+        loss = distillation.total(out.loss, parts)
+    parts = {"contrastive_loss": out.loss} | parts
+    return loss, StepOutput(loss, out.image_accuracy, out.text_accuracy, parts)
 
 
-def make_whole_gradient(features: FeaturesFn, loss_fn: LossFn) -> GradientFn:
+def make_whole_gradient(
+    features: FeaturesFn, loss_fn: LossFn, distillation: Distillation | None = None
+) -> GradientFn:
     """Make the plain form: every activation of the batch is held until its gradient is taken."""
 
     def gradient(trained: Params, frozen: Params, batch_stats: Any, rows: Batch):
         def loss_of(trained: Params):
             params = join_for_model(trained, frozen)
             z_image_BD, z_text_BD, stats = features(params, batch_stats, rows)
-            loss, out = feature_loss(loss_fn, z_image_BD, z_text_BD, params, rows)
+            loss, out = feature_loss(loss_fn, distillation, z_image_BD, z_text_BD, params, rows)
             return loss, (out, stats)
 
         grads, (out, stats) = jax.grad(loss_of, has_aux=True)(trained)
@@ -173,7 +202,13 @@ def make_whole_gradient(features: FeaturesFn, loss_fn: LossFn) -> GradientFn:
 
 
 def make_cached_gradient(
-    features: FeaturesFn, loss_fn: LossFn, shardings: Params, *, mesh: Mesh, microbatch_size: int
+    features: FeaturesFn,
+    loss_fn: LossFn,
+    shardings: Params,
+    *,
+    mesh: Mesh,
+    microbatch_size: int,
+    distillation: Distillation | None = None,
 ) -> GradientFn:
     """Make the form of GradCache: the activations of one micro-batch are held at a time.
 
@@ -212,7 +247,8 @@ def make_cached_gradient(
         stats, z = lax.scan(embed, batch_stats, parts)
 
         def loss_of(z: tuple[Features, Features], trained: Params):
-            return feature_loss(loss_fn, *z, join_for_model(trained, frozen), rows)
+            params = join_for_model(trained, frozen)
+            return feature_loss(loss_fn, distillation, *z, params, rows)
 
         (dz, grads), out = jax.grad(loss_of, argnums=(0, 1), has_aux=True)(
             jax.tree.map(join, z), trained
@@ -241,6 +277,7 @@ def make_gradient(
     section: TrainSection,
     *,
     preprocess: Preprocess,
+    distillation: Distillation | None = None,
 ) -> GradientFn:
     """Make the gradient of a run, in the form that its `microbatch_size` asks for."""
     mesh = state_mesh(shapes)
@@ -253,10 +290,15 @@ def make_gradient(
         lora_scale=adapter_scale(section.lora_rank, section.lora_alpha),
     )
     if not section.microbatch_size:
-        return make_whole_gradient(features, loss_fn)
+        return make_whole_gradient(features, loss_fn, distillation)
     trained_shardings = split_frozen(update_shardings(shapes), section)[0]
     return make_cached_gradient(
-        features, loss_fn, trained_shardings, mesh=mesh, microbatch_size=section.microbatch_size
+        features,
+        loss_fn,
+        trained_shardings,
+        mesh=mesh,
+        microbatch_size=section.microbatch_size,
+        distillation=distillation,
     )
 
 
@@ -276,6 +318,7 @@ def make_train_step(
     *,
     preprocess: Preprocess,
     draws: DrawFn,
+    distillation: Distillation | None = None,
 ) -> TrainStep:
     """Make the jitted step of one model, loss and optimizer.
 
@@ -291,11 +334,14 @@ def make_train_step(
       section: its `microbatch_size`, `ema_decay`, and what it says of what is trained.
       preprocess: the mean and the standard deviation of the images.
       draws: the random numbers of a step, see `device_augment`.
+      distillation: what is learned from teachers, whose features are in the batch then.
     """
     shardings = jax.tree.map(lambda x: x.sharding, shapes)
     param_shardings = update_shardings(shapes)
     trained_shardings = split_frozen(param_shardings, section)[0]
-    gradient = make_gradient(model, loss_fn, shapes, section, preprocess=preprocess)
+    gradient = make_gradient(
+        model, loss_fn, shapes, section, preprocess=preprocess, distillation=distillation
+    )
     update = make_update(optimizer, section)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -321,7 +367,7 @@ def make_train_step(
             "ok": jnp.mean(batch["valid"]),
             "finite": finite,
         }
-        return new, metrics
+        return new, metrics | out.parts
 
     return jax.jit(
         step,
@@ -343,7 +389,7 @@ def make_update(
             params = join_frozen(optax.apply_updates(trained, updates), frozen)
             ema = state.ema
             if section.ema_decay:
-                newest = {"params": params, "batch_stats": batch_stats}
+                newest = {"params": without_projections(params), "batch_stats": batch_stats}
                 ema = optax.incremental_update(newest, ema, 1 - section.ema_decay)
         return TrainState(state.step + 1, params, batch_stats, opt_state, ema)
 

@@ -18,6 +18,7 @@ from clip_jax.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED, UserE
 from clip_jax.evaluation.in_training import Evaluator
 from clip_jax.files import make_folder
 from clip_jax.models.lora import adapter_scale
+from clip_jax.models.projection import without_projections
 from clip_jax.parallel import distributed, watchdog
 from clip_jax.parallel.mesh import batch_part
 from clip_jax.parallel.program_cache import start_program_cache
@@ -52,17 +53,20 @@ from clip_jax.training.run_logger import RunLogger, print_summary
 from clip_jax.training.setup import (
     RunComponents,
     build_run,
+    init_of_run,
     make_evaluation,
     make_loader,
     make_step,
     open_data,
+    open_distiller,
     steps_of_run,
+    warm_start_of_run,
 )
 from clip_jax.training.signals import catch_signals
 from clip_jax.training.skip_limit import SkipLimit
-from clip_jax.training.state import TrainState, make_init
+from clip_jax.training.state import TrainState
 from clip_jax.training.step import make_encoders
-from clip_jax.training.warm_start import source_digest, warm_start_state
+from clip_jax.training.warm_start import source_digest
 
 
 def train(
@@ -111,7 +115,8 @@ def _train(
     pairs = sum(len(shard) for shard in data.shards)
     steps = steps_of_run(config, pairs)
     check_steps(steps, config.train, pairs)
-    run = build_run(config, steps, workdir)
+    distiller = open_distiller(config, steps, data)
+    run = build_run(config, steps, workdir, distiller=distiller)
     check_streams(config.data.streams, batch_part(run.mesh)[1])
     run = with_caption_packing(run, data, folder)
     config = run.config
@@ -176,6 +181,7 @@ def make_fingerprint(run: RunComponents, data: TrainingData, pairs: int) -> Fing
         pairs=pairs,
         contents=contents_fingerprint(data.shards),
         source=distributed.from_first(source_digest(path) if distributed.is_first() else None),
+        teachers=[] if run.distiller is None else [x.identity for x in run.distiller.infos],
     )
 
 
@@ -252,13 +258,10 @@ def restore_or_init(
             return state, changes
     else:
         changes = check_new_folder(fingerprint, folder, allow_change)
-    config = run.config
     if run.source is None:
-        init = make_init(run.model, run.optimizer, run.shapes, config.train, config.seed)
-        return compiler.compile(init).call(), changes
+        return compiler.compile(init_of_run(run)).call(), changes
     distributed.print_on_main(f"starting from {run.source.path}")
-    state = warm_start_state(run.source, run.model.config, run.optimizer, run.shapes, config)
-    return state, changes
+    return warm_start_of_run(run, run.source), changes
 
 
 def extend_run(
@@ -402,7 +405,7 @@ def evaluated_variables(state: TrainState, section: TrainSection) -> dict[str, A
 
     It is the moving averages where the run keeps them: they are what it is trained for.
     """
-    newest = {"params": state.params, "batch_stats": state.batch_stats}
+    newest = {"params": without_projections(state.params), "batch_stats": state.batch_stats}
     scale = adapter_scale(section.lora_rank, section.lora_alpha)
     return merged_variables(state.ema or newest, scale)
 

@@ -30,6 +30,7 @@ from clip_jax.errors import UserError
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.lora import LORA
 from clip_jax.models.naflex import NaFlexConfig
+from clip_jax.models.projection import PROJECTIONS, Projections
 from clip_jax.parallel.sharding import partition_spec
 from clip_jax.pretrained.by_name import read_model
 from clip_jax.pretrained.load import Checkpoint, tokenizer_family
@@ -221,13 +222,14 @@ def warm_start_state(
     optimizer: optax.GradientTransformation,
     shapes: TrainState,
     config: Config,
+    projections: Projections = (),
 ) -> TrainState:
     """Make a state before its first step, laid out as `shapes`, with the checkpoint's weights.
 
     Raises:
       UserError: the checkpoint's temperature is beyond the run's limit.
     """
-    own = {name: tree for name, tree in shapes.params.items() if name != LORA}
+    own = {name: tree for name, tree in shapes.params.items() if name not in (LORA, PROJECTIONS)}
     wanted = {"params": own, "batch_stats": shapes.batch_stats}
     variables = place_source(source, sizes, wanted, state_mesh(shapes))
     scale = math.exp(float(variables["params"]["logit_scale"]))
@@ -240,7 +242,9 @@ def warm_start_state(
         )
 
     def make(variables: dict[str, Any]) -> TrainState:
-        return make_state(variables, optimizer, config.train, seed=config.seed)
+        return make_state(
+            variables, optimizer, config.train, seed=config.seed, projections=projections
+        )
 
     shardings = jax.tree.map(lambda x: x.sharding, shapes)
     # Donated: the state holds these very arrays, not a second copy.

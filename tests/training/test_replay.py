@@ -113,11 +113,11 @@ def test_steps_that_cannot_be_made_are_named(workdir):
 
 
 def test_what_is_not_finite_is_found_where_it_arose(workdir, tmp_path, monkeypatch):
-    make_init = replay_module.make_init
+    init_of_run = replay_module.init_of_run
 
     def broken(*args):
         def init():
-            state = make_init(*args)()
+            state = init_of_run(*args)()
             kernel = state.params["visual"]["transformer"]["resblocks_0"]["mlp"]["c_fc"]["kernel"]
             state.params["visual"]["transformer"]["resblocks_0"]["mlp"]["c_fc"]["kernel"] = (
                 kernel * jnp.inf
@@ -126,7 +126,7 @@ def test_what_is_not_finite_is_found_where_it_arose(workdir, tmp_path, monkeypat
 
         return init
 
-    monkeypatch.setattr(replay_module, "make_init", broken)
+    monkeypatch.setattr(replay_module, "init_of_run", broken)
     found = replay(workdir, 1)
     assert found.not_finite["the state before the step"].endswith("resblocks_0/mlp/c_fc/kernel")
     assert found.not_finite["forward"] == "visual/transformer/resblocks_0/mlp/c_fc"
