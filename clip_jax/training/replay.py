@@ -47,11 +47,10 @@ from clip_jax.training.rates import frozen_towers, split_frozen
 from clip_jax.training.setup import (
     RunComponents,
     build_run,
-    distillation_of_run,
     draws_of_run,
     find_source,
+    gradient_of_run,
     init_of_run,
-    loss_of_run,
     make_loader,
     make_step,
     open_data,
@@ -62,7 +61,7 @@ from clip_jax.training.setup import (
 from clip_jax.training.signals import StopRequest
 from clip_jax.training.skip_limit import SkipLimit
 from clip_jax.training.state import TrainState
-from clip_jax.training.step import TrainStep, make_features, make_gradient
+from clip_jax.training.step import TrainStep, make_features
 from clip_jax.training.trainer import make_fingerprint
 from clip_jax.typing import leaves_by_path
 
@@ -346,14 +345,7 @@ def look_at_step(
         frozen=frozen_towers(run.shapes.params, config.train),
         lora_scale=adapter_scale(config.train.lora_rank, config.train.lora_alpha),
     )
-    gradient = make_gradient(
-        run.model,
-        loss_of_run(run),
-        run.shapes,
-        config.train,
-        preprocess=run.preprocess,
-        distillation=distillation_of_run(run),
-    )
+    gradient = gradient_of_run(run)
     draws, modules = draws_of_run(run), list[str]()
 
     def details(state: TrainState, batch: dict[str, jax.Array]) -> dict[str, Any]:

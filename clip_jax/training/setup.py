@@ -54,7 +54,7 @@ from clip_jax.training.distillation import (
 from clip_jax.training.optimizer import ELEMENTWISE, make_optimizer, make_schedule
 from clip_jax.training.rates import Rates, frozen_towers, parameter_rates, trains_all
 from clip_jax.training.state import Init, TrainState, make_init, state_shapes, with_extras
-from clip_jax.training.step import TrainStep, make_train_step
+from clip_jax.training.step import GradientFn, TrainStep, make_gradient, make_train_step
 from clip_jax.training.stored_features import open_stored
 from clip_jax.training.teachers import load_teachers
 from clip_jax.training.warm_start import (
@@ -383,6 +383,18 @@ def make_step(run: RunComponents) -> TrainStep:
         run.config.train,
         preprocess=run.preprocess,
         draws=draws_of_run(run),
+        distillation=distillation_of_run(run),
+    )
+
+
+def gradient_of_run(run: RunComponents) -> GradientFn:
+    """Make the gradient of a run's steps."""
+    return make_gradient(
+        run.model,
+        loss_of_run(run),
+        run.shapes,
+        run.config.train,
+        preprocess=run.preprocess,
         distillation=distillation_of_run(run),
     )
 
