@@ -24,7 +24,7 @@ from clip_jax.data.sources import fingerprint
 from clip_jax.errors import UserError
 from clip_jax.files import atomic_write, claim_folder
 from clip_jax.parallel.mesh import place_batch
-from clip_jax.sections import Config, DataSection
+from clip_jax.sections import Config, DataSection, all_values
 from clip_jax.training.distillation import FEATURE_DTYPE, TeacherInfo, image_rows, text_rows
 from clip_jax.typing import Tokenizer
 
@@ -32,7 +32,10 @@ INFO_FILENAME = "features.json"
 PART_ROWS = 8192
 """Samples of a file."""
 COMMAND = "python -m clip_jax.data.reinforce"
-IRRELEVANT = ("weights", "streams", "window", "repeat", "color_jitter")
+IRRELEVANT = (
+    *("weights", "streams", "window", "repeat"),
+    *("color_jitter", "random_erasing", "erasing_mode"),
+)
 """Fields of `DataSection` that decide when a sample comes, or what its step draws for it: a
 sample's crop and caption in an epoch do not depend on them."""
 
@@ -137,7 +140,14 @@ def begin_features(
     }
     foreign = ("config.json", "checkpoints", "*.tar")
     differ = ("teacher_infos", "contents")
-    claim_folder(path, described, name=INFO_FILENAME, may_differ=differ, foreign=foreign)
+    claim_folder(
+        path,
+        described,
+        name=INFO_FILENAME,
+        may_differ=differ,
+        defaults=_defaults(),
+        foreign=foreign,
+    )
     _check_contents(path, _read_info(path).get("contents"), contents)
     return FeatureFolder(path, values["number of samples"], tuple(infos))
 
@@ -155,9 +165,9 @@ def open_features(
     """
     if not (path / INFO_FILENAME).is_file():
         raise UserError(f"config.distill.features {path} holds no {INFO_FILENAME}; run {COMMAND}")
-    info = _read_info(path)
+    info = _defaults() | _read_info(path)
     wanted = {**values} | ({} if identities is None else {"teachers": list(identities)})
-    for key, value in json.loads(json.dumps(wanted)).items():
+    for key, value in _as_read(wanted).items():
         if info.get(key) != value:
             raise UserError(
                 f"config.distill.features {path} was made with another {key} "
@@ -169,6 +179,16 @@ def open_features(
     except (KeyError, TypeError):
         raise UserError(f"{path / INFO_FILENAME} is damaged; run {COMMAND} --out") from None
     return FeatureFolder(path, values["number of samples"], infos)
+
+
+def _as_read(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values as JSON gives them back: tuples become lists."""
+    return json.loads(json.dumps(values))
+
+
+def _defaults() -> dict[str, Any]:
+    """Return the fields at their defaults: a folder of an earlier version may lack some."""
+    return _as_read(all_values(Config()))
 
 
 def _read_info(path: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Teachers, frozen models whose features of a batch are computed beside its step.
 
 A teacher sees what the loader gives: an image after crop, mirroring and gray, and the caption that
-was chosen. What a step draws for its batch (colors, dropped patches) is the student's alone. So the
+was chosen. What a step draws for its batch (colors, patches) is the student's alone. So the
 features are a function of seed, epoch and sample, and are stored once or computed beside the step
 with the same bits: `BLOCK_ROWS` rows at a time on each device, in one program whatever the batch,
 and rounded to float16.
