@@ -202,7 +202,7 @@ class WorkerPool:
                     f"{OPEN_TRIES} workers in a row died before they had made a part; the last: "
                     f"{reason}"
                 )
-            self._say(f"{name} died while it started ({reason:.100}); another one is started")
+            self._say(f"{name} died while it started ({reason:.120}); another one is started")
         else:
             self._deaths[part] += 1
             if self._deaths[part] >= PART_TRIES:
@@ -210,7 +210,7 @@ class WorkerPool:
                     f"part {part} has cost {PART_TRIES} workers; the last: {name}, {reason}"
                 )
             self._queue.append(part)
-            self._say(f"{name} died ({reason:.100}); its part {part} is made by another")
+            self._say(f"{name} died ({reason:.120}); its part {part} is made by another")
         self._start()
 
 

@@ -1,6 +1,8 @@
 """Workers on a Ray cluster: a worker is an actor, and a part a task of one."""
 
 import contextlib
+import os
+import re
 import signal
 import socket
 import threading
@@ -36,6 +38,8 @@ class RayExecutor:
         num_cpus: float,
         num_gpus: float | None,
     ):
+        # The pool says it in a line; Ray would say it in a paragraph.
+        os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed")
         try:
             import ray
         except ImportError:
@@ -132,9 +136,12 @@ class RayExecutor:
 
 def _reason(error: Exception) -> str:
     """Return why an actor died, of the many lines that Ray says."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    causes = [line for line in lines if "exit type" in line.lower() or "cause" in line.lower()]
-    return causes[0] if causes else short(error)
+    text = " ".join(str(error).split())
+    detail = re.search(r"Worker exit type: (\w+) Worker exit detail: ([^.]*)", text)
+    if detail is not None:
+        return f"{detail[1]}: {detail[2]}"
+    # What comes after the actor's class, ids and address.
+    return re.sub(r".*\bip: \S+ ", "", text) or short(error)
 
 
 def _check_reachable(address: str) -> None:
