@@ -45,6 +45,8 @@ class Encoders:
       name: for the results.
       identity: names the weights; what was computed with others is not used again.
       mesh: whose batch axes split the rows of a batch; None is one device.
+      encode_elsewhere: has the missing parts of a `feature_store.FeatureJob` encoded by other
+        machines; None where this process encodes.
     """
 
     encode_image: EncodeImage
@@ -58,6 +60,7 @@ class Encoders:
     name: str = ""
     identity: str = ""
     mesh: Mesh | None = None
+    encode_elsewhere: Callable[[Any], None] | None = None
 
     @property
     def batch_parts(self) -> int:

@@ -5,6 +5,7 @@ with other tasks or prompts encodes no image again. Folders are named by the dat
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -37,6 +38,69 @@ from clip_jax.progress_bar import progress_bar
 PART_ROWS = 8192
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class FeatureJob:
+    """The features of some data by one model, in parts that any process can make.
+
+    Attributes:
+      shards: the data.
+      folder: of the parts.
+      batch_size: images at a time, as the process that reads the parts rounds them.
+      identity: of the model, see `Encoders`.
+      title: the data's name.
+      need_captions: False takes images with neither a caption nor a class, too.
+    """
+
+    shards: Sequence[Shard]
+    folder: Path
+    batch_size: int
+    identity: str
+    title: str
+    need_captions: bool
+
+    @property
+    def batches_per_part(self) -> int:
+        """The batches of a part, of the last one at most so many."""
+        return max(1, PART_ROWS // self.batch_size)
+
+    @property
+    def sizes(self) -> list[int]:
+        """The samples of each part."""
+        rows, samples = self.batches_per_part * self.batch_size, sum(map(len, self.shards))
+        return [min(rows, samples - start) for start in range(0, samples, rows)]
+
+    @property
+    def missing(self) -> list[int]:
+        """The parts that are not there, or damaged."""
+        parts = range(len(self.sizes))
+        return [n for n in parts if _read_whole_part(_part_path(self.folder, n)) is None]
+
+    def encode(self, encoders: Encoders, number: int) -> None:
+        """Make one part: the bytes that `encode_shards` writes.
+
+        Raises:
+          UserError: the model is another one, or features are not finite.
+        """
+        if encoders.identity != self.identity:
+            raise UserError(f"{encoders.name}: its weights or tokenizer are others here")
+        first = number * self.batches_per_part
+        with encoders.loader(
+            self.shards,
+            batch_size=self.batch_size,
+            steps=slice(first, first + self.batches_per_part),
+            need_captions=self.need_captions,
+        ) as loader:
+            encode_parts(
+                encoders,
+                iter(loader),
+                lambda n, part: _write_part(part, _part_path(self.folder, n)),
+                text_batch_size=self.batch_size,
+                batches_per_part=self.batches_per_part,
+                first_part=number,
+                skipped=lambda: loader.skipped,
+            )
+
+
 def encode_shards(
     encoders: Encoders,
     shards: Sequence[Shard],
@@ -65,6 +129,10 @@ def encode_shards(
     if store is not None:
         folder = feature_folder(store, encoders, shards, batch_size, need_captions=need_captions)
     _remove_outdated(folder)
+    if encoders.encode_elsewhere is not None and folder is not None:
+        encoders.encode_elsewhere(
+            FeatureJob(shards, folder, batch_size, encoders.identity, title, need_captions)
+        )
     with contextlib.ExitStack() as stack:
 
         def batches_from(start: int) -> Iterable[Batch]:
@@ -218,12 +286,20 @@ def _remove_outdated_classes(path: Path) -> None:
 def read_parts(folder: Path | None) -> list[FeatureSet]:
     """Read the parts that are there without a gap, up to one that is cut off or damaged."""
     parts: list[FeatureSet] = []
-    while folder is not None and (path := _part_path(folder, len(parts))).exists():
-        try:
-            parts.append(_read_part(path))
-        except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+    while folder is not None:
+        part = _read_whole_part(_part_path(folder, len(parts)))
+        if part is None:
             break  # made again
+        parts.append(part)
     return parts
+
+
+def _read_whole_part(path: Path) -> FeatureSet | None:
+    """Return a part; None if it is not there, or damaged."""
+    try:
+        return _read_part(path)
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+        return None
 
 
 _ARRAYS = ("z_image_BD", "row_B", "label_B", "z_text_BD", "image_of_text")

@@ -139,7 +139,9 @@ def encode_parts(
         now = Counter(skipped())
         counts = sum((Counter(c) for c in gather(dict(now - before))), Counter())
         before = now
-        on_part(number, dataclasses.replace(concatenate(features), skipped=dict(counts)))
+        on_part(
+            number, dataclasses.replace(concatenate(features), skipped=dict(sorted(counts.items())))
+        )
 
 
 def _groups_of(items: Iterator[T], size: int) -> Iterator[Iterator[T]]:

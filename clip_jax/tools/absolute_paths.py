@@ -23,9 +23,9 @@ def absolute_model(model: str) -> str:
 
 def absolute_checkpoint(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of `api.load_encoders` with absolute paths."""
-    tokenizer = checkpoint["tokenizer"]
+    tokenizer = checkpoint.get("tokenizer")
     return {
         **checkpoint,
         "model": absolute_model(checkpoint["model"]),
-        "tokenizer": absolute_source(tokenizer) if tokenizer else tokenizer,
+        **({"tokenizer": absolute_source(tokenizer)} if tokenizer else {}),
     }

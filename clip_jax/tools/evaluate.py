@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from clip_jax.data.formats.remote import is_url
 from clip_jax.errors import UserError, note, run_command
+from clip_jax.executors.parts import Executor
 from clip_jax.sections import EvalSection
+from clip_jax.tools.executor_flags import add_executor_flags, executor_of, pop_executor_flags
 
 if TYPE_CHECKING:
     from clip_jax.evaluation.run import Evaluation
@@ -74,13 +76,22 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="as CLIP_benchmark: an equal caption of another image is a wrong answer",
     )
+    add_executor_flags(parser)
     return parser.parse_args(argv)
 
 
-def evaluate_model(model: str, spec: "EvalSpec", out: str | Path, **load: Any) -> "Evaluation":
+def evaluate_model(
+    model: str,
+    spec: "EvalSpec",
+    out: str | Path,
+    *,
+    executor: Executor | None = None,
+    **load: Any,
+) -> "Evaluation":
     """Evaluate what `clip_jax.load` reads; the seconds are those of loading and evaluating.
 
     Args:
+      executor: whose workers encode the images; None is this process.
       load: `architecture`, `tokenizer` and `dtype`, as `api.load_encoders` takes them.
 
     Raises:
@@ -88,26 +99,38 @@ def evaluate_model(model: str, spec: "EvalSpec", out: str | Path, **load: Any) -
     """
     from clip_jax.api import load_encoders
     from clip_jax.evaluation.run import run_evaluation
+    from clip_jax.tools.encode_elsewhere import encode_elsewhere
 
     start = time.perf_counter()
-    evaluation = run_evaluation(load_encoders(model, **load), spec, folder=out)
+    encoders = load_encoders(model, **load)
+    if executor is not None:
+        elsewhere = encode_elsewhere(executor, {"model": model, **load})
+        encoders = dataclasses.replace(encoders, encode_elsewhere=elsewhere)
+    evaluation = run_evaluation(encoders, spec, folder=out)
     return dataclasses.replace(evaluation, seconds=time.perf_counter() - start)
 
 
 def evaluate_workdir(
-    workdir: str, *, out: str | Path | None = None, dtype: str = "float32", **changes: Any
+    workdir: str,
+    *,
+    out: str | Path | None = None,
+    dtype: str = "float32",
+    executor: Executor | None = None,
+    **changes: Any,
 ) -> "Evaluation":
     """Evaluate the newest checkpoint of a run as its config says.
 
     Args:
       out: where the results go; None is the work folder.
       dtype: of the model's products.
+      executor: as `evaluate_model`.
       changes: fields of `evaluation.spec.EvalSpec` other than the config's.
 
     Raises:
       UserError: the folder is no work folder, or there is nothing to evaluate on.
     """
-    return evaluate_model(workdir, workdir_spec(workdir, **changes), out or workdir, dtype=dtype)
+    spec = workdir_spec(workdir, **changes)
+    return evaluate_model(workdir, spec, out or workdir, executor=executor, dtype=dtype)
 
 
 def workdir_spec(workdir: str, **changes: Any) -> "EvalSpec":
@@ -222,6 +245,18 @@ def model_label(model: str) -> tuple[str, str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the flags, evaluate and print the results; return the exit code."""
+    args = parse(argv)
+    with executor_of(pop_executor_flags(args)) as executor:
+        print(evaluation_text(evaluate(args, executor)))
+    return 0
+
+
+def evaluate(args: argparse.Namespace, executor: Executor | None) -> "Evaluation":
+    """Evaluate what a command line names.
+
+    Raises:
+      UserError: something is missing, or does not fit.
+    """
     from clip_jax.evaluation.benchmark_folder import describe_source
     from clip_jax.evaluation.caption_choice import CHOICE
     from clip_jax.evaluation.run import source_class_names
@@ -231,15 +266,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     from clip_jax.tools.evaluate_embeddings import evaluate_embeddings
     from clip_jax.training.bucket_copy import local_copy
 
-    args = parse(argv)
     if args.model and is_url(args.model):
         args.out = args.out or f"eval-{args.model.rstrip('/').rpartition('/')[2]}"
         args.model = local_copy(args.model)
     changes = spec_changes(args)
     if args.embeddings:
         check_tasks(changes.get("tasks", ()))
-        print(evaluation_text(evaluate_embeddings(args, changes)))
-        return 0
+        if executor is not None:
+            raise UserError("--embeddings encodes nothing: leave --executor out")
+        return evaluate_embeddings(args, changes)
     if not args.model:
         raise UserError("--model is missing; only --embeddings can do without")
     if "data" in changes:
@@ -248,9 +283,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     tasks = changes.get("tasks", ())
     check_tasks(tasks)
     if is_work_folder(args.model):
-        evaluation = evaluate_workdir(args.model, out=args.out, dtype=args.dtype, **changes)
-        print(evaluation_text(evaluation))
-        return 0
+        elsewhere = {"executor": executor, "dtype": args.dtype}
+        return evaluate_workdir(args.model, out=args.out, **elsewhere, **changes)
     if "data" not in changes:
         raise UserError(f"--data is missing: {args.model} names no evaluation data of its own")
     needs_names = "classnames" not in changes and not set(tasks) & {
@@ -264,8 +298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     spec = EvalSpec.from_section(EvalSection(), **{"pretrained": tag} | changes)
     out = args.out or f"eval-{label}"
     load = {"architecture": args.architecture, "tokenizer": args.tokenizer, "dtype": args.dtype}
-    print(evaluation_text(evaluate_model(args.model, spec, out, **load)))
-    return 0
+    return evaluate_model(args.model, spec, out, executor=executor, **load)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from fake_cluster import FakeCluster
 
 from clip_jax import api
 from clip_jax.errors import UserError
-from clip_jax.tools import data_filter, data_shard, embed, executor_flags
+from clip_jax.evaluation import feature_store
+from clip_jax.tools import data_filter, data_shard, embed, evaluate, executor_flags
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -105,6 +106,37 @@ def test_filter_alone_and_on_a_cluster_write_the_same(
     out = capsys.readouterr().out.replace("/many", "/alone")
     half = len(out) // 2
     assert out[:half] == out[half:] and "kept" in out
+
+
+def test_evaluate_alone_and_on_a_cluster_write_the_same(
+    data, toys, cluster_of, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(feature_store, "PART_ROWS", 16)
+
+    def run(name, *flags):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        tasks = ["--task", "zeroshot_retrieval,knn", "--neighbors", "3"]
+        flags = ["--batch-size", "8", *tasks, *flags]
+        train = str(Path(data) / "s-00001.tar")
+        return evaluate.main(["--model", "toy", "--data", data, "--train-data", train, *flags])
+
+    assert run("alone") == 0
+    cluster = cluster_of(dying(2, 3))
+    assert run("many", "--executor", "ray") == 0
+    wrong = {
+        name
+        for name, content in files(tmp_path / "alone").items()
+        if files(tmp_path / "many")[name] != content
+    }
+    assert wrong == set() and files(tmp_path / "alone").keys() == files(tmp_path / "many").keys()
+    assert cluster.made >= 5 + 2 and cluster.started == cluster.stopped
+    made = cluster.made
+    out = capsys.readouterr().out.split("evaluation in")
+    assert out[1].partition(":")[2] == out[2].partition(":")[2]
+    cluster_of(cluster)
+    assert run("again", "--executor", "ray", "--out", str(tmp_path / "many/eval-toy")) == 0
+    assert cluster.made == made  # nothing is encoded twice
 
 
 @pytest.mark.parametrize("how", ["before", "after"])
