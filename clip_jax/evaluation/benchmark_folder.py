@@ -180,12 +180,19 @@ def describe_source(
 
 
 def _class_fields(folder: BenchmarkFolder, dataset: str) -> dict[str, Any]:
-    """Return the class names and prompts of a folder, or else those shipped for its name.
+    """Return the class names and prompts of a folder, or else those shipped for its name."""
+    fields = shipped_fields(dataset, has_names=False)
+    names, prompts = folder.file(CLASS_NAMES), folder.file(TEMPLATES)
+    fields |= {"classnames": names} if names else {}
+    return fields | ({"templates": load_templates(prompts)} if prompts else {})
+
+
+def shipped_fields(dataset: str, *, has_names: bool) -> dict[str, Any]:
+    """Return the prompts shipped for a data set, and its class names unless it has its own.
 
     Prompts that are not shipped are ImageNet's, as in CLIP_benchmark.
     """
     short = dataset.rpartition("/")[2]
-    names = folder.file(CLASS_NAMES) or (short if short in shipped_class_names() else "")
-    prompts = folder.file(TEMPLATES) or (short if short in shipped_templates() else "imagenet1k")
-    fields = {"templates": load_templates(prompts)}
-    return fields | ({"classnames": names} if names else {})
+    prompts = load_templates(short if short in shipped_templates() else "imagenet1k")
+    is_shipped = short in shipped_class_names() and not has_names
+    return {"templates": prompts} | ({"classnames": short} if is_shipped else {})

@@ -17,13 +17,13 @@ from typing import Any
 from clip_jax.data.formats.options import split_options
 from clip_jax.data.sources import expand
 from clip_jax.errors import UserError, located
-from clip_jax.evaluation.benchmark_folder import describe_source
+from clip_jax.evaluation.benchmark_folder import describe_source, shipped_fields
 from clip_jax.evaluation.caption_choice import is_choice_file
 from clip_jax.evaluation.datasets import COLLECTIONS, MAIN_METRICS, expand_names, known_dataset
 from clip_jax.evaluation.encoders import Encoders
 from clip_jax.evaluation.multilabel import MEAN_AVERAGE_PRECISION
 from clip_jax.evaluation.results import RESULTS
-from clip_jax.evaluation.run import FEATURES, run_evaluation
+from clip_jax.evaluation.run import FEATURES, run_evaluation, source_class_names
 from clip_jax.evaluation.spec import EvalSpec
 from clip_jax.evaluation.tasks import MULTILABEL, ZERO_SHOT
 from clip_jax.files import atomic_write
@@ -45,6 +45,7 @@ class Cell:
       dataset: the data set's name in the table.
       spec: what is evaluated.
       folder: where its files are.
+      dtype: of the model's products.
     """
 
     model: str
@@ -52,6 +53,7 @@ class Cell:
     dataset: str
     spec: EvalSpec
     folder: Path
+    dtype: str = "float32"
 
     @property
     def metric(self) -> str:
@@ -70,6 +72,7 @@ class Cell:
         """
         return {
             "version": VERSION,
+            "dtype": self.dtype,
             "model": os.path.abspath(self.model) if os.path.exists(self.model) else self.model,
             "weights": files_stamp(_weight_files(Path(self.model))),
             "data": files_stamp(_data_files(self.spec)),
@@ -186,6 +189,10 @@ def make_spec(
         expand(fields["data"])  # raises
     known = known_dataset(dataset)
     fields.setdefault("tasks", (known.task if known else ZERO_SHOT,))
+    if known and ZERO_SHOT in fields["tasks"] and "templates" not in fields:
+        # A source without files of its own for them, such as tfds: or a folder of classes.
+        has_names = bool(source_class_names(fields["data"]))
+        fields |= shipped_fields(dataset, has_names=has_names)
     fields |= {"batch_size": batch_size, "pretrained": pretrained}
     fields["confuse_equal_captions"] = confuse_equal_captions
     return EvalSpec.from_section(EvalSection(), **fields)

@@ -19,6 +19,7 @@ def benchmark_page(
       aggregates: of each model by its label, by name.
       failed: `label`, `dataset` and `error` of cells without a result.
     """
+    datasets = len({row["dataset"] for row in rows})
     models = list(dict.fromkeys(row["label"] for row in [*rows, *failed]))
     style = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
     head = "".join(f"<th>{escape(model)}</th>" for model in models)
@@ -33,7 +34,7 @@ def benchmark_page(
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>CLIP: {len(models)} models</title>
+<title>CLIP: {_count(len(models), "model")}</title>
 <link rel="icon" href="data:,">
 <style>
 {style}
@@ -44,7 +45,7 @@ tr.mean td {{ font-style: italic; }}
 </style>
 </head>
 <body>
-<header><h1>{len(models)} models, {len({row["dataset"] for row in rows})} data sets</h1>
+<header><h1>{_count(len(models), "model")}, {_count(datasets, "data set")}</h1>
 <p>In percent; the best of a row is bold. The interval of 95 % shows when the pointer rests on a
 figure.</p></header>
 <main><section><div class="wide"><table>
@@ -54,6 +55,10 @@ figure.</p></header>
 </body>
 </html>
 """
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" + "s" * (number != 1)
 
 
 def _lines(rows: Sequence[Mapping[str, Any]], models: Sequence[str]) -> list[str]:

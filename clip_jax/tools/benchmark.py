@@ -73,7 +73,8 @@ class Progress:
         line = f"[{done}/{self.total}] {cell.label} on {cell.dataset}: {text}"
         if self.seconds and done < self.total:
             left = (self.total - done) * sum(self.seconds) / len(self.seconds)
-            line += f" ({self.seconds[-1]:.0f} s; {left / 60:.0f} min left)"
+            shown = f"{left / 60:.0f} min" if left > 90 else f"{left:.0f} s"
+            line += f" ({self.seconds[-1]:.0f} s; {shown} left)"
         return line
 
 
@@ -109,7 +110,7 @@ def plan_cells(args: argparse.Namespace) -> tuple[list["Cell"], dict[tuple[str, 
                     val_split=args.val_split,
                 )
                 folder = Path(args.out) / slug(label) / slug(dataset)
-                cells.append(Cell(model, label, dataset, spec, folder))
+                cells.append(Cell(model, label, dataset, spec, folder, args.dtype))
             except UserError as error:
                 failed[label, dataset] = str(error)
     if len({cell.folder for cell in cells}) < len(cells):

@@ -6,9 +6,11 @@ import json
 import shutil
 
 import fsspec
+import jax
 import numpy as np
 import pytest
 from benchmark_trees import NAMES, TEMPLATES, crepe_texts, png, write_choices, write_tree
+from data_cases import write_shards
 from embedded import toy_encoders
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,6 +19,7 @@ from clip_jax import api
 from clip_jax.data.sources import expand, open_shards
 from clip_jax.errors import UserError
 from clip_jax.evaluation.benchmark_folder import describe_source, find_benchmark_folder
+from clip_jax.evaluation.cells import make_spec
 from clip_jax.evaluation.datasets import (
     COLLECTIONS,
     DATACOMP_GROUPS,
@@ -230,6 +233,21 @@ def test_the_tables_of_data_sets_agree():
     assert set(aggregates(values)) == {"ImageNet", "ImageNet dist. shifts", "VTAB"}
 
 
+def test_a_known_set_in_another_format_has_the_shipped_names_and_prompts(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        (tmp_path / "pets" / name / "0.png").write_bytes(png(0))
+    (tmp_path / "mnist").mkdir()
+    write_shards(tmp_path / "mnist", [3])
+    options = {"tasks": (), "pretrained": "", "batch_size": 8, "confuse_equal_captions": True}
+    specs = [
+        make_spec(str(tmp_path / name), dataset=name, **options, **SPLITS)
+        for name in ("pets", "mnist")
+    ]
+    assert [spec.classnames for spec in specs] == ["", "mnist"]
+    assert [len(spec.templates) for spec in specs] == [1, 1] and "pet" in specs[0].templates[0]
+
+
 @pytest.fixture
 def models(tmp_path, monkeypatch):
     """Two models, and the list of those that were loaded and of the images that were encoded."""
@@ -249,6 +267,8 @@ def models(tmp_path, monkeypatch):
 
     stop = {}
     monkeypatch.setattr(api, "load_encoders", load)
+    # What other tests have compiled stays.
+    monkeypatch.setattr(jax, "clear_caches", lambda: None)
     for name in ("a.npz", "b.npz"):
         (tmp_path / name).write_bytes(b"weights")
     return [str(tmp_path / "a.npz"), str(tmp_path / "b.npz")], log, stop
@@ -318,6 +338,7 @@ def test_what_changed_is_evaluated_again_and_a_missing_set_stops_nothing(tmp_pat
         benchmark.main(argv)
     results, rows = table(tmp_path / "out")
     assert [(row["label"], row["images"]) for row in rows] == [("a", "11"), ("b", "11")]
+    assert "<h1>2 models, 1 data set</h1>" in (tmp_path / "out" / "results.html").read_text()
     assert [item["dataset"] for item in results["failed"]] == ["food101", "food101"]
     with pytest.raises(UserError, match=r"food101 is no file and no folder; .*--dataset-root"):
         benchmark.main(["--model", *paths, "--dataset", "food101", "--out", str(tmp_path / "out")])
