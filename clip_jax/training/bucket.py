@@ -14,10 +14,11 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from clip_jax.data.formats.remote import RemoteError, answer_of, file_system, with_retries
 from clip_jax.errors import UserError, short
+from clip_jax.files import atomic_write
 from clip_jax.pretrained.work_folder import CHECKPOINT_DIRNAME
 from clip_jax.training.checkpoint import QUARANTINE_DIRNAME
 
@@ -49,9 +50,8 @@ class Bucket:
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
         # Another process may write there: a listing is as old as its answer.
-        options: dict[str, Any] = {"use_listings_cache": False}
-        if self.url.startswith(("file://", "local://")):
-            options = {"auto_mkdir": True}
+        self._is_disk = self.url.startswith(("file://", "local://"))
+        options = {"auto_mkdir": True} if self._is_disk else {"use_listings_cache": False}
         self._fs, self._root = file_system(self.url, **options)
 
     def write(self, name: str, data: bytes, *, new: bool = False) -> None:
@@ -60,8 +60,12 @@ class Bucket:
         Raises:
           FileExistsError: it was to be new and is not.
         """
-        mode = "create" if new else "overwrite"
-        self._fs.pipe_file(f"{self._root}/{name}", data, mode=mode)
+        path = f"{self._root}/{name}"
+        if self._is_disk and not new:  # where writing is not at once
+            with atomic_write(Path(path)) as partial:
+                partial.write_bytes(data)
+        else:
+            self._fs.pipe_file(path, data, mode="create" if new else "overwrite")
 
     def put(self, name: str, path: Path) -> None:
         """Write a file as an object."""
