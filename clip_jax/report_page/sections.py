@@ -20,6 +20,9 @@ from clip_jax.report_page.svg import bar_chart, diagonal_chart, line_chart, scat
 # (title, metric names of metrics.jsonl, shares, logarithmic)
 CURVES = (
     ("loss", ("loss",), False, True),
+    ("of it the contrastive one", ("contrastive_loss",), False, True),
+    ("divergence from the teachers (affinity)", ("affinity_loss",), False, True),
+    ("distance from the teachers' features", ("feature_loss",), False, True),
     ("scale (1 / temperature)", ("scale",), False, False),
     ("accuracy in the batch, image to text", ("image_accuracy",), True, False),
     ("accuracy in the batch, text to image", ("text_accuracy",), True, False),

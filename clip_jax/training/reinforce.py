@@ -7,6 +7,7 @@ on with the files that are not there, and several share them out.
 import dataclasses
 import itertools
 from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -19,10 +20,11 @@ from clip_jax.errors import UserError
 from clip_jax.parallel.mesh import batch_shards, make_mesh
 from clip_jax.progress_bar import progress_bar
 from clip_jax.sections import Config
-from clip_jax.training.distillation import TeacherInfo, image_rows, split_captions, text_rows
+from clip_jax.training.distillation import image_rows, split_captions, text_rows
 from clip_jax.training.setup import build_run, open_data, sized_images, steps_of_run
 from clip_jax.training.stored_features import (
     FeatureFolder,
+    FeatureInfo,
     begin_features,
     epochs_of_steps,
     features_of_data,
@@ -39,20 +41,112 @@ class Reinforced:
 
     Attributes:
       folder: where the features lie.
-      infos: the teachers.
       epochs: those that were asked for.
-      samples: of an epoch.
-      made, missing: files that this call made, and files of these epochs that are not there.
-      skipped: samples that could not be read, by cause, a sample once an epoch.
+      made: files that this call made.
+      skipped: samples of these that could not be read, by cause.
     """
 
-    folder: Path
-    infos: tuple[TeacherInfo, ...]
+    folder: FeatureFolder
     epochs: int
-    samples: int
     made: int
-    missing: int
     skipped: Counter[str]
+
+    @property
+    def missing(self) -> int:
+        """Return how many files of these epochs are not there."""
+        return len(self.folder.missing(self.epochs))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Reinforcement:
+    """What makes files of features: a run's data, and its teachers.
+
+    Attributes:
+      config: the run.
+      data: its samples.
+      teachers: on this process's devices.
+      info: what the features are made of.
+      rows: of a batch.
+    """
+
+    config: Config
+    data: TrainingData
+    teachers: LiveTeachers
+    info: FeatureInfo
+    rows: int
+
+    def epochs(self) -> int:
+        """Return how many epochs the run begins."""
+        samples = self.info.values["number of samples"]
+        return epochs_of_steps(self.config, self.data, steps_of_run(self.config, samples))
+
+    def make(
+        self,
+        folder: FeatureFolder,
+        places: Sequence[tuple[int, int]],
+        on_samples: Callable[[int], object] = lambda count: None,
+    ) -> Counter[str]:
+        """Make files, (epoch, part) each, with one loader; return what could not be read."""
+        run = build_run(self.config, 1)
+        context_length = run.model.config.text.context_length
+        tokenizer, length = self.teachers.tokenizer(run.tokenizer, context_length)
+        batches = {place: batches_of_part(folder, *place, self.rows) for place in places}
+        with make_listed_loader(
+            self.data,
+            self.config.data,
+            tokenizer,
+            shape=SampleShape(run.model.config.vision.image_size, length),
+            seed=self.config.seed,
+            batch_size=self.rows,
+            batches=list(itertools.chain(*batches.values())),
+        ) as loader:
+            before = Counter(loader.skipped)
+            for place, each in batches.items():
+                parts = []
+                for _, start, stop in each:
+                    parts.append(_encode(loader, self.teachers, context_length)[: stop - start])
+                    on_samples(stop - start)
+                folder.write_part(*place, np.concatenate(parts))
+            return Counter(loader.skipped) - before
+
+
+def open_reinforcement(config: Config, workdir: str) -> Reinforcement:
+    """Open the data and the teachers of a run.
+
+    Args:
+      config: the run.
+      workdir: where what is skipped is listed.
+
+    Raises:
+      UserError: a teacher or the data cannot be read, or this process's devices are part of a
+        larger system.
+    """
+    if not config.distill.teachers:
+        raise UserError("config.distill.teachers is empty; name the models whose features to store")
+    if jax.process_count() > 1:
+        raise UserError(
+            "the devices of this machine have started together with those of others, as on a TPU "
+            "pod, and reinforce works with a machine's own; start it on a single one"
+        )
+    mesh = make_mesh(data=-1, fsdp=1, tensor=1)
+    teachers = load_teachers(config.distill.teachers, mesh, dtype=config.distill.dtype)
+    data = open_data(config, workdir)
+    values, contents = features_of_data(config, sized_images(config), data)
+    rows = BLOCK_ROWS * batch_shards(mesh)
+    rows *= max(1, BATCH_BLOCKS * BLOCK_ROWS // rows)
+    return Reinforcement(
+        config, data, teachers, FeatureInfo(values, contents, teachers.infos), rows
+    )
+
+
+def file_sizes(folder: FeatureFolder, epochs: int) -> dict[tuple[int, int], int]:
+    """Return the samples of each file of so many epochs, by (epoch, part)."""
+    ranges = {part: folder.part_range(part) for part in range(folder.parts)}
+    return {
+        (epoch, part): stop - first
+        for epoch in range(epochs)
+        for part, (first, stop) in ranges.items()
+    }
 
 
 def reinforce(
@@ -76,72 +170,18 @@ def reinforce(
     Raises:
       UserError: a teacher or the data cannot be read, or the folder holds something else.
     """
-    if not config.distill.teachers:
-        raise UserError("config.distill.teachers is empty; name the models whose features to store")
-    if jax.process_count() > 1:
-        raise UserError(
-            "the devices of this machine have started together with those of others, as on a TPU "
-            "pod, and reinforce works with a machine's own; start it on a single one"
-        )
     out = Path(out)
-    mesh = make_mesh(data=-1, fsdp=1, tensor=1)
-    teachers = load_teachers(config.distill.teachers, mesh, dtype=config.distill.dtype)
-    data = open_data(config, str(out))
-    values, contents = features_of_data(config, sized_images(config), data)
-    folder = begin_features(out, values, contents, teachers.infos)
-    epochs = epochs or epochs_of_steps(config, data, steps_of_run(config, folder.samples))
-    places = [(epoch, part) for epoch in range(epochs) for part in range(folder.parts)]
-    mine = set(places[process_index::process_count])
+    opened = open_reinforcement(config, str(out))
+    begin_features(out, opened.info)
+    folder, epochs = opened.info.folder(out), epochs or opened.epochs()
+    sizes = file_sizes(folder, epochs)
+    mine = dict(list(sizes.items())[process_index::process_count])
     missing = [place for place in folder.missing(epochs) if place in mine]
-    rows = BLOCK_ROWS * batch_shards(mesh)
-    rows *= max(1, BATCH_BLOCKS * BLOCK_ROWS // rows)
-    _make_files(config, data, teachers, folder, missing, rows, len(mine), progress)
-    return Reinforced(
-        out,
-        teachers.infos,
-        epochs,
-        folder.samples,
-        len(missing),
-        len(folder.missing(epochs)),
-        Counter(data.log.counts),
-    )
-
-
-def _make_files(
-    config: Config,
-    data: TrainingData,
-    teachers: LiveTeachers,
-    folder: FeatureFolder,
-    missing: list[tuple[int, int]],
-    rows: int,
-    files: int,
-    progress: bool,
-) -> None:
-    """Make files, one after another, with one loader."""
-    run = build_run(config, 1)
-    context_length = run.model.config.text.context_length
-    tokenizer, length = teachers.tokenizer(run.tokenizer, context_length)
-    batches = {place: batches_of_part(folder, *place, rows) for place in missing}
-    done = (files - len(missing)) * folder.samples // folder.parts
-    total = done + sum(stop - start for each in batches.values() for _, start, stop in each)
-    with (
-        make_listed_loader(
-            data,
-            config.data,
-            tokenizer,
-            shape=SampleShape(run.model.config.vision.image_size, length),
-            seed=config.seed,
-            batch_size=rows,
-            batches=list(itertools.chain(*batches.values())),
-        ) as loader,
-        progress_bar(total, "reinforce", " samples", initial=done, shown=progress) as bar,
-    ):
-        for place, each in batches.items():
-            parts = []
-            for _, start, stop in each:
-                parts.append(_encode(loader, teachers, context_length)[: stop - start])
-                bar.update(stop - start)
-            folder.write_part(*place, np.concatenate(parts))
+    total = sum(mine.values())
+    done = total - sum(mine[place] for place in missing)
+    with progress_bar(total, "reinforce", " samples", initial=done, shown=progress) as bar:
+        skipped = opened.make(folder, missing, bar.update)
+    return Reinforced(folder, epochs, len(missing), skipped)
 
 
 def batches_of_part(

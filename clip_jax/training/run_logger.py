@@ -54,6 +54,11 @@ def print_summary(run: RunComponents, data: TrainingData, *, pairs: int, steps: 
     if not trains_all(config.train):
         table = rate_table(run.shapes.params, config.train)
         lines += rate_lines(table, config.optim.learning_rate)
+    if run.distiller is not None:
+        names = ", ".join(f"{x.name} ({x.embed_dim} features)" for x in run.distiller.infos)
+        stored = config.distill.features
+        source = f"their features are read from {stored}" if stored else "computed beside the step"
+        lines.append(f"teachers: {names}; {source}")
     if run.caption_packing is not None:
         packing = run.caption_packing
         lines.append(

@@ -124,32 +124,50 @@ def features_of_data(
     return values | fields, contents_fingerprint(shards)
 
 
-def begin_features(
-    path: Path, values: Mapping[str, Any], contents: str | None, infos: Sequence[TeacherInfo]
-) -> FeatureFolder:
-    """Begin a folder, or go on with one of the same teachers, data and crops.
+@dataclasses.dataclass(frozen=True)
+class FeatureInfo:
+    """What a folder's features are made of.
+
+    Attributes:
+      values, contents: as `features_of_data` returns them.
+      infos: the teachers.
+    """
+
+    values: dict[str, Any]
+    contents: str | None
+    infos: tuple[TeacherInfo, ...]
+
+    def folder(self, path: Path) -> FeatureFolder:
+        """Return the folder of these features."""
+        return FeatureFolder(path, self.values["number of samples"], self.infos)
+
+
+def begin_features(path: Path, info: FeatureInfo, *, write: bool = True) -> bool:
+    """Begin a folder, or return True where one of the same teachers, data and crops is there.
+
+    `write` False leaves a new folder as it is.
 
     Raises:
       UserError: the folder holds something else, or cannot be written.
     """
     described = {
-        **values,
-        "teachers": [info.identity for info in infos],
-        "teacher_infos": [dataclasses.asdict(info) for info in infos],
-        "contents": contents,
+        **info.values,
+        "teachers": [teacher.identity for teacher in info.infos],
+        "teacher_infos": [dataclasses.asdict(teacher) for teacher in info.infos],
+        "contents": info.contents,
     }
-    foreign = ("config.json", "checkpoints", "*.tar")
-    differ = ("teacher_infos", "contents")
-    claim_folder(
+    is_begun = claim_folder(
         path,
         described,
         name=INFO_FILENAME,
-        may_differ=differ,
+        write=write,
+        may_differ=("teacher_infos", "contents"),
         defaults=_defaults(),
-        foreign=foreign,
+        foreign=("config.json", "checkpoints", "*.tar"),
     )
-    _check_contents(path, _read_info(path).get("contents"), contents)
-    return FeatureFolder(path, values["number of samples"], tuple(infos))
+    if is_begun:
+        _check_contents(path, _read_info(path).get("contents"), info.contents)
+    return is_begun
 
 
 def open_features(

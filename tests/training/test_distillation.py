@@ -6,6 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from fake_cluster import FakeCluster
 from pairs import run_losses, tiny_config, write_data
 from tiny import CONVNET
 from tiny import SHALLOW as VIT
@@ -15,7 +16,7 @@ from clip_jax import main
 from clip_jax.errors import UserError
 from clip_jax.models import zoo
 from clip_jax.parallel.mesh import AXES, make_mesh
-from clip_jax.tools.data_reinforce import result_text
+from clip_jax.tools.data_reinforce import reinforce_on, result_text
 from clip_jax.training import stored_features
 from clip_jax.training.reinforce import reinforce
 from clip_jax.training.replay import replay
@@ -148,6 +149,20 @@ def test_features_of_something_else_are_refused(data, teacher, live_run, feature
     # A run of another teacher does not go on.
     with pytest.raises(UserError, match="made with the teachers' weights"):
         main.run(distil_config(data, [teacher, teacher]), str(live_run))
+
+
+@pytest.mark.slow
+def test_a_cluster_writes_the_same_files(data, teacher, features, tmp_path):
+    def dies(method, args, number):
+        return "after" if number == 4 else ""
+
+    config = distil_config(data, [teacher])
+    result = reinforce_on(FakeCluster(2, dies), config, tmp_path / "many", 0)
+    assert result.made == 3 and not result.missing and result.folder.samples == 96
+    for path in (tmp_path / "many").rglob("*"):
+        if path.is_file():
+            other = features / path.relative_to(tmp_path / "many")
+            assert path.read_bytes() == other.read_bytes(), path
 
 
 @pytest.mark.slow
