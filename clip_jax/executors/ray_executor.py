@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from clip_jax.distribution import install_command
-from clip_jax.errors import UserError, short
+from clip_jax.errors import Terminated, UserError, short, signal_heard
 from clip_jax.executors.parts import WorkerLostError
 from clip_jax.executors.worker import Worker, value_of
 
@@ -99,7 +99,8 @@ class RayExecutor:
 
     def wait(self, tickets: Sequence[Any], seconds: float) -> Sequence[Any]:
         """Return the references that are ready."""
-        done, _ = self._ray.wait(list(tickets), num_returns=1, timeout=seconds)
+        with _terminated_as_such():
+            done, _ = self._ray.wait(list(tickets), num_returns=1, timeout=seconds)
         return done
 
     def result(self, ticket: Any) -> Any:
@@ -111,7 +112,9 @@ class RayExecutor:
         """
         errors = self._ray.exceptions
         try:
-            return value_of(self._ray.get(ticket))
+            with _terminated_as_such():
+                answer = self._ray.get(ticket)
+            return value_of(answer)
         except (errors.RayTaskError, errors.UnserializableException):
             raise  # a mistake of ours, with the worker's traceback
         except (errors.TaskUnschedulableError, errors.ActorUnschedulableError) as error:
@@ -178,3 +181,14 @@ def _own_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _terminated_as_such() -> Iterator[None]:
+    """Raise Terminated for the KeyboardInterrupt that Ray makes of any exception of a handler."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if signal_heard.is_set():
+            raise Terminated from None
+        raise
