@@ -93,7 +93,12 @@ def test_every_flag_of_a_message_is_there():
         for flag in re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]+", text)
     }
     assert len(named) > 10
-    foreign = {"--siglip", "--force-reinstall", "--file_format"}  # open_clip, pip, tfds
+    foreign = {
+        "--siglip",
+        "--force-reinstall",
+        "--file_format",
+        "--head",
+    }  # open_clip, pip, tfds, ray
     assert {(file, flag) for file, flag in named if flag not in known | foreign} == set()
 
 
