@@ -153,6 +153,16 @@ def resolve(config: ml_collections.ConfigDict) -> Config:
     _check_train(c.train)
     _check_optim(c.optim)
     _check_data(c.data, c.train.batch_size)
+    unpacked = {
+        "config.model.text_drop_path": c.model.text_drop_path,
+        "config.data.negatives": c.data.negatives,
+    }
+    for name, value in unpacked.items():
+        _require(
+            not value or c.data.caption_packing in ("auto", "off"),
+            f"{name} is set, for which captions are not packed: leave"
+            ' config.data.caption_packing "auto" or "off"',
+        )
     _require(
         c.data.repeat or (c.train.epochs == 1 and not c.data.weights),
         "config.data.repeat is off, which is one pass: set config.train.epochs to 1,"
@@ -246,6 +256,7 @@ def _check_data(d: DataSection, batch_size: int) -> None:
         " config.data.threads",
     )
     parse_captions(d.captions)
+    parse_captions([f"{d.negatives}=1"] if d.negatives else [], "negatives")
     check_choice("config.data.erasing_mode", d.erasing_mode, ERASING_MODES)
     if d.caption_packing not in caption_packing.CHOICES:
         caption_packing.parse_shares(d.caption_packing)

@@ -78,6 +78,8 @@ class ModelSection:
     drop_path: float = bounded(0.0, low=0, below=1)
     """Share of images that pass by the branches of the image transformer's last block (stochastic
     depth, arXiv:1603.09382); of the blocks before it, evenly less, down to 0 of the first."""
+    text_drop_path: float = bounded(0.0, low=0, below=1)
+    """The same of captions and the text transformer; they are not packed then."""
     attention: str = may_change("auto")
     """"xla", "cudnn" (NVIDIA GPUs), "pallas" (TPUs), or "auto": what can run there, else xla."""
     remat: str = may_change("auto")
@@ -239,6 +241,9 @@ class DataSection:
     """The kinds of captions with their weights, "KEY=WEIGHT", of which a sample has one a step: "*"
     is what the source has by itself, ".blip.txt" a file of that ending beside the image, any other
     key a column or a field. A sample that lacks a kind shares out its weight; () is ("*=1",)."""
+    negatives: str = ""
+    """The kind of texts, named as in `captions`, of which a sample has one a step that is a
+    negative of every image and nobody's positive (NegCLIP, arXiv:2210.01936); empty has none."""
     word_dropout: float = bounded(0.0, low=0, below=1)
     """Share of a caption's words that are left out, each by itself; one stays."""
     crop_scale: tuple[float, float] = (0.9, 1.0)

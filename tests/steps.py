@@ -61,7 +61,7 @@ def make_parts(
     shapes = state_shapes(model, transformation, mesh, section, split_update=split_update)
     loss_fn = loss_of_section(section, mesh, model.target)
     draws = make_draws(
-        ModelSection(patch_dropout=patch_dropout, drop_path=drop_path),
+        ModelSection(patch_dropout=patch_dropout, drop_path=drop_path, text_drop_path=drop_path),
         DataSection(
             color_jitter=(0.2, 0.2, 0.2) if jitter else (0.0, 0.0, 0.0),
             random_erasing=erasing,
@@ -70,6 +70,7 @@ def make_parts(
         seed=0,
         patches=model.config.vision.grid_size**2 if patch_dropout else 0,
         layers=model.config.vision.layers if drop_path else 0,
+        text_layers=model.config.text.layers,
     )
     step = make_train_step(
         model,

@@ -23,8 +23,8 @@ class CaptionKind(NamedTuple):
     weight: float
 
 
-def parse_captions(items: Sequence[str]) -> tuple[CaptionKind, ...]:
-    """Parse `KEY=WEIGHT`, one a kind.
+def parse_captions(items: Sequence[str], field: str = "captions") -> tuple[CaptionKind, ...]:
+    """Parse `KEY=WEIGHT`, one a kind; `field` of config.data has them.
 
     >>> parse_captions(["*=1", ".blip.txt=3"])
     (CaptionKind(key='*', weight=1.0), CaptionKind(key='.blip.txt', weight=3.0))
@@ -41,12 +41,12 @@ def parse_captions(items: Sequence[str]) -> tuple[CaptionKind, ...]:
             weight = 0.0
         if not key or not 0 < weight < math.inf:
             raise UserError(
-                f"config.data.captions has {item!r:.80}; it takes KEY=WEIGHT with a weight above"
+                f"config.data.{field} has {item!r:.80}; it takes KEY=WEIGHT with a weight above"
                 ' 0, such as ("*=1", "synthetic=3")'
             )
         if not re.fullmatch(r"\*|\.([\w-]+\.)*txt|[^.].*", key):
             raise UserError(
-                f"config.data.captions has {key!r:.80}, which is no ending of text files: it takes"
+                f"config.data.{field} has {key!r:.80}, which is no ending of text files: it takes"
                 ' endings on ".txt", such as ".blip.txt"'
             )
         kinds.append(CaptionKind(key, weight))
@@ -73,6 +73,15 @@ def captions_of_kind(shard: Shard, key: str, i: int, handles: Handles) -> list[s
     if beside is None:
         raise BadSampleError("no_caption", f"{key}: this format has no files beside its images")
     return beside(key[1:], i, handles)
+
+
+def choose_negative(shard: Shard, key: str, i: int, handles: Handles, chance: float) -> str:
+    """Return one of the texts of a kind, which the image does not show; "" where it has none."""
+    try:
+        texts = captions_of_kind(shard, key, i, handles)
+    except (BadSampleError, OSError):  # what is the matter with a sample its image says
+        return ""
+    return texts[int(chance * len(texts))]
 
 
 def choose_caption(

@@ -385,6 +385,7 @@ class DecodeProcesses:
         image[:] = 0
         shard, i = self._shards.at(sample)
         text = self._settings.tokenizer([""], self._settings.shape.context_length)
+        config = self._settings.config
         key = f"{shard.name}/{shard.key(i)}"
         why = "decoding had not ended and had stopped its process, which was replaced"
         return Rows(
@@ -395,6 +396,9 @@ class DecodeProcesses:
             label=np.full(1, -1, np.int32),
             key=[key],
             captions=[[]],
+            negative=np.zeros((1, text.shape[1] if config.negatives else 0), np.int32),
+            negative_id=np.zeros(1, np.uint32),
+            negative_valid=np.zeros(1, bool),
             skipped=[("decode_hung", key, why)],
         )
 
@@ -487,5 +491,8 @@ def joined(rows: Sequence[Rows], image: UInt8[np.ndarray, "rows H W 3"]) -> Rows
         label=np.concatenate([r.label for r in rows]),
         key=[key for r in rows for key in r.key],
         captions=[captions for r in rows for captions in r.captions],
+        negative=np.concatenate([r.negative for r in rows]),
+        negative_id=np.concatenate([r.negative_id for r in rows]),
+        negative_valid=np.concatenate([r.negative_valid for r in rows]),
         skipped=[skipped for r in rows for skipped in r.skipped],
     )

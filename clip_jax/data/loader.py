@@ -68,6 +68,9 @@ class Batch(TypedDict, total=False):
     captions: list[list[str]]  # every caption of the image
     packed: dict[str, np.ndarray]
     teacher_text: Int32[np.ndarray, "b L"]
+    negative: Int32[np.ndarray, "b L"]  # with config.data.negatives
+    negative_id: UInt32[np.ndarray, " b"]
+    negative_valid: Bool[np.ndarray, " b"]  # False: the row has none
 
 
 class Loader(Iterator[Batch]):
@@ -118,6 +121,10 @@ class Loader(Iterator[Batch]):
             key=[key for p in parts for key in p.key],
         )
         self.step += 1
+        if parts[0].negative.shape[1]:
+            batch["negative"] = np.concatenate([p.negative for p in parts])
+            batch["negative_id"] = np.concatenate([p.negative_id for p in parts])
+            batch["negative_valid"] = np.concatenate([p.negative_valid for p in parts])
         if self._evaluation:
             batch["label"] = np.concatenate([p.label for p in parts])
             batch["captions"] = [captions for p in parts for captions in p.captions]

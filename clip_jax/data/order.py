@@ -25,7 +25,7 @@ from jaxtyping import Int64
 from clip_jax.errors import UserError
 
 # Each use of the seed has its own key, so no two draws share a stream of random numbers.
-PIECES_KEY, WINDOW_KEY, AUGMENT_KEY, MIXTURE_KEY, WORDS_KEY = 1, 2, 3, 4, 5
+PIECES_KEY, WINDOW_KEY, AUGMENT_KEY, MIXTURE_KEY, WORDS_KEY, NEGATIVE_KEY = 1, 2, 3, 4, 5, 6
 
 MIXTURE_BLOCK = 1024
 """Positions of a block of a mixture, and with them the precision of a weight."""

@@ -10,11 +10,17 @@ from jaxtyping import Bool, Int32, Int64, UInt8, UInt32
 from PIL import Image
 
 from clip_jax.data.augment import make_decode, make_transform
-from clip_jax.data.captions import CaptionKind, choose_caption, drop_words, parse_captions
+from clip_jax.data.captions import (
+    CaptionKind,
+    choose_caption,
+    choose_negative,
+    drop_words,
+    parse_captions,
+)
 from clip_jax.data.dataset import LazyShard
 from clip_jax.data.decode_watch import DecodeWatch, Progress
 from clip_jax.data.images import MAX_PIXELS, Chance, Preprocess, decode_image, eval_transform
-from clip_jax.data.order import AUGMENT_KEY, WORDS_KEY, Uniforms
+from clip_jax.data.order import AUGMENT_KEY, NEGATIVE_KEY, WORDS_KEY, Uniforms
 from clip_jax.data.patches import ImageSize, PatchShape, image_shape
 from clip_jax.data.shards import (
     PROGRAMMING_ERRORS,
@@ -82,7 +88,8 @@ class Rows:
     """A run of rows on its way from a thread to a batch; opaque to Grain's tree functions.
 
     The fields are those of `loader.Batch`, and `skipped` holds (cause, key, details) for
-    every sample that could not be used. Labels and captions are evaluation's alone.
+    every sample that could not be used. Labels and captions are evaluation's alone. Of a run
+    without negatives those have no tokens.
     """
 
     image: UInt8[np.ndarray, "rows H W 3"]
@@ -92,6 +99,9 @@ class Rows:
     label: Int32[np.ndarray, " rows"]
     key: list[str]
     captions: list[list[str]]
+    negative: Int32[np.ndarray, "rows M"]
+    negative_id: UInt32[np.ndarray, " rows"]
+    negative_valid: Bool[np.ndarray, " rows"]
     skipped: list[tuple[str, str, str]] = field(default_factory=list)
 
 
@@ -109,6 +119,7 @@ class SampleReader:
       seconds: that decoding an image may take; then its sample counts as one that cannot be read.
       kinds: of captions, of which each sample's is one; empty takes those that a source has.
       word_dropout: the share of a caption's words that are left out.
+      negatives: the kind of texts that are negatives alone, of which each sample has one; "" none.
       evaluation: read labels, take the first caption, and do without one where there is a label.
       need_captions: False does without a caption everywhere.
     """
@@ -126,12 +137,13 @@ class SampleReader:
         seconds: float,
         kinds: Sequence[CaptionKind] = (),
         word_dropout: float = 0.0,
+        negatives: str = "",
         evaluation: bool = False,
         need_captions: bool = True,
     ):
         self.evaluation = evaluation
         self._need_captions = need_captions
-        self._kinds, self._word_dropout = kinds, word_dropout
+        self._kinds, self._word_dropout, self._negatives = kinds, word_dropout, negatives
         self._shards = shards
         self._tokenizer = tokenizer
         self._shape = shape
@@ -170,6 +182,9 @@ class SampleReader:
             label=np.full(n, -1, np.int32),
             key=[""] * n,
             captions=[[] for _ in range(n)],
+            negative=np.zeros((n, length if self._negatives else 0), np.int32),
+            negative_id=np.zeros(n, np.uint32),
+            negative_valid=np.zeros(n, bool),
         )
         texts = [""] * n
         places = [
@@ -191,7 +206,23 @@ class SampleReader:
             first = n if hung < 0 else hung + 1
         rows.image[~rows.valid] = 0
         rows.text[:] = self._tokenizer(texts, length)
+        if self._negatives:
+            self._read_negatives(rows, places)
         return rows
+
+    def _read_negatives(self, rows: Rows, places: Sequence[tuple[int, int, int, int]]) -> None:
+        """Add a negative to each row that can be used and has one; `places` as for `_read_rows`."""
+        rng, texts = Uniforms(self._seed, NEGATIVE_KEY), [""] * len(places)
+        with Handles() as handles:
+            for row in np.flatnonzero(rows.valid).tolist():
+                sample, epoch, number, i = places[row]
+                rng.move(sample, epoch)
+                shard, _ = self._open(number)
+                texts[row] = choose_negative(shard, self._negatives, i, handles, rng.random())
+                if texts[row]:
+                    rows.negative_valid[row] = True
+                    rows.negative_id[row] = caption_id(texts[row])
+        rows.negative[:] = self._tokenizer(texts, rows.negative.shape[1])
 
     def _read_rows(
         self,
@@ -295,6 +326,7 @@ def make_training_reader(settings: ReaderSettings, shards: ConcatShards) -> Samp
         seconds=config.decode_seconds,
         kinds=parse_captions(config.captions),
         word_dropout=config.word_dropout,
+        negatives=config.negatives,
     )
 
 

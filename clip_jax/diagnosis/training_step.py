@@ -87,7 +87,7 @@ def _make_step(mesh: Mesh) -> tuple[TrainStep, TrainState]:
         shapes,
         section,
         preprocess=Preprocess(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
-        draws=make_draws(ModelSection(), DataSection(), seed=0, patches=0, layers=0),
+        draws=make_draws(ModelSection(), DataSection(), seed=0, patches=0, layers=0, text_layers=0),
     )
     return step, init_state(model, optimizer, shapes, section, seed=0)
 

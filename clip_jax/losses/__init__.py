@@ -7,11 +7,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, UInt
 
 from clip_jax.errors import UserError, check_choice
-from clip_jax.losses.dense import LossOutput, sigmoid_loss, softmax_loss
+from clip_jax.losses.dense import LossOutput, Negatives, sigmoid_loss, softmax_loss
 from clip_jax.losses.tiled import SIGMOID, SOFTMAX, choose_tiling, make_tiled_loss
 from clip_jax.typing import Features, Rows, Scalar
 
-__all__ = ["FORMS", "LOSSES", "LossFn", "LossOutput", "make_loss"]
+__all__ = ["FORMS", "LOSSES", "LossFn", "LossOutput", "Negatives", "make_loss"]
 
 LOSSES = {"softmax": (softmax_loss, SOFTMAX), "sigmoid": (sigmoid_loss, SIGMOID)}
 """By name: the dense definition, and what the walk over tiles needs of the loss."""
@@ -31,6 +31,7 @@ class LossFn(Protocol):
         bias: Scalar,
         valid_B: Rows,
         caption_id_B: UInt[Array, " B"],
+        negatives: Negatives | None = None,
     ) -> LossOutput:
         """Return the loss of unit features and its in-batch accuracies.
 
@@ -41,6 +42,7 @@ class LossFn(Protocol):
           bias: added to the logits by the sigmoid loss; the softmax loss ignores it (pass 0).
           valid_B: False leaves a row out on both sides and out of the mean.
           caption_id_B: uint32, equal for equal captions; unused unless equal captions are masked.
+          negatives: as many more texts as there are rows, negatives of every image.
         """
         ...
 
@@ -88,10 +90,13 @@ def make_loss(
         tile_loss, mesh=mesh, batch_axes=batch_axes, platform=platform, tiling_rule=tiling_rule
     )
 
-    def loss_fn(z_image_BD, z_text_BD, scale, bias, valid_B, caption_id_B) -> LossOutput:
+    def loss_fn(
+        z_image_BD, z_text_BD, scale, bias, valid_B, caption_id_B, negatives=None
+    ) -> LossOutput:
         ids = caption_id_B if mask_equal_captions else None
         if form == "dense":
-            return dense(z_image_BD, z_text_BD, scale, bias, valid_B=valid_B, caption_id_B=ids)
-        return tiled(z_image_BD, z_text_BD, scale, bias, valid_B, ids)
+            rows = {"valid_B": valid_B, "caption_id_B": ids, "negatives": negatives}
+            return dense(z_image_BD, z_text_BD, scale, bias, **rows)
+        return tiled(z_image_BD, z_text_BD, scale, bias, valid_B, ids, negatives)
 
     return loss_fn

@@ -8,6 +8,9 @@ Conventions, the same in both forms:
 * With `caption_id_B`, two different pairs with equal ids are masked: neither positive nor negative.
 * Logits, loss and sums are float32. float32 features are multiplied as float32 on every backend
   (no TF32, no bfloat16 passes); the products of bfloat16 features are summed in float32.
+* `negatives` are N more texts, each a negative of every image and nobody's positive (NegCLIP,
+  arXiv:2210.01936). Columns are the B texts and then those: C = B + N. A text's own softmax is
+  over images, and they have none.
 * A tie counts as a miss in the accuracies, so that collapsed features score 0 and not 100 %.
 """
 
@@ -26,6 +29,20 @@ class PairLosses(NamedTuple):
 
     image_B: Float[Array, " B"]
     text_B: Float[Array, " B"]
+
+
+class Negatives(NamedTuple):
+    """Texts that are negatives alone.
+
+    Attributes:
+      z_ND: unit features.
+      valid_N: False leaves a row out.
+      caption_id_N: as the pairs' own.
+    """
+
+    z_ND: Float[Array, "N D"]
+    valid_N: Bool[Array, " N"]
+    caption_id_N: UInt[Array, " N"]
 
 
 class LossOutput(NamedTuple):
@@ -50,6 +67,7 @@ def softmax_loss(
     *,
     valid_B: Rows,
     caption_id_B: UInt[Array, " B"] | None,
+    negatives: Negatives | None = None,
 ) -> LossOutput:
     """Return the symmetric InfoNCE of unit features (Radford et al. 2021, figure 3).
 
@@ -62,21 +80,22 @@ def softmax_loss(
     0.3133
     """
     del bias
-    _, negative_BB = pair_masks(valid_B, caption_id_B)
-    logits_BB = scale * cosines(z_image_BD, z_text_BD, valid_B)
-    image_loss_B, text_loss_B = _softmax_losses(logits_BB, negative_BB)
+    _, negative_BC = pair_masks(valid_B, caption_id_B, negatives)
+    logits_BC = scale * cosines(z_image_BD, z_text_BD, valid_B, negatives)
+    image_loss_B, text_loss_B = _softmax_losses(logits_BC, negative_BC)
     loss = jnp.sum((image_loss_B + text_loss_B) / 2) / count_valid(valid_B)
-    return LossOutput(loss, *accuracies(logits_BB, negative_BB, valid_B))
+    return LossOutput(loss, *accuracies(logits_BC, negative_BC, valid_B))
 
 
-def _softmax_losses(logits_BB: Float[Array, "B B"], negative_BB: Bool[Array, "B B"]) -> PairLosses:
+def _softmax_losses(logits_BC: Float[Array, "B C"], negative_BC: Bool[Array, "B C"]) -> PairLosses:
     # The diagonal of an invalid row stays, so no row is all -inf: its two terms are 0.
-    unmasked_BB = negative_BB | jnp.eye(len(logits_BB), dtype=bool)
-    unmasked_logits_BB = jnp.where(unmasked_BB, logits_BB, -jnp.inf)
-    positive_logit_B = jnp.diagonal(logits_BB)
+    pairs, columns = logits_BC.shape
+    unmasked_BC = negative_BC | jnp.eye(pairs, columns, dtype=bool)
+    unmasked_logits_BC = jnp.where(unmasked_BC, logits_BC, -jnp.inf)
+    positive_logit_B = jnp.diagonal(logits_BC)
     return PairLosses(
-        jax.nn.logsumexp(unmasked_logits_BB, axis=1) - positive_logit_B,
-        jax.nn.logsumexp(unmasked_logits_BB, axis=0) - positive_logit_B,
+        jax.nn.logsumexp(unmasked_logits_BC, axis=1) - positive_logit_B,
+        jax.nn.logsumexp(unmasked_logits_BC[:, :pairs], axis=0) - positive_logit_B,
     )
 
 
@@ -89,18 +108,19 @@ def pair_losses(
     *,
     valid_B: Rows,
     caption_id_B: UInt[Array, " B"] | None,
+    negatives: Negatives | None = None,
 ) -> PairLosses:
     """Return the parts of a loss, "softmax" or "sigmoid", that each image and each text has in it.
 
     The sigmoid loss of a pair of different rows belongs to its image as to its text, so that both
-    parts have the whole loss as their mean.
+    parts have the whole loss as their mean; `negatives` are in the image's part alone.
     """
-    positive_BB, negative_BB = pair_masks(valid_B, caption_id_B)
-    logits_BB = scale * cosines(z_image_BD, z_text_BD, valid_B)
+    positive_BC, negative_BC = pair_masks(valid_B, caption_id_B, negatives)
+    logits_BC = scale * cosines(z_image_BD, z_text_BD, valid_B, negatives)
     if name == "softmax":
-        return _softmax_losses(logits_BB, negative_BB)
-    loss_BB = _sigmoid_losses(logits_BB + bias, positive_BB, negative_BB)
-    return PairLosses(jnp.sum(loss_BB, axis=1), jnp.sum(loss_BB, axis=0))
+        return _softmax_losses(logits_BC, negative_BC)
+    loss_BC = _sigmoid_losses(logits_BC + bias, positive_BC, negative_BC)
+    return PairLosses(jnp.sum(loss_BC, axis=1), jnp.sum(loss_BC[:, : len(loss_BC)], axis=0))
 
 
 def sigmoid_loss(
@@ -111,47 +131,64 @@ def sigmoid_loss(
     *,
     valid_B: Rows,
     caption_id_B: UInt[Array, " B"] | None,
+    negatives: Negatives | None = None,
 ) -> LossOutput:
     """Return SigLIP's loss of unit features (Zhai et al. 2023, arXiv:2303.15343, algorithm 1).
 
     Every pair is a binary classification: the losses of all unmasked pairs are summed, and the sum
     is divided by the number of valid rows.
     """
-    positive_BB, negative_BB = pair_masks(valid_B, caption_id_B)
-    logits_BB = scale * cosines(z_image_BD, z_text_BD, valid_B) + bias
-    total = jnp.sum(_sigmoid_losses(logits_BB, positive_BB, negative_BB))
-    return LossOutput(total / count_valid(valid_B), *accuracies(logits_BB, negative_BB, valid_B))
+    positive_BC, negative_BC = pair_masks(valid_B, caption_id_B, negatives)
+    logits_BC = scale * cosines(z_image_BD, z_text_BD, valid_B, negatives) + bias
+    total = jnp.sum(_sigmoid_losses(logits_BC, positive_BC, negative_BC))
+    return LossOutput(total / count_valid(valid_B), *accuracies(logits_BC, negative_BC, valid_B))
 
 
 def _sigmoid_losses(
-    logits_BB: Float[Array, "B B"],
-    positive_BB: Bool[Array, "B B"],
-    negative_BB: Bool[Array, "B B"],
-) -> Float[Array, "B B"]:
+    logits_BC: Float[Array, "B C"],
+    positive_BC: Bool[Array, "B C"],
+    negative_BC: Bool[Array, "B C"],
+) -> Float[Array, "B C"]:
     # -log(sigmoid(x)) is softplus(-x); a negative's is -log(sigmoid(-x)).
-    pair_loss_BB = jax.nn.softplus(jnp.where(positive_BB, -logits_BB, logits_BB))
-    return jnp.where(positive_BB | negative_BB, pair_loss_BB, 0)
+    pair_loss_BC = jax.nn.softplus(jnp.where(positive_BC, -logits_BC, logits_BC))
+    return jnp.where(positive_BC | negative_BC, pair_loss_BC, 0)
 
 
 def pair_masks(
-    valid_B: Rows, caption_id_B: UInt[Array, " B"] | None
-) -> tuple[Bool[Array, "B B"], Bool[Array, "B B"]]:
+    valid_B: Rows,
+    caption_id_B: UInt[Array, " B"] | None,
+    negatives: Negatives | None = None,
+) -> tuple[Bool[Array, "B C"], Bool[Array, "B C"]]:
     """Return the masks of the positive and of the negative (image, text) pairs.
 
     A pair in neither mask is in no sum.
     """
-    diagonal_BB = jnp.eye(valid_B.size, dtype=bool)
-    negative_BB = valid_B[:, None] & valid_B[None, :] & ~diagonal_BB
+    valid_C = valid_B
+    if negatives is not None:
+        valid_C = jnp.concatenate([valid_B, negatives.valid_N])
+    diagonal_BC = jnp.eye(valid_B.size, valid_C.size, dtype=bool)
+    negative_BC = valid_B[:, None] & valid_C[None, :] & ~diagonal_BC
     if caption_id_B is not None:
-        negative_BB &= caption_id_B[:, None] != caption_id_B[None, :]
-    return diagonal_BB & valid_B[:, None], negative_BB
+        caption_id_C = caption_id_B
+        if negatives is not None:
+            caption_id_C = jnp.concatenate([caption_id_B, negatives.caption_id_N])
+        negative_BC &= caption_id_B[:, None] != caption_id_C[None, :]
+    return diagonal_BC & valid_B[:, None], negative_BC
 
 
-def cosines(z_image_BD: Features, z_text_BD: Features, valid_B: Rows) -> Float[Array, "B B"]:
+def cosines(
+    z_image_BD: Features,
+    z_text_BD: Features,
+    valid_B: Rows,
+    negatives: Negatives | None = None,
+) -> Float[Array, "B C"]:
     """Return the float32 dot products of all pairs: 0 where a row is invalid, be it NaN."""
     z_image_BD = zero_invalid(z_image_BD, valid_B)
-    z_text_BD = zero_invalid(z_text_BD, valid_B)
-    return dot_products(z_image_BD, z_text_BD)
+    z_text_CD = zero_invalid(z_text_BD, valid_B)
+    if negatives is not None:
+        z_ND = zero_invalid(negatives.z_ND, negatives.valid_N)
+        z_text_CD = jnp.concatenate([z_text_CD, z_ND])
+    return dot_products(z_image_BD, z_text_CD)
 
 
 def dot_products(
@@ -187,11 +224,12 @@ def product_precision(dtype: DTypeLike) -> jax.lax.Precision:
 
 
 def accuracies(
-    logits_BB: Float[Array, "B B"], negative_BB: Bool[Array, "B B"], valid_B: Rows
+    logits_BC: Float[Array, "B C"], negative_BC: Bool[Array, "B C"], valid_B: Rows
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Return the shares of valid images, and of texts, whose positive is above all negatives."""
-    positive_logit_B = jnp.diagonal(logits_BB)
-    negative_logits_BB = jnp.where(negative_BB, logits_BB, -jnp.inf)
-    image_hits = jnp.sum(valid_B & (positive_logit_B > jnp.max(negative_logits_BB, axis=1)))
+    positive_logit_B = jnp.diagonal(logits_BC)
+    negative_logits_BC = jnp.where(negative_BC, logits_BC, -jnp.inf)
+    negative_logits_BB = negative_logits_BC[:, : valid_B.size]
+    image_hits = jnp.sum(valid_B & (positive_logit_B > jnp.max(negative_logits_BC, axis=1)))
     text_hits = jnp.sum(valid_B & (positive_logit_B > jnp.max(negative_logits_BB, axis=0)))
     return image_hits / count_valid(valid_B), text_hits / count_valid(valid_B)

@@ -36,6 +36,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 from clip_jax.errors import UserError
 from clip_jax.losses.dense import (
     LossOutput,
+    Negatives,
     count_valid,
     dot_products,
     product_precision,
@@ -404,28 +405,55 @@ def gather_side(side: Side, axes: tuple[str, ...]) -> Side:
     return Side(gather(side.z), jnp.arange(valid_B.size), valid_B, caption_id_B)
 
 
-def forward_shard(walk: Walk, z_image_bD, z_text_bD, scale, bias, valid_b, caption_id_b):
+def append_negatives(texts: Side, negatives: Negatives, axes: tuple[str, ...]) -> Side:
+    """Return all texts and behind them all devices' negatives, whose numbers no image has.
+
+    They lack a positive, and all else of a column is as it is.
+    """
+    ids = None if texts.caption_id is None else negatives.caption_id_N
+    side = gather_side(local_side(negatives.z_ND, negatives.valid_N, ids, axes), axes)
+    side = side._replace(row=side.row + texts.row.size)
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), texts, side)
+
+
+def forward_shard(
+    walk: Walk,
+    z_image_bD,
+    z_text_bD,
+    scale,
+    bias,
+    negatives: Negatives | None,
+    valid_b,
+    caption_id_b,
+):
     """Compute one device's share of the forward pass.
 
     Returns:
-      (LossOutput, gathered texts, log-sum-exps of rows [b] and of columns [B], saved cosines or
-      None).
+      (LossOutput, gathered texts, log-sum-exps of rows [b] and of columns [C], saved cosines or
+      None); C is B, or twice that with negatives.
     """
     axes = walk.axes
     images = local_side(z_image_bD, valid_b, caption_id_b, axes)
     texts = gather_side(local_side(z_text_bD, valid_b, caption_id_b, axes), axes)
+    pairs, count = texts.valid.size, count_valid(texts.valid)
+    if negatives is not None:
+        texts = append_negatives(texts, negatives, axes)
     rows, columns, positive_logit_b, saved_cosines = walk_forward(walk, images, texts, scale, bias)
     max_B = lax.pmax(columns.running_max, axes)
     positive_logit_B = lax.psum(jnp.zeros_like(max_B).at[images.row].set(positive_logit_b), axes)
     loss_b, loss_B, lse_b, lse_B = walk.loss.finish(
         rows, columns, max_B, positive_logit_b, positive_logit_B, axes
     )
+    if negatives is not None:
+        # A column without a positive has no loss, and in the gradient an exponential of -inf.
+        is_pair_B = texts.row < pairs
+        loss_B, lse_B = jnp.where(is_pair_B, loss_B, 0), jnp.where(is_pair_B, lse_B, -NEG_INF)
 
     image_hits = jnp.sum(valid_b & (positive_logit_b > rows.running_max))
-    text_hits = jnp.sum(texts.valid & (positive_logit_B > max_B))
+    text_hits = jnp.sum((texts.valid & (positive_logit_B > max_B))[:pairs])
     total, image_hits = lax.psum((jnp.sum(loss_b), image_hits), axes)
     total += jnp.sum(loss_B)
-    means = (x / count_valid(texts.valid) for x in (total, image_hits, text_hits))
+    means = (x / count for x in (total, image_hits, text_hits))
     return LossOutput(*means), texts, lse_b, lse_B, saved_cosines
 
 
@@ -434,6 +462,7 @@ def backward_shard(
     z_image_bD,
     scale,
     bias,
+    negatives: Negatives | None,
     valid_b,
     caption_id_b,
     texts: Side,
@@ -445,18 +474,25 @@ def backward_shard(
     """Compute one device's share of the backward pass from the mean loss's cotangent, `dloss`.
 
     Returns:
-      The gradients of its images [b, D], its texts [b, D], the scale and the bias.
+      The gradients of its images [b, D], its texts [b, D], the scale, the bias, and of its
+      negatives' features [b, D], or None.
     """
     images = local_side(z_image_bD, valid_b, caption_id_b, walk.axes)
     dz_image_bD, dz_text_BD, dscale, dbias = walk_backward(
         walk, images, texts, scale, bias, lse_b, lse_B, saved_cosines
     )
-    dz_text_bD = lax.psum_scatter(dz_text_BD, walk.axes, tiled=True)
+    pairs = texts.valid.size if negatives is None else texts.valid.size // 2
+    dloss /= count_valid(texts.valid[:pairs])
+
+    def of_device(dz_BD: Array) -> Array:
+        dz_bD = lax.psum_scatter(dz_BD, walk.axes, tiled=True)
+        return (dloss * scale * dz_bD).astype(texts.z.dtype)
+
+    dz_text_bD = of_device(dz_text_BD[:pairs])
+    dz_negative_bD = None if negatives is None else of_device(dz_text_BD[pairs:])
     dscale, dbias = lax.psum((dscale, dbias), walk.axes)
-    dloss /= count_valid(texts.valid)
     dz_image_bD = (dloss * scale * dz_image_bD).astype(z_image_bD.dtype)
-    dz_text_bD = (dloss * scale * dz_text_bD).astype(texts.z.dtype)
-    return dz_image_bD, dz_text_bD, dloss * dscale, dloss * dbias
+    return dz_image_bD, dz_text_bD, dloss * dscale, dloss * dbias, dz_negative_bD
 
 
 def shard_walk(walk: Walk, mesh: Mesh) -> Callable[..., LossOutput]:
@@ -465,14 +501,14 @@ def shard_walk(walk: Walk, mesh: Mesh) -> Callable[..., LossOutput]:
     forward: Callable[..., Any] = jax.shard_map(
         functools.partial(forward_shard, walk),
         mesh=mesh,
-        in_specs=(r, r, a, a, r, r),
+        in_specs=(r, r, a, a, r, r, r),
         out_specs=(a, a, r, a, r),
     )
     backward: Callable[..., Any] = jax.shard_map(
         functools.partial(backward_shard, walk),
         mesh=mesh,
-        in_specs=(r, a, a, r, r, a, r, a, r, a),
-        out_specs=(r, r, a, a),
+        in_specs=(r, a, a, r, r, r, a, r, a, r, a),
+        out_specs=(r, r, a, a, r),
     )
 
     # The custom_vjp stands outside both shard_maps, so JAX never transposes one. Transposing
@@ -487,7 +523,10 @@ def shard_walk(walk: Walk, mesh: Mesh) -> Callable[..., LossOutput]:
         return output, (z_image_BD, *others, *residuals)
 
     def tiled_backward(residuals, cotangent: LossOutput):
-        return (*backward(*residuals, cotangent.loss), None, None)
+        *gradients, dz_negative_BD = backward(*residuals, cotangent.loss)
+        none: Any = None  # what is no feature has no gradient
+        negatives = none if dz_negative_BD is None else Negatives(dz_negative_BD, none, none)
+        return *gradients, negatives, none, none
 
     tiled.defvjp(tiled_forward, tiled_backward)
     return tiled
@@ -515,23 +554,26 @@ def make_tiled_loss(
       tiling_rule: (rows per device, batch size, features, platform) -> Tiling: `choose_tiling`.
 
     Returns:
-      (z_image_BD, z_text_BD, scale, bias, valid_B, caption_id_B or None) -> LossOutput, with
-      reverse-mode gradients for the first four. It raises UserError if the rows do not split
-      evenly.
+      (z_image_BD, z_text_BD, scale, bias, valid_B, caption_id_B or None, negatives or None) ->
+      LossOutput, with reverse-mode gradients for the first four and the negatives' features. It
+      raises UserError if the rows do not split evenly.
     """
     devices = math.prod(mesh.shape[axis] for axis in batch_axes)
 
-    def loss_fn(z_image_BD, z_text_BD, scale, bias, valid_B, caption_id_B) -> LossOutput:
+    def loss_fn(
+        z_image_BD, z_text_BD, scale, bias, valid_B, caption_id_B, negatives=None
+    ) -> LossOutput:
         batch_size, embed_dim = z_image_BD.shape
         if batch_size % devices:
             raise UserError(
                 f"a batch of {batch_size} rows does not split over {devices} devices "
                 f"({' x '.join(batch_axes)}): take a multiple of {devices}"
             )
-        tiling = tiling_rule(batch_size // devices, batch_size, embed_dim, platform)
+        columns = batch_size + (0 if negatives is None else len(negatives.z_ND))
+        tiling = tiling_rule(batch_size // devices, columns, embed_dim, platform)
         scale = jnp.asarray(scale, jnp.float32)
         bias = jnp.asarray(bias if loss.uses_bias else 0, jnp.float32)
         tiled = shard_walk(Walk(loss, batch_axes, tiling), mesh)
-        return tiled(z_image_BD, z_text_BD, scale, bias, valid_B, caption_id_B)
+        return tiled(z_image_BD, z_text_BD, scale, bias, negatives, valid_B, caption_id_B)
 
     return loss_fn

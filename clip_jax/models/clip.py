@@ -137,9 +137,13 @@ class CLIP(nn.Module):
         paths = () if path_scale_BK2 is None else (path_scale_BK2,)
         return self.visual(images_BHWC, train, valid_B, patch_ids_Bl, *paths)
 
-    def encode_text(self, tokens_BL: Int[Array, "B L"] | PackedTokens) -> Float[Array, "B D"]:
-        """Return text features, not of unit length."""
-        return self.text(tokens_BL)
+    def encode_text(
+        self,
+        tokens_BL: Int[Array, "B L"] | PackedTokens,
+        path_scale_BK2: Float[Array, "B K 2"] | None = None,
+    ) -> Float[Array, "B D"]:
+        """Return text features, not of unit length; for `path_scale_BK2` see `encode_image`."""
+        return self.text(tokens_BL, *(() if path_scale_BK2 is None else (path_scale_BK2,)))
 
     def __call__(
         self,
@@ -149,10 +153,13 @@ class CLIP(nn.Module):
         valid_B: Bool[Array, " B"] | None = None,
         patch_ids_Bl: Int[Array, "B l"] | None = None,
         path_scale_BK2: Float[Array, "B K 2"] | None = None,
+        text_path_scale_BK2: Float[Array, "B K 2"] | None = None,
     ) -> tuple[Float[Array, "B D"], Float[Array, "B D"]]:
         """Return image and text features of unit length, float32; see `encode_image`."""
         z_image_BD = self.encode_image(images_BHWC, train, valid_B, patch_ids_Bl, path_scale_BK2)
-        return unit_length(z_image_BD), unit_length(self.encode_text(tokens_BL))
+        return unit_length(z_image_BD), unit_length(
+            self.encode_text(tokens_BL, text_path_scale_BK2)
+        )
 
 
 def unrolled(model: CLIP) -> CLIP:

@@ -163,7 +163,12 @@ def text_flops(config: CLIPConfig, length: int) -> int:
 
 
 def train_flops_per_pair(
-    config: CLIPConfig, length: int, *, num_patches: int | None = None, frozen: Collection[str] = ()
+    config: CLIPConfig,
+    length: int,
+    *,
+    num_patches: int | None = None,
+    frozen: Collection[str] = (),
+    captions: int = 1,
 ) -> int:
     """Count the operations of a pair's training step; the backward pass is twice the forward.
 
@@ -174,10 +179,11 @@ def train_flops_per_pair(
       length: tokens of the caption (after trimming).
       num_patches: patches of an image that its tower sees; None is all.
       frozen: the towers of which nothing is trained, "image", "text": they have no backward pass.
+      captions: the texts of a pair, its negative among them.
 
     >>> from clip_jax.models.zoo import model_config
     >>> train_flops_per_pair(model_config("ViT-B/32"), 77)
     41343498240
     """
-    image, text = image_flops(config, num_patches), text_flops(config, length)
+    image, text = image_flops(config, num_patches), text_flops(config, length) * captions
     return image * (1 if "image" in frozen else 3) + text * (1 if "text" in frozen else 3)

@@ -1,6 +1,7 @@
 """The text transformer of CLIP and SigLIP (Radford et al. 2021, section 2.4; Zhai et al. 2023)."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -181,8 +182,16 @@ class TextTransformer(nn.Module):
     exec_config: ExecConfig = DEFAULT_EXEC_CONFIG
 
     @nn.compact
-    def __call__(self, tokens_BL: Int[Array, "B L"] | PackedTokens) -> Float[Array, "B D"]:
-        """Return features of captions, not of unit length; a packed tower supports trimming."""
+    def __call__(
+        self,
+        tokens_BL: Int[Array, "B L"] | PackedTokens,
+        path_scale_BK2: Float[Array, "B K 2"] | None = None,
+    ) -> Float[Array, "B D"]:
+        """Return features of captions, not of unit length; a packed tower supports trimming.
+
+        With `path_scale_BK2` the branches of each block have these factors; packed captions have
+        none of their own.
+        """
         c = self.config
         packed = tokens_BL if isinstance(tokens_BL, PackedTokens) else None
         tokens_BL = tokens_BL.tokens_SR if isinstance(tokens_BL, PackedTokens) else tokens_BL
@@ -210,7 +219,10 @@ class TextTransformer(nn.Module):
             is_causal=c.causal,
             form=BlockForm() if c.class_token else None,
         )
-        transformer = Transformer(c.layers, block, self.exec_config, name="transformer")
+        transformer = functools.partial(
+            Transformer(c.layers, block, self.exec_config, name="transformer"),
+            path_scale_BK2=path_scale_BK2,
+        )
         if packed is not None:
             x_BD = packed.end_rows(transformer(x_BLD, None, packed.positions_SR))
         elif c.pool == "end" and not c.class_token:

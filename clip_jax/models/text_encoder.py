@@ -1,5 +1,7 @@
 """Text towers like BERT's: RoBERTa, XLM-RoBERTa, and the encoder of NLLB (M2M-100)."""
 
+import functools
+
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
@@ -39,8 +41,15 @@ class TextEncoder(nn.Module):
     exec_config: ExecConfig = DEFAULT_EXEC_CONFIG
 
     @nn.compact
-    def __call__(self, tokens_BL: Int[Array, "B L"]) -> Float[Array, "B D"]:
-        """Return features of captions, not of unit length."""
+    def __call__(
+        self,
+        tokens_BL: Int[Array, "B L"],
+        path_scale_BK2: Float[Array, "B K 2"] | None = None,
+    ) -> Float[Array, "B D"]:
+        """Return features of captions, not of unit length.
+
+        With `path_scale_BK2` the branches of each block have these factors.
+        """
         c, form = self.config, self.config.encoder
         assert form is not None
         seen_BL = tokens_BL != form.pad_id
@@ -52,7 +61,10 @@ class TextEncoder(nn.Module):
             timm_block_init(),
             form=BlockForm(norms=form.norms),
         )
-        transformer = Transformer(c.layers, block, self.exec_config, name="transformer")
+        transformer = functools.partial(
+            Transformer(c.layers, block, self.exec_config, name="transformer"),
+            path_scale_BK2=path_scale_BK2,
+        )
         x_BLD, inputs = self._embed(tokens_BL), BlockInputs(seen_BL=seen_BL)
         if form.pool == "first":
             first_B = jnp.zeros(tokens_BL.shape[0], jnp.int32)

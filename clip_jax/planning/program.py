@@ -57,10 +57,11 @@ class StepCosts:
 
 
 def batch_shapes(
-    mesh: Mesh, config: CLIPConfig, batch_size: int
+    mesh: Mesh, config: CLIPConfig, batch_size: int, *, negatives: bool = False
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Return the shapes of a global batch as the step takes it, texts at their full length."""
-    return trimmed_batch_shapes(mesh, config, batch_size, config.text.context_length)
+    length = config.text.context_length
+    return trimmed_batch_shapes(mesh, config, batch_size, length, negatives=negatives)
 
 
 class CompiledProgram(NamedTuple):
@@ -113,7 +114,13 @@ def compile_program(
 
 def batch_of_run(run: RunComponents) -> dict[str, jax.ShapeDtypeStruct]:
     """Return the shapes of a run's batches: captions packed if the config gives their shares."""
-    shapes = batch_shapes(run.mesh, run.model.config, run.config.train.batch_size)
+    config = run.config
+    shapes = batch_shapes(
+        run.mesh,
+        run.model.config,
+        config.train.batch_size,
+        negatives=bool(config.data.negatives),
+    )
     packing = run.caption_packing
     return shapes if packing is None else packed_shapes(shapes, packing)
 

@@ -113,7 +113,14 @@ def program_config(config: Config) -> dict[str, Any]:
     for section in ("eval", "checkpoint"):
         del values[section]
     data = values["data"]
-    fields = ("tokenizer", "color_jitter", "caption_packing", "random_erasing", "erasing_mode")
+    fields = (
+        "tokenizer",
+        "color_jitter",
+        "caption_packing",
+        "random_erasing",
+        "erasing_mode",
+        "negatives",
+    )
     values["data"] = {name: data[name] for name in fields}
     for name in ("log_every", "report_to", "report_project", "report_name"):
         del values["train"][name]

@@ -97,6 +97,8 @@ class BatchFeed:
             text = batch["packed"]
         else:
             text, packing = {"text": batch["text"][:, :length]}, None
+            if "negative" in batch:
+                text["negative"] = batch["negative"][:, :length]
         signals = answers[:, 1]
         arrays = place_batch(device_arrays(batch) | text, self._run.mesh)
         if self._run.distiller is not None:
@@ -120,7 +122,9 @@ class BatchFeed:
             return text.shape[1]
         packing = self._run.caption_packing
         if packing is None:
-            return bucket_length(text, eot_id)
+            negative = batch.get("negative")
+            every = text if negative is None else np.concatenate([text, negative])
+            return bucket_length(every, eot_id)
         packed = pack_captions(text, eot_id, packing)
         if packed is None:
             return text.shape[1]  # the one other shape that is compiled
@@ -148,9 +152,12 @@ def announced(
 
 
 def trimmed_batch_shapes(
-    mesh: Mesh, config: CLIPConfig, batch_size: int, length: int
+    mesh: Mesh, config: CLIPConfig, batch_size: int, length: int, *, negatives: bool
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return the shapes of a placed global batch whose captions are trimmed to `length`."""
+    """Return the shapes of a placed global batch whose captions are trimmed to `length`.
+
+    `negatives`: the batch has texts that are negatives alone.
+    """
     sharding, size = NamedSharding(mesh, P(BATCH_AXES)), config.vision.image_size
     arrays: dict[str, tuple[tuple[int, ...], Any]] = {
         "image": ((batch_size, size, size, 3), np.uint8),
@@ -158,6 +165,9 @@ def trimmed_batch_shapes(
         "caption_id": ((batch_size,), np.uint32),
         "valid": ((batch_size,), np.bool_),
     }
+    if negatives:
+        others = {"negative": "text", "negative_id": "caption_id", "negative_valid": "valid"}
+        arrays |= {name: arrays[other] for name, other in others.items()}
     return {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
         for name, (shape, dtype) in arrays.items()
@@ -187,8 +197,12 @@ def packed_shapes(
 
 def device_arrays(batch: Batch) -> dict[str, np.ndarray]:
     """Return what of a batch travels to the devices, besides the captions."""
-    return {
+    arrays = {
         "image": batch["image"],
         "caption_id": batch["caption_id"],
         "valid": batch["valid"],
     }
+    if "negative" in batch:
+        arrays["negative_id"] = batch["negative_id"]
+        arrays["negative_valid"] = batch["negative_valid"]
+    return arrays

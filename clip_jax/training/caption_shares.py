@@ -52,10 +52,15 @@ def with_caption_packing(run: RunComponents, data: TrainingData, folder: Path) -
 
 
 def may_pack(run: RunComponents) -> bool:
-    """Return whether "auto" considers packing: on accelerators, for many pairs a device."""
+    """Return whether "auto" considers packing: on accelerators, for many pairs a device.
+
+    Factors of branches are a caption's own, and packed captions share rows; negatives are rows
+    beside the captions.
+    """
     return (
         run.model.config.text.supports_trimming
         and run.model.target.platform != "cpu"
+        and not (run.config.model.text_drop_path or run.config.data.negatives)
         and rows_of_device(run.config, run.mesh) >= MIN_CAPTIONS
     )
 

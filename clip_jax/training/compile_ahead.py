@@ -38,12 +38,13 @@ def prepare_step(run: RunComponents, step: ShapedPrograms) -> None:
     infos = () if run.distiller is None else run.distiller.infos
     teachers = teacher_shapes(infos, run.mesh, size)
     if packing is not None:
-        batch = trimmed_batch_shapes(run.mesh, run.model.config, size, lengths[0])
+        batch = trimmed_batch_shapes(run.mesh, run.model.config, size, lengths[0], negatives=False)
         batch = packed_shapes(batch, packing) | teachers
         step.prepare("the step for packed captions", run.shapes, batch)
         lengths = lengths[:1]
     for length in lengths:
-        batch = trimmed_batch_shapes(run.mesh, run.model.config, size, length)
+        negatives = bool(run.config.data.negatives)
+        batch = trimmed_batch_shapes(run.mesh, run.model.config, size, length, negatives=negatives)
         step.prepare(f"the step for captions of {length} tokens", run.shapes, batch | teachers)
 
 

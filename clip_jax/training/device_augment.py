@@ -24,7 +24,7 @@ ERASING_MODES = ("const", "rand", "pixel")
 # timm's RandomErasing: the box's share of the area, the least of its aspects, tries to place it.
 ERASED_AREA, ERASED_ASPECT, ERASING_TRIES = (0.02, 1 / 3), 0.3, 10
 # Each use of a step's key has its own; the colors have the key itself.
-_PATCHES, _ERASING, _PATHS = 1, 2, 3
+_PATCHES, _ERASING, _PATHS, _TEXT_PATHS = 1, 2, 3, 4
 
 
 @runtime_checkable
@@ -40,7 +40,8 @@ class DrawFn(Protocol):
         erase_box_BT4: float32 in 0..1, of each try: the box's area, aspect, top and left.
         erase_color_B3: float32, the color of the box.
         erase_key_B2: uint32, the key of the noise in the box.
-        path_scale_BK2: float32, factors of both branches of each block of the image tower.
+        path_scale_BK2, text_path_scale_BK2: float32, factors of both branches of each block of a
+          tower.
         """
         ...
 
@@ -55,19 +56,33 @@ def drop_path_rates(drop_path: float, layers: int) -> Float[Array, " K"]:
     return jnp.linspace(0, drop_path, layers)
 
 
+def _path_scales(
+    key: jax.Array, batch_size: int, drop_path: float, layers: int
+) -> Float[Array, "B K 2"]:
+    """Draw which branches are passed by; the others are larger by as much, in the mean."""
+    keep_K1 = 1 - drop_path_rates(drop_path, layers)[:, None]
+    return (jax.random.uniform(key, (batch_size, layers, 2)) < keep_K1) / keep_K1
+
+
 def make_draws(
-    model: ModelSection, data: DataSection, *, seed: int, patches: int, layers: int
+    model: ModelSection,
+    data: DataSection,
+    *,
+    seed: int,
+    patches: int,
+    layers: int,
+    text_layers: int,
 ) -> DrawFn:
     """Make the function that draws the random numbers of a run.
 
     Args:
       model: its `patch_dropout`, the share of the patches that is left out (at least one stays),
-        and its `drop_path`.
+        and its `drop_path` and `text_drop_path`.
       data: its `color_jitter`, in 0..1: brightness, contrast and saturation change by that at most;
         and its `random_erasing`.
       seed: the run's; a step draws the same on any mesh and after a resume.
       patches: the number of patches of one image.
-      layers: the number of blocks of the image tower.
+      layers, text_layers: the number of blocks of each tower.
     """
     color_jitter, patch_dropout = data.color_jitter, model.patch_dropout
 
@@ -91,11 +106,11 @@ def make_draws(
             elif data.erasing_mode == "pixel":
                 draws["erase_key_B2"] = jax.random.key_data(jax.random.split(keys[2], batch_size))
         if model.drop_path:
-            chance_BK2 = jax.random.uniform(
-                jax.random.fold_in(key, _PATHS), (batch_size, layers, 2)
-            )
-            keep_K1 = 1 - drop_path_rates(model.drop_path, layers)[:, None]
-            draws["path_scale_BK2"] = (chance_BK2 < keep_K1) / keep_K1
+            paths = jax.random.fold_in(key, _PATHS)
+            draws["path_scale_BK2"] = _path_scales(paths, batch_size, model.drop_path, layers)
+        if model.text_drop_path:
+            paths, rate = jax.random.fold_in(key, _TEXT_PATHS), model.text_drop_path
+            draws["text_path_scale_BK2"] = _path_scales(paths, batch_size, rate, text_layers)
         return draws
 
     return draw

@@ -61,7 +61,7 @@ from clip_jax.training.setup import (
 from clip_jax.training.signals import StopRequest
 from clip_jax.training.skip_limit import SkipLimit
 from clip_jax.training.state import TrainState
-from clip_jax.training.step import TrainStep, make_features
+from clip_jax.training.step import TrainStep, make_features, split_negatives
 from clip_jax.training.trainer import make_fingerprint
 from clip_jax.typing import leaves_by_path
 
@@ -367,6 +367,7 @@ def look_at_step(
         params = unstack_layers(state.params)
         with nn.intercept_methods(watch):
             z_image_BD, z_text_BD, _ = features(params, state.batch_stats, rows)
+        z_text_BD, negatives = split_negatives(z_text_BD, rows)
         losses = pair_losses(
             config.train.loss,
             z_image_BD,
@@ -375,6 +376,7 @@ def look_at_step(
             params.get("logit_bias", jnp.zeros(())),
             valid_B=rows["valid"],
             caption_id_B=rows["caption_id"] if config.train.mask_equal_captions else None,
+            negatives=negatives,
         )
         trained, frozen = split_frozen(state.params, config.train)
         grads = gradient(trained, frozen, state.batch_stats, rows)[2]

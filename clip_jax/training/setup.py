@@ -275,6 +275,11 @@ def model_sizes(
 
 def check_dropout(config: Config, sizes: CLIPConfig, frozen: Collection[str]) -> None:
     """Raise UserError if patches or paths are to be dropped that are not there, or must all be."""
+    if config.model.text_drop_path and "text" in frozen:
+        raise UserError(
+            "config.model.text_drop_path is set and nothing of the text tower is trained: leave "
+            "one of them out"
+        )
     dropped = {"patch_dropout": "patches", "drop_path": "blocks"}
     for field, what in dropped.items():
         if not getattr(config.model, field):
@@ -315,6 +320,7 @@ def pair_flops(run: RunComponents, length: int | CaptionPacking) -> int:
         length,
         num_patches=count_kept_patches(run),
         frozen=frozen_towers(run.shapes.params, run.config.train),
+        captions=2 if run.config.data.negatives else 1,
     )
 
 
@@ -355,6 +361,7 @@ def draws_of_run(run: RunComponents) -> DrawFn:
         seed=config.seed,
         patches=count_patches(run.model),
         layers=vision.layers if isinstance(vision, ViTConfig) else 0,
+        text_layers=run.model.config.text.layers,
     )
 
 

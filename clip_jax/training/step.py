@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from clip_jax.data.images import Preprocess
-from clip_jax.losses import LossFn
+from clip_jax.losses import LossFn, Negatives
 from clip_jax.models.clip import CLIP
 from clip_jax.models.lora import adapter_scale, merge_adapters
 from clip_jax.models.naflex import ImagePatches
@@ -45,7 +45,8 @@ class TrainStep(Protocol):
 
         `batch` holds image uint8 [B, H, W, 3], text int32 [B, L], caption_id uint32 [B] and
         valid bool [B], split over the mesh's batch axes; or in place of the text its captions
-        packed, as `data.caption_packing.pack_captions` makes them.
+        packed, as `data.caption_packing.pack_captions` makes them. With negatives it holds negative
+        int32 [B, L], negative_id uint32 [B] and negative_valid bool [B], too.
         """
         ...
 
@@ -56,8 +57,11 @@ class FeaturesFn(Protocol):
 
     def __call__(
         self, params: Params, batch_stats: Any, rows: Batch
-    ) -> tuple[Features, Features, Any]:
-        """Return unit features of images and texts, and the batch statistics after these rows."""
+    ) -> tuple[Features, jax.Array, Any]:
+        """Return unit features of images and texts, and the batch statistics after these rows.
+
+        Of texts they are [B, D], with negatives [B, 2, D]: see `split_negatives`.
+        """
         ...
 
 
@@ -119,6 +123,23 @@ def tokens_of(rows: Batch, parts: int) -> jax.Array | PackedTokens:
     return PackedTokens(rows["text_tokens"], rows["text_positions"], rows["text_end"], parts)
 
 
+def with_negatives(rows: Batch, parts: int) -> jax.Array | PackedTokens:
+    """Return the captions of rows; where they have negatives, each behind its caption."""
+    if "negative" not in rows:
+        return tokens_of(rows, parts)
+    # Side by side and not one behind the other: every device keeps its rows.
+    tokens_B2L = jnp.stack([rows["text"], rows["negative"]], axis=1)
+    return tokens_B2L.reshape(-1, tokens_B2L.shape[2])
+
+
+def split_negatives(z_text_BD: jax.Array, rows: Batch) -> tuple[Features, Negatives | None]:
+    """Return the features of captions, and of the negatives that `make_features` gives beside."""
+    if "negative" not in rows:
+        return z_text_BD, None
+    valid_B = rows["negative_valid"] & rows["valid"]
+    return z_text_BD[:, 0], Negatives(z_text_BD[:, 1], valid_B, rows["negative_id"])
+
+
 def make_features(
     model: CLIP,
     *,
@@ -135,7 +156,10 @@ def make_features(
     train = "image" not in frozen
     split = rows_stay_split(mesh)
 
-    def features(params: Params, batch_stats: Any, rows: Batch) -> tuple[Features, Features, Any]:
+    def features(params: Params, batch_stats: Any, rows: Batch) -> tuple[Features, jax.Array, Any]:
+        text_paths_BK2 = rows.get("text_path_scale_BK2")
+        if "negative" in rows and text_paths_BK2 is not None:
+            text_paths_BK2 = jnp.repeat(text_paths_BK2, 2, axis=0)
         images_BHWC = unit_range(rows["image"])
         if "colors_B3" in rows:
             images_BHWC = adjust_colors(images_BHWC, rows["colors_B3"])
@@ -147,13 +171,16 @@ def make_features(
             (z_image_BD, z_text_BD), updated = model.apply(
                 {"params": with_whole_table(params, mesh), "batch_stats": batch_stats},
                 images_BHWC,
-                tokens_of(rows, batch_shards(mesh)),
+                with_negatives(rows, batch_shards(mesh)),
                 train,
                 rows["valid"],
                 rows.get("patch_ids_Bl"),
                 rows.get("path_scale_BK2"),
+                text_paths_BK2,
                 mutable=["batch_stats"],
             )
+        if "negative" in rows:
+            z_text_BD = z_text_BD.reshape(len(z_image_BD), 2, -1)
         return z_image_BD, z_text_BD, updated.get("batch_stats", batch_stats)
 
     return features
@@ -163,7 +190,7 @@ def feature_loss(
     loss_fn: LossFn,
     distillation: Distillation | None,
     z_image_BD: Features,
-    z_text_BD: Features,
+    z_text_BD: jax.Array,
     params: Params,
     rows: Batch,
 ) -> tuple[jax.Array, StepOutput]:
@@ -173,8 +200,11 @@ def feature_loss(
     """
     bias = params.get("logit_bias", jnp.zeros(()))
     scale = jnp.exp(params["logit_scale"])
+    z_text_BD, negatives = split_negatives(z_text_BD, rows)
     with jax.named_scope(LOSS):
-        out = loss_fn(z_image_BD, z_text_BD, scale, bias, rows["valid"], rows["caption_id"])
+        out = loss_fn(
+            z_image_BD, z_text_BD, scale, bias, rows["valid"], rows["caption_id"], negatives
+        )
         if distillation is None:
             return out.loss, StepOutput(*out, parts={})
         parts = distillation.losses(z_image_BD, z_text_BD, params, rows)
@@ -246,7 +276,7 @@ def make_cached_gradient(
 
         stats, z = lax.scan(embed, batch_stats, parts)
 
-        def loss_of(z: tuple[Features, Features], trained: Params):
+        def loss_of(z: tuple[Features, jax.Array], trained: Params):
             params = join_for_model(trained, frozen)
             return feature_loss(loss_fn, distillation, *z, params, rows)
 

@@ -34,7 +34,7 @@ PART_ROWS = 8192
 COMMAND = "python -m clip_jax.data.reinforce"
 IRRELEVANT = (
     *("weights", "streams", "window", "repeat"),
-    *("color_jitter", "random_erasing", "erasing_mode"),
+    *("color_jitter", "random_erasing", "erasing_mode", "negatives"),
 )
 """Fields of `DataSection` that decide when a sample comes, or what its step draws for it: a
 sample's crop and caption in an epoch do not depend on them."""

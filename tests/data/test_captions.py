@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import webdataset
-from data_cases import encode, make_image, train_loader
+from data_cases import ToyTokenizer, encode, make_image, train_loader
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -34,7 +34,9 @@ def shard(tmp_path_factory):
                 "__key__": f"{k:03d}",
                 "png": encode(make_image("RGB", 12, 12, seed=k), "PNG"),
                 "txt": f"original {k}",
-                "json": json.dumps({"synthetic": f"made up {k}"}).encode(),
+                "json": json.dumps(
+                    {"synthetic": f"made up {k}", "wrong": [f"no {k}", f"not {k}"] if k % 3 else []}
+                ).encode(),
             }
             if k % 2:
                 sample["blip.txt"] = f"first {k}\nsecond {k}\n"
@@ -149,6 +151,31 @@ def test_equal_captions_stay_equal_when_words_are_dropped(shard):
         assert (batch["text"] != other["text"]).any()
     number = int(plain[0]["key"][0].rpartition("/")[2])
     assert plain[0]["caption_id"][0] == caption_id(f"original {number}")
+
+
+def test_negatives_are_drawn_by_themselves_and_may_be_absent(shard):
+    whole = take(shard, 6, negatives="wrong")
+    plain = take(shard, 6)
+    for batch, other in zip(whole, plain, strict=True):
+        for name in other:
+            np.testing.assert_array_equal(batch[name], other[name], err_msg=name)
+        for row, key in enumerate(batch["key"]):
+            number = int(key.rpartition("/")[2])
+            assert batch["negative_valid"][row] == bool(number % 3)
+            texts = [f"no {number}", f"not {number}"] if number % 3 else [""]
+            chosen = [
+                text
+                for text in texts
+                if np.array_equal(ToyTokenizer()([text], 16)[0], batch["negative"][row])
+            ]
+            assert len(chosen) == 1
+            assert batch["negative_id"][row] == (caption_id(chosen[0]) if number % 3 else 0)
+    again = take(shard, 3, start_step=3, negatives="wrong", threads=2, processes=2)
+    for batch, other in zip(whole[3:], again, strict=True):
+        for name in batch:
+            np.testing.assert_array_equal(batch[name], other[name], err_msg=name)
+    drawn = {row.tobytes() for batch in whole for row in batch["negative"]}
+    assert len(drawn) > 24  # both of some samples
 
 
 @given(words=st.lists(st.text("abc", min_size=1), max_size=30), share=st.floats(0, 0.99))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from clip_jax.errors import UserError
-from clip_jax.losses import FORMS, LOSSES, make_loss
+from clip_jax.losses import FORMS, LOSSES, Negatives, make_loss
 from clip_jax.losses.tiled import Tiling, choose_tiling, count_tiles, make_tiled_loss
 from clip_jax.parallel.mesh import BATCH_AXES
 
@@ -427,3 +427,94 @@ def test_mistakes_are_named():
     z_image, z_text, valid, caption_id = make_batch("none", rows=6)
     with pytest.raises(UserError, match=r"6 rows does not split over 4 devices \(data x fsdp\)"):
         make("softmax")(z_image, z_text, 1.0, 0.0, valid, caption_id)
+
+
+def with_negatives(mask, seed=0):
+    """Return a batch and as many texts that are negatives alone, some of them not there."""
+    z_image, z_text, valid, caption_id = make_batch(mask, seed=seed)
+    rng = np.random.default_rng(seed + 1)
+    z_negative = np.float32(unit_rows(z_text + rng.normal(size=z_text.shape) / 4))
+    # Some are what another image is called.
+    ids = np.where(rng.random(ROWS) < 0.2, rng.permutation(caption_id), caption_id + 1000)
+    is_there = valid & (rng.random(ROWS) > 0.2)
+    return z_image, z_text, valid, caption_id, z_negative, is_there, np.uint32(ids)
+
+
+@functools.cache
+def compiled_with_negatives(name, form, shape=(1, 1, 1), tile_size=1024):
+    """Return (batch) -> (LossOutput, the five gradients)."""
+    loss_fn = make_loss(
+        name,
+        mesh=make_mesh(shape),
+        batch_axes=BATCH_AXES,
+        platform="cpu",
+        tile_size=tile_size,
+        mask_equal_captions=True,
+        form=form,
+    )
+
+    def loss(z_image, z_text, scale, bias, z_negative, valid, caption_id, is_there, ids):
+        negatives = Negatives(z_negative, is_there, ids)
+        output = loss_fn(z_image, z_text, scale, bias, valid, caption_id, negatives)
+        return output.loss, output
+
+    gradients = jax.value_and_grad(loss, argnums=(0, 1, 2, 3, 4), has_aux=True)
+    step = jax.jit(gradients, compiler_options=QUICK)
+
+    def call(z_image, z_text, valid, caption_id, z_negative, is_there, ids):
+        numbers = jnp.float32(SCALE), jnp.float32(BIAS)
+        (_, output), gradients = step(
+            z_image, z_text, *numbers, z_negative, valid, caption_id, is_there, ids
+        )
+        return output, gradients
+
+    return call
+
+
+@pytest.mark.parametrize("mask", ["none", "both"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_negatives_are_in_the_images_part_of_the_definition(name, mask):
+    batch = with_negatives(mask)
+    z_image, z_text, valid, caption_id, z_negative, is_there, ids = map(np.asarray, batch)
+    found = np.array(compiled_with_negatives(name, "dense")(*batch)[0])
+    plain = reference(name, z_image, z_text, SCALE, BIAS, valid, caption_id)
+    logits = SCALE * z_image.astype(np.float64) @ np.concatenate([z_text, z_negative]).T
+    rows, more, hits = np.flatnonzero(valid), 0.0, 0
+    for i in rows:
+        own = [j for j in rows if j != i and caption_id[j] != caption_id[i]]
+        extra = [ROWS + j for j in np.flatnonzero(is_there & (ids != caption_id[i]))]
+        hits += bool(np.all(logits[i, i] > logits[i, own + extra]))
+        if name == "softmax":
+            before = np.logaddexp.reduce(logits[i, [i, *own]])
+            more += (np.logaddexp.reduce(logits[i, [i, *own, *extra]]) - before) / 2
+        else:
+            more += np.sum(np.logaddexp(0, logits[i, extra] + BIAS))
+    expected = plain[0] + more / len(rows), hits / len(rows), plain[2]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mask", ["none", "both"])
+@pytest.mark.parametrize(
+    ("shape", "tile_size"),
+    [
+        ((2, 2, 2), 5),
+        pytest.param((1, 1, 1), 1000, marks=pytest.mark.slow),
+        pytest.param((4, 1, 2), 8, marks=pytest.mark.slow),
+        pytest.param((8, 1, 1), 0, marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("name", LOSSES)
+def test_tiled_with_negatives_equals_dense_on_every_mesh(name, shape, tile_size, mask):
+    batch = with_negatives(mask)
+    tiled = compiled_with_negatives(name, "tiled", shape, tile_size)(*batch)
+    assert_close(tiled, compiled_with_negatives(name, "dense")(*batch))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_negatives_that_are_not_there_change_nothing(name):
+    batch = list(with_negatives("both"))
+    batch[5] = np.zeros(ROWS, bool)
+    output, gradients = compiled_with_negatives(name, "tiled", (2, 2, 2), 5)(*batch)
+    plain = compiled(name, "dense")(*batch[:4])
+    assert_close((output, gradients[:4]), plain)
+    assert not np.asarray(gradients[4]).any()

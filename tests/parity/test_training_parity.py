@@ -191,7 +191,7 @@ def our_losses(
         tile_size=0,
         mask_equal_captions=False,
     )
-    draws = make_draws(ModelSection(), DataSection(), seed=0, patches=0, layers=0)
+    draws = make_draws(ModelSection(), DataSection(), seed=0, patches=0, layers=0, text_layers=0)
     step = make_train_step(
         model, loss_fn, optimizer, schedule, shapes, section, preprocess=HALF, draws=draws
     )

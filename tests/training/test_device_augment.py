@@ -51,15 +51,15 @@ def test_values_stay_in_range(images):
 
 def test_draws_depend_on_seed_and_step_and_not_on_the_mesh():
     sections = (
-        ModelSection(patch_dropout=0.5, drop_path=0.9),
+        ModelSection(patch_dropout=0.5, drop_path=0.9, text_drop_path=0.9),
         DataSection(color_jitter=(0.3, 0.3, 0.3), random_erasing=0.5, erasing_mode="pixel"),
     )
-    draw = make_draws(*sections, seed=1, patches=49, layers=12)
+    draw = make_draws(*sections, seed=1, patches=49, layers=12, text_layers=12)
     first = draw(jnp.int32(4), 8)
     rows = NamedSharding(make_mesh(data=2, fsdp=2, tensor=2), P(("data", "fsdp")))
     split = jax.jit(lambda step: draw(step, 8), out_shardings=rows)(jnp.int32(4))
     chex.assert_trees_all_equal(split, first)
-    other_seed = make_draws(*sections, seed=2, patches=49, layers=12)
+    other_seed = make_draws(*sections, seed=2, patches=49, layers=12, text_layers=12)
     others = draw(jnp.int32(5), 8), other_seed(jnp.int32(4), 8)
     for name, x in first.items():
         assert all(not np.array_equal(x, other[name]) for other in others)
@@ -68,7 +68,7 @@ def test_draws_depend_on_seed_and_step_and_not_on_the_mesh():
 
 
 def test_what_is_off_draws_nothing():
-    draw = make_draws(ModelSection(), DataSection(), seed=0, patches=49, layers=0)
+    draw = make_draws(ModelSection(), DataSection(), seed=0, patches=49, layers=0, text_layers=0)
     assert draw(jnp.int32(1), 8) == {}
 
 
@@ -88,7 +88,9 @@ def test_patches_that_stay_are_distinct_and_of_the_promised_number(patches, shar
 
 
 def test_every_patch_stays_as_often_as_another():
-    draw = make_draws(ModelSection(patch_dropout=0.5), DataSection(), seed=0, patches=10, layers=0)
+    draw = make_draws(
+        ModelSection(patch_dropout=0.5), DataSection(), seed=0, patches=10, layers=0, text_layers=0
+    )
     patch_ids_Bl = np.asarray(draw(jnp.int32(0), 4000)["patch_ids_Bl"])
     counts = np.bincount(patch_ids_Bl.ravel(), minlength=10)
     # 4,000 draws at one half: a standard deviation of 32; five of them.
@@ -96,10 +98,22 @@ def test_every_patch_stays_as_often_as_another():
 
 
 def test_a_setting_moves_no_draw_of_another():
-    alone = make_draws(ModelSection(patch_dropout=0.5), DataSection(), seed=1, patches=9, layers=4)
+    alone = make_draws(
+        ModelSection(patch_dropout=0.5),
+        DataSection(),
+        seed=1,
+        patches=9,
+        layers=4,
+        text_layers=4,
+    )
     data = DataSection(color_jitter=(0.3, 0.3, 0.3), random_erasing=0.5)
     both = make_draws(
-        ModelSection(patch_dropout=0.5, drop_path=0.5), data, seed=1, patches=9, layers=4
+        ModelSection(patch_dropout=0.5, drop_path=0.5),
+        data,
+        seed=1,
+        patches=9,
+        layers=4,
+        text_layers=4,
     )
     name = "patch_ids_Bl"
     np.testing.assert_array_equal(both(jnp.int32(3), 8)[name], alone(jnp.int32(3), 8)[name])
@@ -108,7 +122,9 @@ def test_a_setting_moves_no_draw_of_another():
 @pytest.mark.parametrize("mode", ERASING_MODES)
 def test_a_box_of_each_chosen_image_is_erased(mode):
     data = DataSection(random_erasing=0.5, erasing_mode=mode)
-    draws = make_draws(ModelSection(), data, seed=0, patches=0, layers=0)(jnp.int32(2), 64)
+    draws = make_draws(ModelSection(), data, seed=0, patches=0, layers=0, text_layers=0)(
+        jnp.int32(2), 64
+    )
     images = jnp.full((64, 20, 30, 3), 7.0)
     out = np.asarray(erase_boxes(images, draws))
     erased = (out != 7).all(axis=3)
@@ -126,7 +142,7 @@ def test_a_box_of_each_chosen_image_is_erased(mode):
 
 def test_paths_are_dropped_at_the_rates_of_their_blocks_and_keep_the_mean():
     model = ModelSection(drop_path=0.6)
-    draw = make_draws(model, DataSection(), seed=0, patches=0, layers=4)
+    draw = make_draws(model, DataSection(), seed=0, patches=0, layers=4, text_layers=4)
     scale_BK2 = np.asarray(draw(jnp.int32(0), 4000)["path_scale_BK2"])
     rates = np.asarray(drop_path_rates(0.6, 4))
     np.testing.assert_allclose(rates, [0, 0.2, 0.4, 0.6], atol=1e-6)

@@ -33,6 +33,30 @@ def test_micro_batches_give_the_whole_batchs_losses(where, loss):
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_negatives_are_the_same_on_any_mesh_and_in_micro_batches(loss):
+    batch = make_batch(VIT)
+    rng = np.random.default_rng(3)
+    batch["negative"] = rng.permutation(batch["text"])
+    batch["negative_id"] = np.arange(B, dtype=np.uint32) + 10**6
+    batch["negative_valid"] = rng.random(B) > 0.3
+    losses = {}
+    for name, mesh, options in (
+        ("plain", one_device_mesh(), {}),
+        ("mesh", make_mesh(data=2, fsdp=2, tensor=2), {"microbatch_size": 4}),
+    ):
+        state, step = make_all(VIT, mesh, loss=loss, drop_path=0.5, **options)
+        losses[name] = []
+        for _ in range(3):
+            state, metrics = step(state, place_batch(batch, mesh))
+            losses[name].append(float(metrics["loss"]))
+    np.testing.assert_allclose(losses["mesh"], losses["plain"], rtol=1e-5)
+    state, step = make_all(VIT, one_device_mesh(), loss=loss, drop_path=0.5)
+    _, metrics = step(state, place_batch(make_batch(VIT), one_device_mesh()))
+    assert float(metrics["loss"]) < losses["plain"][0]
+
+
 def linear_features(params, batch_stats, rows):
     """Run towers of one matrix each, with a statistic that counts the rows it saw."""
 

@@ -177,8 +177,10 @@ def test_augmented_images_and_captions_are_the_same_after_a_resume(data, tmp_pat
     """Decoded by processes there, by threads before."""
     fields = {
         "model__drop_path": 0.5,
+        "model__text_drop_path": 0.5,
         "data__captions": ("*=1", ".txt=1"),
         "data__word_dropout": 0.3,
+        "data__negatives": "*",
         "data__rand_augment": 2,
         "data__random_erasing": 0.5,
         "data__erasing_mode": "pixel",
