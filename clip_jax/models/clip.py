@@ -148,17 +148,20 @@ class CLIP(nn.Module):
     def __call__(
         self,
         images_BHWC: Float[Array, "B H W 3"],
-        tokens_BL: Int[Array, "B L"] | PackedTokens,
+        tokens_TL: Int[Array, "T L"] | PackedTokens,
         train: bool = False,
         valid_B: Bool[Array, " B"] | None = None,
         patch_ids_Bl: Int[Array, "B l"] | None = None,
         path_scale_BK2: Float[Array, "B K 2"] | None = None,
-        text_path_scale_BK2: Float[Array, "B K 2"] | None = None,
-    ) -> tuple[Float[Array, "B D"], Float[Array, "B D"]]:
-        """Return image and text features of unit length, float32; see `encode_image`."""
+        text_path_scale_TM2: Float[Array, "T M 2"] | None = None,
+    ) -> tuple[Float[Array, "B D"], Float[Array, "T D"]]:
+        """Return image and text features of unit length, float32; see `encode_image`.
+
+        There may be more texts than images.
+        """
         z_image_BD = self.encode_image(images_BHWC, train, valid_B, patch_ids_Bl, path_scale_BK2)
         return unit_length(z_image_BD), unit_length(
-            self.encode_text(tokens_BL, text_path_scale_BK2)
+            self.encode_text(tokens_TL, text_path_scale_TM2)
         )
 
 

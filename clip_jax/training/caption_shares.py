@@ -23,6 +23,7 @@ from clip_jax.data.order import BatchOrder, BatchPart
 from clip_jax.data.shards import PROGRAMMING_ERRORS, ConcatShards, Handles
 from clip_jax.parallel import distributed
 from clip_jax.parallel.mesh import batch_part
+from clip_jax.sections import Config
 from clip_jax.training.fingerprint import saved_value
 from clip_jax.training.setup import RunComponents, rows_of_device
 from clip_jax.training.warm_start import has_checkpoints
@@ -43,7 +44,9 @@ def with_caption_packing(run: RunComponents, data: TrainingData, folder: Path) -
     """
     if run.config.data.caption_packing != AUTO:
         return run
-    if distributed.from_first(has_checkpoints(folder)):
+    if has_own_rows(run.config):
+        value = OFF
+    elif distributed.from_first(has_checkpoints(folder)):
         value = saved_value(folder, "config.data.caption_packing", OFF)
     else:
         value = settled_shares(run, data) if may_pack(run) else OFF
@@ -51,16 +54,16 @@ def with_caption_packing(run: RunComponents, data: TrainingData, folder: Path) -
     return dataclasses.replace(run, config=dataclasses.replace(run.config, data=section))
 
 
-def may_pack(run: RunComponents) -> bool:
-    """Return whether "auto" considers packing: on accelerators, for many pairs a device.
+def has_own_rows(config: Config) -> bool:
+    """Return whether each caption needs a row: for factors of branches, or a negative beside it."""
+    return bool(config.model.text_drop_path or config.data.negatives)
 
-    Factors of branches are a caption's own, and packed captions share rows; negatives are rows
-    beside the captions.
-    """
+
+def may_pack(run: RunComponents) -> bool:
+    """Return whether "auto" considers packing: on accelerators, for many pairs a device."""
     return (
         run.model.config.text.supports_trimming
         and run.model.target.platform != "cpu"
-        and not (run.config.model.text_drop_path or run.config.data.negatives)
         and rows_of_device(run.config, run.mesh) >= MIN_CAPTIONS
     )
 
