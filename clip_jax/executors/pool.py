@@ -166,7 +166,9 @@ class WorkerPool:
             if signal_heard.is_set():
                 raise Terminated  # the handler's own may have been raised where Python drops it
             if not told and not self._names and time.monotonic() - start > _PATIENCE_SECONDS:
-                self._say("no worker has started yet: the cluster has no room, or is slow")
+                self._say(
+                    "no worker has been ready for a minute: the cluster has no room, or is slow"
+                )
                 told = True
         return done
 

@@ -38,8 +38,8 @@ class RayExecutor:
         num_cpus: float,
         num_gpus: float | None,
     ):
-        # The pool says it in a line; Ray would say it in a paragraph.
-        os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed")
+        # The pool says in a line who died; Ray would print paragraphs, and a machine's whole state.
+        os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
         try:
             import ray
         except ImportError:
@@ -144,7 +144,8 @@ def _reason(error: Exception) -> str:
     if detail is not None:
         return f"{detail[1]}: {detail[2]}"
     # What comes after the actor's class, ids and address.
-    return re.sub(r".*\bip: \S+ ", "", text) or short(error)
+    text = re.sub(r".*\bip: \S+ ", "", text) or short(error)
+    return re.sub(r"\b(actor|[Nn]ode [Ii]d:) [0-9a-f]{16,}\b", r"\1", text)
 
 
 def _check_reachable(address: str) -> None:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A command on a Ray cluster that lives as long as its SLURM job: embed, evaluate, data.filter or
-# data.shard, with its arguments. Nothing has to run on the cluster before.
+# A command on a Ray cluster that lives as long as its SLURM job: embed, evaluate, data.filter,
+# data.reinforce or data.shard, with its arguments. Nothing has to run on the cluster before.
 #
 #   sbatch experiments/launch/slurm_ray.sh data.filter '/shared/data/{00000..41455}.tar' \
 #       --model ViT-B-32:laion2b_s34b_b79k --out /shared/selected --top 0.3
@@ -25,7 +25,7 @@
 
 set -u
 cd "${SLURM_SUBMIT_DIR:?start this with sbatch}" || exit
-[ $# -gt 0 ] || { echo "usage: sbatch $0 embed | evaluate | data.filter | data.shard ..." >&2; exit 2; }
+[ $# -gt 0 ] || { echo "usage: sbatch $0 embed | evaluate | data.filter ..." >&2; exit 2; }
 
 bin=${BIN:-.venv/bin}
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
