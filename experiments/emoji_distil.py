@@ -23,7 +23,8 @@ first among 3,633; the student has 353,921. The same measured for it:
 | 1,000 | no teacher | | 33.6 % | 65.8 % |
 | 1,000 | 16 | 0 | 39.5 % | 72.2 % |
 
-At 1,000 steps the teacher is worth 6.0 points. The weights were chosen on these very drawings.
+At 1,000 steps the teacher is worth 6.0 points. The weights were chosen on these very drawings. With
+stored features (262 MB) every logged loss and every parameter of the 1,000 steps was the same.
 """
 
 import ml_collections

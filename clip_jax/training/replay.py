@@ -40,7 +40,14 @@ from clip_jax.sections import (
 )
 from clip_jax.training.batch_feed import BatchFeed, PlacedBatch
 from clip_jax.training.checkpoint import Checkpoints, not_finite
-from clip_jax.training.fingerprint import CONTENTS, DATA, PAIRS, TOKENIZER, Fingerprint
+from clip_jax.training.fingerprint import (
+    CONTENTS,
+    DATA,
+    PAIRS,
+    TEACHERS,
+    TOKENIZER,
+    Fingerprint,
+)
 from clip_jax.training.history import devices, read_history
 from clip_jax.training.metrics import DataWait, to_json
 from clip_jax.training.rates import frozen_towers, split_frozen
@@ -188,6 +195,8 @@ def _rebuild(
     for key in DATA_KEYS:
         if key not in changed and key in saved and key in now and saved[key] != now[key]:
             raise UserError(f"{key} is another than the run in {folder} had; give its --data")
+    if TEACHERS not in changed and saved.get(TEACHERS, now[TEACHERS]) != now[TEACHERS]:
+        raise UserError(f"{TEACHERS} are others than the run in {folder} had")
     return run, shards
 
 

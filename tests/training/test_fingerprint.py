@@ -29,6 +29,7 @@ MAY_CHANGE = {
     *(f"train.{name}" for name in ("compile_cache", "compile_ahead")),
     *(f"train.report_{name}" for name in ("to", "project", "name")),
     "optim.split",
+    *("distill.teachers", "distill.features"),
 }
 FREE_SECTIONS = ("mesh", "eval", "checkpoint")
 # What earlier versions put into their checkpoints.
@@ -112,6 +113,7 @@ def test_what_is_not_the_configs_is_refused_by_a_human_name(tmp_path):
     refuses("the training data's fingerprint", data="def")
     refuses("the contents of the training shards", contents="d")
     refuses("the contents of the first weights", source="t")
+    refuses("the teachers' weights", teachers=["a teacher"])
     refuses("the tokenizer's fingerprint", tokenizer=TokenizerSpec("sentencepiece", str(other)))
     # The same content at another place.
     other.write_bytes(b"pieces")
