@@ -89,6 +89,8 @@ def split_captions(batch: Batch, context_length: int) -> None:
     """Take the teachers' captions out of the student's, which come first in each row."""
     text_BL = batch["text"]
     batch["text"], batch["teacher_text"] = text_BL[:, :context_length], text_BL[:, context_length:]
+    if "negative" in batch:  # the student's alone
+        batch["negative"] = batch["negative"][:, :context_length]
 
 
 @dataclasses.dataclass(frozen=True)

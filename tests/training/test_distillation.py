@@ -13,11 +13,13 @@ from tiny import SHALLOW as VIT
 
 import clip_jax
 from clip_jax import main
+from clip_jax.data.loader import Batch
 from clip_jax.errors import UserError
 from clip_jax.models import zoo
 from clip_jax.parallel.mesh import AXES, make_mesh
 from clip_jax.tools.data_reinforce import reinforce_on, result_text
 from clip_jax.training import stored_features
+from clip_jax.training.distillation import split_captions
 from clip_jax.training.reinforce import reinforce
 from clip_jax.training.replay import replay
 from clip_jax.training.teachers import BLOCK_ROWS, load_teachers
@@ -103,6 +105,16 @@ def test_a_row_does_not_depend_on_its_batch(teacher):
     for name, z_BD in jax.device_get(live.encode(images[5:21], tokens[5:21])).items():
         np.testing.assert_array_equal(z_BD, whole[name][5:21])
     assert len(images) % BLOCK_ROWS and len(images) > BLOCK_ROWS
+
+
+def test_the_teachers_captions_are_taken_out_of_a_batch():
+    """Negatives are tokenized with the captions, and no teacher sees them."""
+    rows_BL = np.arange(20, dtype=np.int32).reshape(2, 10)
+    batch = Batch(text=rows_BL, negative=rows_BL + 1)
+    split_captions(batch, 4)
+    np.testing.assert_array_equal(batch["text"], rows_BL[:, :4])
+    np.testing.assert_array_equal(batch["teacher_text"], rows_BL[:, 4:])
+    np.testing.assert_array_equal(batch["negative"], rows_BL[:, :4] + 1)
 
 
 @pytest.mark.slow
