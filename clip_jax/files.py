@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -41,7 +42,7 @@ def atomic_write(path: Path, *, shared: bool = False) -> Iterator[Path]:
     Raises:
       UserError: it cannot be written: no permission, a full disk, a file in the folder's place.
     """
-    suffix = f".{os.getpid()}.partial" if shared else ".partial"
+    suffix = f".{uuid.uuid4().hex[:12]}.partial" if shared else ".partial"
     partial = path.with_name(path.name + suffix)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
