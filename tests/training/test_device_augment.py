@@ -76,7 +76,12 @@ def test_what_is_off_draws_nothing():
 @settings(max_examples=20, deadline=None)
 def test_patches_that_stay_are_distinct_and_of_the_promised_number(patches, share, step):
     draw = make_draws(
-        ModelSection(patch_dropout=share), DataSection(), seed=0, patches=patches, layers=0
+        ModelSection(patch_dropout=share),
+        DataSection(),
+        seed=0,
+        patches=patches,
+        layers=0,
+        text_layers=0,
     )
     patch_ids_Bl = np.asarray(draw(jnp.int32(step), 3)["patch_ids_Bl"])
     assert patch_ids_Bl.shape == (3, max(1, int(patches * (1 - share))))
@@ -89,7 +94,12 @@ def test_patches_that_stay_are_distinct_and_of_the_promised_number(patches, shar
 
 def test_every_patch_stays_as_often_as_another():
     draw = make_draws(
-        ModelSection(patch_dropout=0.5), DataSection(), seed=0, patches=10, layers=0, text_layers=0
+        ModelSection(patch_dropout=0.5),
+        DataSection(),
+        seed=0,
+        patches=10,
+        layers=0,
+        text_layers=0,
     )
     patch_ids_Bl = np.asarray(draw(jnp.int32(0), 4000)["patch_ids_Bl"])
     counts = np.bincount(patch_ids_Bl.ravel(), minlength=10)
