@@ -278,10 +278,18 @@ def _verified(bucket: Bucket, folder: Path, committed: dict[str, Files]) -> dict
     """Return the checkpoints whose files are what was uploaded, and delete the others."""
     whole = {}
     for name, files in committed.items():
-        if all(_is_file(folder / name / path, expected) for path, expected in files.items()):
+        damaged = [
+            path for path, expected in files.items() if _fault(folder / name / path, expected)
+        ]
+        if not damaged:
             whole[name] = files
             continue
-        print(f"{bucket.url}/{name} is damaged and left out", flush=True)
+        fault = _fault(folder / name / damaged[0], files[damaged[0]])
+        print(
+            f"{bucket.url}/{name} is damaged and left out: {len(damaged)} of {len(files)} files, "
+            f"first {damaged[0]}, {fault}",
+            flush=True,
+        )
         shutil.rmtree(folder / name, ignore_errors=True)
     lost = [name for name in committed if name.startswith(CHECKPOINT_DIRNAME)]
     if lost and not any(name.startswith(CHECKPOINT_DIRNAME) for name in whole):
@@ -292,5 +300,11 @@ def _verified(bucket: Bucket, folder: Path, committed: dict[str, Files]) -> dict
     return whole
 
 
-def _is_file(path: Path, expected: tuple[int, str]) -> bool:
-    return path.is_file() and file_digest(path) == expected
+def _fault(path: Path, expected: tuple[int, str]) -> str:
+    """Return what is wrong with a file; "" where nothing is."""
+    if not path.is_file():
+        return "which is missing"
+    size, digest = file_digest(path)
+    if size != expected[0]:
+        return f"which has {size} of {expected[0]} bytes"
+    return "" if digest == expected[1] else "which has other contents"

@@ -64,7 +64,11 @@ class Proxy:
 
     def handle(self, request: BaseHTTPRequestHandler, port: int) -> None:
         """Answer a request, or fail as the mode says."""
-        body = request.rfile.read(int(request.headers.get("Content-Length") or 0))
+        size = int(request.headers.get("Content-Length") or 0)
+        body = request.rfile.read(size)
+        if len(body) < size:  # whoever sent it was killed: a server takes no half of an object
+            request.close_connection = True
+            return
         mode = self.mode if self._rng.random() < self.share else "ok"
         self.faults += mode != "ok"
         request.close_connection = mode in ("down", "lost", "error")
@@ -86,9 +90,10 @@ class Proxy:
         content = answer.read()
         connection.close()
         if request.command in ("PUT", "POST"):
-            path = unquote(request.path)
-            self.uploading = "/checkpoints/" in path or (
-                self.uploading and "/bucket.json" not in path
+            # Google's has the name in the head of the body.
+            name = unquote(request.path).encode() + body[:1000]
+            self.uploading = b"/checkpoints/" in name or (
+                self.uploading and b"/bucket.json" not in name
             )
         if mode == "lost":
             return
