@@ -3,6 +3,7 @@
 import os
 import tempfile
 
+import pytest
 from checked_rooms import CHECKED
 from hypothesis import settings
 from jaxtyping import install_import_hook
@@ -37,3 +38,9 @@ install_import_hook(
     [f"clip_jax.{room}" for room in CHECKED],
     "beartype.beartype",
 )
+
+
+@pytest.fixture(autouse=True)
+def notes_are_printed(monkeypatch):
+    """A worker mutes the notes of its process, which in tests is theirs."""
+    monkeypatch.setattr("clip_jax.errors._muted", False)
