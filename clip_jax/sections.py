@@ -238,9 +238,9 @@ class DataSection:
     where packing pays, and writes what it found into the work folder's config.json, which a resumed
     run reads."""
     captions: tuple[str, ...] = ()
-    """The kinds of captions with their weights, "KEY=WEIGHT", of which a sample has one a step: "*"
+    """The kinds of captions with their weights, "KEY=WEIGHT", of which a sample has one a step: `*`
     is what the source has by itself, ".blip.txt" a file of that ending beside the image, any other
-    key a column or a field. A sample that lacks a kind shares out its weight; () is ("*=1",)."""
+    key a column or a field. A sample that lacks a kind shares out its weight; () is `*=1` alone."""
     negatives: str = ""
     """The kind of texts, named as in `captions`, of which a sample has one a step that is a
     negative of every image and nobody's positive (NegCLIP, arXiv:2210.01936); empty has none."""
