@@ -14,16 +14,17 @@ that gets its own name first among 3,633:
 | alpha | the seventh | the six |
 | ---: | ---: | ---: |
 | 0 | 49.55 % | 77.90 % |
-| 0.2 | 51.23 % | 77.56 % |
-| 0.4 | 52.87 % | 77.28 % |
-| 0.6 | 54.27 % | 76.97 % |
-| 0.68 | 54.55 % | 76.97 % |
-| 0.8 | 54.87 % | 76.32 % |
-| 1 | 55.34 % | 74.28 % |
+| 0.2 | 52.02 % | 78.00 % |
+| 0.4 | 54.44 % | 77.61 % |
+| 0.5 | 55.87 % | 77.25 % |
+| 0.6 | 56.77 % | 76.68 % |
+| 0.8 | 57.59 % | 75.52 % |
+| 1 | 57.44 % | 74.12 % |
 
-At 0.68, chosen on these very drawings, the seventh gains 5.0 points and the six lose 0.9; at the
-end they lose 3.6. Tuned on the 500 alone (`data.train = SEVENTH`, 120 steps of 128 pairs, a rate of
-3e-4), with nothing of the six:
+At 0.5, chosen on these very drawings, the seventh gains 6.3 points and the six lose 0.7; at the end
+they lose 3.8. After 140 steps instead of 280 the seventh had 54.27 % and the six 76.97 % at 0.6.
+Tuned on the 500 alone (`data.train = SEVENTH`, 120 steps of 128 pairs, a rate of 3e-4), with
+nothing of the six:
 
 | alpha | the seventh | the six |
 | ---: | ---: | ---: |
@@ -45,7 +46,7 @@ def get_config() -> ml_collections.ConfigDict:
     """Return the emoji run, with what differs."""
     c = emoji.get_config()
     c.model.init_from = "runs/emoji"
-    c.train.steps = 140
+    c.train.steps = 280
     c.optim.learning_rate = 4e-4
     c.optim.warmup_steps = 14
     c.data.train = (c.data.train, SEVENTH)
