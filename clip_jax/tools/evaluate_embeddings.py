@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from clip_jax.errors import UserError, short
+from clip_jax.errors import UserError, note, short
 from clip_jax.sections import EvalSection
 
 if TYPE_CHECKING:
@@ -101,6 +101,10 @@ def _class_embeddings(
                 f"--class-embeddings {args.class_embeddings} has the shape {class_MD.shape}, not "
                 f"[{len(names) or 'classes'}, features]"
             )
+        note(
+            f"no model says by what cosines are multiplied; {SCALE:g} is taken, and figures of "
+            "probabilities depend on it"
+        )
         return names or [str(m) for m in range(len(class_MD))], unit_rows(class_MD), SCALE
     if not names:
         raise UserError("classification needs class names; give --classnames or --dataset")
