@@ -23,6 +23,7 @@ from jaxtyping import Float32
 from clip_jax.data.order import BatchPart
 from clip_jax.data.sources import Shard, fingerprint
 from clip_jax.errors import UserError
+from clip_jax.evaluation.batch_parts import BatchParts
 from clip_jax.evaluation.encoders import Encoders
 from clip_jax.evaluation.features import (
     Batch,
@@ -59,20 +60,14 @@ class FeatureJob:
     need_captions: bool
 
     @property
-    def batches_per_part(self) -> int:
-        """The batches of a part, of the last one at most so many."""
-        return max(1, PART_ROWS // self.batch_size)
-
-    @property
-    def sizes(self) -> list[int]:
-        """The samples of each part."""
-        rows, samples = self.batches_per_part * self.batch_size, sum(map(len, self.shards))
-        return [min(rows, samples - start) for start in range(0, samples, rows)]
+    def parts(self) -> BatchParts:
+        """Return how the data is cut."""
+        return BatchParts(sum(map(len, self.shards)), self.batch_size, PART_ROWS)
 
     @property
     def missing(self) -> list[int]:
-        """The parts that are not there, or damaged."""
-        parts = range(len(self.sizes))
+        """Return the parts that are not there, or damaged."""
+        parts = range(len(self.parts.sizes))
         return [n for n in parts if _read_whole_part(_part_path(self.folder, n)) is None]
 
     def encode(self, encoders: Encoders, number: int) -> None:
@@ -83,11 +78,12 @@ class FeatureJob:
         """
         if encoders.identity != self.identity:
             raise UserError(f"{encoders.name}: its weights or tokenizer are others here")
-        first = number * self.batches_per_part
+        batches = self.parts.batches
+        first = number * batches
         with encoders.loader(
             self.shards,
             batch_size=self.batch_size,
-            steps=slice(first, first + self.batches_per_part),
+            steps=slice(first, first + batches),
             need_captions=self.need_captions,
         ) as loader:
             encode_parts(
@@ -95,7 +91,7 @@ class FeatureJob:
                 iter(loader),
                 lambda n, part: _write_part(part, _part_path(self.folder, n)),
                 text_batch_size=self.batch_size,
-                batches_per_part=self.batches_per_part,
+                batches_per_part=batches,
                 first_part=number,
                 skipped=lambda: loader.skipped,
             )
@@ -149,7 +145,7 @@ def encode_shards(
             encoders,
             batches_from,
             batch_size=batch_size,
-            batches_per_part=max(1, PART_ROWS // batch_size),
+            batches_per_part=BatchParts(sum(map(len, shards)), batch_size, PART_ROWS).batches,
             folder=folder,
             title=title,
             progress=progress,

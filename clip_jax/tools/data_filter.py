@@ -31,6 +31,7 @@ from clip_jax.data.writing.shard_set import (
     write_set,
 )
 from clip_jax.errors import UserError, check_counts, run_command
+from clip_jax.evaluation.batch_parts import BatchParts
 from clip_jax.executors.parts import Executor, PartMaker
 from clip_jax.executors.pool import WorkerPool
 from clip_jax.files import claim_folder
@@ -93,29 +94,18 @@ class ScoreJob:
     threads: int
 
     @property
-    def batches_per_part(self) -> int:
-        """The batches of a part, of the last one at most so many."""
-        return max(1, PART_ROWS // self.batch_size)
-
-    @property
-    def samples(self) -> int:
-        """The samples of the source."""
-        return sum(map(len, self.shards))
-
-    @property
-    def sizes(self) -> list[int]:
-        """The samples of each part."""
-        rows, samples = self.batches_per_part * self.batch_size, self.samples
-        return [min(rows, samples - start) for start in range(0, samples, rows)]
+    def parts(self) -> BatchParts:
+        """Return how the source is cut."""
+        return BatchParts(sum(map(len, self.shards)), self.batch_size, PART_ROWS)
 
     @property
     def build_info(self) -> dict[str, Any]:
-        """What the folder's parts are made of."""
+        """Return what the folder's parts are made of."""
         return {
             "model": self.encoders.identity,
             "data": fingerprint(self.shards),
             "--batch-size": self.batch_size,
-            "batches of a part": self.batches_per_part,
+            "batches of a part": self.parts.batches,
             "preprocessing": repr((self.encoders.image_size, self.encoders.preprocess)),
         }
 
@@ -135,7 +125,7 @@ class ScoreJob:
         """
         from clip_jax.evaluation.similarity import similarities
 
-        per_part = self.batches_per_part
+        per_part = self.parts.batches
         with self.encoders.loader(
             self.shards,
             batch_size=self.batch_size,
@@ -172,9 +162,10 @@ def score_set(
     """
     job = ScoreJob(encoders, shards, folder, encoders.round_batch_size(batch_size), threads)
     job.claim()
-    parts = len(job.sizes)
+    sizes = job.parts.sizes
+    parts = len(sizes)
     done = next((n for n in range(parts) if not part_path(folder, n).exists()), parts)
-    with progress_bar(job.samples, "score", initial=sum(job.sizes[:done])) as progress:
+    with progress_bar(sum(sizes), "score", initial=sum(sizes[:done])) as progress:
         job.score(range(done, parts), progress.update)
     return read_scores(folder, parts)
 
@@ -334,7 +325,7 @@ def open_scorer(
     scores = Path(folder) / SCORES
     job = ScoreJob(encoders, shards, scores, encoders.round_batch_size(batch_size), threads)
     return PartMaker(
-        (job.build_info, job.sizes),
+        (job.build_info, job.parts.sizes),
         make=lambda part: job.score(range(part, part + 1), lambda rows: None),
         folder=scores,
         is_begun=lambda: job.claim(write=False),

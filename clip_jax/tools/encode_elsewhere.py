@@ -31,7 +31,7 @@ def encode_elsewhere(
         }
         name = f"{__name__}:open_encoder"
         with WorkerPool(executor, name, options, uses_devices=True) as pool:
-            pool.run(dict(enumerate(job.sizes)), missing, title=job.title, unit=" images")
+            pool.run(dict(enumerate(job.parts.sizes)), missing, title=job.title, unit=" images")
 
     return encode
 

@@ -20,16 +20,13 @@ from clip_jax.data.formats.remote import RemoteError, answer_of, file_system, wi
 from clip_jax.errors import UserError, short
 from clip_jax.files import atomic_write
 from clip_jax.pretrained.work_folder import CHECKPOINT_DIRNAME
-from clip_jax.training.checkpoint import QUARANTINE_DIRNAME
+from clip_jax.training.checkpoint import COOLED_DIRNAME, QUARANTINE_DIRNAME
 
 MANIFEST_NAME = "bucket.json"
 LOCK_DIRNAME = "run.lock"
 FORMAT = 1
 START_SECONDS = 300.0
 """How long a start waits for a bucket that fails."""
-
-COOLED_DIRNAME = "cooled"
-"""Where the checkpoints of a cool-down lie when a run has gone on from before it."""
 
 LOCAL_DIRNAMES = ("programs", QUARANTINE_DIRNAME)
 """Folders that stay on this machine."""

@@ -50,6 +50,8 @@ from clip_jax.typing import leaves_by_path
 
 FORMAT = 1
 QUARANTINE_DIRNAME = "quarantine"
+COOLED_DIRNAME = "cooled"
+"""Where the checkpoints of a cool-down lie when a run has gone on from before it."""
 
 
 DIGEST = 2

@@ -71,6 +71,11 @@ def text_rows(number: int) -> str:
     return f"teacher_text_{number}"
 
 
+def feature_names(teachers: int) -> list[str]:
+    """Return the names of so many teachers' features: of each its images', then its texts'."""
+    return [name(i) for i in range(teachers) for name in (image_rows, text_rows)]
+
+
 def teacher_shapes(
     infos: Sequence[TeacherInfo], mesh: Mesh, batch_size: int
 ) -> dict[str, jax.ShapeDtypeStruct]:

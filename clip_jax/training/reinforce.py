@@ -20,7 +20,7 @@ from clip_jax.errors import UserError
 from clip_jax.parallel.mesh import batch_shards, make_mesh
 from clip_jax.progress_bar import progress_bar
 from clip_jax.sections import Config
-from clip_jax.training.distillation import image_rows, split_captions, text_rows
+from clip_jax.training.distillation import feature_names, split_captions
 from clip_jax.training.setup import build_run, open_data, sized_images, steps_of_run
 from clip_jax.training.stored_features import (
     FeatureFolder,
@@ -197,6 +197,5 @@ def _encode(loader: Loader, teachers: LiveTeachers, context_length: int) -> np.n
     batch = next(loader)
     split_captions(batch, context_length)
     arrays = jax.device_get(teachers.features(batch, 0))
-    names = [name(i) for i in range(len(teachers.infos)) for name in (image_rows, text_rows)]
-    rows_BW = np.concatenate([arrays[name] for name in names], axis=1)
+    rows_BW = np.concatenate([arrays[name] for name in feature_names(len(teachers.infos))], axis=1)
     return np.where(batch["valid"][:, None], rows_BW, 0)

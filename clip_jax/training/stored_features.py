@@ -25,7 +25,7 @@ from clip_jax.errors import UserError
 from clip_jax.files import atomic_write, claim_folder
 from clip_jax.parallel.mesh import place_batch
 from clip_jax.sections import Config, DataSection, all_values
-from clip_jax.training.distillation import FEATURE_DTYPE, TeacherInfo, image_rows, text_rows
+from clip_jax.training.distillation import FEATURE_DTYPE, TeacherInfo, feature_names
 from clip_jax.typing import Tokenizer
 
 INFO_FILENAME = "features.json"
@@ -279,7 +279,7 @@ class StoredFeatures:
         rows_BW = self.read(*self._rows.rows_at(step, 0, self._rows.rows))
         valid_B = batch["valid"] & rows_BW.any(axis=1)
         widths = [info.embed_dim for info in self.infos for _ in range(2)]
-        names = [name(i) for i in range(len(self.infos)) for name in (image_rows, text_rows)]
+        names = feature_names(len(self.infos))
         arrays = np.split(rows_BW, np.cumsum(widths)[:-1], axis=1)
         return place_batch(dict(zip(names, arrays, strict=True)) | {"valid": valid_B}, self._mesh)
 

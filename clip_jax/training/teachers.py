@@ -27,7 +27,7 @@ from clip_jax.models.naflex import NaFlexConfig
 from clip_jax.parallel.mesh import BATCH_AXES, batch_part, batch_shards, device_target, place_batch
 from clip_jax.tokenizers import make_tokenizer, spec_digest
 from clip_jax.training.checkpoint import tree_digests
-from clip_jax.training.distillation import FEATURE_DTYPE, TeacherInfo, image_rows, text_rows
+from clip_jax.training.distillation import FEATURE_DTYPE, TeacherInfo, feature_names
 from clip_jax.training.warm_start import (
     place_arrays,
     read_source,
@@ -187,7 +187,7 @@ class LiveTeachers:
                 pair = teacher.encode(teacher.variables, images, tokens[i])
                 blocks[2 * i].append(pair[0])
                 blocks[2 * i + 1].append(pair[1])
-        names = [name(i) for i in range(len(texts)) for name in (image_rows, text_rows)]
+        names = feature_names(len(texts))
         return {name: self._join(count, *block) for name, block in zip(names, blocks, strict=True)}
 
     def _block(self, x: np.ndarray, count: int, start: int) -> jax.Array:

@@ -26,9 +26,13 @@ from clip_jax.pretrained.work_folder import RunDescription, write_description
 from clip_jax.sections import Config, EvalSection, TrainSection
 from clip_jax.training.batch_feed import BatchFeed, PlacedBatch
 from clip_jax.training.best_checkpoint import BestCheckpoint
-from clip_jax.training.bucket import COOLED_DIRNAME
 from clip_jax.training.caption_shares import with_caption_packing
-from clip_jax.training.checkpoint import Checkpoints, merged_variables, replay_hint
+from clip_jax.training.checkpoint import (
+    COOLED_DIRNAME,
+    Checkpoints,
+    merged_variables,
+    replay_hint,
+)
 from clip_jax.training.compile_ahead import compiles_ahead, prepare_encoders, prepare_step
 from clip_jax.training.exit_report import ExitReport
 from clip_jax.training.fingerprint import (

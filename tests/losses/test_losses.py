@@ -84,10 +84,8 @@ def compile_with_gradients(loss_fn):
     return call
 
 
-@functools.cache
-def compiled(name, form, shape=(1, 1, 1), tile_size=1024, mask_equal_captions=True):
-    """Return the compiled loss of this name, form and mesh, one for all tests."""
-    loss_fn = make_loss(
+def loss_of(name, form, shape, tile_size, mask_equal_captions=True):
+    return make_loss(
         name,
         mesh=make_mesh(shape),
         batch_axes=BATCH_AXES,
@@ -96,6 +94,12 @@ def compiled(name, form, shape=(1, 1, 1), tile_size=1024, mask_equal_captions=Tr
         mask_equal_captions=mask_equal_captions,
         form=form,
     )
+
+
+@functools.cache
+def compiled(name, form, shape=(1, 1, 1), tile_size=1024, mask_equal_captions=True):
+    """Return the compiled loss of this name, form and mesh, one for all tests."""
+    loss_fn = loss_of(name, form, shape, tile_size, mask_equal_captions)
     return compile_with_gradients(loss_fn)
 
 
@@ -443,15 +447,7 @@ def with_negatives(mask, seed=0):
 @functools.cache
 def compiled_with_negatives(name, form, shape=(1, 1, 1), tile_size=1024):
     """Return (batch) -> (LossOutput, the five gradients)."""
-    loss_fn = make_loss(
-        name,
-        mesh=make_mesh(shape),
-        batch_axes=BATCH_AXES,
-        platform="cpu",
-        tile_size=tile_size,
-        mask_equal_captions=True,
-        form=form,
-    )
+    loss_fn = loss_of(name, form, shape, tile_size)
 
     def loss(z_image, z_text, scale, bias, z_negative, valid, caption_id, is_there, ids):
         negatives = Negatives(z_negative, is_there, ids)
