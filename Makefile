@@ -56,9 +56,9 @@ train: data/emoji/tokenizer.model ## install, then train on the emoji set and ev
 test: $(VENV)/.installed ## install, then run the tests
 	$(BIN)/python -m pytest -m "not slow" -n logical --maxprocesses 8 --dist worksteal
 
-test-newest: ## the tests on the newest releases, in .venv-newest (NEWEST=python3.13)
+test-newest: ## the checks and the tests on the newest releases, in .venv-newest (NEWEST=python3.13)
 	@test -n "$(NEWEST)" || { echo "no Python 3.13 here; name one: make test-newest NEWEST=PATH"; exit 1; }
-	$(MAKE) test PYTHON=$(NEWEST)
+	$(MAKE) lint test PYTHON=$(NEWEST)
 
 test-slow: $(VENV)/.installed ## the tests that take longer
 	$(BIN)/python -m pytest -m slow

@@ -239,7 +239,7 @@ class Pool:
             silent = np.where((now == before) & (now > 0), silent + 1, 0)
             before = now
             if silent.max() >= SLICES and self.process.poll() is None:
-                self.hung = int(silent.argmax())
+                self.hung = int(np.argmax(silent))
                 self._kill()
                 self._shut()
                 return

@@ -238,7 +238,7 @@ def _association_metrics(
         right = np.array(example.right)
         guess = np.zeros(len(right), bool)
         guess[np.argsort(score_I1[:, 0])[-right.sum() :]] = True
-        shares.append((right & guess).sum() / (right | guess).sum())
+        shares.append(int(np.sum(right & guess)) / int(np.sum(right | guess)))
     share_E = np.array(shares)
     count_E = np.array([len(example.images) for example in examples])
     groups = {"avg_jaccard_score": count_E > 0}
