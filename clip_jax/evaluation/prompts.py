@@ -2,8 +2,8 @@
 
 `prompt_data/` holds open_clip's names and templates of ImageNet and CLIP_benchmark's of the other
 data sets of the CLIP paper; `prompt_data/NOTICE` says under which licenses. `label_names.json` are
-the names that data sets give their own labels, with spaces for "_" and "/", and
-`imagenet_subsets.json` the classes of ImageNet that ImageNet-A, -R and -O have.
+the names that data sets give their own labels, with spaces for "_" and "/" (those of aircraft as
+they are), and `imagenet_subsets.json` the classes of ImageNet that ImageNet-A, -R and -O have.
 """
 
 import functools

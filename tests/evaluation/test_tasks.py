@@ -369,6 +369,11 @@ def test_shipped_names_and_templates():
     # Every shipped list is fit for use.
     for name in shipped_templates():
         assert load_templates(name)
+    # Every data set that has prompts has names: CLIP_benchmark's own and the classes of ImageNet.
+    lists = {"dummy", "imagenet_1", "imagenet_7", "imagenet_80"}
+    for name in set(shipped_templates()) - lists:
+        assert len(load_class_names(name)) > 1
+    assert len(load_class_names("fgvc_aircraft")) == 100
 
 
 def test_evaluation_during_a_run_compiles_once_and_follows_the_parameters(tmp_path):
