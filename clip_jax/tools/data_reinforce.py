@@ -8,6 +8,7 @@ command goes on where it was stopped; --part-of 0/8 makes an eighth of the files
 import argparse
 import dataclasses
 import os
+import shutil
 import sys
 import tempfile
 from collections import Counter
@@ -16,9 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clip_jax.config import resolve
+from clip_jax.data.manifest import RUN_MANIFEST_FILENAME
 from clip_jax.errors import UserError, run_command
 from clip_jax.executors.parts import Executor, PartMaker
 from clip_jax.executors.pool import WorkerPool
+from clip_jax.files import atomic_write
 from clip_jax.sections import Config, config_from_saved, replace_values
 from clip_jax.tools.absolute_paths import absolute_model, absolute_source
 from clip_jax.tools.config_flags import parse as parse_config
@@ -112,11 +115,24 @@ def open_reinforcer(config: dict[str, Any], out: str) -> PartMaker:
     from clip_jax.training.stored_features import begin_features
 
     folder = Path(out)
+    counts = folder / RUN_MANIFEST_FILENAME
     with tempfile.TemporaryDirectory(prefix="clip_jax_reinforce_") as scratch:
+        counted = Path(scratch) / RUN_MANIFEST_FILENAME
+        if counts.is_file():
+            shutil.copyfile(counts, counted)
         opened = open_reinforcement(config_from_saved(config), scratch)
+        # None where the data has an index of its own.
+        index = counted.read_bytes() if counted.is_file() else None
+
+    def make(place: tuple[int, int]) -> Counter[str]:
+        if index is not None and not counts.exists():
+            with atomic_write(counts, shared=True) as partial:  # the next worker need not count
+                partial.write_bytes(index)
+        return opened.make(opened.info.folder(folder), [place])
+
     return PartMaker(
         (opened.info, opened.epochs()),
-        make=lambda place: opened.make(opened.info.folder(folder), [place]),
+        make=make,
         folder=folder,
         is_begun=lambda: begin_features(folder, opened.info, write=False),
     )

@@ -171,10 +171,11 @@ def test_a_cluster_writes_the_same_files(data, teacher, features, tmp_path):
     config = distil_config(data, [teacher])
     result = reinforce_on(FakeCluster(2, dies), config, tmp_path / "many", 0)
     assert result.made == 3 and not result.missing and result.folder.samples == 96
-    for path in (tmp_path / "many").rglob("*"):
-        if path.is_file():
-            other = features / path.relative_to(tmp_path / "many")
-            assert path.read_bytes() == other.read_bytes(), path
+    many, alone = (
+        {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+        for root in (tmp_path / "many", features)
+    )
+    assert many == alone
 
 
 @pytest.mark.slow
