@@ -499,10 +499,10 @@ def load(
         raise UserError("load: path is empty")
     check_choice("dtype", dtype, DTYPES)
     check_choice("towers", towers, (*TOWERS, "both"))
-    path = local_copy(path)
-    checkpoint = read_source(path, model).checkpoint
+    source = read_source(path, model)
+    checkpoint = source.checkpoint
     if adapters is not None:
-        checkpoint = with_peft(checkpoint, adapters)
+        checkpoint = with_peft(checkpoint, local_copy(adapters))
     spec = checkpoint.tokenizer
     if tokenizer is not None:
         spec = tokenizer_from_file(str(tokenizer), tokenizer_family(checkpoint.config))
@@ -515,7 +515,7 @@ def load(
     elif image_size or context_length:
         raise UserError(f"{path} is a run: its sizes are its own; convert it first")
     else:
-        variables = _restored(path, checkpoint.config, mesh, dtype, towers)
+        variables = _restored(source.place, checkpoint.config, mesh, dtype, towers)
     return LoadedCLIP(
         checkpoint.name,
         checkpoint.config,

@@ -40,8 +40,10 @@ def atomic_write(path: Path, *, shared: bool = False) -> Iterator[Path]:
         of its own. What a killed one leaves is not written over by the next.
 
     Raises:
-      UserError: it cannot be written: no permission, a full disk, a file in the folder's place.
+      UserError: it cannot be written: no permission, a full disk, a file in the folder's place, a
+        URL.
     """
+    check_local({"the file": path})
     suffix = f".{uuid.uuid4().hex[:12]}.partial" if shared else ".partial"
     partial = path.with_name(path.name + suffix)
     try:
@@ -69,12 +71,28 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+_URL = re.compile(r"([a-z][a-z0-9+.-]+):/+")
+"""How a URL begins, as a text or as a path, which has one of its two slashes."""
+
+
+def check_local(paths: Mapping[str, str | Path | None]) -> None:
+    """Raise UserError if the path of an option is a URL; None is an option that is not given."""
+    for name, path in paths.items():
+        if path is not None and (match := _URL.match(str(path))):
+            url = f"{match[1]}://{str(path)[match.end() :]}"
+            raise UserError(
+                f"{name} {url} is in a bucket, and it is written to a disk of this machine: name a "
+                "place there, and copy it to the bucket"
+            )
+
+
 def make_folder(folder: str | Path, *, flag: str) -> Path:
     """Return the folder, made if it does not exist.
 
     Raises:
-      UserError: it cannot be made; the message begins with the flag that names it.
+      UserError: it cannot be made, or is a URL; the message begins with the flag that names it.
     """
+    check_local({flag: folder})
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import jax
 
+from clip_jax.files import check_local
 from clip_jax.parallel.distributed import from_first, gather, is_first, print_on_main
 from clip_jax.parallel.jax_internals import process_count, use_compilation_cache
 
@@ -107,11 +108,15 @@ def start_program_cache(folder: str, workdir: Path) -> str:
       folder: "" is none; "auto" is the user's cache folder, or with several processes, whose
         machines need not share that, a folder in `workdir`.
       workdir: the folder of the run.
+
+    Raises:
+      UserError: the folder is a URL.
     """
     if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return os.environ["JAX_COMPILATION_CACHE_DIR"]
     if not folder:
         return ""
+    check_local({"config.train.compile_cache": folder})
     path = _auto_folder(workdir) if folder == "auto" else Path(folder).expanduser()
     cache = ProgramCache(path, print_on_main)
     problem = _prepare(cache) if is_first() else ""

@@ -14,6 +14,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from clip_jax.errors import UserError, note
+from clip_jax.files import check_local
 from clip_jax.models.fastvit import FastViTConfig
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.vit import ViTConfig
@@ -161,6 +162,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     Raises:
       UserError: the folder holds something already, or cannot be written.
     """
+    check_local({"the folder": folder})
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} holds something already; delete it, or name another folder")
     parts = f"{folder.name}.part-{socket.gethostname()}-"

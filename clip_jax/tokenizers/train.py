@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clip_jax.errors import UserError, run_command
+from clip_jax.files import check_local
 from clip_jax.tokenizers.sentencepiece import train_sentencepiece
 
 
@@ -48,6 +49,7 @@ def train(
     Raises:
       UserError: the file cannot be read, or is too small for the vocabulary.
     """
+    check_local({"--out": out})
     if Path(out).exists():
         return TrainedTokenizer(out, None, None)
     try:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_jax.errors import UserError, run_command
+from clip_jax.files import check_local
 from clip_jax.pretrained.repositories import HUB_PREFIX
 
 
@@ -77,6 +78,7 @@ def convert(
       UserError: the checkpoint cannot be read, the format has no such model, or the folder or
         repository holds something or may not be written.
     """
+    check_local({"DST": dst})
     if not dst.startswith(HUB_PREFIX):
         return convert_to(src, Path(dst), to=to, **load)
     from clip_jax.pretrained.hub_upload import check_free, upload
@@ -119,6 +121,7 @@ def convert_to(
     from clip_jax.pretrained.trees import from_variables
     from clip_jax.pretrained.work_folder import RunDescription
     from clip_jax.tools.model_card import card_text, measured_rows
+    from clip_jax.training.bucket_copy import local_copy
 
     if to == "peft":
         options = (architecture, tokenizer, image_size, context_length, adapters)
@@ -146,7 +149,8 @@ def convert_to(
         num_values = sum(x.size for x in arrays.values())
         if card_of:
             # Other sizes than those that were measured have no measurements.
-            rows = [] if image_size or context_length else measured_rows(src, clip.scale)
+            sized = image_size or context_length
+            rows = [] if sized else measured_rows(local_copy(src), clip.scale)
             card = card_text(card_of, clip.name, clip.config, num_values, to, rows)
             (part / "README.md").write_text(card, encoding="utf-8")
     return ConvertedModel(str(folder), clip.name, to, num_values)
@@ -159,8 +163,10 @@ def _convert_adapters(src: str, folder: Path, card_of: str) -> ConvertedModel:
     from clip_jax.pretrained.work_folder import read_description
     from clip_jax.tools.model_card import card_text
     from clip_jax.training.adapters import read_run_adapters
+    from clip_jax.training.bucket_copy import local_copy
 
     with new_folder(folder) as part:
+        src = local_copy(src)
         description = read_description(src)
         leaves, alpha = read_run_adapters(src, description.model)
         base = str(description.config.get("model", {}).get("init_from", ""))

@@ -24,7 +24,7 @@ from clip_jax.data.order import permutation
 from clip_jax.data.writing.tar_writer import Sample, write_shard
 from clip_jax.distribution import install_command
 from clip_jax.errors import UserError, check_counts, run_command
-from clip_jax.files import claim_folder
+from clip_jax.files import check_local, claim_folder
 
 CLASSNAMES, BUILD_INFO = "classnames.txt", "emoji.json"
 _SEED = 0
@@ -238,6 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--held-out", default="Appl", help="vendor kept out of the training shards")
     parser.add_argument("--shards", type=int, default=16, help="number of training shards")
     args = parser.parse_args(argv)
+    check_local({"--out": args.out})
     print(set_text(build(args.out, held_out=args.held_out, shards=args.shards)))
     return 0
 

@@ -34,7 +34,7 @@ from clip_jax.errors import UserError, check_counts, run_command
 from clip_jax.evaluation.batch_parts import BatchParts
 from clip_jax.executors.parts import Executor, PartMaker
 from clip_jax.executors.pool import WorkerPool
-from clip_jax.files import claim_folder
+from clip_jax.files import check_local, claim_folder
 from clip_jax.progress_bar import progress_bar
 from clip_jax.sections import DataSection, EvalSection
 from clip_jax.tools.absolute_paths import absolute_checkpoint, absolute_source
@@ -399,7 +399,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raise UserError if a number is out of range, before a model is loaded."""
+    """Raise UserError if a flag is not fit, before a model is loaded."""
+    check_local({"--out": args.out})
     check_counts(
         {
             "--batch-size": args.batch_size,

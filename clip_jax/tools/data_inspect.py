@@ -33,7 +33,7 @@ from clip_jax.data.survey import (
 from clip_jax.data.writing.tar_writer import read_sample
 from clip_jax.errors import EXIT_INTERRUPTED, Terminated, check_counts, plain, run_command
 from clip_jax.evaluation.plots import IMAGE_SIDE, caption_grid
-from clip_jax.files import atomic_write
+from clip_jax.files import atomic_write, check_local
 from clip_jax.models.text import TextConfig
 from clip_jax.progress_bar import progress_bar
 from clip_jax.sections import DataSection, TrainSection
@@ -425,6 +425,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main() -> int:
     """Parse the flags, look at the set and print the figures; return the exit code."""
     options = vars(parse(None))
+    check_local({"--out": options["out"]})
     as_json = options.pop("json")
     inspection = inspect(**options)
     if as_json:

@@ -21,7 +21,7 @@ from clip_jax.data.manifest import RUN_MANIFEST_FILENAME
 from clip_jax.errors import UserError, run_command
 from clip_jax.executors.parts import Executor, PartMaker
 from clip_jax.executors.pool import WorkerPool
-from clip_jax.files import atomic_write
+from clip_jax.files import atomic_write, check_local
 from clip_jax.sections import Config, config_from_saved, replace_values
 from clip_jax.tools.absolute_paths import absolute_model, absolute_source
 from clip_jax.tools.config_flags import parse as parse_config
@@ -145,6 +145,7 @@ def main() -> int:
       UserError: a number is out of range, or flags contradict.
     """
     args, rest = parse(sys.argv)
+    check_local({"--out": args.out})
     if args.epochs < 0:
         raise UserError(f"--epochs is {args.epochs}; it takes 0 or more")
     flags = pop_executor_flags(args)

@@ -28,6 +28,7 @@ from clip_jax.data.writing.tar_writer import JPEG_QUALITY, Shrink
 from clip_jax.errors import UserError, check_counts, run_command
 from clip_jax.executors.parts import Executor, PartMaker
 from clip_jax.executors.pool import WorkerPool
+from clip_jax.files import check_local
 from clip_jax.progress_bar import progress_bar
 from clip_jax.sections import DataSection
 from clip_jax.tools.absolute_paths import absolute_source
@@ -202,6 +203,7 @@ def main() -> int:
       UserError: not one sample could be written.
     """
     args = parse(None)
+    check_local({"--out": args.out})
     with executor_of(pop_executor_flags(args)) as executor:
         result = shard(**vars(args), executor=executor)
     if not result.written.samples:

@@ -23,7 +23,7 @@ from clip_jax.diagnosis.machine import (
 from clip_jax.diagnosis.packages import Packages, look_at_packages
 from clip_jax.distribution import install_command
 from clip_jax.errors import EXIT_ERROR, plain, run_command, short
-from clip_jax.files import atomic_write
+from clip_jax.files import atomic_write, check_local
 
 GIB = 2**30
 
@@ -133,6 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-training", action="store_true", help="leave the training step out")
     parser.add_argument("--json", metavar="FILE", help="write all of it there too")
     args = parser.parse_args(argv)
+    check_local({"--folder": args.folder, "--json": args.json})
     found = diagnose(args.folder, train=not args.no_training)
     print(diagnosis_text(found))
     if args.json:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from clip_jax.errors import UserError, run_command
 from clip_jax.executors.parts import Executor, PartMaker
 from clip_jax.executors.pool import WorkerPool
+from clip_jax.files import check_local
 from clip_jax.parallel.cluster import detected_place
 from clip_jax.tools.absolute_paths import absolute_checkpoint, absolute_model, absolute_source
 from clip_jax.tools.executor_flags import add_executor_flags, executor_of, pop_executor_flags
@@ -90,6 +91,7 @@ def embed_source(args: argparse.Namespace) -> EmbedResult:
     from clip_jax.embeddings.write import embed, finish_folder
 
     flags = pop_executor_flags(args)
+    check_local({"--out": args.out})
     if min(args.batch_size, args.part_size) < 1:
         raise UserError("--batch-size and --part-size must be at least 1")
     if flags.executor and args.part_of:

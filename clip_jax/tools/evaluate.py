@@ -262,10 +262,12 @@ def evaluate(args: argparse.Namespace, executor: Executor | None) -> "Evaluation
     from clip_jax.evaluation.run import source_class_names
     from clip_jax.evaluation.spec import EvalSpec
     from clip_jax.evaluation.tasks import RETRIEVAL, TRAINED_TASKS, check_tasks
+    from clip_jax.files import check_local
     from clip_jax.pretrained.work_folder import is_work_folder
     from clip_jax.tools.evaluate_embeddings import evaluate_embeddings
     from clip_jax.training.bucket_copy import local_copy
 
+    check_local({"--out": args.out})
     if args.model and is_url(args.model):
         args.out = args.out or f"eval-{args.model.rstrip('/').rpartition('/')[2]}"
         args.model = local_copy(args.model)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from clip_jax.errors import run_command
+from clip_jax.files import check_local
 
 FORMATS = ("stablehlo", "onnx")
 
@@ -42,6 +43,7 @@ def export_model(args: argparse.Namespace) -> list[dict[str, str]]:
     from clip_jax.exporting.tower import tower_program
     from clip_jax.pretrained.export import new_folder
 
+    check_local({"OUT": args.out})
     is_onnx = args.format == "onnx"
     if is_onnx:
         import_onnx()

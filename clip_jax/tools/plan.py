@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from clip_jax.config import resolve
 from clip_jax.errors import EXIT_ERROR, UserError, check_choice, run_command
-from clip_jax.files import atomic_write, make_folder
+from clip_jax.files import atomic_write, check_local, make_folder
 from clip_jax.sections import Config
 from clip_jax.tools.config_flags import parse as parse_config
 
@@ -184,6 +184,7 @@ def search(args: argparse.Namespace, config: Config) -> int:
 def main() -> int:
     """Parse the flags, resolve the config and print the plan; return the exit code."""
     args, rest = parse(sys.argv)
+    check_local({"--json": args.json, "--cache": args.cache})
     config = resolve(parse_config([sys.argv[0], *rest]))
     if args.search:
         return search(args, config)

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from clip_jax.errors import UserError, run_command
-from clip_jax.files import atomic_write
+from clip_jax.files import atomic_write, check_local
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -138,6 +138,7 @@ def map_text(result: RelevanceMap, caption: str, out: str) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the flags, compute and write the map; return the exit code."""
     args = parse(argv)
+    check_local({"--out": args.out})
     result = relevance_map(
         args.model,
         args.image,

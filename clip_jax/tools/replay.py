@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clip_jax.data.formats.remote import is_url
 from clip_jax.errors import check_counts, plain, run_command
-from clip_jax.files import atomic_write, make_folder
+from clip_jax.files import atomic_write, check_local, make_folder
 
 if TYPE_CHECKING:
     from clip_jax.training.replay import Replay, ReplayedSample
@@ -24,13 +25,15 @@ SHOWN_IMAGES, SHOWN_ROWS, BAR = 48, 5, 40
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m clip_jax.replay", description=__doc__)
-    parser.add_argument("workdir", metavar="WORKDIR", help="the work folder of the run")
+    parser.add_argument("workdir", metavar="WORKDIR", help="the work folder of the run, or its URL")
     parser.add_argument("--step", type=int, required=True, help="the step, from 1")
     parser.add_argument(
         "--around", type=int, default=0, help="make so many steps before and after, for their curve"
     )
     parser.add_argument("--data", default="", help="where the training data lie now, if they moved")
-    parser.add_argument("--out", help="folder of the results; WORKDIR/replay-N if not given")
+    parser.add_argument(
+        "--out", help="folder of the results; WORKDIR/replay-N, or replay-NAME-N of a URL"
+    )
     return parser.parse_args(argv)
 
 
@@ -138,8 +141,12 @@ def main() -> int:
     check_counts({"--step": args.step})
     from clip_jax.training.replay import replay
 
+    check_local({"--out": args.out})
+    out = args.out
+    if out is None and is_url(args.workdir):
+        out = f"replay-{args.workdir.rstrip('/').rpartition('/')[2]}-{args.step}"
     result = replay(args.workdir, args.step, around=args.around, data=args.data)
-    files = write_replay(result, Path(args.out or Path(args.workdir) / f"replay-{args.step}"))
+    files = write_replay(result, Path(out or Path(args.workdir) / f"replay-{args.step}"))
     print(plain(replay_text(result)))
     print(f"written: {', '.join(map(str, files))}")
     return 0

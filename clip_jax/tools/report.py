@@ -11,6 +11,7 @@ from pathlib import Path
 
 from clip_jax.data.formats.remote import is_url
 from clip_jax.errors import run_command
+from clip_jax.files import check_local
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -41,6 +42,7 @@ def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Repo
     from clip_jax.report_page.page import write_report
     from clip_jax.training.bucket_copy import local_copy
 
+    check_local({"--out": out})
     if is_url(str(folders[0])) and out is None:
         out = f"report-{str(folders[0]).rstrip('/').rpartition('/')[2]}.html"
     folders = [local_copy(folder, weights=False) for folder in folders]

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clip_jax.data.formats.remote import is_url
 from clip_jax.errors import UserError, run_command
 from clip_jax.sections import EvalSection
 
@@ -99,18 +100,21 @@ def measure(args: argparse.Namespace) -> Curve:
     """
     from clip_jax import api
     from clip_jax.evaluation.interpolate import best_point, interpolate, measure_curve
-    from clip_jax.files import make_folder
+    from clip_jax.files import check_local, make_folder
     from clip_jax.parallel.mesh import make_mesh
     from clip_jax.pretrained.export import new_folder
     from clip_jax.pretrained.work_folder import is_work_folder
 
+    check_local({"--out": args.out, "--save": args.save})
+    if args.out is None and (is_url(args.tuned) or not is_work_folder(args.tuned)):
+        raise UserError(
+            "--out is missing: TUNED is no work folder of this machine, where the curve could lie"
+        )
     alphas = _alphas(args.alphas)
     mesh = make_mesh(data=-1, fsdp=1, tensor=1)
     start, tuned = (api.load(path, mesh=mesh) for path in (args.start, args.tuned))
     if start.config != tuned.config:
         raise UserError(f"{args.tuned} is not of the sizes of {args.start}: nothing lies between")
-    if args.out is None and not is_work_folder(args.tuned):
-        raise UserError("--out is missing: TUNED is no work folder, where the curve could lie")
     folder = make_folder(Path(args.out or args.tuned), flag="--out")
     first, last = (
         {"params": clip.params, "batch_stats": clip.batch_stats} for clip in (start, tuned)

@@ -32,6 +32,9 @@ LOCAL_DIRNAMES = ("programs", QUARANTINE_DIRNAME)
 """Folders that stay on this machine."""
 _CHECKPOINT = re.compile(rf"((?:[^/]+/)?{CHECKPOINT_DIRNAME}/\d+|{COOLED_DIRNAME}/[^/]+)/")
 
+_VERSION_KEYS = ("size", "ETag", "etag", "generation", "mtime", "created", "LastModified")
+"""What fsspec's file systems say of an object that is another when it is written again."""
+
 Files = dict[str, tuple[int, str]]
 """The files of a checkpoint: size and SHA-256 by the path in it."""
 T = TypeVar("T")
@@ -96,6 +99,14 @@ class Bucket:
             if len(name) > start  # of a file, `find` gives the file itself
         }
 
+    def versions(self) -> dict[str, str]:
+        """Return what tells each object from what it was before, by its name."""
+        start = len(self._root) + 1
+        return {
+            name[start:]: json.dumps([info.get(key) for key in _VERSION_KEYS], default=str)
+            for name, info in sorted(self._fs.find(self._root, detail=True).items())
+        }
+
     def remove(self, name: str) -> None:
         """Delete an object, if there is one."""
         try:
@@ -118,7 +129,7 @@ class Bucket:
                 cause = error.__cause__
                 failed = isinstance(cause, Exception) and answer_of(cause).kind == "failed"
                 if not failed or time.monotonic() > end:
-                    fix = "" if failed else "; check --workdir and the rights to it"
+                    fix = "" if failed else "; check the address and the rights to it"
                     raise UserError(f"{error}{fix}") from None
                 if not was_told:
                     was_told = True

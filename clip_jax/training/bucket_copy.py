@@ -6,6 +6,7 @@ no lock is taken, so that a run can be read while it goes on.
 """
 
 import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -25,12 +26,15 @@ from clip_jax.training.bucket import (
 from clip_jax.training.bucket_workdir import fetch, place_name, scratch_folder
 
 
-def local_copy(path: str | Path, *, weights: bool = True) -> str:
+def local_copy(path: str | Path, *, weights: bool = True, last: int | None = None) -> str:
     """Return a folder with what a run in a bucket holds; a path that is no URL is its own.
+
+    Of another folder, such as a converted model, all of it is copied.
 
     Args:
       path: a local path, or the URL of a work folder or of its `best`.
       weights: False leaves the checkpoints out.
+      last: the step that the newest checkpoint is sought up to; None is any.
 
     Raises:
       UserError: there is no run, or it cannot be fetched.
@@ -40,7 +44,7 @@ def local_copy(path: str | Path, *, weights: bool = True) -> str:
     url = str(path).rstrip("/")
     bucket, committed = Bucket(url), _whole_checkpoints(url)
     if committed is not None:
-        committed = newest_of(committed) if weights else {}
+        committed = newest_of(committed, last) if weights else {}
     elif not bucket.patiently(bucket.sizes):
         raise UserError(f"{url} holds nothing: give the folder of a run")
     place = scratch_folder(url) / "copies"
@@ -54,11 +58,14 @@ def local_copy(path: str | Path, *, weights: bool = True) -> str:
 
 def _copy(bucket: Bucket, fetched: Path, place: Path, committed: dict[str, Files] | None) -> Path:
     """Fetch what an earlier copy has not got; return the copy."""
-    known = manifest_bytes(committed) if committed is not None else b""
+    if committed is None:
+        known = json.dumps(bucket.patiently(bucket.versions)).encode()
+    else:
+        known = manifest_bytes(committed)
     copy = place / hashlib.sha256(known).hexdigest()[:16] / fetched.name
-    if committed is None or not copy.is_dir():
+    if not copy.is_dir():
         fetch(bucket, fetched, committed)
-        for old in place.iterdir() if committed else ():  # of earlier checkpoints
+        for old in place.iterdir() if committed != {} else ():  # of earlier checkpoints
             if not old.name.startswith("fetching-"):
                 shutil.rmtree(old, ignore_errors=True)
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -67,6 +74,8 @@ def _copy(bucket: Bucket, fetched: Path, place: Path, committed: dict[str, Files
         except OSError:
             if not copy.is_dir():  # made by another process meanwhile
                 raise
+        return copy
+    if committed is None:
         return copy
     fetch(bucket, fetched, {})
     for parent, _, files in os.walk(fetched):
@@ -94,8 +103,12 @@ def _whole_checkpoints(url: str) -> dict[str, Files] | None:
     return {n.removeprefix(prefix): f for n, f in committed.items() if n.startswith(prefix)}
 
 
-def newest_of(committed: Mapping[str, Files]) -> dict[str, Files]:
-    """Return the checkpoint of the highest step."""
-    steps = [name for name in committed if name.startswith(f"{CHECKPOINT_DIRNAME}/")]
-    newest = max(steps, key=lambda name: int(name.rpartition("/")[2]), default=None)
-    return {} if newest is None else {newest: committed[newest]}
+def newest_of(committed: Mapping[str, Files], last: int | None = None) -> dict[str, Files]:
+    """Return the checkpoint of the highest step up to `last`, if there is one."""
+    steps = {
+        int(name.rpartition("/")[2]): name
+        for name in committed
+        if name.startswith(f"{CHECKPOINT_DIRNAME}/")
+    }
+    newest = max((step for step in steps if last is None or step <= last), default=None)
+    return {} if newest is None else {steps[newest]: committed[steps[newest]]}

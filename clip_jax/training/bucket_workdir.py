@@ -18,7 +18,7 @@ from pathlib import Path
 
 from clip_jax.data.formats.remote import is_url
 from clip_jax.errors import EXIT_TERMINATED, UserError
-from clip_jax.files import atomic_write, make_folder
+from clip_jax.files import atomic_write, check_local, make_folder
 from clip_jax.parallel import distributed
 from clip_jax.pretrained.work_folder import CHECKPOINT_DIRNAME
 from clip_jax.progress_bar import progress_bar
@@ -77,6 +77,7 @@ def local_workdir(workdir: str, scratch: str = "") -> Iterator[LocalWorkdir]:
     if not is_url(workdir):
         yield LocalWorkdir(workdir)
         return
+    check_local({"--scratch": scratch})
     url = workdir.rstrip("/")
     place = Path(distributed.from_first(str(scratch_folder(url, scratch))))
     if distributed.is_first():

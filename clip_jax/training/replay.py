@@ -39,6 +39,7 @@ from clip_jax.sections import (
     replace_values,
 )
 from clip_jax.training.batch_feed import BatchFeed, PlacedBatch
+from clip_jax.training.bucket_copy import local_copy
 from clip_jax.training.checkpoint import Checkpoints, not_finite
 from clip_jax.training.fingerprint import (
     CONTENTS,
@@ -136,7 +137,7 @@ def replay(workdir: str | Path, step: int, *, around: int = 0, data: str = "") -
     """Make a step of a run again; nothing in the work folder is touched.
 
     Args:
-      workdir: of the run.
+      workdir: of the run; also the URL of one in a bucket.
       step: from 1.
       around: how many steps before and after are made for the curve.
       data: where the training data lie now; empty is where they lay.
@@ -144,15 +145,15 @@ def replay(workdir: str | Path, step: int, *, around: int = 0, data: str = "") -
     Raises:
       UserError: there is no such run or step, or its data are not there any more.
     """
-    folder = Path(workdir)
     if step < 1 or around < 0:
         raise UserError(f"--step {step} --around {around}: steps count from 1")
     if distributed.process_count() > 1:
         raise UserError("a replay is of one process: start it without --coordinator")
+    first = max(1, step - around)
+    folder = Path(local_copy(workdir, last=first - 1))
     description = read_description(folder)
     if not description.config:
         raise UserError(f"{workdir} is a converted model, not a run: it has no steps")
-    first = max(1, step - around)
     with ExitStack() as stack:
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="clip_jax_replay_"))
         if (folder / RUN_MANIFEST_FILENAME).exists():

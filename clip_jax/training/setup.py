@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from clip_jax.data import caption_packing
 from clip_jax.data.caption_packing import CaptionPacking, choose_packing, parse_shares
 from clip_jax.data.dataset import TrainingData, open_sources, steps_per_epoch
+from clip_jax.data.formats.remote import is_url
 from clip_jax.data.images import OPENAI, Preprocess
 from clip_jax.data.loader import Loader, make_train_loader
 from clip_jax.data.manifest import ProcessShare
@@ -43,7 +44,6 @@ from clip_jax.parallel.mesh import (
 from clip_jax.pretrained.work_folder import RunDescription
 from clip_jax.sections import Config, EvalSection, ModelSection, OptimSection, TrainSection
 from clip_jax.tokenizers import TokenizerSpec, make_tokenizer, tokenizer_spec
-from clip_jax.training.bucket_copy import local_copy
 from clip_jax.training.device_augment import DrawFn, kept_patches, make_draws
 from clip_jax.training.distillation import (
     Distillation,
@@ -248,11 +248,10 @@ def find_source(section: ModelSection, workdir: str | None) -> SourceCheckpoint 
       UserError: nothing there can be read.
     """
     path = section.init_from
-    if not path or (workdir is None and not Path(path).exists()):
+    if not path or (workdir is None and not is_url(path) and not Path(path).exists()):
         return None
     if workdir is not None and has_checkpoints(workdir):
         path = str(workdir)
-    path = local_copy(path)
     tag = section.init_tag
     return read_source(path, f"{section.name}:{tag}" if tag else section.name)
 

@@ -21,10 +21,11 @@ from clip_jax.data.dataset import TrainingData, contents_fingerprint
 from clip_jax.data.loader import Batch, make_order
 from clip_jax.data.order import MIXTURE_BLOCK, WHOLE_BATCH, BatchOrder, BatchPart, Streams
 from clip_jax.data.sources import fingerprint
-from clip_jax.errors import UserError
+from clip_jax.errors import UserError, located
 from clip_jax.files import atomic_write, claim_folder
 from clip_jax.parallel.mesh import place_batch
 from clip_jax.sections import Config, DataSection, all_values
+from clip_jax.training.bucket_copy import local_copy
 from clip_jax.training.distillation import FEATURE_DTYPE, TeacherInfo, feature_names
 from clip_jax.typing import Tokenizer
 
@@ -315,7 +316,8 @@ def open_stored(
     Raises:
       UserError: they are of something else, or not of all epochs.
     """
-    path = Path(config.distill.features)
+    with located("config.distill.features"):
+        path = Path(local_copy(config.distill.features))
     values, contents = features_of_data(config, image_size, data)
     folder = open_features(path, values, contents, identities)
     epochs = epochs_of_steps(config, data, steps)

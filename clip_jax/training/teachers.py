@@ -87,7 +87,8 @@ def load_teacher(path: str, mesh: Mesh, *, dtype: str) -> Teacher:
       UserError: there is no such model, or it cannot teach: its tokenizer is not known, or it takes
         images of any shape.
     """
-    checkpoint = read_source(path, None).checkpoint
+    source = read_source(path, None)
+    checkpoint = source.checkpoint
     config, spec = checkpoint.config, checkpoint.tokenizer
     if spec is None:
         raise UserError(
@@ -102,7 +103,9 @@ def load_teacher(path: str, mesh: Mesh, *, dtype: str) -> Teacher:
         sharded_variable_shapes(config, mesh),
     )
     variables = (
-        place_arrays(checkpoint.arrays, shapes) if checkpoint.arrays else restore_run(path, shapes)
+        place_arrays(checkpoint.arrays, shapes)
+        if checkpoint.arrays
+        else restore_run(source.place, shapes)
     )
     model = CLIP(config, dtype=jnp.dtype(dtype), target=device_target(mesh.devices.flat[0]))
     described = [tree_digests(variables), repr(config), spec_digest(spec), dtype]

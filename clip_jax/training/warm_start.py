@@ -57,15 +57,17 @@ class SourceCheckpoint:
     """A checkpoint that a run starts from.
 
     Attributes:
-      path: its file, folder or name.
+      path: its file, folder or name, as it was given.
+      place: the same on this machine, also of one in a bucket.
       checkpoint: what it holds; its `arrays` are empty where a run's own checkpoints hold them.
     """
 
     path: str
+    place: str
     checkpoint: Checkpoint
 
 
-def read_source(path: str, model: str | None) -> SourceCheckpoint:
+def read_source(path: str | Path, model: str | None) -> SourceCheckpoint:
     """Read what a checkpoint is; its arrays are read when they are placed.
 
     Args:
@@ -75,7 +77,8 @@ def read_source(path: str, model: str | None) -> SourceCheckpoint:
     Raises:
       UserError: nothing there can be read.
     """
-    return SourceCheckpoint(path, read_model(path, model))
+    place = local_copy(path)
+    return SourceCheckpoint(str(path), place, read_model(place, model))
 
 
 WHOLE_BYTES, BLOCKS, BLOCK_BYTES = 64 << 20, 1024, 64 << 10
@@ -268,7 +271,7 @@ def place_source(
     """
     checkpoint, threads = source.checkpoint, THREADS
     if not checkpoint.arrays:
-        restored = read_run_arrays(source.path, checkpoint.config, mesh)
+        restored = read_run_arrays(source.place, checkpoint.config, mesh)
         # Arrays on several processes' devices must be moved in the same order on each of them.
         checkpoint, threads = dataclasses.replace(checkpoint, arrays=restored), 1
     size, length = sizes.vision.image_size, sizes.text.context_length

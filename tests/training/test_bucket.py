@@ -423,7 +423,7 @@ def test_a_bucket_that_may_not_be_written_or_is_not_there_ends_in_a_line(tmp_pat
 
     monkeypatch.setattr(MemoryFileSystem, "pipe_file", refuse)
     with (
-        pytest.raises(UserError, match=r"may not be .*Access Denied; check --workdir"),
+        pytest.raises(UserError, match=r"may not be .*Access Denied; check the address"),
         local_workdir(URL, str(tmp_path)),
     ):
         pass
@@ -433,3 +433,28 @@ def test_a_bucket_that_may_not_be_written_or_is_not_there_ends_in_a_line(tmp_pat
         local_workdir("nowhere://bucket/run", str(tmp_path)),
     ):
         pass
+
+
+def test_a_replay_gets_the_checkpoint_before_its_step(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for step in (9, 10):
+        save(tmp_path / "mine", step, keep=2)
+    make_sync(tmp_path / "mine", tmp_path).upload()
+
+    def steps(last):
+        folder = Path(local_copy(URL, last=last)) / "checkpoints"
+        return [p.name for p in folder.iterdir()] if folder.exists() else []
+
+    assert [steps(last) for last in (10, 9, 8)] == [["10"], ["9"], []]
+
+
+def test_a_folder_that_is_no_run_is_copied_once_and_again_when_it_is_another(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    bucket, got = Bucket(URL), []
+    monkeypatch.setattr(Bucket, "get", _noting(got, Bucket.get))
+    for text in (b"first", b"other"):
+        bucket.write("model.safetensors", text)
+        for _ in range(2):
+            assert (Path(local_copy(URL)) / "model.safetensors").read_bytes() == text
+    assert len(got) == 2
+    assert len(list((scratch_folder(URL) / "copies").iterdir())) == 1
