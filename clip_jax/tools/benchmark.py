@@ -2,7 +2,7 @@
 
 Each flag takes several. Every model is evaluated on every data set, and DIR gets one table as
 results.csv, results.json and results.html. What is done is not done again: the same command goes on
-where it was stopped, and one with more models or data sets adds theirs. A data set is a folder in
+where it was stopped, and one with other models or data sets adds theirs. A data set is a folder in
 CLIP_benchmark's webdataset layout or another source of images, SugarCrepe's or Winoground's file, a
 name with --dataset-root, a collection (vtab, vtab+, retrieval, imagenet_robustness, sugar_crepe,
 datacomp), or a .txt with one of these a line.
@@ -12,13 +12,18 @@ import argparse
 import csv
 import gc
 import json
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tqdm import tqdm
+
 from clip_jax.errors import UserError, check_counts, run_command
+from clip_jax.executors.parts import Executor
+from clip_jax.tools.executor_flags import add_executor_flags, executor_of, pop_executor_flags
 
 if TYPE_CHECKING:
     from clip_jax.evaluation.cells import Cell
@@ -48,6 +53,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "wrong, and so does the table",
     )
     add("--out", required=True, help="the folder of the table and of all cells")
+    add_executor_flags(parser)
     return parser.parse_args(argv)
 
 
@@ -60,12 +66,14 @@ class Progress:
       results: of each done cell, by model and data set.
       failed: the error of each cell that could not be evaluated.
       seconds: of each cell that this call evaluated.
+      earlier: rows of the table by other calls, whose cells this one does not name.
     """
 
     total: int
     results: dict[tuple[str, str], list[dict[str, Any]]] = field(default_factory=dict)
     failed: dict[tuple[str, str], str] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
+    earlier: list[dict[str, Any]] = field(default_factory=list)
 
     def line(self, cell: "Cell", text: str) -> str:
         """Return the line of a cell, with how many there are and the time left."""
@@ -118,32 +126,59 @@ def plan_cells(args: argparse.Namespace) -> tuple[list["Cell"], dict[tuple[str, 
     return cells, failed
 
 
-def run_cells(args: argparse.Namespace) -> Progress:
+def run_cells(args: argparse.Namespace, executor: Executor | None = None) -> Progress:
     """Evaluate all cells that are not done, and write the table after each.
+
+    Args:
+      executor: whose workers evaluate them, a cell each; None is this process.
 
     Raises:
       UserError: a model or a data set is named that cannot be.
     """
     from clip_jax.files import make_folder
+    from clip_jax.tools.cells_elsewhere import run_cells_elsewhere
 
-    make_folder(args.out, flag="--out")
     cells, failed = plan_cells(args)
+    make_folder(args.out, flag="--out")
     progress = Progress(len(cells) + len(failed), failed=failed)
+    progress.earlier = earlier_rows(args.out, {(cell.label, cell.dataset) for cell in cells})
     for cell in cells:
         if (results := cell.results()) is not None:
             progress.results[cell.label, cell.dataset] = results
     if progress.results:
         print(f"{len(progress.results)} of {progress.total} are done already", flush=True)
     write_tables(args.out, cells, progress)
-    for label in dict.fromkeys(cell.label for cell in cells):
-        missing = [
-            cell
-            for cell in cells
-            if cell.label == label and (label, cell.dataset) not in progress.results
-        ]
-        if missing:
-            _run_model(args, missing, cells, progress)
+    missing = [cell for cell in cells if (cell.label, cell.dataset) not in progress.results]
+    if executor is not None:
+
+        def on_cell(cell: "Cell", error: str) -> None:
+            _record(args.out, cell, error, cells, progress)
+
+        run_cells_elsewhere(
+            executor, missing, args.out, keep_features=args.keep_features, on_cell=on_cell
+        )
+        return progress
+    for label in dict.fromkeys(cell.label for cell in missing):
+        of_model = [cell for cell in missing if cell.label == label]
+        _run_model(args, of_model, cells, progress)
     return progress
+
+
+def earlier_rows(out: str | Path, named: set[tuple[str, str]]) -> list[dict[str, Any]]:
+    """Return the rows of the table in a folder whose cells are there and are not named now."""
+    from clip_jax.evaluation.cells import CELL_FILENAME, slug
+
+    out = Path(out)
+    try:
+        rows = json.loads((out / f"{TABLE}.json").read_text(encoding="utf-8"))["results"]
+        return [
+            row
+            for row in rows
+            if (row["label"], row["dataset"]) not in named
+            and (out / slug(row["label"]) / slug(row["dataset"]) / CELL_FILENAME).is_file()
+        ]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def _run_model(
@@ -166,22 +201,36 @@ def _run_model(
         print(f"{missing[0].label}: {error}", flush=True)
         return
     for cell in missing:
-        start = time.perf_counter()
+        start, text = time.perf_counter(), ""
         try:
-            results = run_cell(encoders, cell, keep_features=args.keep_features)
+            run_cell(encoders, cell, keep_features=args.keep_features)
         except UserError as error:
-            progress.failed[cell.label, cell.dataset] = str(error)
             text = str(error)
         else:
-            progress.results[cell.label, cell.dataset] = results
             progress.seconds.append(time.perf_counter() - start)
-            figures = [row for row in table_rows([cell], progress) if row["value"] is not None]
-            text = ", ".join(f"{row['figure']} {100 * row['value']:.2f} %" for row in figures)
-        write_tables(args.out, cells, progress)
-        print(progress.line(cell, text), flush=True)
+        _record(args.out, cell, text, cells, progress)
     del encoders
     jax.clear_caches()
     gc.collect()
+
+
+def _record(
+    out: str | Path, cell: "Cell", error: str, cells: Sequence["Cell"], progress: Progress
+) -> None:
+    """Take in a cell that is done, or why it is not; write the table and print a line."""
+    results = None if error else cell.results()
+    if results is None:
+        text = progress.failed[cell.label, cell.dataset] = error or (
+            "it was evaluated with other files than this command sees: models and data must lie at "
+            "the same paths on every machine, and not change"
+        )
+    else:
+        progress.results[cell.label, cell.dataset] = results
+        figures = [row for row in table_rows([cell], progress) if row["value"] is not None]
+        text = ", ".join(f"{row['figure']} {100 * row['value']:.2f} %" for row in figures)
+    write_tables(out, cells, progress)
+    tqdm.write(progress.line(cell, text))  # above a bar, if there is one
+    sys.stdout.flush()
 
 
 def table_rows(cells: Sequence["Cell"], progress: Progress) -> list[dict[str, Any]]:
@@ -214,7 +263,8 @@ def write_tables(out: str | Path, cells: Sequence["Cell"], progress: Progress) -
     from clip_jax.files import atomic_write
     from clip_jax.report_page.benchmark_page import benchmark_page
 
-    rows = table_rows(cells, progress)
+    rows = [*progress.earlier, *table_rows(cells, progress)]
+    done = {(row["label"], row["dataset"]) for row in rows}
     means: dict[str, dict[str, float]] = {}
     for label in dict.fromkeys(row["label"] for row in rows):
         own = [row for row in rows if row["label"] == label and row["value"] is not None]
@@ -222,7 +272,7 @@ def write_tables(out: str | Path, cells: Sequence["Cell"], progress: Progress) -
     common = [
         dataset
         for dataset in dict.fromkeys(row["dataset"] for row in rows)
-        if all((label, dataset) in progress.results for label in means)
+        if all((label, dataset) in done for label in means)
     ]
     if len(common) > 1:
         for label in means:
@@ -262,7 +312,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = parse(argv)
     check_counts({"--batch-size": args.batch_size})
-    progress = run_cells(args)
+    with executor_of(pop_executor_flags(args)) as executor:
+        progress = run_cells(args, executor)
     folder = Path(args.out)
     paths = ", ".join(str(folder / f"{TABLE}.{ending}") for ending in ("csv", "json", "html"))
     print(f"{len(progress.results)} of {progress.total} evaluated; written: {paths}")

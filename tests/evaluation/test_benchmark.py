@@ -12,6 +12,7 @@ import pytest
 from benchmark_trees import NAMES, TEMPLATES, crepe_texts, png, write_choices, write_tree
 from data_cases import write_shards
 from embedded import toy_encoders
+from fake_cluster import FakeCluster
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -341,4 +342,44 @@ def test_what_changed_is_evaluated_again_and_a_missing_set_stops_nothing(tmp_pat
     assert "<h1>2 models, 1 data set</h1>" in (tmp_path / "out" / "results.html").read_text()
     assert [item["dataset"] for item in results["failed"]] == ["food101", "food101"]
     with pytest.raises(UserError, match=r"food101 is no file and no folder; .*--dataset-root"):
-        benchmark.main(["--model", *paths, "--dataset", "food101", "--out", str(tmp_path / "out")])
+        benchmark.main(["--model", *paths, "--dataset", "food101", "--out", str(tmp_path / "new")])
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_second_command_keeps_the_rows_of_the_first(tmp_path, models):
+    paths, log, _ = models
+    cars, voc = (str(write_tree(tmp_path / f"wds_{name}_test")) for name in ("cars", "voc2007"))
+    out = tmp_path / "out"
+    sets = ["--dataset", cars, voc, "--out", str(out)]
+    assert benchmark.main(["--model", *paths, *sets]) == 0
+    want = table(out)
+    shutil.rmtree(out)
+    for path in paths:
+        assert benchmark.main(["--model", path, *sets]) == 0
+    assert table(out) == want and len(want[1]) == 4
+    log.clear()
+    assert benchmark.main(["--model", paths[1], "--dataset", cars, "--out", str(out)]) == 0
+    results, rows = table(out)
+    assert log == [] and len(rows) == 4 and results["aggregates"] == want[0]["aggregates"]
+    shutil.rmtree(out / "a")
+    assert benchmark.main(["--model", paths[1], *sets]) == 0
+    assert {row["label"] for row in table(out)[1]} == {"b"}
+
+
+def test_the_workers_of_a_cluster_evaluate_the_cells(tmp_path, models, monkeypatch):
+    paths, log, _ = models
+    cars, voc = (str(write_tree(tmp_path / f"wds_{name}_test")) for name in ("cars", "voc2007"))
+    sets = ["--dataset", cars, voc]
+    assert benchmark.main(["--model", *paths, *sets, "--out", str(tmp_path / "alone")]) == 0
+    log.clear()
+    dies = {3: "before", 5: "after"}
+    cluster = FakeCluster(2, lambda method, args, number: dies.get(number, ""))
+    monkeypatch.setattr(
+        "clip_jax.executors.ray_executor.RayExecutor", lambda address, **options: cluster
+    )
+    flags = ["--out", str(tmp_path / "many"), "--executor", "ray"]
+    assert benchmark.main(["--model", *paths, *sets, *flags]) == 0
+    for ending in ("csv", "json", "html"):
+        texts = [(tmp_path / name / f"results.{ending}").read_text() for name in ("alone", "many")]
+        assert texts[0] == texts[1]
+    assert cluster.closed and cluster.started > 2 and log.count(paths[0]) >= 1
