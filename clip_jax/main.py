@@ -10,6 +10,8 @@ import os
 import sys
 import time
 from collections.abc import Collection
+from contextlib import closing
+from pathlib import Path
 
 from absl import flags
 
@@ -192,17 +194,22 @@ def run(
     Raises:
       UserError: the data, the config or the work folder is not fit for the run.
     """
+    from clip_jax.errors import EXIT_ERROR
     from clip_jax.parallel import distributed
     from clip_jax.tools.evaluate import evaluate_workdir, evaluation_text
     from clip_jax.tools.report import report, report_text
+    from clip_jax.training.metrics_service import MetricsService
     from clip_jax.training.trainer import train
 
-    code = train(config, workdir, began=began, allow_change=allow_change)
-    if code == 0 and config.eval.data:
-        # On the devices of all processes, so all of them take part.
-        distributed.print_on_main(evaluation_text(evaluate_workdir(workdir)))
-        if distributed.is_first():
-            distributed.print_on_main(report_text(report([workdir])))
+    with closing(MetricsService(config.train, Path(workdir))) as service:
+        code = train(config, workdir, began=began, allow_change=allow_change, service=service)
+        if code == 0 and config.eval.data:
+            service.code = EXIT_ERROR
+            # On the devices of all processes, so all of them take part.
+            distributed.print_on_main(evaluation_text(evaluate_workdir(workdir)))
+            if distributed.is_first():
+                distributed.print_on_main(report_text(report([workdir])))
+            service.code = code
     return code
 
 

@@ -3,7 +3,8 @@
 `training.metrics_service.MetricsService` starts it. It reads the file as it grows, so that nothing
 of a service can hold a run up, and notes in `report_to.json` how far it has come: what it could not
 send is sent by the next start, and a resumed run goes on in the same run of the service. It ends
-when its standard input is closed, which holds the run's exit code, or nothing if it was killed.
+when its standard input is closed, which holds the run's exit code, or nothing if it was killed; the
+figures of the final evaluation, `eval.json`, are sent then.
 """
 
 import fcntl
@@ -40,12 +41,14 @@ class Sent:
       project, id: the run of the service.
       step: the newest step whose metrics it has; -1 before the first.
       eval_step: the same of evaluations during the run.
+      final: the step and the figures of the final evaluation that it has, as text.
     """
 
     project: str
     id: str
     step: int = -1
     eval_step: int = -1
+    final: str = ""
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,33 @@ def send_lines(file: BinaryIO, begun: Begun, sent: Sent) -> bool:
     return (sent.step, sent.eval_step) != before
 
 
+def final_figures(path: Path) -> dict[str, float]:
+    """Return the figures of an `eval.json` as evaluations during the run name them; of none, {}.
+
+    Those of `few_shot` end in the number of shots, "eval/lp_acc1@4".
+    """
+    figures: dict[str, float] = {}
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        for result in json.loads(path.read_text(encoding="utf-8"))["results"]:
+            shots = result["metrics"].get("fewshot_k") or -1
+            suffix = f"@{shots:g}" if shots > 0 else ""
+            for name, value in result["metrics"].items():
+                if isinstance(value, int | float):  # null stands for NaN
+                    figures.setdefault(f"eval/{name}{suffix}", value)
+    return figures
+
+
+def send_final(path: Path, begun: Begun, sent: Sent) -> bool:
+    """Send the figures of the final evaluation that the service lacks; return whether it did."""
+    figures = final_figures(path)
+    final = json.dumps([sent.step, figures])
+    if not figures or final == sent.final:
+        return False
+    begun.log(sent.step, figures)
+    sent.final = final
+    return True
+
+
 class RunEnd:
     """Waits in a thread for the end of the run, and ends this process if a service hangs then."""
 
@@ -181,6 +211,7 @@ class RunEnd:
 def send(
     folder: Path,
     config_filename: str,
+    results_filename: str,
     service: str,
     project: str,
     name: str,
@@ -203,16 +234,18 @@ def send(
             has_ended = end.wait(POLL_SECONDS)
             if send_lines(file, begun, sent):
                 write_sent(folder, service, sent)
+    if end.code == 0 and send_final(folder / results_filename, begun, sent):
+        write_sent(folder, service, sent)
     begun.finish(end.code)
 
 
 def main(args: Sequence[str]) -> int:
-    """Send the metrics of a run: work folder, name of its config, service, project, run's name."""
+    """Send a run's metrics: work folder, names of config and results, service, project, name."""
     # The run decides when it ends, also where a signal goes to all processes.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     folder = Path(args[0])
-    config_filename, service, project, name = args[1:]
+    config_filename, results_filename, service, project, name = args[1:]
     # What a service prints has a file of its own.
     lines = os.fdopen(os.dup(1), "w")
     log = os.open(folder / LOG_FILENAME, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
@@ -224,7 +257,7 @@ def main(args: Sequence[str]) -> int:
             print(line, file=lines, flush=True)
 
     try:
-        send(folder, config_filename, service, project, name, told)
+        send(folder, config_filename, results_filename, service, project, name, told)
     except Exception as error:
         told(
             f"{service} takes no metrics ({short(error):.300}); the run goes on without it, and "

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from clip_jax.distribution import install_command
 from clip_jax.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED, UserError
+from clip_jax.evaluation.results import RESULTS
 from clip_jax.parallel import distributed
 from clip_jax.pretrained.work_folder import CONFIG_FILENAME
 from clip_jax.sections import TrainSection
@@ -56,7 +57,7 @@ class MetricsService:
         if not section.report_to or not distributed.is_first():
             return
         name = section.report_name or self._folder.resolve().name
-        args = (CONFIG_FILENAME, section.report_to, section.report_project, name)
+        args = (CONFIG_FILENAME, RESULTS, section.report_to, section.report_project, name)
         path = [entry or os.getcwd() for entry in sys.path]
         try:
             self._process = subprocess.Popen(

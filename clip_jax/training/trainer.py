@@ -5,7 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Collection
-from contextlib import closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,6 +79,7 @@ def train(
     *,
     began: float | None = None,
     allow_change: Collection[str] = (),
+    service: MetricsService | None = None,
 ) -> int:
     """Train, or resume the run in `workdir`; return the process's exit code.
 
@@ -89,6 +90,7 @@ def train(
         now.
       allow_change: the fields ("config.optim.learning_rate") that a resumed run may have otherwise
         although they are part of what it is; the change is noted in `history.jsonl`.
+      service: gets the metrics, and is closed by the caller; None makes one of this call.
 
     Raises:
       UserError: the data, the config or the work folder is not fit for the run.
@@ -100,7 +102,7 @@ def train(
     folder = make_workdir(workdir)
     with only_run(folder), ExitReport(folder, config) as exit_report:
         exit_report.code, exit_report.reason = _train(
-            config, workdir, folder, began, allow_change, exit_report
+            config, workdir, folder, began, allow_change, exit_report, service
         )
     return exit_report.code
 
@@ -112,6 +114,7 @@ def _train(
     began: float,
     allow_change: Collection[str],
     exit_report: ExitReport,
+    service: MetricsService | None,
 ) -> tuple[int, str]:
     """Train; return the exit code and the reason for it."""
     cache_folder = start_program_cache(config.train.compile_cache, folder)
@@ -130,7 +133,7 @@ def _train(
     print_summary(run, data, pairs=pairs, steps=steps)
     with (
         # It is closed last: a state is never saved later for it.
-        closing(MetricsService(config.train, folder)) as service,
+        _open_service(config, folder, service) as service,
         closing(open_checkpoints(config, folder, steps)) as checkpoints,
         ProgramCompiler(cache_folder) as compiler,
     ):
@@ -165,6 +168,15 @@ def _train(
         service.code = end[0]
     watchdog.stand_by()
     return end
+
+
+def _open_service(
+    config: Config, folder: Path, service: MetricsService | None
+) -> AbstractContextManager[MetricsService]:
+    """Return the caller's service, which stays open, or one that is closed with the block."""
+    if service is not None:
+        return nullcontext(service)
+    return closing(MetricsService(config.train, folder))
 
 
 def open_checkpoints(config: Config, folder: Path, steps: int) -> Checkpoints:

@@ -28,8 +28,8 @@ def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def write_run(folder, steps, *, service="trackio", start=None, code=0):
-    """Write the metrics of steps as a run does, and send them."""
+def write_run(folder, steps, *, service="trackio", start=None, code=0, final=None):
+    """Write the metrics of steps as a run does, and those of its end, and send them."""
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps({"config": {"seed": 7}}))
     section = TrainSection(report_to=service, report_project="demo")
@@ -42,6 +42,8 @@ def write_run(folder, steps, *, service="trackio", start=None, code=0):
             writer.write(step, {"loss": step / 3, "note": "a", "bad": float("nan")})
             if step % 4 == 0:
                 writer.write(step, {"eval/acc1": step / 8})
+        if final is not None:
+            (folder / "eval.json").write_text(json.dumps({"results": final}))
         sender.code = code
 
 
@@ -60,6 +62,22 @@ def test_a_resumed_run_goes_on_in_the_same_run_and_sends_no_line_twice(stand_in,
     assert sum("finished" in line for line in lines) == 2
     out = capfd.readouterr().out
     assert out.count("metrics go to trackio, run mine (") == 2
+
+
+def test_the_final_evaluation_is_sent_once_with_the_last_step(stand_in, tmp_path):
+    folder = tmp_path / "mine"
+    figures = {"acc1": 0.5, "undefined": None}
+    probes = [{"metrics": {"lp_acc1": shots / 10, "fewshot_k": shots}} for shots in (1.0, 4.0)]
+    final = [{"metrics": figures}, *probes]
+    write_run(folder, range(1, 4), code=EXIT_TERMINATED, final=[{"metrics": {"acc1": 0.25}}])
+    write_run(folder, range(4, 7), start=3, final=final)
+    write_run(folder, (), start=6, final=final)
+    (sent,) = [line for line in read(stand_in) if "eval/lp_acc1@1" in line]
+    assert sent == {
+        "step": 6, "eval/acc1": 0.5, "eval/lp_acc1@1": 0.1, "eval/fewshot_k@1": 1.0,
+        "eval/lp_acc1@4": 0.4, "eval/fewshot_k@4": 4.0,
+    }  # fmt: skip
+    assert [x["eval/acc1"] for x in read(stand_in) if "eval/acc1" in x] == [0.5, 0.5]
 
 
 def test_a_service_that_fails_is_told_once_and_gets_the_rest_later(

@@ -68,9 +68,10 @@ def _tiny():
 
 
 def test_evaluation_during_a_run_changes_no_loss_and_its_best_state_is_kept(
-    data, uninterrupted, tmp_path, capsys
+    data, uninterrupted, tmp_path, monkeypatch, capsys
 ):
     folder, pattern = data
+    sent = put_stand_in(tmp_path, monkeypatch)
     config = make_config(
         data,
         eval__data=pattern,
@@ -78,8 +79,13 @@ def test_evaluation_during_a_run_changes_no_loss_and_its_best_state_is_kept(
         eval__every=5,
         eval__best="mean_per_class_recall",
         train__compile_ahead="all",
+        train__report_to="trackio",
     )
     assert main.run(config, str(tmp_path)) == 0
+    results = json.loads((tmp_path / "eval.json").read_text())["results"]
+    final = {f"eval/{name}": x for row in results for name, x in row["metrics"].items()}
+    reported = [json.loads(line) for line in sent.read_text().splitlines()]
+    assert reported[-2:] == [{"step": 12} | final, {"finished": True}]
     lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     found = {line["step"]: line for line in lines if "eval/acc1" in line}
     assert list(found) == [5, 10]
