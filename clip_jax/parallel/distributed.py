@@ -10,6 +10,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from clip_jax.errors import UserError, plain
+from clip_jax.files import make_folder
 from clip_jax.parallel.jax_internals import (
     coordination_client,
     devices_started,
@@ -81,6 +83,24 @@ def _check_alone() -> None:
 def from_first(value: Any) -> Any:
     """Return process 0's value, on every process; all have to call it."""
     return gather(value if is_first() else None)[0]
+
+
+def make_shared_folder(folder: str | Path, *, flag: str) -> Path:
+    """Make a folder on process 0, where it is not there, and return it when all processes see it.
+
+    Raises:
+      UserError: it cannot be made, or not be seen; the message begins with the flag that names it.
+    """
+    if is_first():
+        make_folder(folder, flag=flag)
+    gather(None)
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(
+            f"{flag} {folder} was made by process 0 and is not there for process "
+            f"{process_index()}; give one on a file system that all machines share"
+        )
+    return folder
 
 
 def agree(named: Mapping[str, Any]) -> None:

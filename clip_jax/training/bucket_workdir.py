@@ -80,14 +80,7 @@ def local_workdir(workdir: str, scratch: str = "") -> Iterator[LocalWorkdir]:
     check_local({"--scratch": scratch})
     url = workdir.rstrip("/")
     place = Path(distributed.from_first(str(scratch_folder(url, scratch))))
-    if distributed.is_first():
-        make_folder(place, flag="--scratch")
-    distributed.gather(None)
-    if not place.is_dir():
-        raise UserError(
-            f"{place}, the folder for --workdir {url}, was made by process 0 and is not there for "
-            f"process {distributed.process_index()}; give --scratch one that all machines share"
-        )
+    distributed.make_shared_folder(place, flag="--scratch")
     with only_run(place, url):
         session, fault = None, None
         if distributed.is_first():

@@ -16,7 +16,6 @@ from clip_jax.data.dataset import TrainingData, contents_fingerprint
 from clip_jax.data.sources import fingerprint as data_fingerprint
 from clip_jax.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED, UserError
 from clip_jax.evaluation.in_training import Evaluator
-from clip_jax.files import make_folder
 from clip_jax.models.lora import adapter_scale
 from clip_jax.models.projection import without_projections
 from clip_jax.parallel import distributed, watchdog
@@ -207,15 +206,7 @@ def make_workdir(workdir: str) -> Path:
     Raises:
       UserError: it cannot be made, or not be written to, or not be seen.
     """
-    folder = Path(workdir)
-    if distributed.is_first():
-        make_folder(folder, flag="--workdir")
-    distributed.gather(None)
-    if not folder.is_dir():
-        raise UserError(
-            f"--workdir {workdir} was made by process 0 and is not there for process "
-            f"{distributed.process_index()}; give one on a file system that all machines share"
-        )
+    folder = distributed.make_shared_folder(workdir, flag="--workdir")
     if not os.access(folder, os.W_OK):
         raise UserError(f"--workdir {workdir} cannot be written to; give another")
     return folder

@@ -567,3 +567,10 @@ def test_slurm_job_goes_back_into_the_queue_on_75_only(tmp_path, code, requeued)
     done = subprocess.run(["bash", str(ROOT / "experiments/launch/slurm.sh")], env=env)
     assert done.returncode == code
     assert (tmp_path / "out").exists() == requeued
+
+
+def test_a_folder_that_another_process_made_is_seen_by_all_or_refused(tmp_path, monkeypatch):
+    assert distributed.make_shared_folder(tmp_path / "a", flag="--workdir").is_dir()
+    monkeypatch.setattr(distributed, "is_first", lambda: False)
+    with pytest.raises(UserError, match=r"--workdir .*b was made by process 0 and is not there"):
+        distributed.make_shared_folder(tmp_path / "b", flag="--workdir")
