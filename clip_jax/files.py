@@ -86,6 +86,11 @@ def check_local(paths: Mapping[str, str | Path | None]) -> None:
             )
 
 
+def absolute_model(model: str) -> str:
+    """Return a model's path, good in any current folder, or its name as it is."""
+    return os.path.abspath(model) if os.path.exists(model) else model
+
+
 def make_folder(folder: str | Path, *, flag: str) -> Path:
     """Return the folder, made if it does not exist.
 

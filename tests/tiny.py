@@ -16,6 +16,12 @@ SHALLOW = dataclasses.replace(
     text=dataclasses.replace(TEXT, layers=2),
 )
 """The same with a block that keeps all rows and a last one: whole steps compile sooner."""
+ONE_LAYER = dataclasses.replace(
+    VIT,
+    vision=dataclasses.replace(VIT.vision, layers=1),
+    text=dataclasses.replace(TEXT, layers=1, context_length=16),
+)
+"""For whole runs, where the last block alone will do."""
 RESNET = CLIPConfig(16, ResNetConfig(image_size=64, layers=(1, 1, 1, 1), width=8), TEXT)
 CONVNET = CLIPConfig(16, ConvNetConfig(image_size=32, patch_size=4, features=(16, 32)), TEXT)
 # CLIPA: no ln_pre, the mean of the patches, text that sees its padding and is pooled at its end.

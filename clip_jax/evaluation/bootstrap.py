@@ -4,6 +4,8 @@ They are percentile intervals of 95 % from 1,000 resamples (Efron and Tibshirani
 and say nothing of another training seed or another data set.
 """
 
+from collections.abc import Callable, Mapping
+
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
@@ -48,6 +50,23 @@ def mean_recall_interval(
         right_M = np.bincount(label_B, weight_B * right_B)
         means[i] = (right_M[images_M > 0] / images_M[images_M > 0]).mean()
     return _percentiles(means)[0]
+
+
+def score_intervals(
+    score: Callable[[Int[np.ndarray, " B"]], Mapping[str, float]], size: int, *, seed: int = 0
+) -> dict[str, Interval]:
+    """Return the intervals of figures of any kind, when so many images are drawn anew.
+
+    Args:
+      score: computes the figures of the images at some positions. One that is missing in a
+        resample, as that of a group of which none is drawn, has no interval.
+      size: the number of images.
+    """
+    rng = np.random.default_rng(seed)
+    draws = [dict(score(rng.integers(size, size=size))) for _ in range(RESAMPLES)]
+    names = [name for name in draws[0] if all(name in draw for draw in draws)]
+    shares = np.array([[draw[name] for name in names] for draw in draws])
+    return dict(zip(names, _percentiles(shares), strict=True))
 
 
 def _percentiles(shares: np.ndarray) -> list[Interval]:

@@ -26,7 +26,7 @@ from clip_jax.evaluation.results import RESULTS
 from clip_jax.evaluation.run import FEATURES, run_evaluation, source_class_names
 from clip_jax.evaluation.spec import EvalSpec
 from clip_jax.evaluation.tasks import MULTILABEL, ZERO_SHOT
-from clip_jax.files import atomic_write
+from clip_jax.files import absolute_model, atomic_write
 from clip_jax.pretrained.work_folder import CHECKPOINT_DIRNAME
 from clip_jax.sections import EvalSection
 
@@ -73,7 +73,7 @@ class Cell:
         return {
             "version": VERSION,
             "dtype": self.dtype,
-            "model": os.path.abspath(self.model) if os.path.exists(self.model) else self.model,
+            "model": absolute_model(self.model),
             "weights": files_stamp(_weight_files(Path(self.model))),
             "data": files_stamp(_data_files(self.spec)),
             "spec": json.loads(json.dumps(self.spec.to_json())),

@@ -10,7 +10,12 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Float32, Int
 
 from clip_jax.errors import UserError
-from clip_jax.evaluation.bootstrap import Interval, mean_recall_interval, ratio_intervals
+from clip_jax.evaluation.bootstrap import (
+    Interval,
+    mean_recall_interval,
+    ratio_intervals,
+    score_intervals,
+)
 from clip_jax.evaluation.calibration import Bin, calibration_error, reliability
 from clip_jax.evaluation.caption_choice import CHOICE
 from clip_jax.evaluation.features import FeatureSet
@@ -111,7 +116,8 @@ def zero_shot(inputs: TaskInputs) -> list[TaskResult]:
     share_B = share_Bk[:, 0].astype(np.float64)
     metrics["calibration_error"] = calibration_error(share_B, right_B)
     if inputs.array_BK is not None:
-        metrics |= _group_metrics(inputs.spec.scoring, top_Bk, label_B, inputs.array_BK[rows])
+        by_group = _group_figures(inputs.spec.scoring, top_Bk, label_B, inputs.array_BK[rows])
+        metrics, intervals = metrics | by_group[0], intervals | by_group[1]
     predictions = Predictions(rows, top_Bk, share_Bk, reliability(share_B, right_B))
     return [TaskResult(metrics, intervals, predictions, images=len(rows))]
 
@@ -130,17 +136,28 @@ def _multilabel(inputs: TaskInputs) -> list[TaskResult]:
     return [TaskResult({MEAN_AVERAGE_PRECISION: float(precision_M.mean())})]
 
 
-def _group_metrics(
+def _group_figures(
     scoring: str, top_Bk: np.ndarray, label_B: np.ndarray, groups_BK: np.ndarray
-) -> dict[str, float]:
-    """Return the figures by groups, or raise UserError where the groups are others."""
+) -> tuple[dict[str, float], dict[str, Interval]]:
+    """Return the figures by groups and their intervals.
+
+    The accuracies of single groups have none: a resample may have no image of a group.
+
+    Raises:
+      UserError: the groups are others.
+    """
     columns = GROUP_SCORES[scoring].columns
     if groups_BK.shape[1] != len(columns) or groups_BK.min() < 0:
         raise UserError(
             f"{scoring}: an image's .npy holds {groups_BK.shape[1]} numbers, and not "
             f"{', '.join(columns)}, each from 0 on"
         )
-    return GROUP_SCORES[scoring].score(top_Bk, label_B, groups_BK)
+    score = GROUP_SCORES[scoring].score
+    intervals = score_intervals(
+        lambda rows: score(top_Bk[rows], label_B[rows], groups_BK[rows]), len(label_B)
+    )
+    metrics = score(top_Bk, label_B, groups_BK)
+    return metrics, {name: x for name, x in intervals.items() if ":" not in name}
 
 
 def retrieval(inputs: TaskInputs) -> list[TaskResult]:

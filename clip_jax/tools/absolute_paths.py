@@ -5,6 +5,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from clip_jax.files import absolute_model
+
 
 def absolute_source(source: str) -> str:
     """Return a source or path with absolute local parts, good in any current folder."""
@@ -14,11 +16,6 @@ def absolute_source(source: str) -> str:
         return os.path.abspath(os.path.expanduser(part)) if is_local else part
 
     return "::".join(absolute(part.strip()) for part in source.split("::"))
-
-
-def absolute_model(model: str) -> str:
-    """Return a model's path, good in any current folder, or its name as it is."""
-    return os.path.abspath(model) if os.path.exists(model) else model
 
 
 def absolute_checkpoint(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,9 +21,9 @@ from clip_jax.data.manifest import RUN_MANIFEST_FILENAME
 from clip_jax.errors import UserError, run_command
 from clip_jax.executors.parts import Executor, PartMaker
 from clip_jax.executors.pool import WorkerPool
-from clip_jax.files import atomic_write, check_local
+from clip_jax.files import absolute_model, atomic_write, check_local
 from clip_jax.sections import Config, config_from_saved, replace_values
-from clip_jax.tools.absolute_paths import absolute_model, absolute_source
+from clip_jax.tools.absolute_paths import absolute_source
 from clip_jax.tools.config_flags import parse as parse_config
 from clip_jax.tools.embed import process_place
 from clip_jax.tools.executor_flags import add_executor_flags, executor_of, pop_executor_flags

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 from clip_jax.errors import UserError, run_command
 from clip_jax.executors.parts import Executor, PartMaker
 from clip_jax.executors.pool import WorkerPool
-from clip_jax.files import check_local
+from clip_jax.files import absolute_model, check_local
 from clip_jax.parallel.cluster import detected_place
-from clip_jax.tools.absolute_paths import absolute_checkpoint, absolute_model, absolute_source
+from clip_jax.tools.absolute_paths import absolute_checkpoint, absolute_source
 from clip_jax.tools.executor_flags import add_executor_flags, executor_of, pop_executor_flags
 
 if TYPE_CHECKING:

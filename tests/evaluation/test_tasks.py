@@ -15,7 +15,11 @@ from tiny import VIT
 
 from clip_jax.data.images import OPENAI
 from clip_jax.errors import UserError
-from clip_jax.evaluation.bootstrap import mean_recall_interval, ratio_intervals
+from clip_jax.evaluation.bootstrap import (
+    mean_recall_interval,
+    ratio_intervals,
+    score_intervals,
+)
 from clip_jax.evaluation.calibration import calibration_error, reliability
 from clip_jax.evaluation.encoders import (
     Encoders,
@@ -409,3 +413,14 @@ def test_evaluation_during_a_run_compiles_once_and_follows_the_parameters(tmp_pa
     expected = results[0]["metrics"] | results[1]["metrics"]
     # Sums of float32 numbers in another order; ranks are the same.
     assert first == pytest.approx(expected, abs=1e-6)
+
+
+def test_intervals_of_any_figure_are_those_of_a_share_where_it_is_one():
+    right = np.random.default_rng(1).random(300) < 0.7
+
+    def score(rows):
+        figures = {"share": float(right[rows].mean())}
+        return figures | ({"rare": 1.0} if 0 in rows else {})
+
+    (want,) = ratio_intervals(right[:, None].astype(float), np.ones((300, 1)))
+    assert score_intervals(score, 300) == {"share": pytest.approx(want)}

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from fake_cluster import FakeCluster
 from pairs import run_losses, tiny_config, write_data
-from tiny import CONVNET
-from tiny import SHALLOW as VIT
+from tiny import CONVNET, ONE_LAYER
 
 import clip_jax
 from clip_jax import main
@@ -35,17 +34,14 @@ def data(tmp_path_factory):
 @pytest.fixture(autouse=True, scope="module")
 def tiny_models():
     """A student, and a teacher of another width and other towers."""
-    text = dataclasses.replace(VIT.text, layers=1, context_length=16)
-    vision = dataclasses.replace(VIT.vision, layers=1)
-    student = dataclasses.replace(VIT, vision=vision, text=text)
     teacher = dataclasses.replace(
         CONVNET,
         embed_dim=24,
         vision=dataclasses.replace(CONVNET.vision, image_size=48),
-        text=dataclasses.replace(text, context_length=24),
+        text=dataclasses.replace(ONE_LAYER.text, context_length=24),
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(zoo.MODELS, "tiny", student)
+        patch.setitem(zoo.MODELS, "tiny", ONE_LAYER)
         patch.setitem(zoo.MODELS, "teacher", teacher)
         patch.setattr(stored_features, "PART_ROWS", 40)
         yield
@@ -140,7 +136,7 @@ def test_stored_features_give_the_run_its_very_losses(data, teacher, live_run, f
 def test_the_student_is_a_model_like_any_other(live_run):
     loaded = clip_jax.load(live_run)
     assert set(loaded.params) == {"visual", "text", "logit_scale"}
-    assert loaded.encode_text("a red bar").shape == (1, VIT.embed_dim)
+    assert loaded.encode_text("a red bar").shape == (1, ONE_LAYER.embed_dim)
 
 
 @pytest.mark.slow

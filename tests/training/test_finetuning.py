@@ -1,6 +1,5 @@
 """Whole runs that tune: one that is extended past its cool-down, a kept task, the curve between."""
 
-import dataclasses
 import json
 
 import chex
@@ -8,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from pairs import run_losses, tiny_config, write_data
-from tiny import SHALLOW as VIT
+from tiny import ONE_LAYER
 
 import clip_jax
 from clip_jax import main
@@ -37,10 +36,8 @@ def data(tmp_path_factory):
 
 @pytest.fixture(autouse=True, scope="module")
 def tiny_model():
-    text = dataclasses.replace(VIT.text, layers=1, context_length=16)
-    vision = dataclasses.replace(VIT.vision, layers=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(zoo.MODELS, "tiny", dataclasses.replace(VIT, vision=vision, text=text))
+        patch.setitem(zoo.MODELS, "tiny", ONE_LAYER)
         yield
 
 

@@ -16,7 +16,7 @@ import pytest
 from pairs import NAMES, run_losses, tiny_config, write_data
 from quick import QUICK
 from service_stand_in import put_stand_in
-from tiny import CONVNET
+from tiny import CONVNET, ONE_LAYER
 from tiny import SHALLOW as VIT
 
 import clip_jax
@@ -44,9 +44,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def tiny_model(monkeypatch):
-    text = dataclasses.replace(VIT.text, layers=1, context_length=16)
-    vision = dataclasses.replace(VIT.vision, layers=1)
-    monkeypatch.setitem(zoo.MODELS, "tiny", dataclasses.replace(VIT, vision=vision, text=text))
+    monkeypatch.setitem(zoo.MODELS, "tiny", ONE_LAYER)
 
 
 def make_config(data, **changes):
@@ -57,14 +55,9 @@ def make_config(data, **changes):
 def uninterrupted(data, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(zoo.MODELS, "tiny", _tiny())
+        patch.setitem(zoo.MODELS, "tiny", ONE_LAYER)
         assert main.run(make_config(data), str(workdir)) == 0
     return workdir
-
-
-def _tiny():
-    text = dataclasses.replace(VIT.text, layers=1, context_length=16)
-    return dataclasses.replace(VIT, vision=dataclasses.replace(VIT.vision, layers=1), text=text)
 
 
 def test_evaluation_during_a_run_changes_no_loss_and_its_best_state_is_kept(
@@ -332,7 +325,7 @@ def test_not_finite_stops_with_the_step_the_keys_and_the_last_checkpoint(
     ],
 )
 def test_another_runs_work_folder_is_refused(data, uninterrupted, monkeypatch, changes, message):
-    monkeypatch.setitem(zoo.MODELS, "tiny2", dataclasses.replace(_tiny(), embed_dim=8))
+    monkeypatch.setitem(zoo.MODELS, "tiny2", dataclasses.replace(ONE_LAYER, embed_dim=8))
     if "data__train" in changes:
         changes = {"data__train": str(data[0] / "00000.tar")}
     before = sorted(p.name for p in (uninterrupted / "checkpoints").iterdir())
