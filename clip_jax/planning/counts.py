@@ -111,15 +111,18 @@ _START, _DONE = 'custom_call_target="AsyncCollectiveStart"', "AsyncCollectiveDon
 
 
 def _inner(program: Program, line: Instruction) -> Iterator[Instruction]:
-    """Yield the instructions of what a line calls."""
+    """Yield the instructions of what a line calls; a sum that is cut is of the opcode `_FUSED`."""
     for name in called_computations(line):
         for inner in program.computations[name].values():
-            yield inner
+            is_cut = name.startswith(_FUSED) and inner.opcode == "all-reduce"
+            yield inner._replace(opcode=_FUSED) if is_cut else inner
             if inner.opcode in ("fusion", "async-start", "call"):
                 yield from _inner(program, inner)
 
 
 def _kind(line: Instruction) -> str | None:
+    if line.opcode == _FUSED:
+        return "reduce-scatter"
     kind = line.opcode.removesuffix("-start")
     return kind if kind in COLLECTIVES else None
 
@@ -195,7 +198,7 @@ def _collective(
     elif line.opcode == "collective-permute-start":
         shapes = shapes[1:2]
     sizes = [shape.bytes for shape in shapes]
-    if kind == "reduce-scatter":
+    if kind == "reduce-scatter" and line.opcode != _FUSED:
         sizes = [len(group) * size for size in sizes]
     return Collective(kind, sum(sizes), max(sizes), group, times, line, beside)
 

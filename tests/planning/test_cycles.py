@@ -16,6 +16,8 @@ from clip_jax.planning.refusal import parse_refusal
 # Lines as libtpu 0.0.42 writes them, shortened: a loop of four trips with a kernel and a product,
 # an all-gather that runs beside a fusion, a sum that nothing runs beside, and the update.
 PROGRAM = Path(__file__).with_name("step.hlo").read_text()
+# The sum of two matrices' gradients, cut for a shared update.
+CUT_SUM = Path(__file__).with_name("cut_sum.hlo").read_text()
 CLOCK = 1.5e9
 
 
@@ -57,6 +59,12 @@ def test_a_collective_spread_over_fusions_counts_once_and_runs_beside_them():
     gather, reduce = find_collectives(parse_program(PROGRAM), 4)
     assert (gather.kind, gather.bytes, gather.beside) == ("all-gather", 128, ("fusion.3",))
     assert (reduce.kind, reduce.bytes, reduce.beside) == ("all-reduce", 128, ())
+
+
+def test_a_sum_that_is_cut_where_it_is_made_is_a_reduce_scatter():
+    (cut,) = find_collectives(parse_program(CUT_SUM), 4)
+    assert (cut.kind, cut.bytes, cut.largest) == ("reduce-scatter", 128, 64)
+    assert cut.wire_bytes == 0.75 * 128
 
 
 def test_the_memory_space_of_an_array():
