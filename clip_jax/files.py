@@ -75,11 +75,19 @@ _URL = re.compile(r"([a-z][a-z0-9+.-]+):/+")
 """How a URL begins, as a text or as a path, which has one of its two slashes."""
 
 
-def check_local(paths: Mapping[str, str | Path | None]) -> None:
-    """Raise UserError if the path of an option is a URL; None is an option that is not given."""
+def check_local(paths: Mapping[str, str | Path | None], *, is_read: bool = False) -> None:
+    """Raise UserError if the path of an option is a URL; None is an option that is not given.
+
+    `is_read`: it is read there, not written.
+    """
     for name, path in paths.items():
         if path is not None and (match := _URL.match(str(path))):
             url = f"{match[1]}://{str(path)[match.end() :]}"
+            if is_read:
+                raise UserError(
+                    f"{name} {url} is in a bucket, and it is read from a disk of this machine: "
+                    "copy it there, and name the copy"
+                )
             raise UserError(
                 f"{name} {url} is in a bucket, and it is written to a disk of this machine: name a "
                 "place there, and copy it to the bucket"

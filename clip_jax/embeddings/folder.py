@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from clip_jax.errors import UserError, short
-from clip_jax.files import claim_folder
+from clip_jax.files import check_local, claim_folder
 
 INFO_FILENAME = "embedding.json"
 EMBEDDING_DIRNAMES = {"image": "img_emb", "text": "text_emb"}
@@ -186,8 +186,10 @@ def open_embeddings(folder: str | Path, kind: str = "image") -> Embeddings:
     """Open the rows of images ("image") or of captions ("text") in a folder.
 
     Raises:
-      UserError: there are none, a part is missing or damaged, or files do not fit each other.
+      UserError: there are none, a part is missing or damaged, files do not fit each other, or the
+        folder is a URL.
     """
+    check_local({"the folder of features": folder}, is_read=True)
     folder = Path(folder)
     info = read_info(folder)
     rows_folder = folder / EMBEDDING_DIRNAMES[kind]

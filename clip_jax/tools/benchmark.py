@@ -135,9 +135,10 @@ def run_cells(args: argparse.Namespace, executor: Executor | None = None) -> Pro
     Raises:
       UserError: a model or a data set is named that cannot be.
     """
-    from clip_jax.files import make_folder
+    from clip_jax.files import check_local, make_folder
     from clip_jax.tools.cells_elsewhere import run_cells_elsewhere
 
+    check_local({"--out": args.out})
     cells, failed = plan_cells(args)
     make_folder(args.out, flag="--out")
     progress = Progress(len(cells) + len(failed), failed=failed)

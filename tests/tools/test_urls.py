@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from clip_jax.embeddings.folder import open_embeddings
 from clip_jax.errors import UserError
 from clip_jax.files import atomic_write, make_folder
 from clip_jax.parallel.program_cache import start_program_cache
@@ -57,3 +58,11 @@ def test_no_folder_is_called_as_a_protocol(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=f"^{name} {URL} is in a bucket"):
             write(tmp_path.__class__(URL))
     assert not os.listdir(tmp_path)
+
+
+def test_embeddings_are_read_from_a_disk(tmp_path):
+    for folder in (URL, tmp_path.__class__(URL)):
+        with pytest.raises(
+            UserError, match=f"^the folder of features {URL} is in a .*copy it there"
+        ):
+            open_embeddings(folder)
