@@ -15,6 +15,7 @@ from clip_jax.planning.program import batch_shapes
 from clip_jax.sections import OptimSection, TrainSection
 from clip_jax.training.optimizer import make_optimizer
 from clip_jax.training.state import make_init, state_shapes
+from clip_jax.training.step import GATHERS_BESIDE_COMPUTATION, compiler_options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,3 +79,11 @@ def test_weights_are_drawn_by_kernels_on_gpus_where_no_parameter_is_cut(fsdp, ke
     init = make_init(model, optimizer, shapes, section, seed=0)
     lowered = init.lower(lowering_platforms=("cuda",)).as_text()
     assert ("cu_threefry2x32_ffi" in lowered) == kernels
+
+
+@pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (4, 2), (1, 8)])
+def test_gathers_run_beside_computation_on_tpus_that_share_the_model(data, fsdp):
+    target = Target("tpu", "v5e", mesh=make_mesh(data=data, fsdp=fsdp, tensor=1))
+    options = compiler_options(target)
+    assert options is not None
+    assert set(GATHERS_BESIDE_COMPUTATION) <= set(options) if fsdp > 1 else len(options) == 1
