@@ -266,10 +266,11 @@ def evaluate(args: argparse.Namespace, executor: Executor | None) -> "Evaluation
     from clip_jax.pretrained.work_folder import is_work_folder
     from clip_jax.tools.evaluate_embeddings import evaluate_embeddings
     from clip_jax.training.bucket_copy import local_copy
+    from clip_jax.training.bucket_workdir import place_name
 
     check_local({"--out": args.out})
     if args.model and is_url(args.model):
-        args.out = args.out or f"eval-{args.model.rstrip('/').rpartition('/')[2]}"
+        args.out = args.out or f"eval-{place_name(args.model)}"
         args.model = local_copy(args.model)
     changes = spec_changes(args)
     if args.embeddings:

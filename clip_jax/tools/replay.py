@@ -139,12 +139,13 @@ def main() -> int:
     """Parse the flags, make the step again and print what it was; return the exit code."""
     args = parse(None)
     check_counts({"--step": args.step})
+    from clip_jax.training.bucket_workdir import place_name
     from clip_jax.training.replay import replay
 
     check_local({"--out": args.out})
     out = args.out
     if out is None and is_url(args.workdir):
-        out = f"replay-{args.workdir.rstrip('/').rpartition('/')[2]}-{args.step}"
+        out = f"replay-{place_name(args.workdir)}-{args.step}"
     result = replay(args.workdir, args.step, around=args.around, data=args.data)
     files = write_replay(result, Path(out or Path(args.workdir) / f"replay-{args.step}"))
     print(plain(replay_text(result)))

@@ -41,10 +41,11 @@ def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Repo
     """
     from clip_jax.report_page.page import write_report
     from clip_jax.training.bucket_copy import local_copy
+    from clip_jax.training.bucket_workdir import place_name
 
     check_local({"--out": out})
     if is_url(str(folders[0])) and out is None:
-        out = f"report-{str(folders[0]).rstrip('/').rpartition('/')[2]}.html"
+        out = f"report-{place_name(str(folders[0]))}.html"
     folders = [local_copy(folder, weights=False) for folder in folders]
     path = write_report(folders, out)
     return ReportPage(path, path.stat().st_size)
