@@ -68,10 +68,11 @@ def partition_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     return P(*axes) if any(axes) else P()
 
 
-SMALL, SMALL_KERNEL = 2**16, 2**22
+SMALL, SMALL_KERNEL = 2**16, 2**21
 """Arrays of fewer elements are updated whole: exchanging them takes longer. Kernels of convolutions
 are up to a larger size: the compiler sums gradients that stay whole over the devices in few
-exchanges, and those that are split one by one, and lays a kernel out anew to split it."""
+exchanges, and those that are split one by one, and lays a kernel out anew to split it. This size
+takes least for RN50."""
 
 
 def update_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:

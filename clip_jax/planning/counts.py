@@ -110,6 +110,10 @@ _FUSED = "all-reduce-scatter"
 _START, _DONE = 'custom_call_target="AsyncCollectiveStart"', "AsyncCollectiveDone"
 
 
+# What a core runs before another core begins an exchange for it.
+_PREPARES = 'custom_call_target="PrepareAsyncCall'
+
+
 def _inner(program: Program, line: Instruction) -> Iterator[Instruction]:
     """Yield the instructions of what a line calls; a sum that is cut is of the opcode `_FUSED`."""
     for name in called_computations(line):
@@ -128,10 +132,10 @@ def _kind(line: Instruction) -> str | None:
 
 
 def exchanges(program: Program, line: Instruction) -> list[Instruction]:
-    """Return the exchanges that an instruction is or begins, a fusion's too."""
+    """Return the exchanges that an instruction is or begins, a fusion's and another core's too."""
     if _kind(line):
         return [line]
-    if line.opcode not in ("fusion", "async-start"):
+    if line.opcode not in ("fusion", "async-start", "call-start"):
         return []
     if any(name.startswith(_CARRIER) for name in called_computations(line)):
         return []
@@ -162,7 +166,11 @@ def _beside(program: Program, visit: Visit) -> tuple[str, ...]:
         return ()
     names = list(visit.computation)
     between = names[names.index(visit.instruction.name) + 1 : names.index(end)]
-    return tuple(n for n in between if visit.computation[n].opcode in _COMPUTING)
+    return tuple(n for n in between if _computes(visit.computation[n]))
+
+
+def _computes(line: Instruction) -> bool:
+    return line.opcode in _COMPUTING and _PREPARES not in line.attributes
 
 
 _COMPUTING = ("fusion", "custom-call", "dot", "convolution", "reduce", "while", "call")
@@ -193,7 +201,8 @@ def _collective(
     assert kind
     shapes = line.shapes
     if line.opcode in ("all-gather-start", "reduce-scatter-start", "all-to-all-start"):
-        # What goes in, then what comes out.
+        # What goes in, then what comes out, then a TPU's marks of what is under way.
+        shapes = tuple(shape for shape in shapes if shape.dims or shape.dtype != "u32")
         shapes = shapes[len(shapes) // 2 :]
     elif line.opcode == "collective-permute-start":
         shapes = shapes[1:2]

@@ -39,6 +39,8 @@ FREE = frozenset(
         "async-start",
         "async-update",
         "async-done",
+        "call-start",
+        "call-done",
         "copy-done",
         "slice-done",
         "send",

@@ -18,6 +18,9 @@ from clip_jax.planning.refusal import parse_refusal
 PROGRAM = Path(__file__).with_name("step.hlo").read_text()
 # The sum of two matrices' gradients, cut for a shared update.
 CUT_SUM = Path(__file__).with_name("cut_sum.hlo").read_text()
+# As libtpu 0.0.42 writes it, shortened: a reduce-scatter that a SparseCore runs beside two products
+# of the TensorCore, and an all-to-all that runs beside the first.
+OTHER_CORE = Path(__file__).with_name("other_core.hlo").read_text()
 CLOCK = 1.5e9
 
 
@@ -65,6 +68,16 @@ def test_a_sum_that_is_cut_where_it_is_made_is_a_reduce_scatter():
     (cut,) = find_collectives(parse_program(CUT_SUM), 4)
     assert (cut.kind, cut.bytes, cut.largest) == ("reduce-scatter", 128, 64)
     assert cut.wire_bytes == 0.75 * 128
+
+
+def test_exchanges_of_another_core_run_beside_this_one():
+    program = parse_program(OTHER_CORE)
+    cut, swap = find_collectives(program, 4)
+    # 4 devices' parts of [2, 4] in bfloat16.
+    assert (cut.kind, cut.bytes, cut.beside) == ("reduce-scatter", 64, ("fusion.1", "fusion.2"))
+    assert (swap.kind, swap.bytes, swap.beside) == ("all-to-all", 64, ("fusion.1",))
+    timing = time_step(program, "tpu-v5p", DEVICES["tpu-v5p"], {})
+    assert timing.seconds == pytest.approx(600 / 1.75e9)
 
 
 def test_the_memory_space_of_an_array():
