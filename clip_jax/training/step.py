@@ -437,6 +437,14 @@ GATHERS_BESIDE_COMPUTATION = (
 )
 """Options of libtpu. The first two alone change nothing."""
 
+EXCHANGES_ON_SPARSE_CORES = (
+    "xla_tpu_enable_sparse_core_collective_offload_all_gather",
+    "xla_tpu_enable_sparse_core_collective_offload_all_reduce",
+    "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter",
+)
+SPARSE_CORES = ("v5p", "v6e")
+"""Generations of TPUs with SparseCores that libtpu was seen to run exchanges on."""
+
 
 def compiler_options(target: Target) -> dict[str, Any] | None:
     """Return XLA's options for a program that overwrites its state.
@@ -450,6 +458,7 @@ def compiler_options(target: Target) -> dict[str, Any] | None:
 
     On TPUs whose devices share the model they let gathers of parameters run beside computation:
     left to itself, libtpu writes some of them as sums of whole arrays, which all devices wait for.
+    Where there are SparseCores these exchange gradients and parameters beside the TensorCore.
 
     On NVIDIA GPUs they leave matrix products to cuBLAS, which adds the bias and the residual in
     the same kernel. XLA would first try its own kernels for each product, for minutes, and where
@@ -460,7 +469,9 @@ def compiler_options(target: Target) -> dict[str, Any] | None:
         return {"xla_cpu_copy_insertion_use_region_analysis": True}
     if target.platform == "tpu" and target.mesh is not None:
         if target.mesh.shape["fsdp"] > 1:
-            return dict.fromkeys(GATHERS_BESIDE_COMPUTATION, True)
+            has_others = target.generation in SPARSE_CORES
+            others = EXCHANGES_ON_SPARSE_CORES if has_others else ()
+            return dict.fromkeys((*GATHERS_BESIDE_COMPUTATION, *others), True)
         return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": NEVER_MIB}
     if target.platform == "cuda":
         return {"xla_gpu_enable_triton_gemm": False}

@@ -15,7 +15,11 @@ from clip_jax.planning.program import batch_shapes
 from clip_jax.sections import OptimSection, TrainSection
 from clip_jax.training.optimizer import make_optimizer
 from clip_jax.training.state import make_init, state_shapes
-from clip_jax.training.step import GATHERS_BESIDE_COMPUTATION, compiler_options
+from clip_jax.training.step import (
+    EXCHANGES_ON_SPARSE_CORES,
+    GATHERS_BESIDE_COMPUTATION,
+    compiler_options,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,3 +91,14 @@ def test_gathers_run_beside_computation_on_tpus_that_share_the_model(data, fsdp)
     options = compiler_options(target)
     assert options is not None
     assert set(GATHERS_BESIDE_COMPUTATION) <= set(options) if fsdp > 1 else len(options) == 1
+
+
+@pytest.mark.parametrize(
+    ("generation", "fsdp", "beside"),
+    [("v5p", 8, True), ("v6e", 8, True), ("v5e", 8, False), ("v4", 8, False), ("v5p", 1, False)],
+)
+def test_sparse_cores_exchange_where_tpus_share_the_model(generation, fsdp, beside):
+    target = Target("tpu", generation, mesh=make_mesh(data=8 // fsdp, fsdp=fsdp, tensor=1))
+    options = compiler_options(target)
+    assert options is not None
+    assert [name in options for name in EXCHANGES_ON_SPARSE_CORES] == [beside] * 3
