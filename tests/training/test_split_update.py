@@ -50,9 +50,9 @@ def test_what_is_split():
     assert update_spec(name, (4, 512, 2048), mesh) == P(None, "fsdp", "data")
     assert update_spec("params/visual/ln_pre/scale", (512,), mesh) == P("fsdp")
     assert update_spec("params/text/positional_embedding", (77, 1002), mesh) == P(None, "fsdp")
-    small = update_spec("params/visual/layer4/conv", (3, 3, 512, 512), mesh)
+    small = update_spec("params/visual/layer3/conv", (3, 3, 256, 256), mesh)
     assert small == P(None, None, "fsdp", None)
-    large = update_spec("params/visual/layer4/conv", (3, 3, 1024, 1024), mesh)
+    large = update_spec("params/visual/layer4/conv", (3, 3, 512, 512), mesh)
     assert large == P(None, None, "fsdp", "data")
 
 
