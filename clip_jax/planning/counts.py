@@ -110,10 +110,6 @@ _FUSED = "all-reduce-scatter"
 _START, _DONE = 'custom_call_target="AsyncCollectiveStart"', "AsyncCollectiveDone"
 
 
-# What a core runs before another core begins an exchange for it.
-_PREPARES = 'custom_call_target="PrepareAsyncCall'
-
-
 def _inner(program: Program, line: Instruction) -> Iterator[Instruction]:
     """Yield the instructions of what a line calls; a sum that is cut is of the opcode `_FUSED`."""
     for name in called_computations(line):
@@ -169,11 +165,13 @@ def _beside(program: Program, visit: Visit) -> tuple[str, ...]:
     return tuple(n for n in between if _computes(visit.computation[n]))
 
 
+_COMPUTING = ("fusion", "custom-call", "dot", "convolution", "reduce", "while", "call")
+# What a core runs before another core begins an exchange for it.
+_PREPARES = 'custom_call_target="PrepareAsyncCall'
+
+
 def _computes(line: Instruction) -> bool:
     return line.opcode in _COMPUTING and _PREPARES not in line.attributes
-
-
-_COMPUTING = ("fusion", "custom-call", "dot", "convolution", "reduce", "while", "call")
 
 
 def _end(program: Program, visit: Visit) -> str | None:
@@ -202,7 +200,7 @@ def _collective(
     shapes = line.shapes
     if line.opcode in ("all-gather-start", "reduce-scatter-start", "all-to-all-start"):
         # What goes in, then what comes out, then a TPU's marks of what is under way.
-        shapes = tuple(shape for shape in shapes if shape.dims or shape.dtype != "u32")
+        shapes = tuple(shape for shape in shapes if not shape.is_mark)
         shapes = shapes[len(shapes) // 2 :]
     elif line.opcode == "collective-permute-start":
         shapes = shapes[1:2]

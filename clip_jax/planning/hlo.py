@@ -39,6 +39,11 @@ class Shape(NamedTuple):
         return math.prod(self.dims) * ITEM_BYTES[self.dtype]
 
     @property
+    def is_mark(self) -> bool:
+        """Whether it is no data but a TPU's mark of a transfer that was started."""
+        return self.dtype == "u32" and not self.dims
+
+    @property
     def padded_bytes(self) -> int:
         """The bytes with its innermost axes filled up to whole tiles, as a TPU holds it."""
         tile = _TILE.search(self.layout)

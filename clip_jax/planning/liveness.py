@@ -144,8 +144,10 @@ def _aliases(
     if line.opcode in ("while", *_SAME) and len(first) >= count:
         return list(first[:count])
     if line.opcode.endswith("-done") and first:
-        # A start's result holds what goes in before what comes out.
-        return list(first[-count:]) if len(first) >= count else [None] * count
+        # A start's result holds what goes in before what comes out, and a TPU's marks behind.
+        shapes = computation[line.operands[0]].shapes
+        data = [ids for shape, ids in zip(shapes, first, strict=True) if not shape.is_mark]
+        return list(data[-count:]) if len(data) >= count else [None] * count
     if line.opcode in _IN_PLACE and first:
         return [first[0]]
     if line.opcode.endswith("-start"):

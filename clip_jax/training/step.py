@@ -437,13 +437,14 @@ GATHERS_BESIDE_COMPUTATION = (
 )
 """Options of libtpu. The first two alone change nothing."""
 
-EXCHANGES_ON_SPARSE_CORES = (
+COLLECTIVES_ON_SPARSE_CORES = (
     "xla_tpu_enable_sparse_core_collective_offload_all_gather",
     "xla_tpu_enable_sparse_core_collective_offload_all_reduce",
     "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter",
 )
-SPARSE_CORES = ("v5p", "v6e")
-"""Generations of TPUs with SparseCores that libtpu was seen to run exchanges on."""
+SPARSE_CORE_GENERATIONS = ("v5p", "v6e")
+"""TPUs on whose SparseCores libtpu schedules collectives, as compiled; v5e ignores the
+options, and v4 was not tried."""
 
 
 def compiler_options(target: Target) -> dict[str, Any] | None:
@@ -458,7 +459,7 @@ def compiler_options(target: Target) -> dict[str, Any] | None:
 
     On TPUs whose devices share the model they let gathers of parameters run beside computation:
     left to itself, libtpu writes some of them as sums of whole arrays, which all devices wait for.
-    Where there are SparseCores these exchange gradients and parameters beside the TensorCore.
+    On TPUs with SparseCores, these exchange parameters and gradients beside the TensorCore.
 
     On NVIDIA GPUs they leave matrix products to cuBLAS, which adds the bias and the residual in
     the same kernel. XLA would first try its own kernels for each product, for minutes, and where
@@ -469,9 +470,10 @@ def compiler_options(target: Target) -> dict[str, Any] | None:
         return {"xla_cpu_copy_insertion_use_region_analysis": True}
     if target.platform == "tpu" and target.mesh is not None:
         if target.mesh.shape["fsdp"] > 1:
-            has_others = target.generation in SPARSE_CORES
-            others = EXCHANGES_ON_SPARSE_CORES if has_others else ()
-            return dict.fromkeys((*GATHERS_BESIDE_COMPUTATION, *others), True)
+            names = [*GATHERS_BESIDE_COMPUTATION]
+            if target.generation in SPARSE_CORE_GENERATIONS:
+                names += COLLECTIVES_ON_SPARSE_CORES
+            return dict.fromkeys(names, True)
         return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": NEVER_MIB}
     if target.platform == "cuda":
         return {"xla_gpu_enable_triton_gemm": False}

@@ -236,3 +236,28 @@ def test_what_is_alive_at_the_peak_of_a_schedule():
     assert peak.bytes == 3 * 512
     assert {b.name for b in peak.buffers} == {"stacked", "early", "sum"}
     assert all(b.bytes == 512 for b in peak.buffers)
+
+
+GATHERED = """
+HloModule gathered, is_scheduled=true
+
+ENTRY %main (x: f32[32]) -> f32[128] {
+  %x = f32[32]{0} parameter(0)
+  %start = ((f32[32]{0}), f32[128]{0}, u32[]{:S(2)}, u32[]{:S(2)}) all-gather-start(%x)
+  %done = f32[128]{0} all-gather-done(%start)
+  %early = f32[128]{0} negate(%done)
+  %late = f32[128]{0} add(%early, %done)
+  ROOT %out = f32[128]{0} negate(%late)
+}
+"""
+
+
+def test_what_was_gathered_is_alive_until_it_is_read():
+    """A TPU's marks stand behind what a start brings, and are not it."""
+    peak = live_at_peak(parse_program(GATHERED))
+    # At the sum: what was gathered, the negated copy and the sum.
+    assert {b.name: b.bytes for b in peak.buffers if b.bytes > 8} == {
+        "start": 512,
+        "early": 512,
+        "late": 512,
+    }

@@ -16,7 +16,7 @@ from clip_jax.sections import OptimSection, TrainSection
 from clip_jax.training.optimizer import make_optimizer
 from clip_jax.training.state import make_init, state_shapes
 from clip_jax.training.step import (
-    EXCHANGES_ON_SPARSE_CORES,
+    COLLECTIVES_ON_SPARSE_CORES,
     GATHERS_BESIDE_COMPUTATION,
     compiler_options,
 )
@@ -101,4 +101,4 @@ def test_sparse_cores_exchange_where_tpus_share_the_model(generation, fsdp, besi
     target = Target("tpu", generation, mesh=make_mesh(data=8 // fsdp, fsdp=fsdp, tensor=1))
     options = compiler_options(target)
     assert options is not None
-    assert [name in options for name in EXCHANGES_ON_SPARSE_CORES] == [beside] * 3
+    assert [name in options for name in COLLECTIVES_ON_SPARSE_CORES] == [beside] * 3
