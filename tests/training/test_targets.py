@@ -90,6 +90,7 @@ def test_gathers_run_beside_computation_on_tpus_that_share_the_model(data, fsdp)
     target = Target("tpu", "v5e", mesh=make_mesh(data=data, fsdp=fsdp, tensor=1))
     options = compiler_options(target)
     assert options is not None
+    assert "xla_jf_spmd_threshold_for_windowed_einsum_mib" in options
     assert set(GATHERS_BESIDE_COMPUTATION) <= set(options) if fsdp > 1 else len(options) == 1
 
 
