@@ -41,6 +41,7 @@ class BlockParts:
       activation: of the MLP.
       dtype: of activations and matrix products.
       target: the devices.
+      in_scan: the block is the body of a loop, see `execution.remat_block`.
     """
 
     projections: tuple[tuple[str, ...], ...]
@@ -50,6 +51,7 @@ class BlockParts:
     activation: Callable[[Array], Array]
     dtype: DTypeLike
     target: Target
+    in_scan: bool = False
 
 
 class Saved(NamedTuple):
@@ -76,18 +78,24 @@ def residual_block(
 
     @jax.custom_vjp
     def block(params: Any, x_ND: Array, positions_SR: Array | None) -> Array:
-        return _forward(parts, params, x_ND, positions_SR, differentiated=False)[0]
+        return block_output(parts, params, x_ND, positions_SR, differentiated=False)[0]
 
     block.defvjp(
-        functools.partial(_forward, parts, differentiated=True),
+        functools.partial(block_output, parts, differentiated=True),
         functools.partial(_backward, parts),
     )
     return block(params, x_ND, positions_SR)
 
 
-def _forward(
+def _backward(parts: BlockParts, saved: Saved, d: Array) -> tuple[Any, Array, None]:
+    grads, dx = block_gradients(parts, saved, d)
+    return jax.tree.map(lambda g, p: g.astype(p.dtype), grads, saved.params), dx, None
+
+
+def block_output(
     parts: BlockParts, params: Any, x: Array, positions_SR: Array | None, *, differentiated: bool
 ) -> tuple[Array, Saved | None]:
+    """Return a block's output and, where it is differentiated, what `block_gradients` takes."""
     attn, mlp, split = params["attn"], params["mlp"], parts.target.split_rows
     with jax.named_scope("ln_1"):
         h = split(parts.norm(x, *_gain_and_bias(params["ln_1"]))[1])
@@ -113,12 +121,12 @@ def _forward(
     return out, Saved(params, x, y, mid, hidden, attend_vjp) if differentiated else None
 
 
-def _backward(parts: BlockParts, saved: Saved, d: Array) -> tuple[Any, Array, None]:
+def block_gradients(parts: BlockParts, saved: Saved, d: Array) -> tuple[Any, Array]:
+    """Return the gradients of a block's parameters, float32, and of its input."""
     params, split = saved.params, parts.target.split_rows
     attn, mlp = params["attn"], params["mlp"]
     grads: dict[str, Any] = {"attn": {}, "mlp": {}}
-    # The barriers keep the compiler from holding what is computed again since the forward pass.
-    hidden, mid, d = lax.optimization_barrier((saved.hidden, saved.mid, d))
+    hidden, mid, d = _compute_now(parts, saved.hidden, saved.mid, d)
     with jax.named_scope("mlp/c_proj"):
         a, pull = jax.vjp(parts.activation, hidden)
         da, grads["mlp"]["c_proj"] = _dense_gradients(
@@ -138,7 +146,7 @@ def _backward(parts: BlockParts, saved: Saved, d: Array) -> tuple[Any, Array, No
         dy, grads["attn"]["out_proj"] = _dense_gradients(
             parts, params, grads, "ls_1", attn["out_proj"], saved.y, d, inputs=2
         )
-    x, dy = lax.optimization_barrier((saved.x, split(dy)))
+    x, dy = _compute_now(parts, saved.x, split(dy))
     with jax.named_scope("attn/attend"):
         *dprojected, dbiases = saved.attend_vjp(dy)
     with jax.named_scope("ln_1"):
@@ -165,7 +173,15 @@ def _backward(parts: BlockParts, saved: Saved, d: Array) -> tuple[Any, Array, No
         grads["attn"]["out_proj"] = early["out_proj"]
     with jax.named_scope("ln_1"):
         grads["ln_1"] = dict(zip(("scale", "bias"), norm_grads, strict=True))
-    return grads, split(dx), None
+    return grads, split(dx)
+
+
+def _compute_now(parts: BlockParts, *arrays: Array) -> tuple[Array, ...]:
+    """Keep the compiler from holding what is made of these again since the forward pass.
+
+    In a loop it cannot, and would copy out of the stacks what it can read there.
+    """
+    return arrays if parts.in_scan else lax.optimization_barrier(arrays)
 
 
 def _gain_and_bias(norm: Any) -> tuple[Array, Array]:
@@ -193,9 +209,9 @@ def _side_by_side(parts: BlockParts, attn: Any, names: tuple[str, ...]) -> Array
 
 
 def _like(layer: Any, kernel: Array, bias: Array) -> dict[str, Array]:
-    """Return a dense layer's gradients in the shapes and dtypes of its parameters."""
+    """Return a dense layer's gradients in the shapes of its parameters."""
     gradients = {"kernel": kernel, "bias": bias}
-    return {n: g.reshape(layer[n].shape).astype(layer[n].dtype) for n, g in gradients.items()}
+    return {n: g.reshape(layer[n].shape) for n, g in gradients.items()}
 
 
 def dense(parts: BlockParts, layer: Any, x: Array, *, inputs: int) -> Array:
@@ -236,7 +252,7 @@ def _dense_gradients(
     (dkernel, dbias), dx = _parameter_gradients(parts.target, x, d, dx)
     if gamma is not None:
         dgamma = jnp.sum(weights.astype(jnp.float32) * dkernel, 0) + layer["bias"] * dbias
-        grads[scale] = {"gamma": dgamma.astype(gamma.dtype)}
+        grads[scale] = {"gamma": dgamma}
         dkernel, dbias = dkernel * gamma, dbias * gamma
     return dx, _like(layer, dkernel, dbias)
 

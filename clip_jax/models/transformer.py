@@ -10,7 +10,15 @@ from jaxtyping import Array, Float, Int
 
 from clip_jax.models.execution import ExecConfig, remat_block
 from clip_jax.models.formed_block import BlockInputs, FormedBlock
-from clip_jax.models.layers import BlockConfig, ResidualBlock, gather_rows, stream_packing
+from clip_jax.models.layers import (
+    BlockConfig,
+    ResidualBlock,
+    block_parts,
+    gather_rows,
+    stream_packing,
+)
+from clip_jax.models.packing import Packing
+from clip_jax.models.shared_loop import alone, shared_loop, shares_kernels
 from clip_jax.models.stack import FROZEN_STACK, STACK
 
 NO_INPUTS = BlockInputs()
@@ -96,6 +104,10 @@ class Transformer(nn.Module):
         name: str,
     ) -> Array:
         """Apply the stacked blocks of that name, `times` of them; `paths` are one for each."""
+        packing = static[0] if static else None
+        target = self.exec_config.target
+        if packing and not paths and shares_kernels(target, packing.batch, x.shape[-1]):
+            return self._shared_loop(x, packing, arrays[0], name)
         loop = nn.scan(
             lambda block, x, arrays, paths: (block(x, None, *static, *arrays, *paths), None),
             variable_axes={"params": 0},
@@ -108,6 +120,19 @@ class Transformer(nn.Module):
         stacked = (jnp.stack(paths),) if paths else ()
         x, _ = loop(block(self.block, self.exec_config, name=name), x, arrays, stacked)
         return x
+
+    def _shared_loop(
+        self, x_ND: Array, packing: Packing, positions_SR: Array | None, name: str
+    ) -> Array:
+        """Apply the stacked blocks of that name, whose kernels the devices share."""
+        target = self.exec_config.target
+        own = dataclasses.replace(packing, batch=packing.batch // target.batch_shards)
+        exec_config = dataclasses.replace(self.exec_config, target=alone(target))
+        parts = block_parts(self.block, exec_config, own, x_ND.shape[-1])
+        parts = dataclasses.replace(parts, in_scan=True)
+        stacked = self.variables["params"][name]
+        with jax.named_scope(name):
+            return shared_loop(parts, target, stacked, x_ND, positions_SR)
 
 
 def _count_stacked(stack: Any) -> int:

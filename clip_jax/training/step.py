@@ -429,19 +429,27 @@ def make_update(
 NEVER_MIB = 1_000_000
 
 
-GATHERS_BESIDE_COMPUTATION = (
+ASYNC_GATHERS = (
     "xla_tpu_prefer_async_allgather_to_allreduce",
     "xla_enable_async_all_gather",
+)
+"""Options of libtpu, which alone change nothing."""
+
+GATHERS_IN_PRODUCTS = (
     "xla_tpu_enable_async_collective_fusion",
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather",
 )
-"""Options of libtpu. The first two alone change nothing."""
+"""The products then leave room for the gather, and take longer."""
 
 COLLECTIVES_ON_SPARSE_CORES = (
     "xla_tpu_enable_sparse_core_collective_offload_all_gather",
+    "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather",
+    "xla_tpu_enable_sparse_core_collective_offload_3d_all_gather",
     "xla_tpu_enable_sparse_core_collective_offload_all_reduce",
     "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter",
 )
+"""Of gathers the first takes those along a line of chips, and others those over a plane or more."""
+
 SPARSE_CORE_GENERATIONS = ("v5p", "v6e")
 """TPUs on whose SparseCores libtpu schedules collectives, as compiled; v5e ignores the
 options, and v4 was not tried."""
@@ -459,7 +467,8 @@ def compiler_options(target: Target) -> dict[str, Any] | None:
 
     On TPUs whose devices share the model they let gathers of parameters run beside computation:
     left to itself, libtpu writes some of them as sums of whole arrays, which all devices wait for.
-    On TPUs with SparseCores these exchange parameters and gradients beside the TensorCore.
+    On TPUs with SparseCores these exchange parameters and gradients beside the TensorCore, on
+    others gathers are parts of the products that they run beside.
 
     On NVIDIA GPUs they leave matrix products to cuBLAS, which adds the bias and the residual in
     the same kernel. XLA would first try its own kernels for each product, for minutes, and where
@@ -471,9 +480,9 @@ def compiler_options(target: Target) -> dict[str, Any] | None:
     if target.platform == "tpu" and target.mesh is not None:
         options: dict[str, Any] = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": NEVER_MIB}
         if target.mesh.shape["fsdp"] > 1:
-            options |= dict.fromkeys(GATHERS_BESIDE_COMPUTATION, True)
-            if target.generation in SPARSE_CORE_GENERATIONS:
-                options |= dict.fromkeys(COLLECTIVES_ON_SPARSE_CORES, True)
+            has_sparse_cores = target.generation in SPARSE_CORE_GENERATIONS
+            beside = COLLECTIVES_ON_SPARSE_CORES if has_sparse_cores else GATHERS_IN_PRODUCTS
+            options |= dict.fromkeys(ASYNC_GATHERS + beside, True)
         return options
     if target.platform == "cuda":
         return {"xla_gpu_enable_triton_gemm": False}

@@ -16,8 +16,9 @@ from clip_jax.sections import OptimSection, TrainSection
 from clip_jax.training.optimizer import make_optimizer
 from clip_jax.training.state import make_init, state_shapes
 from clip_jax.training.step import (
+    ASYNC_GATHERS,
     COLLECTIVES_ON_SPARSE_CORES,
-    GATHERS_BESIDE_COMPUTATION,
+    GATHERS_IN_PRODUCTS,
     compiler_options,
 )
 
@@ -91,7 +92,9 @@ def test_gathers_run_beside_computation_on_tpus_that_share_the_model(data, fsdp)
     options = compiler_options(target)
     assert options is not None
     assert "xla_jf_spmd_threshold_for_windowed_einsum_mib" in options
-    assert set(GATHERS_BESIDE_COMPUTATION) <= set(options) if fsdp > 1 else len(options) == 1
+    assert (
+        set(ASYNC_GATHERS + GATHERS_IN_PRODUCTS) <= set(options) if fsdp > 1 else len(options) == 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -102,4 +105,6 @@ def test_sparse_cores_exchange_where_tpus_share_the_model(generation, fsdp, besi
     target = Target("tpu", generation, mesh=make_mesh(data=8 // fsdp, fsdp=fsdp, tensor=1))
     options = compiler_options(target)
     assert options is not None
-    assert [name in options for name in COLLECTIVES_ON_SPARSE_CORES] == [beside] * 3
+    assert {name in options for name in COLLECTIVES_ON_SPARSE_CORES} == {beside}
+    in_products = fsdp > 1 and not beside
+    assert {name in options for name in GATHERS_IN_PRODUCTS} == {in_products}
