@@ -21,13 +21,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from clip_jax.models.minimal_block import BlockParts, Saved, block_gradients, block_output
 from clip_jax.models.target import Target
+from clip_jax.typing import leaves_by_path
 
 AXIS = "fsdp"
 OUTPUTS = ("out_proj", "c_proj")
@@ -73,7 +74,7 @@ def shared_loop(
       positions_SR: as `minimal_block.residual_block` takes it.
     """
     rows = P(target.batch_axes)
-    flat = flatten_dict(stacked, sep="/")
+    flat = leaves_by_path(stacked)
     places = shared_places(flat)
     mapped = functools.partial(jax.shard_map, mesh=target.mesh, check_vma=False)
     inputs = (places, rows, rows)
@@ -153,7 +154,7 @@ def _backward(
         added_up = _add_up(later, axes)
         saved = saved._replace(params=_parameters(flat, _split(whole, kernels), own))
         grads, d = block_gradients(parts, saved, d)
-        grads = flatten_dict(grads, sep="/")
+        grads = leaves_by_path(grads)
         return (d, preceding, _as_matrices(grads)), (added_up, _vectors(grads))
 
     whole = _gather(parts, kernels, last)

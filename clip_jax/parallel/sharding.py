@@ -1,10 +1,10 @@
 """The place of every parameter: one table from its path to a PartitionSpec.
 
-Modules know nothing of meshes. A row that names an axis which does not divide the dimension
-leaves that dimension whole. Where `fsdp` is then not used, it splits the largest dimension it
-divides: gains, biases and embeddings too, which on many devices would outweigh a share of the
-matrices. The optimizer's moments have their parameter's path as their ending and are laid out by
-the same rows.
+Modules know nothing of it, but for `models.shared_loop`, which a test holds to it. A row that names
+an axis which does not divide the dimension leaves that dimension whole. Where `fsdp` is then not
+used, it splits the largest dimension it divides: gains, biases and embeddings too, which on many
+devices would outweigh a share of the matrices. The optimizer's moments have their parameter's path
+as their ending and are laid out by the same rows.
 """
 
 import math
