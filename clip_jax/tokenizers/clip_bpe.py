@@ -3,12 +3,12 @@
 Gives the ids of OpenAI's `clip.tokenize` (openai/CLIP `clip/simple_tokenizer.py`) for every Unicode
 text. Text is cleaned and split into words in Python, because the Rust library's regular expressions
 follow another Unicode version than the `regex` package (17,145 code points split differently);
-each new word is merged in Rust and then cached.
+each new word is merged in Rust and then cached, and so is what stands between two spaces.
 """
 
 import gzip
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ import regex
 from tokenizers.models import BPE
 
 from clip_jax.tokenizers.clean import basic_clean, is_plain
-from clip_jax.tokenizers.rows import fill_rows, ids_before_end
+from clip_jax.tokenizers.rows import fill_rows, ids_before_end, pack_ids
 
 MERGES_PATH = Path(__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
 # The file holds more merges than the vocabulary has room for: the first 48,894 belong to CLIP.
@@ -36,8 +36,8 @@ ASCII_WORD = re.compile(
 )
 WHITESPACE = regex.compile(r"\s+")
 
-# Bounds on the cache of words already merged; English captions stay far below.
-MAX_CACHED_WORDS = 1 << 18
+# Bounds on the cache of what was encoded already: about 30 MB.
+MAX_CACHED = 1 << 17
 MAX_CACHED_LENGTH = 64
 
 
@@ -58,12 +58,12 @@ def read_merges() -> list[tuple[str, str]]:
     return [(first, second) for first, second in pairs]
 
 
-def clean(text: str) -> str:
-    """Undo mojibake and HTML entities, collapse white space and lower the case."""
+def clean(text: str) -> list[str]:
+    """Undo mojibake and HTML entities, lower the case, and split at white space."""
     if is_plain(text):
-        return " ".join(text.split()).lower()
+        return text.lower().split()
     # Not `str.split`, whose white space is not the word pattern's.
-    return WHITESPACE.sub(" ", basic_clean(text)).strip().lower()
+    return WHITESPACE.sub(" ", basic_clean(text)).strip().lower().split(" ")
 
 
 def vocabulary(merges: Sequence[tuple[str, str]]) -> list[str]:
@@ -82,7 +82,7 @@ class ClipTokenizer:
     Thread-safe; pickles as a call to `make_clip_tokenizer`, so that loader processes can have one.
     """
 
-    def __init__(self, max_cached_words: int = MAX_CACHED_WORDS):
+    def __init__(self, max_cached: int = MAX_CACHED):
         merges = read_merges()
         self._units = byte_units()
         pieces = vocabulary(merges)
@@ -102,14 +102,14 @@ class ClipTokenizer:
             for piece in pieces
         ]
         # A caption may spell a special token out; OpenAI's tokenizer then gives its id.
-        self._special = {START: [self.sot_id], END: [self.eot_id]}
-        self._cache: dict[str, list[int]] = {}
-        self._max_cached_words = max_cached_words
+        self._special = {START: self.sot_id, END: self.eot_id}
+        self._start = pack_ids([self.sot_id])
+        self._packed = _Cache(self._pack_chunk, max_cached)
 
     def __call__(self, texts: Sequence[str], context_length: int = 77) -> np.ndarray:
         """Return token ids, int32 [batch, context_length]; a text too long keeps its end token."""
         texts = [texts] if isinstance(texts, str) else texts
-        rows = [[self.sot_id, *self.encode(text)] for text in texts]
+        rows = [self._start + self._pack(text) for text in texts]
         return fill_rows(rows, context_length, eot_id=self.eot_id, pad_id=self.pad_id)
 
     def __reduce__(self):
@@ -117,11 +117,7 @@ class ClipTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of the words alone: no start token, no end token, no length limit."""
-        ids: list[int] = []
-        text = clean(text)
-        for word in (ASCII_WORD if text.isascii() else WORD).findall(text):
-            ids += self._cache.get(word) or self._encode_word(word)
-        return ids
+        return list(memoryview(self._pack(text)).cast("i"))
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Return the text of a row of ids up to its end token, a space after each word."""
@@ -129,15 +125,34 @@ class ClipTokenizer:
         pieces = [self._piece_bytes[i] for i in words]
         return b"".join(pieces).decode("utf-8", errors="replace").strip()
 
-    def _encode_word(self, word: str) -> list[int]:
-        if word in self._special:
-            return self._special[word]
-        units = "".join(self._units[byte] for byte in word.encode("utf-8"))
-        ids = [token.id for token in self._bpe.tokenize(units)]
-        if len(word) <= MAX_CACHED_LENGTH:
-            if len(self._cache) >= self._max_cached_words:
-                self._cache = {}
-            self._cache[word] = ids
+    def _pack(self, text: str) -> bytes:
+        # No word has a space in it, and pieces between spaces come again and again.
+        return b"".join(map(self._packed.__getitem__, clean(text)))
+
+    def _pack_chunk(self, chunk: str) -> bytes:
+        """Return the ids of the words of a piece of text without spaces."""
+        words = (ASCII_WORD if chunk.isascii() else WORD).findall(chunk)
+        if words != [chunk]:
+            return b"".join(map(self._packed.__getitem__, words))
+        if chunk in self._special:
+            return pack_ids([self._special[chunk]])
+        units = "".join(self._units[byte] for byte in chunk.encode("utf-8"))
+        return pack_ids(token.id for token in self._bpe.tokenize(units))
+
+
+class _Cache(dict[str, bytes]):
+    """The ids of pieces of text, found when they are asked for; all go when it is full."""
+
+    def __init__(self, pack: Callable[[str], bytes], limit: int):
+        super().__init__()
+        self._pack, self._limit = pack, limit
+
+    def __missing__(self, chunk: str) -> bytes:
+        ids = self._pack(chunk)
+        if len(chunk) <= MAX_CACHED_LENGTH:
+            if len(self) >= self._limit:
+                self.clear()
+            self[chunk] = ids
         return ids
 
 

@@ -69,7 +69,7 @@ def test_clip_ids_equal_the_reference():
 
 def test_clip_ids_do_not_depend_on_what_came_before():
     texts = [case["text"] for case in GOLDEN]
-    small_cache = ClipTokenizer(max_cached_words=3)
+    small_cache = ClipTokenizer(max_cached=3)
     np.testing.assert_array_equal(small_cache(texts[::-1])[::-1], make_clip_tokenizer()(texts))
 
 
