@@ -5,14 +5,19 @@ Decoding and cropping are replaced by a sleep of 2 ms, which gives Python's lock
 leaves the cores free. What is left is our own work for a pair: its place in the order, the draws,
 reading its bytes, its tokens, its row in the batch. So the rate is where a host with any number of
 cores ends, as far as the cores at hand can do that work: besides the rate, the processors' time for
-a pair is told, in this process and in those that decode. `--real` decodes.
+a pair is told, in this process and in those that decode. `--real` decodes; `--floor` does without a
+loader: its processes' threads sleep, read an image's bytes and write a crop's, and that is all.
 """
 
 import io
+import multiprocessing
 import os
+import random
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import webdataset
@@ -21,7 +26,7 @@ from PIL import Image
 from benchmarks import interleaved
 from clip_jax.data.dataset import TrainingData, open_sources
 from clip_jax.data.images import Chance
-from clip_jax.data.loader import make_train_loader
+from clip_jax.data.loader import CHUNK_ROWS, make_train_loader
 from clip_jax.data.sample_reader import DECODING, Decode, Decoding, ImageTransform, SampleShape
 from clip_jax.data.skip_log import SkipLog
 from clip_jax.sections import DataSection
@@ -31,6 +36,7 @@ WORDS = ("photo", "old", "red", "temple", "quiet", "lake", "flowers", "under", "
 SLEEP = 0.002
 """Seconds that stand for decoding and cropping one image."""
 SIDE = 224
+IMAGE_BYTES = 60_000
 DRAWS = 6
 """Numbers that a training crop draws."""
 
@@ -92,7 +98,9 @@ def measure(
         seed=0,
         decoding=decoding,
     ) as loader:
-        for _ in range(2 + 2 * threads * 32 // batch):  # until no batch was read ahead at the start
+        for _ in range(
+            2 + 2 * threads * CHUNK_ROWS // batch
+        ):  # until no batch was read ahead at the start
             next(loader)
         start, cpu, here, pairs = time.perf_counter(), loader.cpu_seconds(), time.process_time(), 0
         while (elapsed := time.perf_counter() - start) < seconds:
@@ -105,6 +113,46 @@ def measure(
     }
 
 
+def _bare_loop(path: str, threads: int, seconds: float, counted: Any) -> None:
+    """Sleep, read 60 kB and write a crop in each of these threads; tell pairs and CPU seconds."""
+    fd, size = os.open(path, os.O_RDONLY), os.path.getsize(path)
+    crop = np.full((SIDE, SIDE, 3), 7, np.uint8)
+    batch = np.zeros((1024, *crop.shape), np.uint8)
+    pairs = [0] * threads
+    end = time.perf_counter() + seconds
+
+    def run(thread: int) -> None:
+        rng = random.Random(thread)
+        while time.perf_counter() < end:
+            os.pread(fd, IMAGE_BYTES, rng.randrange(size - IMAGE_BYTES))
+            time.sleep(SLEEP)
+            batch[(thread + pairs[thread] * threads) % len(batch)] = crop
+            pairs[thread] += 1
+
+    start = time.process_time()
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(run, range(threads)))
+    counted.put((sum(pairs), time.process_time() - start))
+
+
+def measure_floor(folder: str, *, threads: int, processes: int, seconds: float) -> dict[str, float]:
+    """Return what `measure` does, without a loader."""
+    context = multiprocessing.get_context("spawn")
+    counted = context.SimpleQueue()
+    path = str(next(Path(folder).glob("*.tar")))
+    count = max(1, processes)
+    running = [
+        context.Process(target=_bare_loop, args=(path, threads // count, seconds, counted))
+        for _ in range(count)
+    ]
+    for process in running:
+        process.start()
+    pairs, cpu = np.sum([counted.get() for _ in running], axis=0)
+    for process in running:
+        process.join()
+    return {"pairs/s": pairs / seconds, "CPU us a pair": 1e6 * cpu / pairs, "of it here": 0.0}
+
+
 def main() -> None:
     """Write the set, then measure every number of threads and processes in turns."""
     parser = interleaved.make_parser(__doc__, warmup=0, repeats=3)
@@ -114,6 +162,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument("--seconds", type=float, default=4.0)
     parser.add_argument("--real", action="store_true", help="decode and crop")
+    parser.add_argument("--floor", action="store_true", help="without a loader")
     args = parser.parse_args()
     settings = [
         {"threads": int(t), "processes": int(p)}
@@ -125,10 +174,13 @@ def main() -> None:
         write_set(Path(folder), args.pairs, 8)
         for turn in range(args.warmup + args.repeats):
             for setting, rounds in zip(settings, found, strict=True):
-                decoding = DECODING if args.real else SLEEPING
-                figures = measure(
-                    folder, decoding=decoding, batch=args.batch, seconds=args.seconds, **setting
-                )
+                if args.floor:
+                    figures = measure_floor(folder, seconds=args.seconds, **setting)
+                else:
+                    decoding = DECODING if args.real else SLEEPING
+                    figures = measure(
+                        folder, decoding=decoding, batch=args.batch, seconds=args.seconds, **setting
+                    )
                 if turn >= args.warmup:
                     rounds.append(figures)
     rows = [

@@ -34,7 +34,7 @@ from clip_jax.data.dataset import LazyShard
 from clip_jax.data.decode_watch import SLICES
 from clip_jax.data.formats.remote import open_local
 from clip_jax.data.formats.webdataset import TarShard
-from clip_jax.data.sample_reader import ReaderSettings, Rows
+from clip_jax.data.sample_reader import ReaderSettings, Rows, joined_negatives, no_negatives
 from clip_jax.data.shards import ConcatShards, Shard
 from clip_jax.data.sources import open_shard
 from clip_jax.errors import UserError
@@ -310,8 +310,6 @@ class DecodeProcesses:
       UserError: the tokenizer cannot be sent to another process.
     """
 
-    evaluation = False
-
     def __init__(
         self,
         settings: ReaderSettings,
@@ -385,7 +383,6 @@ class DecodeProcesses:
         image[:] = 0
         shard, i = self._shards.at(sample)
         text = self._settings.tokenizer([""], self._settings.shape.context_length)
-        config = self._settings.config
         key = f"{shard.name}/{shard.key(i)}"
         why = "decoding had not ended and had stopped its process, which was replaced"
         return Rows(
@@ -393,13 +390,9 @@ class DecodeProcesses:
             text=text,
             caption_id=np.zeros(1, np.uint32),
             valid=np.zeros(1, bool),
-            label=np.full(1, -1, np.int32),
             key=[key],
-            captions=[[]],
-            negative=np.zeros((1, text.shape[1] if config.negatives else 0), np.int32),
-            negative_id=np.zeros(1, np.uint32),
-            negative_valid=np.zeros(1, bool),
             skipped=[("decode_hung", key, why)],
+            negatives=no_negatives(text) if self._settings.config.negatives else None,
         )
 
     def _ask(self, request: RowsRequest) -> dict[str, Any]:
@@ -413,7 +406,7 @@ class DecodeProcesses:
             pool = self._pool
             connection, process = pool.idle.get()
             try:
-                connection.send(request)
+                send(connection, request)
                 while not isinstance(answer := connection.recv(), dict):
                     self._give(pool, connection, answer)
                 return answer
@@ -436,14 +429,14 @@ class DecodeProcesses:
             shard = self._shards.shards[need.number]
             if isinstance(shard, LazyShard):
                 shard = shard.load(lambda name: self._open_there(pool, connection, name))
-            connection.send(shard)
+            send(connection, shard)
         elif isinstance(need, NeedFile):
             try:
                 fd = open_local(need.url)
             except OSError as e:
-                connection.send(e)
+                send(connection, e)
                 return
-            connection.send(None)
+            send(connection, None)
             send_handle(connection, fd, pool.process.pid)
             os.close(fd)
         else:
@@ -452,7 +445,7 @@ class DecodeProcesses:
     def _open_there(self, pool: Pool, connection: Connection, name: str) -> Shard:
         """Have the process that asks for a shard read its headers, which takes Python's lock."""
         try:
-            connection.send(OpenShard(name))
+            send(connection, OpenShard(name))
             while not isinstance(answer := connection.recv(), OpenedShard):
                 self._give(pool, connection, answer)
             return answer.shard
@@ -488,11 +481,12 @@ def joined(rows: Sequence[Rows], image: UInt8[np.ndarray, "rows H W 3"]) -> Rows
         text=np.concatenate([r.text for r in rows]),
         caption_id=np.concatenate([r.caption_id for r in rows]),
         valid=np.concatenate([r.valid for r in rows]),
-        label=np.concatenate([r.label for r in rows]),
         key=[key for r in rows for key in r.key],
-        captions=[captions for r in rows for captions in r.captions],
-        negative=np.concatenate([r.negative for r in rows]),
-        negative_id=np.concatenate([r.negative_id for r in rows]),
-        negative_valid=np.concatenate([r.negative_valid for r in rows]),
         skipped=[skipped for r in rows for skipped in r.skipped],
+        negatives=joined_negatives(rows),
     )
+
+
+def send(connection: Connection, message: object) -> None:
+    """Send what `Connection.recv` receives; its own `send` makes a pickler in Python."""
+    connection.send_bytes(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))

@@ -4,8 +4,12 @@ A thread cannot be ended from outside. So whoever wants rows waits for a thread 
 when that one sits in a single image for too long, waits for it no more.
 """
 
+import contextlib
 import contextvars
+import queue
 import threading
+import weakref
+from collections import deque
 from collections.abc import Callable
 
 SLICES = 10
@@ -52,8 +56,60 @@ class Progress:
             return self._is_abandoned
 
 
+class _Helper:
+    """A thread that calls what it is given, one after the other, until one is abandoned."""
+
+    def __init__(self) -> None:
+        self._calls: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        threading.Thread(target=self._serve, name="decode", daemon=True).start()
+
+    def call(self, function: Callable[[], object]) -> None:
+        """Begin to call it, in a copy of the caller's context."""
+        context = contextvars.copy_context()
+        self._calls.put(lambda: context.run(function))
+
+    def is_done(self, seconds: float) -> bool:
+        """Wait so long for the call to end; raise what it raised."""
+        try:
+            error = self._answers.get(timeout=seconds)
+        except queue.Empty:
+            return False
+        if error is not None:
+            raise error
+        return True
+
+    def end(self) -> None:
+        """Let the thread end."""
+        self._calls.put(None)
+
+    def _serve(self) -> None:
+        with contextlib.suppress(AbandonedError):
+            while (call := self._calls.get()) is not None:
+                self._answers.put(_error_of(call))
+                del call  # a thread that waits keeps nothing alive
+
+
+def _error_of(call: Callable[[], object]) -> BaseException | None:
+    try:
+        call()
+    except AbandonedError:
+        raise
+    except BaseException as error:
+        return error
+    return None
+
+
+def _end_all(helpers: "deque[_Helper]") -> None:
+    while helpers:
+        with contextlib.suppress(IndexError):  # another thread was faster
+            helpers.pop().end()
+
+
 class DecodeWatch:
     """Calls what reads runs of rows, and waits for it as long as no image takes too long.
+
+    Its threads are kept for the next runs: starting one takes as long as reading three rows.
 
     Attributes:
       seconds: that an image may take.
@@ -62,42 +118,40 @@ class DecodeWatch:
     def __init__(self, seconds: float):
         self.seconds = seconds
         self._is_closed = False
+        self._idle: deque[_Helper] = deque()
+        weakref.finalize(self, _end_all, self._idle).atexit = False
 
     def close(self) -> None:
         """Want no rows any more: an image that is being decoded gets a second or two to end."""
         self._is_closed = True
+        _end_all(self._idle)
 
     def run(self, read_rows: Callable[[Progress], None], is_wanted: Callable[[], bool]) -> int:
-        """Call it in a thread of its own; return the row at which it hangs, -1 when it is done.
+        """Call it in another thread; return the row at which it hangs, -1 when it is done.
 
         Whatever it raises is raised here. `is_wanted` says whether anybody wants the rows still.
         """
-        progress, done = Progress(), threading.Event()
-        errors: list[BaseException] = []
-
-        def call() -> None:
-            try:
-                read_rows(progress)
-            except AbandonedError:
-                pass
-            except BaseException as error:
-                errors.append(error)
-            finally:
-                done.set()
-
-        context = contextvars.copy_context()
-        threading.Thread(target=context.run, args=(call,), name="decode", daemon=True).start()
-        row = self._wait(done, progress, is_wanted)
-        if errors:
-            raise errors.pop()
+        progress = Progress()
+        try:
+            helper = self._idle.pop()
+        except IndexError:
+            helper = _Helper()
+        helper.call(lambda: read_rows(progress))
+        try:
+            row = self._wait(helper, progress, is_wanted)
+        except BaseException:
+            helper.end()
+            raise
+        if row < 0:
+            self._idle.append(helper)
+            if self._is_closed:
+                _end_all(self._idle)
         return row
 
-    def _wait(
-        self, done: threading.Event, progress: Progress, is_wanted: Callable[[], bool]
-    ) -> int:
+    def _wait(self, helper: _Helper, progress: Progress, is_wanted: Callable[[], bool]) -> int:
         row, waited = -1, 0.0
         seconds = min(self.seconds / SLICES, LONGEST_SLICE)
-        while not done.wait(seconds):
+        while not helper.is_done(seconds):
             if progress.row < 0 or progress.row != row:
                 row, waited = progress.row, 0.0
                 continue

@@ -33,6 +33,7 @@ from clip_jax.data.decode_processes import (
     OpenShard,
     RowsRequest,
     WorkerSetup,
+    send,
 )
 from clip_jax.data.formats import remote
 from clip_jax.data.sample_reader import SampleReader, make_training_reader
@@ -97,7 +98,7 @@ class BorrowedFiles(remote.DiskCache):
 
 def _ask(need: NeedShard | NeedFile) -> Any:
     connection = _connection.get()
-    connection.send(need)
+    send(connection, need)
     while isinstance(answer := connection.recv(), OpenShard):
         try:
             opened: OpenedShard | Failed = OpenedShard(open_shard(answer.name))
@@ -105,7 +106,7 @@ def _ask(need: NeedShard | NeedFile) -> Any:
             raise
         except Exception as e:
             opened = Failed.of(e)
-        connection.send(opened)
+        send(connection, opened)
     return answer
 
 
@@ -137,7 +138,7 @@ def serve(connection: Connection, reader: SampleReader, buffers: Buffers) -> Non
     try:
         while True:
             request: RowsRequest = connection.recv()
-            connection.send(_answer(request, reader, buffers, connection))
+            send(connection, _answer(request, reader, buffers, connection))
     except (EOFError, ConnectionError):
         return
 
@@ -157,9 +158,9 @@ def _answer(
         raise
     except Exception as e:
         return Failed.of(e)
-    fields = dict(vars(rows))
-    del fields["image"]
-    return fields
+    return {
+        name: value for name, value in vars(rows).items() if name != "image" and value is not None
+    }
 
 
 def run_worker(

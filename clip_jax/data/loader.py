@@ -32,6 +32,7 @@ from clip_jax.data.sample_reader import (
     Rows,
     SampleReader,
     SampleShape,
+    joined_negatives,
     make_eval_reader,
     make_training_reader,
 )
@@ -43,7 +44,7 @@ from clip_jax.typing import Tokenizer
 
 BUCKETS = (16, 24, 32, 48, 64, 77)
 """Lengths that batches of captions are trimmed to: few, so that few programs are compiled."""
-CHUNK_ROWS = 32
+CHUNK_ROWS = 64
 """Rows that a thread reads at a time."""
 PREFETCH_BATCHES = 2
 """Batches that are decoded ahead."""
@@ -103,7 +104,6 @@ class Loader(Iterator[Batch]):
         self.skipped: Counter[str] = log.counts
         self.recent: deque[str] = deque(maxlen=32)
         self._iterator = iterator
-        self._evaluation = reader.evaluation
 
     def __next__(self) -> Batch:
         """Return the next batch, and account for its rows."""
@@ -121,13 +121,13 @@ class Loader(Iterator[Batch]):
             key=[key for p in parts for key in p.key],
         )
         self.step += 1
-        if parts[0].negative.shape[1]:
-            batch["negative"] = np.concatenate([p.negative for p in parts])
-            batch["negative_id"] = np.concatenate([p.negative_id for p in parts])
-            batch["negative_valid"] = np.concatenate([p.negative_valid for p in parts])
-        if self._evaluation:
-            batch["label"] = np.concatenate([p.label for p in parts])
-            batch["captions"] = [captions for p in parts for captions in p.captions]
+        if (negatives := joined_negatives(parts)) is not None:
+            batch["negative"] = negatives.text
+            batch["negative_id"] = negatives.caption_id
+            batch["negative_valid"] = negatives.valid
+        if labels := [p.label for p in parts if p.label is not None]:
+            batch["label"] = np.concatenate(labels)
+            batch["captions"] = [captions for p in parts for captions in p.captions or ()]
         return batch
 
     @property

@@ -88,21 +88,45 @@ class Rows:
     """A run of rows on its way from a thread to a batch; opaque to Grain's tree functions.
 
     The fields are those of `loader.Batch`, and `skipped` holds (cause, key, details) for
-    every sample that could not be used. Labels and captions are evaluation's alone. Of a run
-    without negatives those have no tokens.
+    every sample that could not be used. Labels and captions are evaluation's alone, negatives
+    those of training that has some.
     """
 
     image: UInt8[np.ndarray, "rows H W 3"]
     text: Int32[np.ndarray, "rows L"]
     caption_id: UInt32[np.ndarray, " rows"]
     valid: Bool[np.ndarray, " rows"]
-    label: Int32[np.ndarray, " rows"]
     key: list[str]
-    captions: list[list[str]]
-    negative: Int32[np.ndarray, "rows M"]
-    negative_id: UInt32[np.ndarray, " rows"]
-    negative_valid: Bool[np.ndarray, " rows"]
     skipped: list[tuple[str, str, str]] = field(default_factory=list)
+    label: Int32[np.ndarray, " rows"] | None = None
+    captions: list[list[str]] | None = None
+    negatives: "Negatives | None" = None
+
+
+@dataclass
+class Negatives:
+    """The texts of a run of rows that their images do not show; of rows without one no `valid`."""
+
+    text: Int32[np.ndarray, "rows L"]
+    caption_id: UInt32[np.ndarray, " rows"]
+    valid: Bool[np.ndarray, " rows"]
+
+
+def no_negatives(text: Int32[np.ndarray, "rows L"]) -> Negatives:
+    """Return the negatives of rows that have none; `text` are the tokens of none."""
+    return Negatives(text, np.zeros(len(text), np.uint32), np.zeros(len(text), bool))
+
+
+def joined_negatives(parts: Sequence[Rows]) -> Negatives | None:
+    """Return the negatives of runs of rows, one after the other; None where they have none."""
+    negatives = [part.negatives for part in parts if part.negatives is not None]
+    if not negatives:
+        return None
+    return Negatives(
+        np.concatenate([n.text for n in negatives]),
+        np.concatenate([n.caption_id for n in negatives]),
+        np.concatenate([n.valid for n in negatives]),
+    )
 
 
 class SampleReader:
@@ -179,13 +203,10 @@ class SampleReader:
             text=np.empty((n, length), np.int32),
             caption_id=np.zeros(n, np.uint32),
             valid=np.zeros(n, bool),
-            label=np.full(n, -1, np.int32),
             key=[""] * n,
-            captions=[[] for _ in range(n)],
-            negative=np.zeros((n, length if self._negatives else 0), np.int32),
-            negative_id=np.zeros(n, np.uint32),
-            negative_valid=np.zeros(n, bool),
         )
+        if self.evaluation:
+            rows.label, rows.captions = np.full(n, -1, np.int32), [[] for _ in range(n)]
         texts = [""] * n
         places = [
             (sample, epoch, *place)
@@ -204,15 +225,17 @@ class SampleReader:
                 self._hung.add(places[hung][0])
                 rows.skipped.append(self._hung_cause(rows.key[hung]))
             first = n if hung < 0 else hung + 1
-        rows.image[~rows.valid] = 0
-        rows.text[:] = self._tokenizer(texts, length)
+        if not rows.valid.all():
+            rows.image[~rows.valid] = 0
+        rows.text = self._tokenizer(texts, length)
         if self._negatives:
-            self._read_negatives(rows, places)
+            rows.negatives = self._read_negatives(rows, places)
         return rows
 
-    def _read_negatives(self, rows: Rows, places: Sequence[tuple[int, int, int, int]]) -> None:
-        """Add a negative to each row that can be used and has one; `places` as for `_read_rows`."""
+    def _read_negatives(self, rows: Rows, places: Sequence[tuple[int, int, int, int]]) -> Negatives:
+        """Return a negative of each row that can be used and has one; `places` as `_read_rows`."""
         rng, texts = Uniforms(self._seed, NEGATIVE_KEY), [""] * len(places)
+        caption_ids, valid = np.zeros(len(places), np.uint32), np.zeros(len(places), bool)
         with Handles() as handles:
             for row in np.flatnonzero(rows.valid).tolist():
                 sample, epoch, number, i = places[row]
@@ -220,9 +243,9 @@ class SampleReader:
                 shard, _ = self._open(number)
                 texts[row] = choose_negative(shard, self._negatives, i, handles, rng.random())
                 if texts[row]:
-                    rows.negative_valid[row] = True
-                    rows.negative_id[row] = caption_id(texts[row])
-        rows.negative[:] = self._tokenizer(texts, rows.negative.shape[1])
+                    valid[row] = True
+                    caption_ids[row] = caption_id(texts[row])
+        return Negatives(self._tokenizer(texts, self._shape.context_length), caption_ids, valid)
 
     def _read_rows(
         self,
@@ -304,9 +327,8 @@ class SampleReader:
             return ""
         rows.image[row] = image_HWC
         rows.valid[row] = True
-        if self.evaluation:
-            rows.label[row] = label
-            rows.captions[row] = captions
+        if rows.label is not None and rows.captions is not None:
+            rows.label[row], rows.captions[row] = label, captions
         if caption:
             rows.caption_id[row] = caption_id(caption)
         return caption

@@ -47,7 +47,7 @@ def sample_cause(error: Exception) -> str:
 
 
 class Handles:
-    """The files that one run of rows keeps open, each once, and the record that was read last.
+    """The files that one run of rows keeps open, each once, and what was read last.
 
     Args:
       reads_images: the image of every sample is asked for after its captions, so that both may be
@@ -58,7 +58,7 @@ class Handles:
         self.reads_images = reads_images
         self._open: dict[str, int] = {}
         self._record: tuple[Hashable, Any] = (None, None)
-        self._span: tuple[str, int, bytes] = ("", 0, b"")
+        self._kept: tuple[Hashable, bytes] = (None, b"")
 
     def read(self, path: str, size: int, offset: int, count: int) -> bytes:
         """Read `count` bytes from `offset` of a file, local or remote, that was opened with `size`.
@@ -66,9 +66,6 @@ class Handles:
         Raises:
           BadSampleError: `shard_changed`, the size is another; `read_failed`, bytes are missing.
         """
-        span_path, start, span = self._span
-        if path == span_path and start <= offset and offset + count <= start + len(span):
-            return span[offset - start : offset - start + count]
         fd = self._open.get(path)
         if fd is None:
             fd = self.open(path, lambda: open_local(path))
@@ -79,17 +76,14 @@ class Handles:
             raise BadSampleError("read_failed", f"{len(data)} of {count} bytes")
         return data
 
-    def read_ahead(self, path: str, size: int, offset: int, count: int) -> None:
-        """Read bytes of which calls of `read` will ask for parts; only the size's error is raised.
+    def keep(self, key: Hashable, data: bytes) -> None:
+        """Keep what was read with something else, until the next."""
+        self._kept = key, data
 
-        Raises:
-          BadSampleError: `shard_changed`.
-        """
-        try:
-            self._span = path, offset, self.read(path, size, offset, count)
-        except BadSampleError as e:
-            if e.cause == "shard_changed":
-                raise
+    def kept(self, key: Hashable) -> bytes | None:
+        """Return what was kept under this key, if it still is."""
+        kept, data = self._kept
+        return data if kept == key else None
 
     def _check_size(self, path: str, fd: int, size: int) -> None:
         if os.fstat(fd).st_size != size:

@@ -84,18 +84,21 @@ class TarShard:
 
     def key(self, i: int) -> str:
         """Return the key of sample `i`, in this shard."""
-        start = int(self.key_ends[i - 1]) if i else 0
-        return self.key_bytes[start : int(self.key_ends[i])].decode("utf-8", "replace")
+        start = self.key_ends.item(i - 1) if i else 0
+        return self.key_bytes[start : self.key_ends.item(i)].decode("utf-8", "replace")
 
     def member(self, i: int, suffix: str) -> tuple[int, int] | None:
         """Return (byte offset, bytes) of one member of sample `i`, or None if it has none."""
         table = self.members.get(suffix)
         if table is None:
             return None
-        block, size = table[i].tolist()
-        return (block * tar.BLOCK, size) if block else None
+        block = table.item(i, 0)
+        return (block * tar.BLOCK, table.item(i, 1)) if block else None
 
     def image(self, i: int, handles: Handles) -> bytes:
+        beside = handles.kept((self.path, i))
+        if beside is not None:
+            return beside
         place = self._image_place(i)
         if place is None:
             raise BadSampleError("no_image")
@@ -109,14 +112,22 @@ class TarShard:
                 return place
         return None
 
-    def _read_with_image(self, i: int, text: tuple[int, int], handles: Handles) -> None:
-        """Read a text and the image beside it in one go."""
+    def _read_with_image(self, i: int, text: tuple[int, int], handles: Handles) -> bytes | None:
+        """Read a text and the image beside it in one go, and keep the image; None if it cannot."""
         image = self._image_place(i)
         if image is None or text[1] > MAX_TEXT_BYTES or image[1] > MAX_IMAGE_BYTES:
-            return
+            return None
         start, end = min(text[0], image[0]), max(sum(text), sum(image))
-        if end - start <= text[1] + image[1] + _MAX_GAP_BYTES:
-            handles.read_ahead(self.path, self.size, start, end - start)
+        if end - start > text[1] + image[1] + _MAX_GAP_BYTES:
+            return None
+        try:
+            data = handles.read(self.path, self.size, start, end - start)
+        except BadSampleError as e:
+            if e.cause == "shard_changed":
+                raise
+            return None  # one of the two may be there
+        handles.keep((self.path, i), data[image[0] - start : sum(image) - start])
+        return data[text[0] - start : sum(text) - start]
 
     def captions(self, i: int, handles: Handles) -> list[str]:
         """Return the lines of `.txt`, or else `self.caption_key` of `.json`.
@@ -124,9 +135,9 @@ class TarShard:
         A blank `.txt` gives way to a `.json` with a caption.
         """
         if place := self.member(i, "txt"):
-            if handles.reads_images:
-                self._read_with_image(i, place, handles)
-            text = self._text(place, handles)
+            text = self._read_with_image(i, place, handles) if handles.reads_images else None
+            if text is None:
+                text = self._text(place, handles)
             return text_captions(text, lambda: self._json_caption(i, handles), self.whole_txt)
         if not self.member(i, "json"):
             raise BadSampleError("no_caption")
