@@ -38,6 +38,8 @@ class ExecConfig:
         "minimal" elsewhere.
       scan: a transformer's blocks but the last are one block in a loop, their parameters stacked
         (`models.stack`).
+      in_scan: a block is the body of such a loop. There the compiler cannot undo a recomputation
+        by merging it with the forward pass, and need not be kept from it.
       target: the devices that the program is traced for.
     """
 
@@ -46,6 +48,7 @@ class ExecConfig:
     attention: str = "auto"
     remat: str = "none"
     scan: bool = False
+    in_scan: bool = False
     target: Target = ONE_CPU
 
     def __post_init__(self) -> None:
@@ -79,8 +82,6 @@ def remat_block(
     block: Callable[..., Any],
     exec_config: ExecConfig,
     static_argnums: tuple[int, ...] = (),
-    *,
-    in_scan: bool = False,
 ) -> Callable[..., Any]:
     """Wrap a block so that the backward pass computes it again as far as `exec_config.remat` says.
 
@@ -88,14 +89,13 @@ def remat_block(
       block: a module's class, or a function whose first argument is a module.
       exec_config: how the tower is computed.
       static_argnums: as `nn.remat` takes them; the module itself is 0.
-      in_scan: whether the block is the body of a loop. There the compiler cannot undo the
-        recomputation by merging it with the forward pass, and need not be kept from it.
     """
     if exec_config.remat in ("auto", "none", "minimal"):
         return block
     saves_products = exec_config.remat == "dots"
     policy = products_saveable if saves_products else jax.checkpoint_policies.nothing_saveable
-    return nn.remat(block, policy=policy, prevent_cse=not in_scan, static_argnums=static_argnums)
+    prevent_cse = not exec_config.in_scan
+    return nn.remat(block, policy=policy, prevent_cse=prevent_cse, static_argnums=static_argnums)
 
 
 def remat_tower(

@@ -341,7 +341,9 @@ def block_parts(
     attend_again = jax.checkpoint(attend_heads) if keeps_them else attend_heads
     # Heads may be split over the devices: then three products stay in place, and one would not.
     alone = tuple((name,) for name in PROJECTIONS)
-    parts = BlockParts(alone, norm, attend_again, plain_norm, activation, dtype, target)
+    # GPUs' loops were compiled with the barriers alone.
+    in_scan = exec_config.in_scan and target.platform != "cuda"
+    parts = BlockParts(alone, norm, attend_again, plain_norm, activation, dtype, target, in_scan)
     return _with_kernels(parts, config, packing) if kernel == "pallas" else parts
 
 

@@ -41,7 +41,7 @@ class BlockParts:
       activation: of the MLP.
       dtype: of activations and matrix products.
       target: the devices.
-      in_scan: the block is the body of a loop, see `execution.remat_block`.
+      in_scan: the block is the body of a loop, see `execution.ExecConfig`.
     """
 
     projections: tuple[tuple[str, ...], ...]

@@ -73,7 +73,7 @@ class Transformer(nn.Module):
             if frozen:
                 x = self._loop(x, static, arrays, paths[:frozen], frozen, FROZEN_STACK)
             x = self._loop(x, static, arrays, paths[frozen:last], last - frozen, STACK)
-        block = self._block(is_minimal=is_minimal)
+        block = self._block(self.exec_config, is_minimal=is_minimal)
         for i in range(0 if not self.exec_config.scan else last, last):
             layer = block(self.block, self.exec_config, name=f"resblocks_{i}")
             x = layer(x, None, *static, *arrays, *paths[i : i + 1])
@@ -85,14 +85,14 @@ class Transformer(nn.Module):
         x_BLD = x if packing is None else packing.unflatten(x)
         return x_BLD if pool_index_B is None else gather_rows(x_BLD, pool_index_B)
 
-    def _block(self, *, is_minimal: bool, in_scan: bool = False) -> Any:
+    def _block(self, exec_config: ExecConfig, *, is_minimal: bool) -> Any:
         """Return the class of the blocks, which may be computed again in the backward pass."""
-        exec_config, is_own_form = self.exec_config, self.block.form is not None
+        is_own_form = self.block.form is not None
         if exec_config.is_minimal and (is_own_form or not is_minimal):
             # It has no backward pass of its own then, and keeps its matrix products.
             exec_config = dataclasses.replace(exec_config, remat="dots")
         block = FormedBlock if is_own_form else ResidualBlock
-        return remat_block(block, exec_config, in_scan=in_scan)
+        return remat_block(block, exec_config)
 
     def _loop(
         self,
@@ -115,10 +115,10 @@ class Transformer(nn.Module):
             in_axes=(nn.broadcast, 0),
             length=times,
         )
-        is_minimal = self.exec_config.is_minimal and not paths
-        block = self._block(is_minimal=is_minimal, in_scan=True)
+        exec_config = dataclasses.replace(self.exec_config, in_scan=True)
+        block = self._block(exec_config, is_minimal=exec_config.is_minimal and not paths)
         stacked = (jnp.stack(paths),) if paths else ()
-        x, _ = loop(block(self.block, self.exec_config, name=name), x, arrays, stacked)
+        x, _ = loop(block(self.block, exec_config, name=name), x, arrays, stacked)
         return x
 
     def _shared_loop(
@@ -127,9 +127,8 @@ class Transformer(nn.Module):
         """Apply the stacked blocks of that name, whose kernels the devices share."""
         target = self.exec_config.target
         own = dataclasses.replace(packing, batch=packing.batch // target.batch_shards)
-        exec_config = dataclasses.replace(self.exec_config, target=alone(target))
+        exec_config = dataclasses.replace(self.exec_config, target=alone(target), in_scan=True)
         parts = block_parts(self.block, exec_config, own, x_ND.shape[-1])
-        parts = dataclasses.replace(parts, in_scan=True)
         stacked = self.variables["params"][name]
         with jax.named_scope(name):
             return shared_loop(parts, target, stacked, x_ND, positions_SR)
