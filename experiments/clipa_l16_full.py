@@ -7,7 +7,7 @@ It goes on from `experiments/clipa_l16_short.py` for 131 million pairs, as open_
 `docs/script_examples/clipa/vit_l16/i37_t8_finetune.sh` does with eight GPUs' batch of 7,168.
 
 The fewest devices that hold it whole, and the days of the run there, as compiled (`docs/fits.md`):
-v5p 16: 0.2 days; v6e 32: 0.1 days; h100 16: 0.1 days.
+v5e 64: 0.1 days; v5p 16: 0.2 days; v6e 32: 0.1 days; h100 16: 0.1 days.
 """
 
 import ml_collections
