@@ -56,7 +56,7 @@ class Progress:
             return self._is_abandoned
 
 
-class _Helper:
+class _WorkerThread:
     """A thread that calls what it is given, one after the other, until one is abandoned."""
 
     def __init__(self) -> None:
@@ -100,16 +100,16 @@ def _error_of(call: Callable[[], object]) -> BaseException | None:
     return None
 
 
-def _end_all(helpers: "deque[_Helper]") -> None:
-    while helpers:
+def _end_all(threads: deque[_WorkerThread]) -> None:
+    while threads:
         with contextlib.suppress(IndexError):  # another thread was faster
-            helpers.pop().end()
+            threads.pop().end()
 
 
 class DecodeWatch:
     """Calls what reads runs of rows, and waits for it as long as no image takes too long.
 
-    Its threads are kept for the next runs: starting one takes as long as reading three rows.
+    Its threads are kept for the next runs: to start one takes longer than to hand a run to one.
 
     Attributes:
       seconds: that an image may take.
@@ -118,7 +118,7 @@ class DecodeWatch:
     def __init__(self, seconds: float):
         self.seconds = seconds
         self._is_closed = False
-        self._idle: deque[_Helper] = deque()
+        self._idle: deque[_WorkerThread] = deque()
         weakref.finalize(self, _end_all, self._idle).atexit = False
 
     def close(self) -> None:
@@ -133,25 +133,27 @@ class DecodeWatch:
         """
         progress = Progress()
         try:
-            helper = self._idle.pop()
+            thread = self._idle.pop()
         except IndexError:
-            helper = _Helper()
-        helper.call(lambda: read_rows(progress))
+            thread = _WorkerThread()
+        thread.call(lambda: read_rows(progress))
         try:
-            row = self._wait(helper, progress, is_wanted)
+            row = self._wait(thread, progress, is_wanted)
         except BaseException:
-            helper.end()
+            thread.end()
             raise
         if row < 0:
-            self._idle.append(helper)
+            self._idle.append(thread)
             if self._is_closed:
                 _end_all(self._idle)
         return row
 
-    def _wait(self, helper: _Helper, progress: Progress, is_wanted: Callable[[], bool]) -> int:
+    def _wait(
+        self, thread: _WorkerThread, progress: Progress, is_wanted: Callable[[], bool]
+    ) -> int:
         row, waited = -1, 0.0
         seconds = min(self.seconds / SLICES, LONGEST_SLICE)
-        while not helper.is_done(seconds):
+        while not thread.is_done(seconds):
             if progress.row < 0 or progress.row != row:
                 row, waited = progress.row, 0.0
                 continue

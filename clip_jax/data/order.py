@@ -14,7 +14,7 @@ Of several sources with weights, each has its share of every `MIXTURE_BLOCK` pos
 and an order with epochs of its own.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol, runtime_checkable
@@ -69,28 +69,27 @@ class Uniforms:
     _AHEAD = 8
     """Words that are drawn at a time; a training image takes seven if its first crop fits."""
 
-    random: Callable[[], float]
-    """Return the next number. A method would take most of its time for being called."""
-
     def __init__(self, seed: int, use: int):
         self._philox = philox(seed, use)
         start: Any = self._philox.state
         # Of lists, from which a state is set in half the time.
         start["state"] = {name: words.tolist() for name, words in start["state"].items()}
         self._start = start | {"buffer": start["buffer"].tolist()}
-        self.move()
+        self._words: Iterator[int] = iter(())
 
     def move(self, *where: int) -> None:
         """Go to the first number at a place, which has as many coordinates as all others."""
         self._start["state"]["counter"][1 : 1 + len(where)] = where
         self._philox.state = self._start
-        self.random = self._draws().__next__
+        self._words = iter(())
 
-    def _draws(self) -> Iterator[float]:
-        """Yield numbers: 53 bits of a word each, as numpy makes a double of it."""
-        while True:
-            for word in self._philox.random_raw(self._AHEAD).tolist():
-                yield (word >> 11) * 2.0**-53
+    def random(self) -> float:
+        """Return the next number: 53 bits of a word, as numpy makes a double of it."""
+        word = next(self._words, None)
+        if word is None:
+            self._words = iter(self._philox.random_raw(self._AHEAD).tolist())
+            word = next(self._words)
+        return (word >> 11) * 2.0**-53
 
 
 @runtime_checkable

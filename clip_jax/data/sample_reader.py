@@ -84,6 +84,15 @@ class ReaderSettings:
 
 
 @dataclass
+class Negatives:
+    """The texts of a run of rows that their images do not show; of rows without one no `valid`."""
+
+    text: Int32[np.ndarray, "rows L"]
+    caption_id: UInt32[np.ndarray, " rows"]
+    valid: Bool[np.ndarray, " rows"]
+
+
+@dataclass
 class Rows:
     """A run of rows on its way from a thread to a batch; opaque to Grain's tree functions.
 
@@ -100,16 +109,7 @@ class Rows:
     skipped: list[tuple[str, str, str]] = field(default_factory=list)
     label: Int32[np.ndarray, " rows"] | None = None
     captions: list[list[str]] | None = None
-    negatives: "Negatives | None" = None
-
-
-@dataclass
-class Negatives:
-    """The texts of a run of rows that their images do not show; of rows without one no `valid`."""
-
-    text: Int32[np.ndarray, "rows L"]
-    caption_id: UInt32[np.ndarray, " rows"]
-    valid: Bool[np.ndarray, " rows"]
+    negatives: Negatives | None = None
 
 
 def no_negatives(text: Int32[np.ndarray, "rows L"]) -> Negatives:

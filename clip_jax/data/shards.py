@@ -47,7 +47,7 @@ def sample_cause(error: Exception) -> str:
 
 
 class Handles:
-    """The files that one run of rows keeps open, each once, and what was read last.
+    """The files that one run of rows keeps open, each once, and the record that was read last.
 
     Args:
       reads_images: the image of every sample is asked for after its captions, so that both may be
@@ -58,7 +58,6 @@ class Handles:
         self.reads_images = reads_images
         self._open: dict[str, int] = {}
         self._record: tuple[Hashable, Any] = (None, None)
-        self._kept: tuple[Hashable, bytes] = (None, b"")
 
     def read(self, path: str, size: int, offset: int, count: int) -> bytes:
         """Read `count` bytes from `offset` of a file, local or remote, that was opened with `size`.
@@ -75,15 +74,6 @@ class Handles:
             self._check_size(path, fd, size)
             raise BadSampleError("read_failed", f"{len(data)} of {count} bytes")
         return data
-
-    def keep(self, key: Hashable, data: bytes) -> None:
-        """Keep what was read with something else, until the next."""
-        self._kept = key, data
-
-    def kept(self, key: Hashable) -> bytes | None:
-        """Return what was kept under this key, if it still is."""
-        kept, data = self._kept
-        return data if kept == key else None
 
     def _check_size(self, path: str, fd: int, size: int) -> None:
         if os.fstat(fd).st_size != size:

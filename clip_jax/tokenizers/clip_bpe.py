@@ -3,7 +3,7 @@
 Gives the ids of OpenAI's `clip.tokenize` (openai/CLIP `clip/simple_tokenizer.py`) for every Unicode
 text. Text is cleaned and split into words in Python, because the Rust library's regular expressions
 follow another Unicode version than the `regex` package (17,145 code points split differently);
-each new word is merged in Rust and then cached, and so is what stands between two spaces.
+each new word is merged in Rust and then cached, and so is each chunk, what stands between spaces.
 """
 
 import gzip
@@ -16,7 +16,7 @@ import regex
 from tokenizers.models import BPE
 
 from clip_jax.tokenizers.clean import basic_clean, is_plain
-from clip_jax.tokenizers.rows import fill_rows, ids_before_end, pack_ids
+from clip_jax.tokenizers.rows import fill_rows, ids_before_end, ids_to_bytes
 
 MERGES_PATH = Path(__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
 # The file holds more merges than the vocabulary has room for: the first 48,894 belong to CLIP.
@@ -36,7 +36,7 @@ ASCII_WORD = re.compile(
 )
 WHITESPACE = regex.compile(r"\s+")
 
-# Bounds on the cache of what was encoded already: about 30 MB.
+# Bounds on the cache of chunks and words; so many of eight letters take 18 MB.
 MAX_CACHED = 1 << 17
 MAX_CACHED_LENGTH = 64
 
@@ -103,13 +103,13 @@ class ClipTokenizer:
         ]
         # A caption may spell a special token out; OpenAI's tokenizer then gives its id.
         self._special = {START: self.sot_id, END: self.eot_id}
-        self._start = pack_ids([self.sot_id])
-        self._packed = _Cache(self._pack_chunk, max_cached)
+        self._start = ids_to_bytes([self.sot_id])
+        self._ids_of = _Cache(self._encode_chunk, max_cached)
 
     def __call__(self, texts: Sequence[str], context_length: int = 77) -> np.ndarray:
         """Return token ids, int32 [batch, context_length]; a text too long keeps its end token."""
         texts = [texts] if isinstance(texts, str) else texts
-        rows = [self._start + self._pack(text) for text in texts]
+        rows = [self._start + self._encode(text) for text in texts]
         return fill_rows(rows, context_length, eot_id=self.eot_id, pad_id=self.pad_id)
 
     def __reduce__(self):
@@ -117,7 +117,7 @@ class ClipTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of the words alone: no start token, no end token, no length limit."""
-        return list(memoryview(self._pack(text)).cast("i"))
+        return list(memoryview(self._encode(text)).cast("i"))
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Return the text of a row of ids up to its end token, a space after each word."""
@@ -125,30 +125,30 @@ class ClipTokenizer:
         pieces = [self._piece_bytes[i] for i in words]
         return b"".join(pieces).decode("utf-8", errors="replace").strip()
 
-    def _pack(self, text: str) -> bytes:
-        # No word has a space in it, and pieces between spaces come again and again.
-        return b"".join(map(self._packed.__getitem__, clean(text)))
+    def _encode(self, text: str) -> bytes:
+        # No word has a space in it, and captions share most of their chunks.
+        return b"".join(map(self._ids_of.__getitem__, clean(text)))
 
-    def _pack_chunk(self, chunk: str) -> bytes:
-        """Return the ids of the words of a piece of text without spaces."""
+    def _encode_chunk(self, chunk: str) -> bytes:
+        """Return the ids of the words of a text without spaces."""
         words = (ASCII_WORD if chunk.isascii() else WORD).findall(chunk)
         if words != [chunk]:
-            return b"".join(map(self._packed.__getitem__, words))
+            return b"".join(map(self._ids_of.__getitem__, words))
         if chunk in self._special:
-            return pack_ids([self._special[chunk]])
+            return ids_to_bytes([self._special[chunk]])
         units = "".join(self._units[byte] for byte in chunk.encode("utf-8"))
-        return pack_ids(token.id for token in self._bpe.tokenize(units))
+        return ids_to_bytes(token.id for token in self._bpe.tokenize(units))
 
 
 class _Cache(dict[str, bytes]):
-    """The ids of pieces of text, found when they are asked for; all go when it is full."""
+    """The ids of chunks, found when they are asked for; all go when it is full."""
 
-    def __init__(self, pack: Callable[[str], bytes], limit: int):
+    def __init__(self, encode: Callable[[str], bytes], limit: int):
         super().__init__()
-        self._pack, self._limit = pack, limit
+        self._encode, self._limit = encode, limit
 
     def __missing__(self, chunk: str) -> bytes:
-        ids = self._pack(chunk)
+        ids = self._encode(chunk)
         if len(chunk) <= MAX_CACHED_LENGTH:
             if len(self) >= self._limit:
                 self.clear()

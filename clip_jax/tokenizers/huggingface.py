@@ -14,7 +14,7 @@ import tokenizers
 
 from clip_jax.errors import UserError
 from clip_jax.tokenizers.clean import get_cleaner, replace_surrogates
-from clip_jax.tokenizers.rows import fill_rows, ids_before_end, pack_ids
+from clip_jax.tokenizers.rows import fill_rows, ids_before_end, ids_to_bytes
 
 T = TypeVar("T")
 
@@ -61,9 +61,9 @@ class HuggingFaceTokenizer:
             "the tokenizer cannot encode these texts",
         )
         if self._uses_template:  # the file's template ends in one token, which `fill_rows` sets
-            rows = [pack_ids(encoding.ids[:-1]) for encoding in encoded]
+            rows = [ids_to_bytes(encoding.ids[:-1]) for encoding in encoded]
         else:
-            rows = [pack_ids(self._sot + encoding.ids) for encoding in encoded]
+            rows = [ids_to_bytes(self._sot + encoding.ids) for encoding in encoded]
         tokens_BL = fill_rows(rows, context_length, eot_id=self._end_id, pad_id=self.pad_id)
         if self._strip_sep:
             tokens_BL[tokens_BL == self._end_id] = 0

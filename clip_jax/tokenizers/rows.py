@@ -8,7 +8,7 @@ import numpy as np
 from clip_jax.errors import UserError
 
 
-def pack_ids(ids: Iterable[int]) -> bytes:
+def ids_to_bytes(ids: Iterable[int]) -> bytes:
     """Return token ids as int32s in memory."""
     return array("i", ids).tobytes()
 
@@ -18,11 +18,11 @@ def fill_rows(
 ) -> np.ndarray:
     """Cut each row to `context_length - 1` ids, end it with `eot_id`, fill it up with `pad_id`.
 
-    Rows of bytes need a tenth of the time of lists of numbers, and joining them does not let
-    Python's lock go, as numpy does for as little as this: dear where many threads want it.
+    Rows are bytes because joining those does not let Python's lock go, as numpy does for as little
+    as this: dear where many threads want it.
 
     Args:
-      rows: as `pack_ids` gives them, or joined of such.
+      rows: as `ids_to_bytes` gives them, or joined of such.
 
     Returns:
       Token ids, int32 [B, context_length].
@@ -34,7 +34,7 @@ def fill_rows(
         raise UserError(
             f"context_length is {context_length}: it must be at least 2 (one token, one end token)"
         )
-    end, padding = pack_ids([eot_id]), pack_ids([pad_id]) * context_length
+    end, padding = ids_to_bytes([eot_id]), ids_to_bytes([pad_id]) * context_length
     length = len(padding)
     filled = bytearray().join((ids[: length - len(end)] + end + padding)[:length] for ids in rows)
     return np.frombuffer(filled, np.int32).reshape(len(rows), context_length)

@@ -10,7 +10,7 @@ import sentencepiece as spm
 from clip_jax.errors import UserError
 from clip_jax.files import atomic_write
 from clip_jax.tokenizers.clean import get_cleaner, replace_surrogates
-from clip_jax.tokenizers.rows import fill_rows, ids_before_end, pack_ids
+from clip_jax.tokenizers.rows import fill_rows, ids_before_end, ids_to_bytes
 
 
 class SentencePieceTokenizer:
@@ -30,7 +30,7 @@ class SentencePieceTokenizer:
         """Return token ids, int32 [batch, context_length]; a text too long keeps its end token."""
         texts = [texts] if isinstance(texts, str) else texts
         cleaned = [replace_surrogates(self._clean(text)) for text in texts]
-        rows = [pack_ids(ids) for ids in self._processor.encode(cleaned, out_type=int)]
+        rows = [ids_to_bytes(ids) for ids in self._processor.encode(cleaned, out_type=int)]
         return fill_rows(rows, context_length, eot_id=self.eot_id, pad_id=self.pad_id)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:

@@ -28,14 +28,14 @@ def test_strength_0_leaves_an_image_as_it_is():
 
 @given(strength=st.integers(0, STRENGTHS - 1), seed=st.integers(0, 100))
 def test_size_and_mode_stay_and_every_operation_takes_two_draws(strength, seed):
-    class Counted:
-        count, rng = 0, Uniforms(seed, 1)
+    class Counted(Uniforms):
+        count = 0
 
         def random(self):
             self.count += 1
-            return self.rng.random()
+            return super().random()
 
-    rng = Counted()
+    rng = Counted(seed, 1)
     out = rand_augment(IMAGE, 3, strength, rng)
     assert out.size == IMAGE.size and out.mode == "RGB" and rng.count == 6
 

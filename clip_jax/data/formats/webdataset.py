@@ -96,9 +96,8 @@ class TarShard:
         return (block * tar.BLOCK, table.item(i, 1)) if block else None
 
     def image(self, i: int, handles: Handles) -> bytes:
-        beside = handles.kept((self.path, i))
-        if beside is not None:
-            return beside
+        if pair := self._text_and_image(i, handles):
+            return pair[1]
         place = self._image_place(i)
         if place is None:
             raise BadSampleError("no_image")
@@ -112,10 +111,15 @@ class TarShard:
                 return place
         return None
 
-    def _read_with_image(self, i: int, text: tuple[int, int], handles: Handles) -> bytes | None:
-        """Read a text and the image beside it in one go, and keep the image; None if it cannot."""
-        image = self._image_place(i)
-        if image is None or text[1] > MAX_TEXT_BYTES or image[1] > MAX_IMAGE_BYTES:
+    def _text_and_image(self, i: int, handles: Handles) -> tuple[bytes, bytes] | None:
+        """Return `.txt` and the image, read in one go; None where they are read one by one."""
+        if not handles.reads_images:
+            return None
+        return handles.once((self.path, i), lambda: self._read_text_and_image(i, handles))
+
+    def _read_text_and_image(self, i: int, handles: Handles) -> tuple[bytes, bytes] | None:
+        text, image = self.member(i, "txt"), self._image_place(i)
+        if not text or not image or text[1] > MAX_TEXT_BYTES or image[1] > MAX_IMAGE_BYTES:
             return None
         start, end = min(text[0], image[0]), max(sum(text), sum(image))
         if end - start > text[1] + image[1] + _MAX_GAP_BYTES:
@@ -126,8 +130,10 @@ class TarShard:
             if e.cause == "shard_changed":
                 raise
             return None  # one of the two may be there
-        handles.keep((self.path, i), data[image[0] - start : sum(image) - start])
-        return data[text[0] - start : sum(text) - start]
+        return (
+            data[text[0] - start : sum(text) - start],
+            data[image[0] - start : sum(image) - start],
+        )
 
     def captions(self, i: int, handles: Handles) -> list[str]:
         """Return the lines of `.txt`, or else `self.caption_key` of `.json`.
@@ -135,9 +141,8 @@ class TarShard:
         A blank `.txt` gives way to a `.json` with a caption.
         """
         if place := self.member(i, "txt"):
-            text = self._read_with_image(i, place, handles) if handles.reads_images else None
-            if text is None:
-                text = self._text(place, handles)
+            pair = self._text_and_image(i, handles)
+            text = pair[0] if pair else self._text(place, handles)
             return text_captions(text, lambda: self._json_caption(i, handles), self.whole_txt)
         if not self.member(i, "json"):
             raise BadSampleError("no_caption")
