@@ -6,7 +6,7 @@ Bandwidths are the makers' published ones, bytes a second in one direction.
 from typing import NamedTuple
 
 from clip_jax.errors import UserError
-from clip_jax.training.metrics import peak_flops
+from clip_jax.training.metrics import Peak, peak_flops
 
 GB, TB = 1e9, 1e12
 GBIT = 1e9 / 8
@@ -54,9 +54,10 @@ class Device(NamedTuple):
         """
         peak = peak_flops(self.kind, dtype)
         if peak is None:
+            known = [name for name in Peak._fields if peak_flops(self.kind, name) is not None]
             raise UserError(
-                f"no rate is published for {dtype} on {self.kind}; "
-                "set config.model.dtype to the other of bfloat16 and float32"
+                f"no rate is published for {dtype} on {self.kind}, but for {' and '.join(known)}:"
+                " set config.model.dtype, or --dtype of clip_jax.data.bench"
             )
         return peak
 

@@ -92,7 +92,10 @@ def _read_model(model_path: str | Path) -> spm.SentencePieceProcessor:
     try:
         model = path.read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read the SentencePiece model {path}: {error.strerror}") from error
+        raise UserError(
+            f"cannot read the SentencePiece model {path}: {error.strerror}; name one that is there"
+            " (`python -m clip_jax.tokenizers.train` makes one)"
+        ) from error
     try:
         if not model:
             raise ValueError("empty file")  # the library takes it for a model of no pieces
