@@ -7,7 +7,7 @@ Learning rate 5e-4; everything else is in `experiments/paper.py`. On the paper's
 the published weights classify ImageNet zero-shot at 59.8 %.
 
 The fewest devices that hold it whole, and the days of the run there, as compiled (`docs/fits.md`):
-v5e 128: 0.9 days; v5p 16: 3.3 days; h100 32: 1.0 days.
+v5e 128: 0.9 days; v5p 16: 3.3 days; v6e 64: 0.9 days; h100 32: 1.0 days.
 """
 
 import ml_collections
