@@ -387,7 +387,10 @@ def test_units():
         ({"utilization": 0.0}, "--utilization is 0"),
         ({"utilization": 1.5}, "--utilization is 1.5"),
         ({"pairs": 3}, "--pairs is 3"),
-        ({"device": "v100"}, "for bfloat16 on V100-SXM2, but for float32: set "),
+        (
+            {"device": "v100"},
+            "no rate is published for bfloat16 on V100-SXM2, but for float32: set config.model",
+        ),
     ],
 )
 def test_mistakes_are_one_line(options, message):
