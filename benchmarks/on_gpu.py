@@ -152,6 +152,8 @@ def torch_side(options: argparse.Namespace) -> tuple[Calls, dict[str, Any]]:
         torch.cuda.reset_peak_memory_stats()
     step = compare_open_clip.make_torch_step(options, model, batch)
     first_loss = step().item()
+    if on_gpu:  # what it freed is not kept from the processes that still compile
+        torch.cuda.empty_cache()
     facts = {
         "seconds": time.perf_counter() - start,
         "flops": flops,

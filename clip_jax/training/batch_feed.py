@@ -15,8 +15,8 @@ from clip_jax.data.loader import Batch, Loader, bucket_length
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.parallel import distributed
 from clip_jax.parallel.mesh import BATCH_AXES, place_batch
+from clip_jax.training.device_wait import DeviceWait
 from clip_jax.training.distillation import split_captions
-from clip_jax.training.metrics import DataWait
 from clip_jax.training.setup import RunComponents
 from clip_jax.training.signals import StopRequest
 from clip_jax.training.skip_limit import SkipLimit
@@ -59,7 +59,7 @@ class BatchFeed:
       count: the number of batches to take.
       limit: ends a run of which too much was skipped.
       stop_request: the signal that this process got.
-      data_wait: takes the time that is spent on waiting for the loader.
+      device_wait: takes the time that is spent on waiting for the loader.
     """
 
     def __init__(
@@ -70,13 +70,13 @@ class BatchFeed:
         count: int,
         limit: SkipLimit,
         stop_request: StopRequest,
-        data_wait: DataWait,
+        device_wait: DeviceWait,
     ) -> None:
         self.loader = loader
         self._run = run
         self._limit = limit
         self._stop_request = stop_request
-        self._data_wait = data_wait
+        self._device_wait = device_wait
         self._step = loader.step
         self._batches = announced(loader, count, self._announce)
 
@@ -86,7 +86,7 @@ class BatchFeed:
         Raises:
           UserError: too much was skipped by now.
         """
-        with self._data_wait:
+        with self._device_wait:
             fetched = next(self._batches, None)
         if fetched is None:
             return None

@@ -7,7 +7,6 @@ import os
 import re
 import time
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -145,58 +144,6 @@ class Throughput:
         return None if rate is None else max(self.steps - self._reports[-1][0], 0) / rate
 
 
-class DataWait:
-    """The share of time in which the devices had nothing to do, for want of the next batch.
-
-    A wait for a batch while a step still runs costs nothing: only what comes after the step's end
-    counts. It is a context manager around the fetching of a batch.
-
-    Attributes:
-      first_step_end: when the first step was done, on the clock of `time.perf_counter`.
-    """
-
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="step_end")
-        self.first_step_end: Future[float] | None = None
-        self._ended: Future[float] | None = None
-        self._since = self._start = time.perf_counter()
-        self._waited = 0.0
-
-    def dispatched(self, outputs: Any) -> None:
-        """Take in that a step with these outputs was handed to the devices."""
-        self._ended = self._pool.submit(_when_ready, outputs)
-        if self.first_step_end is None:
-            self.first_step_end = self._ended
-
-    def __enter__(self) -> "DataWait":
-        self._start = time.perf_counter()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        now = idle_since = time.perf_counter()
-        if self._ended is None:
-            idle_since = self._start
-        elif self._ended.done() and self._ended.exception() is None:
-            idle_since = max(self._start, self._ended.result())
-        self._waited += max(0.0, now - idle_since)
-
-    def share(self) -> float:
-        """Return the share, in 0..1, since the call before."""
-        now = time.perf_counter()
-        share = self._waited / max(now - self._since, 1e-9)
-        self._since, self._waited = now, 0.0
-        return share
-
-    def close(self) -> None:
-        """End the thread, which may be waiting for a step."""
-        self._pool.shutdown(wait=False)
-
-
-def _when_ready(outputs: Any) -> float:
-    jax.block_until_ready(outputs)
-    return time.perf_counter()
-
-
 class MetricsWriter:
     """Writes `metrics.jsonl`, one JSON object a line, and TensorBoard's files beside it.
 
@@ -323,7 +270,8 @@ def progress_line(
     """Return one line on a run; what is not in `metrics`, or None, is left out.
 
     `metrics` may hold "loss", "scale", "image_accuracy", "text_accuracy", "learning_rate",
-    "mfu" and "data_wait"; accuracies, mfu and data_wait are fractions.
+    "mfu", "data_wait" and "host_wait"; accuracies, mfu and the waits are fractions. A wait for the
+    host is shown from 5 % on.
     """
 
     def shown(name: str, form: str, factor: float = 1.0) -> list[str]:
@@ -334,12 +282,14 @@ def progress_line(
         *shown("image_accuracy", "i>t {:.1f} %", 100.0),
         *shown("text_accuracy", "t>i {:.1f} %", 100.0),
     ]
+    host_wait = metrics.get("host_wait", 0.0)
     parts = [f"step {step:>{len(str(steps))}}/{steps}", f"{100 * step // max(steps, 1)} %"]
     parts += shown("loss", "loss {:.3f}") + shown("scale", "scale {:.1f}")
     parts += [" ".join(["acc", *accuracies])] if accuracies else []
     parts += shown("learning_rate", "lr {:.1e}")
     parts += [] if pairs_per_s is None else [f"{pairs_per_s:,.0f} pairs/s"]
     parts += shown("mfu", "mfu {:.0f} %", 100.0) + shown("data_wait", "data wait {:.0f} %", 100.0)
+    parts += shown("host_wait", "host wait {:.0f} %", 100.0) if host_wait >= 0.05 else []
     parts += [] if seconds_left is None else [f"left {format_duration(seconds_left)}"]
     return "  ".join(parts)
 

@@ -41,6 +41,7 @@ from clip_jax.sections import (
 from clip_jax.training.batch_feed import BatchFeed, PlacedBatch
 from clip_jax.training.bucket_copy import local_copy
 from clip_jax.training.checkpoint import Checkpoints, not_finite
+from clip_jax.training.device_wait import DeviceWait
 from clip_jax.training.fingerprint import (
     CONTENTS,
     DATA,
@@ -50,7 +51,7 @@ from clip_jax.training.fingerprint import (
     Fingerprint,
 )
 from clip_jax.training.history import devices, read_history
-from clip_jax.training.metrics import DataWait, to_json
+from clip_jax.training.metrics import to_json
 from clip_jax.training.rates import frozen_towers, split_frozen
 from clip_jax.training.setup import (
     RunComponents,
@@ -247,14 +248,14 @@ def _replay(
     start, train_step = int(state.step), make_step(run)
     curve: list[dict[str, Any]] = []
     found: dict[str, Any] = {}
-    with make_loader(run, shards, start) as loader, closing(DataWait()) as data_wait:
+    with make_loader(run, shards, start) as loader, closing(DeviceWait()) as device_wait:
         feed = BatchFeed(
             run,
             loader,
             count=step + around - start,
             limit=SkipLimit(shards.log, batch_part(run.mesh)[0], loader),
             stop_request=StopRequest(),
-            data_wait=data_wait,
+            device_wait=device_wait,
         )
         for number in range(start + 1, step + around + 1):
             batch = feed.place_next()

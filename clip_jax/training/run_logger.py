@@ -16,9 +16,9 @@ from clip_jax.files import atomic_write
 from clip_jax.parallel import distributed
 from clip_jax.parallel.mesh import batch_part, mesh_text
 from clip_jax.training.checkpoint import replay_hint
+from clip_jax.training.device_wait import DeviceWait
 from clip_jax.training.exit_report import ExitReport
 from clip_jax.training.metrics import (
-    DataWait,
     MetricsWriter,
     Throughput,
     measure_matmul_flops,
@@ -86,7 +86,7 @@ class RunLogger:
 
     Attributes:
       length: tokens a caption of the newest batch, after trimming, or how it was packed.
-      data_wait: takes the time that is spent on waiting for data.
+      device_wait: takes the time in which the devices wait.
       steps: the number of the last step.
       folder: the work folder.
 
@@ -117,7 +117,7 @@ class RunLogger:
         self._exit_report = exit_report
         self._startup: dict[str, float] | None = None
         self.length: int | CaptionPacking = run.model.config.text.context_length
-        self.data_wait = DataWait()
+        self.device_wait = DeviceWait()
         self._pair_flops = functools.partial(pair_flops, run)
         self.steps = steps
         self._every = config.train.log_every
@@ -156,7 +156,7 @@ class RunLogger:
         if step % self._every == 0 or step == self.steps:
             # Once: they are of the start.
             values, self._startup = values | startup, {}
-            values["data_wait"] = self.data_wait.share()
+            values["data_wait"], values["host_wait"] = self.device_wait.shares()
             values["scale"] = math.exp(values["logit_scale"])
             rate = self._throughput.pairs_per_second
             if rate is not None:
@@ -182,7 +182,7 @@ class RunLogger:
 
         They are in `metrics.jsonl` with the first line that the process writes.
         """
-        end = self.data_wait.first_step_end
+        end = self.device_wait.first_step_end
         seconds = (end.result() if end else time.perf_counter()) - self._began
         self._startup = {"startup/first_step_seconds": seconds, **self._compiler.metrics()}
         distributed.print_on_main(
@@ -202,7 +202,7 @@ class RunLogger:
 
     def __exit__(self, *exc: object) -> None:
         """Flush and close the writers."""
-        self.data_wait.close()
+        self.device_wait.close()
         for writer in (self._writer, self._keys):
             if writer is not None:
                 writer.close()

@@ -384,7 +384,7 @@ def train_loop(
             count=steps - start,
             limit=SkipLimit(data.log, batch_part(run.mesh)[0], loader),
             stop_request=stop_request,
-            data_wait=logger.data_wait,
+            device_wait=logger.device_wait,
         )
         trainer = Trainer(
             config=run.config,
@@ -505,7 +505,7 @@ class Trainer:
         """Hand the next step to the devices, and do not wait for it."""
         watchdog.rearm()
         self.state, metrics = self.train_step(self.state, batch.arrays)
-        self.logger.data_wait.dispatched(metrics)
+        self.logger.device_wait.dispatched(batch.arrays, metrics)
         distributed.settle(metrics)
         self.step += 1
         self.logger.length = batch.length
@@ -539,6 +539,7 @@ class Trainer:
         Raises:
           UserError: the evaluations do not measure config.eval.best.
         """
+        self.logger.device_wait.pause()
         variables = evaluated_variables(self.state, self.config.train)
         metrics = evaluate(variables)
         if self.kept is not None:

@@ -5,7 +5,6 @@ import json
 import math
 import resource
 import struct
-from concurrent.futures import Future
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,10 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clip_jax.errors import UserError
-from clip_jax.training import metrics
 from clip_jax.training.metrics import (
     PEAKS,
-    DataWait,
     MetricsWriter,
     Throughput,
     measure_matmul_flops,
@@ -196,39 +193,17 @@ def test_progress_line():
         "text_accuracy": 0.118,
         "learning_rate": 5e-4,
         "mfu": 0.41,
+        "data_wait": 0.03,
+        "host_wait": 0.049,
     }
     assert progress_line(120, 2000, metrics, 3456.0, 192.0) == (
         "step  120/2000  6 %  loss 4.123  scale 15.2  acc i>t 12.0 % t>i 11.8 %  "
-        "lr 5.0e-04  3,456 pairs/s  mfu 41 %  left 3:12"
+        "lr 5.0e-04  3,456 pairs/s  mfu 41 %  data wait 3 %  left 3:12"
+    )
+    assert "data wait 3 %  host wait 12 %  left" in progress_line(
+        120, 2000, metrics | {"host_wait": 0.12}, 3456.0, 192.0
     )
     assert progress_line(7, 7, {"loss": math.nan}, None, 93784.0) == (
         "step 7/7  100 %  loss nan  left 1 d 2:03:04"
     )
     assert progress_line(1, 3, {}, None, 3599.6) == "step 1/3  33 %  left 1:00:00"
-
-
-def test_only_the_wait_after_a_steps_end_is_a_wait_for_data(monkeypatch):
-    """The test moves the clock: a step ends at 10, 20 and so on."""
-    now = [0.0]
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
-    wait = DataWait()
-    ended: Future[float] = Future()
-
-    def fetch(start, end):
-        now[0] = start
-        with wait:
-            now[0] = end
-
-    fetch(0.0, 2.0)  # before the first step the devices have nothing to do
-    assert wait.share() == 1.0
-    wait._ended = ended
-    fetch(3.0, 6.0)  # the step still runs
-    assert wait.share() == 0.0
-    ended.set_result(7.0)
-    fetch(6.0, 10.0)  # it ended on the way: 3 of the 4 seconds since the share was asked for
-    assert wait.share() == 0.75
-    wait.dispatched(jnp.zeros(3))
-    wait._ended.result(10)  # which was at 10
-    fetch(12.0, 16.0)  # 2 of the 6 seconds went by before the fetching
-    assert wait.share() == pytest.approx(4 / 6)
-    wait.close()
