@@ -20,6 +20,7 @@ T = TypeVar("T")
 
 # XLM-V's file, the largest in use, has 900,000 pieces and about 60 MB.
 MAX_FILE_BYTES = 512 << 20
+_GET_AGAIN = "get the file again from where the model was published"
 PAD_NAMES = ("[PAD]", "<pad>")
 PROBE = "a"
 
@@ -148,12 +149,14 @@ def read_text(path: Path) -> str:
     """
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
-            raise UserError(f"{path} has more than {MAX_FILE_BYTES >> 20} MiB: no tokenizer has")
+            raise UserError(
+                f"{path} has more than {MAX_FILE_BYTES >> 20} MiB: no tokenizer has; {_GET_AGAIN}"
+            )
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+        raise UserError(f"cannot read {path}: {error.strerror}; {_GET_AGAIN}") from error
     except UnicodeError as error:
-        raise UserError(f"{path} is damaged: it is no UTF-8 text") from error
+        raise UserError(f"{path} is damaged: it is no UTF-8 text; {_GET_AGAIN}") from error
 
 
 def parse_json(text: str, path: Path) -> Any:
@@ -165,7 +168,7 @@ def parse_json(text: str, path: Path) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: {str(error)[:200]}") from error
+        raise UserError(f"{path} is damaged: {str(error)[:200]}; {_GET_AGAIN}") from error
 
 
 def check_merges(content: Any, path: Path) -> None:

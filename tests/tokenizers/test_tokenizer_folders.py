@@ -203,8 +203,8 @@ def test_mistakes_are_named(bert_folder, bert_text):
         ('{"padding_side": "left"}', "padding_side must be right"),
         ('{"pad_token": 3}', "pad_token is 3"),
         ("[]", "must hold a JSON object"),
-        ("{", "is damaged"),
-        ("[" * 100_000, "is damaged"),
+        ("{", "is damaged: .*; get the file again from where the model was published"),
+        ("[" * 100_000, "is damaged: .*; get the file again from where the model was published"),
     ]:
         config.write_text(text)
         with pytest.raises(UserError, match=message):
@@ -219,9 +219,11 @@ def test_mistakes_are_named(bert_folder, bert_text):
     with pytest.raises(UserError, match="its template adds id 2147483648"):
         make_hf_tokenizer(path)
     path.write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match="no UTF-8"):
+    with pytest.raises(UserError, match="it is no UTF-8 text; get the file again from where"):
         make_hf_tokenizer(path)
     path.unlink()
+    with pytest.raises(UserError, match=r"cannot read .*: No such file or directory; get the file"):
+        make_hf_tokenizer(path)
     (bert_folder / "vocab.txt").write_text("a\nb\n")
     with pytest.raises(UserError, match=r"vocab\.txt, which do not suffice"):
         tokenizer_from_folder(bert_folder)
