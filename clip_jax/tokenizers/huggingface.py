@@ -20,7 +20,6 @@ T = TypeVar("T")
 
 # XLM-V's file, the largest in use, has 900,000 pieces and about 60 MB.
 MAX_FILE_BYTES = 512 << 20
-_GET_AGAIN = "get the file again from where the model was published"
 PAD_NAMES = ("[PAD]", "<pad>")
 PROBE = "a"
 
@@ -150,13 +149,15 @@ def read_text(path: Path) -> str:
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise UserError(
-                f"{path} has more than {MAX_FILE_BYTES >> 20} MiB: no tokenizer has; {_GET_AGAIN}"
+                f"{path} has more than {MAX_FILE_BYTES >> 20} MiB: no tokenizer has; fetch it again"
             )
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; {_GET_AGAIN}") from error
+        is_missing = isinstance(error, FileNotFoundError)
+        remedy = "fetch it again" if is_missing else "make it a file that you may read"
+        raise UserError(f"cannot read {path}: {error.strerror}; {remedy}") from error
     except UnicodeError as error:
-        raise UserError(f"{path} is damaged: it is no UTF-8 text; {_GET_AGAIN}") from error
+        raise UserError(f"{path} is damaged: it is no UTF-8 text; fetch it again") from error
 
 
 def parse_json(text: str, path: Path) -> Any:
@@ -168,7 +169,7 @@ def parse_json(text: str, path: Path) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: {str(error)[:200]}; {_GET_AGAIN}") from error
+        raise UserError(f"{path} is damaged: {str(error)[:200]}; fetch it again") from error
 
 
 def check_merges(content: Any, path: Path) -> None:

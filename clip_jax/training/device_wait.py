@@ -25,7 +25,7 @@ class DeviceWait:
         self._counts = False
         self._fetch_start = self._fetch_end = self._since = time.perf_counter()
         self._data = self._host = 0.0
-        self._taken = (0.0, 0.0)
+        self._told = (0.0, 0.0)
 
     def __enter__(self) -> "DeviceWait":
         self._fetch_start = time.perf_counter()
@@ -70,13 +70,14 @@ class DeviceWait:
     def shares(self) -> tuple[float, float]:
         """Return the shares for want of data and of the host, in 0..1, since the call before.
 
-        The first call's are since the first step was handed out.
+        The first call's are since the first step was handed out. A wait is known when it is over:
+        what of it is longer than the time since the call before is left for the next one.
         """
         now = time.perf_counter()
-        waited = self._data, self._host
-        data, host = (x - y for x, y in zip(waited, self._taken, strict=True))
         seconds = max(now - self._since, 1e-9)
-        self._since, self._taken = now, waited
+        data = min(self._data - self._told[0], seconds)
+        host = min(self._host - self._told[1], seconds)
+        self._since, self._told = now, (self._told[0] + data, self._told[1] + host)
         return data / seconds, host / seconds
 
     def close(self) -> None:

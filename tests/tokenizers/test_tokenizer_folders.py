@@ -203,8 +203,8 @@ def test_mistakes_are_named(bert_folder, bert_text):
         ('{"padding_side": "left"}', "padding_side must be right"),
         ('{"pad_token": 3}', "pad_token is 3"),
         ("[]", "must hold a JSON object"),
-        ("{", "is damaged: .*; get the file again from where the model was published"),
-        ("[" * 100_000, "is damaged: .*; get the file again from where the model was published"),
+        ("{", r"is damaged: .*; fetch it again$"),
+        ("[" * 100_000, r"is damaged: .*; fetch it again$"),
     ]:
         config.write_text(text)
         with pytest.raises(UserError, match=message):
@@ -219,11 +219,17 @@ def test_mistakes_are_named(bert_folder, bert_text):
     with pytest.raises(UserError, match="its template adds id 2147483648"):
         make_hf_tokenizer(path)
     path.write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match="it is no UTF-8 text; get the file again from where"):
+    with pytest.raises(UserError, match=r"it is no UTF-8 text; fetch it again$"):
         make_hf_tokenizer(path)
     path.unlink()
-    with pytest.raises(UserError, match=r"cannot read .*: No such file or directory; get the file"):
+    with pytest.raises(
+        UserError, match=r"cannot read .*: No such file or directory; fetch it again$"
+    ):
         make_hf_tokenizer(path)
+    path.mkdir()
+    with pytest.raises(UserError, match=r"cannot read .*: Is a directory; make it a file that you"):
+        make_hf_tokenizer(path)
+    path.rmdir()
     (bert_folder / "vocab.txt").write_text("a\nb\n")
     with pytest.raises(UserError, match=r"vocab\.txt, which do not suffice"):
         tokenizer_from_folder(bert_folder)

@@ -70,6 +70,18 @@ def test_rows_that_are_still_on_their_way_are_waited_for(clock, wait):
     assert wait.shares() == (8 / 50, 2 / 50)
 
 
+def test_a_wait_over_a_call_is_told_in_parts(clock, wait):
+    clock.fetch(wait, 0.0, 0.0)
+    clock.dispatch(wait, 0.0, arrived=0.0, ended=10.0)
+    clock.now = 18.0
+    assert wait.shares() == (0.0, 0.0)
+    clock.dispatch(wait, 10.0, arrived=20.0, ended=24.0)
+    clock.now = 22.0
+    assert wait.shares() == (1.0, 0.0)  # 4 of the 10 seconds
+    clock.now = 34.0
+    assert wait.shares() == (6 / 12, 0.0)
+
+
 def test_what_the_host_does_else_is_its_own_wait(clock, wait):
     clock.fetch(wait, 0.0, 0.0)
     clock.dispatch(wait, 0.0, arrived=0.0, ended=10.0)
