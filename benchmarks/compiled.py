@@ -72,6 +72,8 @@ PROGRAMS = {
     "l14-scan-v5p": Program("ViT-L/14", "tpu-v5p", 8, 128, "vit_l14", ("model.scan=True",)),
     "rn50-v5e": Program("RN50", "tpu-v5e", 4, 128, "rn50"),
     "bigg14-v5p": Program("ViT-bigG/14", "tpu-v5p", 256, 128, "vit_l14", BIG),
+    "b16-tower-h100": Program("ViT-B/16 image tower", "h100", 1, 128, tower="ours"),
+    "b16-stock-h100": Program("the same in flax's layers", "h100", 1, 128, tower="stock"),
     "b32-h100": Program("ViT-B/32", "h100", 8, 256, "vit_b32"),
     "b16-h100": Program("ViT-B/16", "h100", 8, 128, "vit_b16"),
     "l14-h100": Program("ViT-L/14", "h100", 8, 128, "vit_l14"),
@@ -165,6 +167,14 @@ def page(figures: dict[str, dict[str, Any]]) -> str:
             f"\n\nFlax's own layers take {stock / ours:.2f} times as long as our image tower of "
             "ViT-B/16."
         )
+    towers = [figures.get(f"b16-{kind}-h100", {}) for kind in ("tower", "stock")]
+    if all(t.get("kernels") for t in towers):
+        ours, stock = (
+            f"{t['kernels']:,} kernels, {t['transposes']} of which move axes, and "
+            f"{t['float32_products']} float32 products"
+            for t in towers
+        )
+        text += f"\n\nOn an H100 our image tower of ViT-B/16 is {ours}; in flax's layers {stock}."
     named = [(name, v) for name, v in figures.items() if v.get("estimated_by") == "cycles"]
     steps = [figures.get(name, {}).get("estimated_seconds") for name in ("b32-v5e", "b32-web-v5e")]
     if all(steps):

@@ -19,8 +19,10 @@ from clip_jax.models.clip import CLIP, variable_shapes
 from clip_jax.models.flops import image_flops
 from clip_jax.models.zoo import model_config
 from clip_jax.parallel.mesh import make_mesh, mesh_target
-from clip_jax.planning.compilers import find_compiler, start_compiler
+from clip_jax.planning.compilers import device_platform, find_compiler, start_compiler
+from clip_jax.planning.cycles import FREE
 from clip_jax.planning.hardware import find_device
+from clip_jax.planning.hlo import Program, called_computations, step_visits
 from clip_jax.planning.program import compile_program
 
 IMAGES = 128
@@ -46,11 +48,30 @@ def tower(kind: str, mesh: Any) -> tuple[Any, Any]:
     return encode, shapes
 
 
+def gpu_kernels(program: Program) -> dict[str, int]:
+    """Count what a GPU's program starts, what of it moves axes, and its float32 products."""
+    counts = {"kernels": 0, "transposes": 0, "float32_products": 0}
+    for line, computation, times in step_visits(program):
+        if line.opcode in FREE:
+            continue
+        counts["kernels"] += times
+        inside = [
+            inner.opcode
+            for name in called_computations(line)
+            for inner in program.computations[name].values()
+        ]
+        counts["transposes"] += times * ("transpose" in inside or line.opcode == "copy")
+        if line.opcode == "custom-call" and "matmul" in line.attributes:
+            (shape,) = computation[line.operands[0]].shapes[:1]
+            counts["float32_products"] += times * (shape.dtype == "f32")
+    return counts
+
+
 def main() -> int:
     """Compile one tower and write its figures."""
     kind, device, path = sys.argv[1:]
     with tempfile.TemporaryDirectory() as dump:
-        compiler = find_compiler(device, "tpu")
+        compiler = find_compiler(device, device_platform(device))
         started = start_compiler(compiler, device, 1, dump)
         mesh = make_mesh(data=1, fsdp=1, tensor=1, devices=started.devices)
         encode, shapes = tower(kind, mesh)
@@ -76,14 +97,17 @@ def main() -> int:
         "memory_bytes": used - stats.alias_size_in_bytes,
         "temp_bytes": stats.temp_size_in_bytes,
         "estimated_seconds": seconds,
-        "estimated_by": "cycles",
-        "counted_share": made.timing.counted_share,
+        "estimated_by": "cycles" if compiler.platform == "tpu" else "roofline",
         "utilization": needed / find_device(device).peak("bfloat16") / seconds,
         "breakdown": [
             {"tower": part.tower, "pass": part.direction, "part": part.name, "seconds": s}
             for part, s in made.timing.by_part().items()
         ],
     }
+    if compiler.platform == "tpu":
+        figures["counted_share"] = made.timing.counted_share
+    else:
+        figures |= gpu_kernels(made.program)
     Path(path).write_text(json.dumps(figures), encoding="utf-8")
     return 0
 

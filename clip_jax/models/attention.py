@@ -242,3 +242,31 @@ def attend_padded(
 def _pad_to_even(x_BLNK: Array) -> Array:
     """Return sequences with a row of zeros behind them where their length is odd."""
     return jnp.pad(x_BLNK, ((0, 0), (0, x_BLNK.shape[1] % 2), (0, 0), (0, 0)))
+
+
+@jax.custom_vjp
+def float32_logits(
+    q_SMD: Float[Array, "S M D"], h_SRD: Float[Array, "S R D"]
+) -> Float[Array, "S M R"]:
+    """Return each query's product with every row of its segment, in float32.
+
+    The gradient's products are of the inputs' dtype, as attention kernels have them: by itself JAX
+    makes the inputs float32 for them, and so copies the rows.
+    """
+    return jnp.einsum("smd,srd->smr", q_SMD, h_SRD, preferred_element_type=jnp.float32)
+
+
+def _logits_forward(q_SMD: Array, h_SRD: Array) -> tuple[Array, tuple[Array, Array]]:
+    return float32_logits(q_SMD, h_SRD), (q_SMD, h_SRD)
+
+
+def _logits_backward(kept: tuple[Array, Array], dlogits_SMR: Array) -> tuple[Array, Array]:
+    q_SMD, h_SRD = kept
+    d_SMR = dlogits_SMR.astype(h_SRD.dtype)
+    return (
+        jnp.einsum("smr,srd->smd", d_SMR, h_SRD).astype(q_SMD.dtype),
+        jnp.einsum("smr,smd->srd", d_SMR, q_SMD).astype(h_SRD.dtype),
+    )
+
+
+float32_logits.defvjp(_logits_forward, _logits_backward)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from clip_jax.models.attention import float32_logits
 from clip_jax.models.minimal_block import BlockParts, dense, scaled
 from clip_jax.models.packing import HIDDEN, Packing
 
@@ -86,7 +87,7 @@ def _attend(
     segments, sequences, _ = seen_SQR.shape
     heads, width = q_BND.shape[1:]
     q_SMD = q_BND.reshape(segments, sequences * heads, width)
-    logits = jnp.einsum("smd,srd->smr", q_SMD, h_SRD, preferred_element_type=jnp.float32)
+    logits = float32_logits(q_SMD, h_SRD)
     seen = jnp.repeat(seen_SQR, heads, axis=1)
     p_SMR = jax.nn.softmax(jnp.where(seen, logits * scale, HIDDEN), axis=-1)
     y_SMD = jnp.einsum("smr,srd->smd", p_SMR.astype(h_SRD.dtype), h_SRD)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from clip_jax.models.attention import attend
+from clip_jax.models.attention import attend, float32_logits
 from clip_jax.models.batch_norm import ValidRows, valid_rows
 from clip_jax.models.convolution import conv, normalized
 from clip_jax.models.execution import DEFAULT_EXEC_CONFIG, ExecConfig, remat_block
@@ -182,7 +182,7 @@ def pool_unprojected(params: Any, x_BLD: Array, dtype: DTypeLike) -> Float[Array
 
     q_BNK = project("q_proj", "bd,dnk->bnk", x_BLD[:, 0]) + bias("q_proj")
     q_BND = project("k_proj", "bnk,dnk->bnd", q_BNK)
-    logits_BNL = jnp.einsum("bnd,bld->bnl", q_BND, x_BLD, preferred_element_type=jnp.float32)
+    logits_BNL = float32_logits(q_BND, x_BLD)
     p_BNL = jax.nn.softmax(logits_BNL * q_BNK.shape[-1] ** -0.5, axis=-1).astype(dtype)
     y_BND = jnp.einsum("bnl,bld->bnd", p_BNL, x_BLD)
     y_BNK = project("v_proj", "bnd,dnk->bnk", y_BND) + bias("v_proj")

@@ -41,5 +41,8 @@ def test_the_page_shows_what_there_is():
     assert all(row.count("|") == len(HEADS) + 1 for row in rows[:3])
     assert "| MLP |  | 70.0 |  |  |  | 70.0 |" in text and "## ViT-B/32 on 4 x tpu-v5e" in text
     assert "times as long" in page({"b16-tower-v5e": FIGURES, "b16-stock-v5e": FIGURES})
+    kernels = FIGURES | {"kernels": 1200, "transposes": 7, "float32_products": 2}
+    text = page({"b16-tower-h100": kernels, "b16-stock-h100": kernels})
+    assert "1,200 kernels, 7 of which move axes, and 2 float32 products; in flax's" in text
     assert summary("b32-v5e", FIGURES).startswith("b32-v5e: 100.0 ms, 45.0 %")
     assert "does not fit" in summary("l14-v5p", REFUSED)
