@@ -17,6 +17,7 @@ from absl import flags
 
 from clip_jax.config import known_keys, resolve, unknown_key_message
 from clip_jax.errors import UserError, run_command
+from clip_jax.gpu_memory import take_gpu_memory
 from clip_jax.host_memory import keep_freed_memory
 from clip_jax.parallel.limits import LIMITS, Limits
 from clip_jax.sections import Config
@@ -116,6 +117,7 @@ def main() -> int:
         return 0
     # First of all: resolving imports JAX, which may start threads.
     keep_freed_memory()
+    take_gpu_memory()
     config = resolve(parse(sys.argv))
     workdir = _WORKDIR.value
     if workdir is None and not _DRY_RUN.value:

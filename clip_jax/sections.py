@@ -230,7 +230,8 @@ class DataSection:
     them; 0 decodes in the run's own. -1 takes one for every 4 threads that have a core, from two
     on, where the data are tar shards."""
     cache_bytes: int = bounded(0, low=0, high=2**50, may_change=True)
-    """Memory for decoded images kept between epochs; 0 keeps none."""
+    """Memory for decoded images kept between epochs; 0 keeps none. Processes that decode have equal
+    shares of it, and any of them may be given a row: with `processes` 0 more is found again."""
     caption_packing: str = may_change("auto")
     """How a batch's captions lie: packed, several in a row, in as many rows as follow from the
     shares of captions that have at most so many tokens ("16:0.64,32:0.85"), or one in a row, all

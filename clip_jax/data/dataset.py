@@ -196,6 +196,9 @@ class LostShard:
     def captions(self, i: int, handles: Handles) -> list[str]:
         raise self._again()
 
+    def captions_beside(self, suffix: str, i: int, handles: Handles) -> list[str]:
+        raise self._again()
+
     def label(self, i: int, handles: Handles) -> int:
         raise self._again()
 

@@ -321,8 +321,15 @@ class DecodeProcesses:
     ):
         self._settings = settings
         self._shards = shards
+        share = settings.config.cache_bytes // processes
         setup = WorkerSetup(
-            settings, shards.starts, buffers.shape, buffers.stride, _cached_shards(shards.shards)
+            dataclasses.replace(
+                settings, config=dataclasses.replace(settings.config, cache_bytes=share)
+            ),
+            shards.starts,
+            buffers.shape,
+            buffers.stride,
+            _cached_shards(shards.shards),
         )
         try:
             message = pickle.dumps(setup)

@@ -129,13 +129,12 @@ def _parts(config: Config, shards: int, vary: frozenset[str]) -> Iterator[int]:
             yield parts
 
 
-def state_bytes(parameters: int, candidate: Candidate, config: Config) -> int:
-    """Return the bytes that a device's part of the state takes at the least.
+def parameter_bytes(parameters: int, candidate: Candidate) -> int:
+    """Return the bytes of a device's part of the parameters, less than which no step takes.
 
-    They are the parameters and one moment in float32, and a second moment or the moving average.
+    Moments are left out: the copies of a model may share them, and frozen towers have none.
     """
-    arrays = 2 + (config.optim.name == "adamw") + (config.train.ema_decay > 0)
-    return 4 * arrays * parameters // (candidate.fsdp * candidate.tensor)
+    return 4 * parameters // (candidate.fsdp * candidate.tensor)
 
 
 def least_days(

@@ -2,13 +2,14 @@
 
 from typing import Any, NamedTuple
 
+from clip_jax import gpu_memory
 from clip_jax.planning.hardware import Device
 from clip_jax.planning.memory import STATE
 from clip_jax.planning.program import StepCosts
 from clip_jax.planning.scopes import in_loss
 from clip_jax.sections import Config
 
-USABLE = 0.9
+USABLE = gpu_memory.SHARE
 """Share of a device's memory that a program can have: its code, the runtime and gaps take some."""
 
 

@@ -135,9 +135,11 @@ def bench(
     hardware |= {"utilization": utilization, "image_size": image_size}
     need_of(model, encode, 16, **hardware)  # an unknown name ends before anything is measured
     shape = SampleShape(config.vision.image_size, config.text.context_length)
-    section = dataclasses.replace(_DATA, processes=processes)
-    settings = LoaderSettings(shape, batch_size, section)
     shards = open_all_shards(source, log=SkipLog())
+    # As many streams as divide the batch and have a pair each; they change the order alone.
+    streams = math.gcd(batch_size, min(_DATA.streams, sum(map(len, shards))) or 1)
+    section = dataclasses.replace(_DATA, processes=processes, streams=streams)
+    settings = LoaderSettings(shape, batch_size, section)
     loaders, lengths = [], Counter[int]()
     with progress_bar(len(threads) + PARTS, "bench", "stage") as progress:
         stages = measure_parts(shards, encode, settings, seconds=seconds)

@@ -74,9 +74,26 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 def _whole(text: str) -> int:
     """Return a whole number that may be written as 4e8."""
     number = float(text)
-    if number != int(number):
+    if not number.is_integer():  # nor is infinity
         raise ValueError(text)
     return int(number)
+
+
+def _check(config: Config, devices: int | None, utilization: float, pairs: int | None) -> None:
+    """Check the numbers that a plan and a search are given.
+
+    Raises:
+      UserError: one is out of range.
+    """
+    if devices is not None and devices < 1:
+        raise UserError(f"--devices is {devices}; give how many devices there are, 1 or more")
+    if not 0 < utilization <= 1:
+        raise UserError(f"--utilization is {utilization:g}; it takes 0 < share <= 1, 0.5 say")
+    if pairs is not None and pairs < config.train.batch_size:
+        raise UserError(
+            f"--pairs is {pairs:,}; it takes config.train.batch_size "
+            f"{config.train.batch_size:,} or more"
+        )
 
 
 def plan(
@@ -104,15 +121,7 @@ def plan(
       UserError: a number is out of range, the config does not fit the devices, or the compiler is
         not there.
     """
-    if devices < 1:
-        raise UserError(f"--devices is {devices}; give how many devices there are, 1 or more")
-    if not 0 < utilization <= 1:
-        raise UserError(f"--utilization is {utilization:g}; it takes 0 < share <= 1, 0.5 say")
-    if pairs is not None and pairs < config.train.batch_size:
-        raise UserError(
-            f"--pairs is {pairs:,}; it takes config.train.batch_size "
-            f"{config.train.batch_size:,} or more"
-        )
+    _check(config, devices, utilization, pairs)
     from clip_jax.planning.compilers import find_compiler, start_compiler
     from clip_jax.planning.hardware import find_device
     from clip_jax.planning.plan import RefusedPlan, make_plan, run_steps
@@ -144,6 +153,7 @@ def search(args: argparse.Namespace, config: Config) -> int:
     Raises:
       UserError: a flag is wrong, or no number of devices is enough.
     """
+    from clip_jax.planning.candidates import make_candidates
     from clip_jax.planning.compilers import find_compiler
     from clip_jax.planning.hardware import find_device
     from clip_jax.tools.plan_search import (
@@ -161,6 +171,15 @@ def search(args: argparse.Namespace, config: Config) -> int:
         check_choice("--vary", axis, AXES)
     if (args.devices is None) == (args.days is None):
         raise UserError("--search takes --devices, or --days of the whole run, and not both")
+    _check(config, args.devices, args.utilization, args.pairs)
+    if args.days is not None and not args.days > 0:
+        raise UserError(f"--days is {args.days:g}; give how many days the run may take, 1.5 say")
+    if args.days is None and not make_candidates(config, args.devices, vary):
+        batch, count = config.train.batch_size, args.devices
+        raise UserError(
+            f"config.train.batch_size {batch} cannot be cut evenly for --devices {count}; the "
+            f"nearest that can: {max(count, batch // count * count)}"
+        )
     device, hardware = args.device.lower(), find_device(args.device)
     hardware.peak(config.model.dtype)
     compiler = find_compiler(device, args.compiler)
@@ -171,7 +190,8 @@ def search(args: argparse.Namespace, config: Config) -> int:
             raise UserError("--days needs --pairs, the pairs of an epoch, or config.train.steps")
         counts = counts_for_days(config, device, hardware, size, args.days)
     folder = Path(args.cache or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "clip_jax"))
-    cache = Cache(make_folder(folder.expanduser() / "plans", flag="--cache"), compiler, device)
+    plans = make_folder(folder.expanduser() / "plans", flag="--cache")
+    cache = Cache(plans, compiler, device, args.utilization)
     made = Search(config, device, hardware, compiler, cache, vary, size.parameters)
     found = made.run(counts, lambda best: size.days(best.seconds) <= (args.days or math.inf))
     print(search_text(found, config, device, compiler, size, args.days))

@@ -20,7 +20,7 @@ from clip_jax.planning.candidates import (
     is_pruned,
     least_days,
     make_candidates,
-    state_bytes,
+    parameter_bytes,
     with_other_kernels,
 )
 from clip_jax.planning.compilers import Compiler, device_counts
@@ -69,11 +69,20 @@ class Found:
 
 
 class Cache:
-    """Plans on disk, one file each, by all that their program depends on."""
+    """Plans on disk, one file each, by all that they depend on.
 
-    def __init__(self, folder: Path, compiler: Compiler, device_name: str) -> None:
+    Attributes:
+      folder: where they are.
+      utilization: the share of their peak that products are taken to reach, where the compiler does
+        not estimate their time.
+    """
+
+    def __init__(
+        self, folder: Path, compiler: Compiler, device_name: str, utilization: float
+    ) -> None:
         """Keep plans of a compiler for a kind of device in this folder."""
         self.folder = folder
+        self.utilization = utilization
         self._fixed = {
             "compiler": dataclasses.asdict(compiler),
             "jax": importlib.metadata.version("jax"),
@@ -81,6 +90,8 @@ class Cache:
             "code": code_digest(),
             "device": device_name,
         }
+        if compiler.platform != "tpu":
+            self._fixed["utilization"] = utilization
 
     def path(self, config: Config, devices: int) -> Path:
         """Return the file of a run's plan on so many devices."""
@@ -137,7 +148,12 @@ def with_settings(config: Config, settings: dict[str, Any]) -> Config:
 
 
 def compile_in_child(
-    config: Config, device_name: str, devices: int, compiler: Compiler, path: Path
+    config: Config,
+    device_name: str,
+    devices: int,
+    compiler: Compiler,
+    path: Path,
+    utilization: float,
 ) -> str:
     """Plan a run in a process of its own and keep the plan; return the line it failed with, or "".
 
@@ -148,7 +164,7 @@ def compile_in_child(
         given.write_text(json.dumps(dataclasses.asdict(config)), encoding="utf-8")
         line = [sys.executable, "-m", "clip_jax.plan", "--config", str(given)]
         line += ["--device", device_name, "--devices", str(devices), "--json", str(path)]
-        line += ["--compiler", compiler.platform]
+        line += ["--compiler", compiler.platform, "--utilization", repr(utilization)]
         process = subprocess.Popen(
             line,
             stdout=subprocess.DEVNULL,
@@ -169,7 +185,10 @@ def compile_in_child(
     return last[-1].removeprefix("error: ")
 
 
-Compile = Callable[[Config, str, int, Compiler, Path], str]
+Compile = Callable[[Config, str, int, Compiler, Path, float], str]
+
+MOST_FAILURES = 5
+"""So many settings may fail before one is compiled; then the compiler itself is not well."""
 
 
 @dataclasses.dataclass
@@ -208,7 +227,9 @@ class Search:
         is_complete = True
         try:
             for devices in counts:
-                self._search(devices)
+                if not self._search(devices):
+                    is_complete = False
+                    break
                 best = self._best(devices)
                 if best and is_enough(best):
                     break
@@ -223,38 +244,48 @@ class Search:
         here = [r for r in self.ranked if r.devices == devices]
         return min(here, key=lambda r: r.seconds, default=None)
 
-    def _search(self, devices: int) -> None:
+    def _search(self, devices: int) -> bool:
+        """Compile settings on so many devices; return whether none was left because of failures."""
         fits: dict[Candidate, bool] = {}
+        tried: set[Candidate] = set()
         left = make_candidates(self.config, devices, self.vary)
         title = f"{devices} x {self.device_name}"
         with progress_bar(len(left), title, "program") as bar:
             while left:
                 candidate = left.pop(0)
-                if not is_pruned(candidate, fits):
-                    fits[candidate] = self._try(candidate, devices)
+                tried.add(candidate)
+                fitting = self._try(candidate, devices)
+                if fitting is not None:
+                    fits[candidate] = fitting
+                elif len(self.failed) >= MOST_FAILURES and not (self.ranked or self.refused):
+                    return False
                 left = [c for c in left if not is_pruned(c, fits)]
                 if not left and (best := self._best(devices)):
-                    tried = {r.candidate for r in (*self.ranked, *self.refused)}
-                    tried |= {candidate for candidate, _, _ in self.failed}
                     others = with_other_kernels(best.candidate, self.compiler.platform, self.vary)
-                    left = [c for c in others if c not in fits and c not in tried]
-                bar.total = len(fits) + len(left)
-                bar.n = len(fits)
+                    left = [c for c in others if c not in tried]
+                bar.total = len(tried) + len(left)
+                bar.n = len(tried)
                 bar.refresh()
+        return True
 
-    def _try(self, candidate: Candidate, devices: int) -> bool:
-        """Compile one setting, if it was not yet, and return whether it fits."""
+    def _try(self, candidate: Candidate, devices: int) -> bool | None:
+        """Compile one setting, if it was not yet; return whether it fits, None if that failed.
+
+        A failure may have another reason than memory: nothing follows from it for other settings.
+        """
         config = with_settings(self.config, candidate.settings(self.config))
-        if state_bytes(self.parameters, candidate, config) > self.device.memory:
+        if parameter_bytes(self.parameters, candidate) > self.device.memory:
             return False
         record = self.cache.read(config, devices)
         if record is None:
             path = self.cache.path(config, devices)
-            reason = self.compile(config, self.device_name, devices, self.compiler, path)
+            reason = self.compile(
+                config, self.device_name, devices, self.compiler, path, self.cache.utilization
+            )
             record = self.cache.read(config, devices)
             if record is None:
                 self.failed.append((candidate, devices, reason or "it wrote nothing"))
-                return True  # the reason may be another than memory: nothing follows from it
+                return None
         ranked = Ranked(candidate, devices, record)
         (self.ranked if record["fits"] else self.refused).append(ranked)
         return bool(record["fits"])
@@ -293,7 +324,7 @@ def size_of_run(config: Config, pairs: int | None) -> RunSize:
     length = run.model.config.text.context_length
     return RunSize(
         parameter_counts(run.shapes.params)["total"],
-        config.train.batch_size * pair_flops(run, length),
+        float(config.train.batch_size * pair_flops(run, length)),
         run_steps(config, pairs),
     )
 
@@ -370,7 +401,7 @@ def search_text(
     lines = [
         f"{config.model.name}, batch {config.train.batch_size:,}, on {device_name}: "
         f"{len(found.ranked)} settings fit, {len(found.refused)} do not"
-        + ("" if found.is_complete else "; interrupted, more were left to compile"),
+        + ("" if found.is_complete else "; it ended early, more were left to compile"),
         _ranked_by(compiler),
     ]
     if found.ranked:
@@ -382,7 +413,9 @@ def search_text(
     lines += [_row(r, config, size) for r in found.ranked[:SHOWN]]
     for candidate, devices, reason in found.failed:
         lines.append(f"not compiled: {devices} devices, {_short(candidate)}: {reason}")
-    if not found.ranked:
+    if not found.ranked and not found.refused and found.failed:
+        lines.append("nothing was compiled; python -m clip_jax.plan of one setting says more")
+    elif not found.ranked:
         lines.append("nothing fits; take more devices, or a smaller batch")
     elif most_days is not None:
         enough = [r for r in found.ranked if size.days(r.seconds) <= most_days]

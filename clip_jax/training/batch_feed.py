@@ -31,6 +31,7 @@ class PlacedBatch:
 
     Attributes:
       arrays: what the step takes.
+      placed: those that come from the host; teachers' features are computed on the devices.
       keys: the keys of this process's rows.
       length: tokens of a caption, after trimming; or how captions were packed.
       stop_signals: by process, the signal that asked it to stop, or 0.
@@ -38,6 +39,7 @@ class PlacedBatch:
     """
 
     arrays: dict[str, jax.Array]
+    placed: list[jax.Array]
     keys: list[str]
     length: int | CaptionPacking
     stop_signals: np.ndarray
@@ -101,10 +103,11 @@ class BatchFeed:
                 text["negative"] = batch["negative"][:, :length]
         signals = answers[:, 1]
         arrays = place_batch(device_arrays(batch) | text, self._run.mesh)
+        placed = list(arrays.values())
         if self._run.distiller is not None:
             arrays |= self._run.distiller.features(batch, self._step)
         self._step += 1
-        return PlacedBatch(arrays, batch["key"], packing or length, signals, batch["text"])
+        return PlacedBatch(arrays, placed, batch["key"], packing or length, signals, batch["text"])
 
     def _announce(self, batch: Batch) -> distributed.Announcement:
         """Tell all processes (caption length, stop signal, skipped rows, rows) of a batch."""

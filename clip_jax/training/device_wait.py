@@ -10,9 +10,11 @@ import jax
 class DeviceWait:
     """The shares of time in which the devices had nothing to do, for want of data or of the host.
 
-    Between the end of a step and the beginning of the next they wait for data while the batch is
-    fetched or still on its way to them, and for the host while it does anything else. What happens
-    beside a running step costs nothing. It is a context manager around the fetching of a batch.
+    Between the end of a step and the call that hands out the next they wait for data while the
+    batch is fetched, and for the host while it does anything else; in the call and behind it, for
+    data that is still on its way. What the call itself takes is not counted: the devices may begin
+    within it. What happens beside a running step costs nothing. It is a context manager around the
+    fetching of a batch.
 
     Attributes:
       first_step_end: when the first step was done, on the clock of `time.perf_counter`.
@@ -34,23 +36,29 @@ class DeviceWait:
     def __exit__(self, *error: object) -> None:
         self._fetch_end = time.perf_counter()
 
-    def dispatched(self, rows: Any, outputs: Any) -> None:
-        """Take in that a step of these rows, with these outputs, was handed to the devices."""
-        now = time.perf_counter()
+    def dispatched(self, called: float, rows: Any, outputs: Any) -> None:
+        """Take in that a step was handed to the devices.
+
+        Args:
+          called: when it was, on the clock of `time.perf_counter`.
+          rows: arrays of its batch that come from the host, and not from the devices themselves.
+          outputs: arrays that are there when it is done.
+        """
         before = self._ended if self._counts else None
         self._ended = self._pool.submit(
-            self._follow, before, self._fetch_start, self._fetch_end, now, rows, outputs
+            self._follow, before, self._fetch_start, self._fetch_end, called, rows, outputs
         )
         self._counts = True
         if self.first_step_end is None:
-            self.first_step_end, self._since = self._ended, now
+            # Behind the call, which compiles the step.
+            self.first_step_end, self._since = self._ended, time.perf_counter()
 
     def _follow(
         self,
         before: Future[float] | None,
         fetch_start: float,
         fetch_end: float,
-        dispatched: float,
+        called: float,
         rows: Any,
         outputs: Any,
     ) -> float:
@@ -59,8 +67,8 @@ class DeviceWait:
         if before is not None:
             free = before.result()  # there: this thread has followed it
             fetching = max(0.0, fetch_end - max(free, fetch_start))
-            self._data += fetching + max(0.0, arrived - max(free, dispatched))
-            self._host += max(0.0, dispatched - free - fetching)
+            self._data += fetching + max(0.0, arrived - max(free, called))
+            self._host += max(0.0, called - free - fetching)
         return _when_ready(outputs)
 
     def pause(self) -> None:

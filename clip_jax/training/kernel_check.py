@@ -3,8 +3,7 @@
 import dataclasses
 import math
 
-import jax
-
+from clip_jax.errors import short
 from clip_jax.models.attention import Kernel
 from clip_jax.models.clip import choose_kernels
 from clip_jax.models.vit import ViTConfig
@@ -21,19 +20,23 @@ def with_checked_kernels(run: RunComponents) -> RunComponents:
         return run
     from clip_jax.models.kernels.check import ALLOWED
 
-    error = max(distributed.gather(_largest_error(run)))
+    found = distributed.gather(_largest_error(run))
+    error = max(error for error, _ in found)
     if error <= ALLOWED:
         return run
+    reason = next((words for _, words in found if words), "") or (
+        f"they differ from the plain forms by {error:.1f} times bfloat16's rounding, and "
+        f"{ALLOWED:g} is allowed"
+    )
     distributed.print_on_main(
-        f"the TPU kernels differ from the plain forms on this {run.model.target.generation} "
-        f"({error:.1f} times bfloat16's rounding, {ALLOWED:g} is allowed), so that XLA's are used, "
-        "which are slower; please report this line"
+        f"the TPU kernels are not used on this {run.model.target.generation}: {reason}. XLA's are "
+        "slower; please report this line"
     )
     return dataclasses.replace(run, model=run.model.clone(attention="xla"))
 
 
-def _largest_error(run: RunComponents) -> float:
-    """Return the largest error of this process's chips; infinite where a kernel does not run."""
+def _largest_error(run: RunComponents) -> tuple[float, str]:
+    """Return the largest error of this process's chips, and why it is infinite, where it is."""
     from clip_jax.models.kernels.check import kernels_error
 
     model, num_patches, packing = run.model, count_kept_patches(run), run.caption_packing
@@ -60,7 +63,10 @@ def _largest_error(run: RunComponents) -> float:
                 is_ragged=is_ragged,
                 target=model.target,
             )
-        except jax.errors.JaxRuntimeError:
-            return math.inf
-        errors.append(error if math.isfinite(error) else math.inf)
-    return max(errors)
+        # What a compiler of kernels raises is of many types: MosaicError, NotImplementedError, ...
+        except Exception as failure:
+            return math.inf, f"they do not run, {short(failure):.300}"
+        if not math.isfinite(error):
+            return math.inf, "what they give is not finite"
+        errors.append(error)
+    return max(errors), ""

@@ -504,8 +504,9 @@ class Trainer:
     def dispatch(self, batch: PlacedBatch) -> DispatchedStep:
         """Hand the next step to the devices, and do not wait for it."""
         watchdog.rearm()
+        called = time.perf_counter()
         self.state, metrics = self.train_step(self.state, batch.arrays)
-        self.logger.device_wait.dispatched(batch.arrays, metrics)
+        self.logger.device_wait.dispatched(called, batch.placed, metrics)
         distributed.settle(metrics)
         self.step += 1
         self.logger.length = batch.length

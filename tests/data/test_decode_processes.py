@@ -147,6 +147,20 @@ def test_remote_shards_are_fetched_once_for_all_processes(tmp_path, monkeypatch)
             np.testing.assert_array_equal(batch["image"], next(loader)["image"])
 
 
+def test_the_memory_for_decoded_images_is_shared_out(tmp_path, monkeypatch):
+    sent = []
+
+    def dumps(setup):
+        sent.append(setup.settings.config.cache_bytes)
+        raise TypeError("enough")
+
+    monkeypatch.setattr(decode_processes.pickle, "dumps", dumps)
+    shards = open_shards(data_cases.write_shards(tmp_path, [4]))
+    with pytest.raises(UserError, match="enough"):
+        train_loader(shards, streams=1, threads=2, processes=2, cache_bytes=1001)
+    assert sent == [500]
+
+
 def test_what_cannot_be_sent_to_a_process_is_named(tmp_path):
     shards = open_shards(data_cases.write_shards(tmp_path, [4]))
     tokenizer = ToyTokenizer()

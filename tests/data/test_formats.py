@@ -24,6 +24,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clip_jax.data import filters
+from clip_jax.data.captions import captions_of_kind
+from clip_jax.data.dataset import LostShard
 from clip_jax.data.formats import records, remote
 from clip_jax.data.formats.errors import ShardError
 from clip_jax.data.shards import BadSampleError, Handles
@@ -297,6 +299,11 @@ def test_a_remote_read_is_tried_again_and_then_the_shard_passed_over(tmp_path, m
             f"failed {remote.TRIES} times" in loader.recent[-1] and "try later" in loader.recent[-1]
         )
     assert len(calls) == remote.TRIES  # its other samples were passed over at once
+    # A lost shard is what is the matter, whichever captions are asked of it.
+    lost = LostShard("0.tar", 1, 2, BadSampleError("read_failed", "gone"))
+    with Handles() as handles, pytest.raises(BadSampleError) as caught:
+        captions_of_kind(lost, ".txt", 0, handles)
+    assert caught.value.cause == "read_failed"
 
 
 def test_a_remote_file_of_which_a_part_came_is_not_used(tmp_path, memory, monkeypatch):

@@ -115,6 +115,10 @@ def test_the_command(tmp_path):
     ):
         with pytest.raises(UserError, match=text):
             command.bench(**{**options, name: value})
+    (tmp_path / "few").mkdir()
+    few = write_shards(tmp_path / "few", [5])
+    odd = {**options, "source": list(few), "batch_size": 10, "threads": (0,)}
+    assert command.bench(**odd).loaders[0].rate > 0  # no field of a config is asked for
     cut = tmp_path / "cut.tar"
     cut.write_bytes(bytes(700))
     with pytest.raises(UserError, match="cut or damaged at byte"):

@@ -9,7 +9,7 @@ import pytest
 
 from clip_jax.config import default, resolve
 from clip_jax.errors import UserError
-from clip_jax.planning.candidates import Candidate, is_pruned, make_candidates, state_bytes
+from clip_jax.planning.candidates import Candidate, is_pruned, make_candidates, parameter_bytes
 from clip_jax.planning.compilers import Compiler, device_counts
 from clip_jax.planning.hardware import DEVICES
 from clip_jax.tools.config_flags import parse as parse_config
@@ -50,7 +50,7 @@ MS = {"full": 230, "blocks": 150, "minimal": 100, "dots": 110, "none": 120}
 def fake_compile(calls, interrupt_after=None, memory=16e9):
     """Return a compiler whose memory and time follow from the settings."""
 
-    def compile_(config, device_name, devices, compiler, path):
+    def compile_(config, device_name, devices, compiler, path, utilization):
         if interrupt_after is not None and len(calls) >= interrupt_after:
             raise KeyboardInterrupt
         calls.append(config)
@@ -81,7 +81,7 @@ def search_of(tmp_path, config=None, vary=AXES, **options):
         "tpu-v5e",
         V5E,
         TPU,
-        Cache(tmp_path, TPU, "tpu-v5e"),
+        Cache(tmp_path, TPU, "tpu-v5e", 0.5),
         frozenset(vary),
         parameters=151_000_000,
         compile=fake_compile(calls, **options),
@@ -134,8 +134,14 @@ def test_each_program_is_compiled_once(tmp_path):
     assert made.cache.path(config_of(), 8) != made.cache.path(
         config_of(**{"optim.name": "lion"}), 8
     )
-    newer = Cache(tmp_path, dataclasses.replace(TPU, version="0.0.43"), "tpu-v5e")
+    newer = Cache(tmp_path, dataclasses.replace(TPU, version="0.0.43"), "tpu-v5e", 0.5)
     assert newer.read(config_of(), 8) is None
+    # Its own estimate of a step is the TPU compiler's alone: elsewhere the share is part of a plan.
+    other = Cache(tmp_path, TPU, "tpu-v5e", 0.7)
+    assert other.path(config_of(), 8) == made.cache.path(config_of(), 8)
+    cuda = Compiler("cuda", "jax-cuda12-plugin", "0.10.2")
+    shares = {Cache(tmp_path, cuda, "h100", share).path(config_of(), 8) for share in (0.5, 0.7)}
+    assert len(shares) == 2
     assert len(code_digest()) == 64
 
 
@@ -144,7 +150,7 @@ def test_an_interrupted_search_tells_what_it_knows(tmp_path):
     found = made.run([8], enough)
     assert not found.is_complete and len(found.ranked) == 3 == len(calls)
     text = search_text(found, config_of(), "tpu-v5e", TPU, RunSize(1, 1e15, 10), None)
-    assert "interrupted" in text and "minimal" in text
+    assert "it ended early" in text and "minimal" in text
 
 
 def test_the_smallest_number_of_devices_that_is_quick_enough(tmp_path):
@@ -163,25 +169,48 @@ def test_the_smallest_number_of_devices_that_is_quick_enough(tmp_path):
 
 
 def test_a_failed_compilation_is_told_and_nothing_follows_from_it(tmp_path):
-    def fail(config, device_name, devices, compiler, path):
+    made, _ = search_of(tmp_path, vary=("remat", "microbatch"), memory=8e9)
+    compile_ = made.compile
+
+    def fail_where_most_is_kept(config, device_name, devices, compiler, path, utilization):
+        # The machine's own memory ends there, which says nothing of the devices'.
+        if config.model.remat == "minimal" and not config.train.microbatch_size:
+            return "the compiler was killed"
+        return compile_(config, device_name, devices, compiler, path, utilization)
+
+    made.compile = fail_where_most_is_kept
+    found = made.run([2], enough)
+    assert [(c.remat, c.parts) for c, _, _ in found.failed] == [("minimal", 1)]
+    # Without the failure: blocks whole (10 GB) do not fit, and two parts of them do (6 GB).
+    assert found.is_complete and found.ranked[0].candidate.parts == 2
+    text = search_text(found, config_of(), "tpu-v5e", TPU, RunSize(1, 1e15, 10), None)
+    assert "not compiled: 2 devices" in text and "the compiler was killed" in text
+
+
+def test_a_compiler_that_always_fails_is_not_asked_for_ever(tmp_path):
+    calls = []
+
+    def fail(config, *_):
+        calls.append(config)
         return "the compiler stumbled"
 
-    made, _ = search_of(tmp_path, vary=("remat",))
+    made, _ = search_of(tmp_path)
     made.compile = fail
-    found = made.run([8], enough)
-    assert not found.ranked and len(found.failed) == 4  # all but whole towers again
+    found = made.run([8, 16], enough)
+    assert not found.ranked and not found.is_complete and len(calls) == len(found.failed) == 5
     text = search_text(found, config_of(), "tpu-v5e", TPU, RunSize(1, 1e15, 10), None)
-    assert "the compiler stumbled" in text and "nothing fits" in text
+    assert "the compiler stumbled" in text and "nothing was compiled" in text
 
 
-def test_a_state_that_cannot_fit_is_not_compiled(tmp_path):
+def test_parameters_that_cannot_fit_are_not_compiled(tmp_path):
     made, calls = search_of(tmp_path)
-    made.parameters = 2_539_567_105
+    made.parameters = 5_000_000_000
     made.run([8], enough)
     assert calls and all(c.mesh.fsdp == 8 for c in calls)
     whole = Candidate(1, 1, "minimal", False, "auto", 1)
-    assert state_bytes(100, whole, config_of()) == 1200
-    assert state_bytes(100, dataclasses.replace(whole, fsdp=8), config_of()) == 150
+    # Not their moments, which the copies of a model share.
+    assert parameter_bytes(100, whole) == 400
+    assert parameter_bytes(100, dataclasses.replace(whole, fsdp=8)) == 50
 
 
 # What ml_collections reads a config file with.
@@ -229,6 +258,16 @@ def test_numbers_of_devices_that_can_be_had():
         ([], "--search takes --devices, or --days"),
         (["--devices", "8", "--days", "5"], "--search takes --devices, or --days"),
         (["--devices", "8", "--vary", "remat,color"], "--vary is 'color'"),
+        (["--devices", "0"], "--devices is 0; give how many"),
+        (["--devices", "-8"], "--devices is -8; give how many"),
+        (["--devices", "8", "--utilization", "5"], "--utilization is 5; it takes"),
+        (["--days", "5", "--pairs", "10"], "--pairs is 10; it takes config.train.batch_size"),
+        (["--days", "0", "--pairs", "4e8"], "--days is 0; give how many days"),
+        (["--days", "nan", "--pairs", "4e8"], "--days is nan; give how many days"),
+        (
+            ["--devices", "256", "--config.train.batch_size=1000", "--config.data.streams=8"],
+            "batch_size 1000 cannot be cut evenly for --devices 256; the nearest that can: 768",
+        ),
     ],
 )
 def test_mistakes_are_one_line(monkeypatch, flags, message):

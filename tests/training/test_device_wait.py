@@ -1,5 +1,6 @@
 """The time between two steps: what the devices wait for."""
 
+import time
 from concurrent.futures import Future
 from contextlib import closing
 
@@ -29,7 +30,7 @@ class Clock:
         rows, outputs = Future(), Future()
         rows.set_result(arrived)
         outputs.set_result(ended)
-        wait.dispatched(rows, outputs)
+        wait.dispatched(at, rows, outputs)
         wait._ended.result(10)
 
 
@@ -99,7 +100,7 @@ def test_the_rows_and_outputs_of_a_real_step():
         with wait:
             rows = jnp.ones((8, 8))
         for _ in range(3):
-            wait.dispatched(rows, jnp.dot(rows, rows))
+            wait.dispatched(time.perf_counter(), rows, jnp.dot(rows, rows))
         assert wait._ended.result(10) >= wait.first_step_end.result(10)
         data, host = wait.shares()
     assert 0 <= data <= 1 and 0 <= host <= 1

@@ -29,8 +29,21 @@ def make_run(platform):
     return Run(CLIP(VIT, dtype=jnp.bfloat16, target=Target(platform, "v5e")), Config())
 
 
-@pytest.mark.parametrize("error", [3.0, math.nan, jax.errors.JaxRuntimeError("Mosaic failed")])
-def test_wrong_kernels_are_replaced_in_a_line(monkeypatch, capsys, error):
+class MosaicError(Exception):
+    """What JAX makes of an error that tells a place in a kernel: of no type of its own errors."""
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (3.0, "by 3.0 times bfloat16's rounding"),
+        (math.nan, "not finite"),
+        (jax.errors.JaxRuntimeError("Mosaic failed"), "JaxRuntimeError: Mosaic failed"),
+        (MosaicError("not\nthere"), "MosaicError: not there"),
+        (NotImplementedError("a layout"), "NotImplementedError: a layout"),
+    ],
+)
+def test_wrong_kernels_are_replaced_in_a_line(monkeypatch, capsys, error, words):
     def kernels_error(**sizes):
         assert (sizes["length"], sizes["is_causal"]) == (24, True)
         if isinstance(error, Exception):
@@ -39,7 +52,8 @@ def test_wrong_kernels_are_replaced_in_a_line(monkeypatch, capsys, error):
 
     monkeypatch.setattr(check, "kernels_error", kernels_error)
     assert kernel_check.with_checked_kernels(make_run("tpu")).model.attention == "xla"
-    assert "please report this line" in capsys.readouterr().out
+    line = capsys.readouterr().out
+    assert words in line and line.endswith("please report this line\n") and line.count("\n") == 1
 
 
 def test_right_kernels_stay(monkeypatch, capsys):
