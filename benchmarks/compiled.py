@@ -143,8 +143,9 @@ compilers, without a device. Whole steps have the paper's settings but for what 
 77 tokens, 224 pixels; towers are the image tower with its gradient. Nothing here was measured on a
 device. Times of TPUs are the compiler's estimate (`docs/planning.md` says what it is and how it is
 calibrated). Times of GPUs are a roofline, which no run reaches: half of the peak in products, the
-published bandwidth. Collectives are not in the time: "not hidden" is the share of their bytes that
-nothing runs beside. "Counted" is the share of the time in instructions that the compiler counted.
+published bandwidth. Collectives are not in the time: "not hidden" is the share of their bytes for
+whose time, at the published rates, nothing runs beside (`docs/planning.md`). "Counted" is the share
+of the time in instructions that the compiler counted.
 
 | {heads} |
 | {rule} |

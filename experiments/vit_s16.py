@@ -5,10 +5,8 @@
 
 Meant for a set like CC3M (3 million pairs): 32 epochs at a batch of 1,024 are 94,000 steps, and
 96 million pairs. A training step costs 3 x (8.6 + 3.1) GFLOP a pair at the full 77 tokens, so the
-run is 3.4e18 FLOP: nine and a half hours at 100 TFLOP/s sustained. Activations are about 60 MB a
-pair, 60 GB a batch (34 bytes a position and width a layer, and the attention maps: Korthikanti et
-al. 2022, arXiv:2205.05198, section 4); on a smaller GPU lower the batch. All of this is reckoned,
-none of it measured.
+run is 3.4e18 FLOP: nine and a half hours at 100 TFLOP/s sustained, as reckoned. As compiled for an
+H100 a step takes 30 GB; on a smaller GPU lower the batch.
 
 The fewest devices that hold it whole, and the days of the run there, as compiled (`docs/fits.md`):
 v5e 4: 0.2 days; v5p 1: 0.4 days; v6e 2: 0.3 days; h100 1: 0.2 days.

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping, Sequence
 
 from clip_jax.planning.compilers import Compiler
 from clip_jax.planning.estimate import Change, StepTime, advise, fits, step_time
@@ -81,7 +82,7 @@ class Plan:
 
     @property
     def exposed_share(self) -> float:
-        """The share of the exchanged bytes beside which the schedule runs nothing."""
+        """The share of the exchanged bytes for whose time the schedule runs nothing beside."""
         collectives = self.costs.collectives
         everything = sum(c.times * c.bytes for c in collectives)
         return self._exchanges[1] / everything if everything else 0.0
@@ -89,15 +90,16 @@ class Plan:
     @functools.cached_property
     def _exchanges(self) -> tuple[float, float]:
         """Seconds and bytes that nothing hides."""
-        timing = self.costs.timing
-        each = timing.seconds_each() if timing else {}
+        collectives, timing = self.costs.collectives, self.costs.timing
+        needs = [c.wire_bytes / self.device.bandwidth(c.group) for c in collectives]
+        # Without an estimate of what runs beside them, anything hides them.
+        hidden = needs
+        if timing:
+            hidden = hidden_seconds(needs, [c.beside for c in collectives], timing.seconds_each())
         seconds = size = 0.0
-        for c in self.costs.collectives:
-            needs = c.wire_bytes / self.device.bandwidth(c.group)
-            # Without an estimate of what runs beside it, anything hides it.
-            beside = sum(each.get(name, 0.0) for name in c.beside) if timing else needs
-            exposed = max(0.0, 1 - beside / needs) if c.beside and needs else 1.0
-            seconds += c.times * needs * exposed
+        for c, need, beside in zip(collectives, needs, hidden, strict=True):
+            exposed = 1 - beside / need if c.beside and need else 1.0
+            seconds += c.times * need * exposed
             size += c.times * c.bytes * exposed
         return seconds, size
 
@@ -112,6 +114,34 @@ class Plan:
         """
         peak = self.device.peak(self.config.model.dtype)
         return self.costs.needed_flops / peak / step_seconds
+
+
+def hidden_seconds(
+    needs: Sequence[float], beside: Sequence[Sequence[str]], each: Mapping[str, float]
+) -> list[float]:
+    """Return of each exchange the seconds that computation runs beside it.
+
+    Exchanges at one time share the links: an instruction beside several hides the one that is due
+    first, and of the next with what is left of it.
+
+    Args:
+      needs: the seconds that an exchange takes alone.
+      beside: the instructions between its start and its end.
+      each: the seconds of all instructions, in the order of the program.
+    """
+    place = {name: i for i, name in enumerate(each)}
+    due = [max((place.get(name, -1) for name in names), default=-1) for names in beside]
+    waiting: dict[str, list[int]] = {}
+    for i in sorted(range(len(needs)), key=lambda i: due[i]):
+        for name in beside[i]:
+            waiting.setdefault(name, []).append(i)
+    left = list(needs)
+    for name, seconds in each.items():
+        for i in waiting.get(name, ()):
+            taken = min(left[i], seconds)
+            left[i] -= taken
+            seconds -= taken
+    return [need - rest for need, rest in zip(needs, left, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -83,7 +83,7 @@ class Cache:
         """Keep plans of a compiler for a kind of device in this folder."""
         self.folder = folder
         self.utilization = utilization
-        self._fixed = {
+        self._fixed: dict[str, Any] = {
             "compiler": dataclasses.asdict(compiler),
             "jax": importlib.metadata.version("jax"),
             "flax": importlib.metadata.version("flax"),

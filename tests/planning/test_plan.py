@@ -27,7 +27,7 @@ from clip_jax.planning.estimate import USABLE, step_time
 from clip_jax.planning.hardware import DEVICES, find_device
 from clip_jax.planning.hlo import parse_program, trip_count, visits
 from clip_jax.planning.memory import Memory, measure_memory
-from clip_jax.planning.plan import make_plan, run_steps
+from clip_jax.planning.plan import hidden_seconds, make_plan, run_steps
 from clip_jax.planning.program import StepCosts, loss_flops
 from clip_jax.planning.scopes import in_loss, step_scopes
 from clip_jax.planning.text import change_text, format_bytes, plan_text
@@ -459,3 +459,14 @@ def test_numbers_of_a_protocol_buffer(values):
     *read, text, double, single = [(number, value) for number, _, value in fields(message)]
     assert read == [(5, v) for v in values] and text == (7, packed)
     assert double == (9, np.float64(1).tobytes()) and single == (10, bytes(4))
+
+
+def test_computation_hides_the_exchanges_beside_it_once():
+    each = {"a": 2.0, "b": 3.0, "c": 1.0}
+    # Alone: what it needs, or what runs beside it.
+    assert hidden_seconds([4.0], [("a", "b")], each) == [4.0]
+    assert hidden_seconds([9.0], [("b", "c", "of another core")], each) == [4.0]
+    # Both over `b`: the first to end has it, the other what is left, and `c`.
+    assert hidden_seconds([3.0, 4.0], [("b", "c"), ("a", "b")], each) == [2.0, 4.0]
+    assert hidden_seconds([3.0, 3.0], [("b",), ("b",)], each) == [3.0, 0.0]
+    assert hidden_seconds([1.0], [()], each) == [0.0]
