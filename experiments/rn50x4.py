@@ -7,7 +7,7 @@ Learning rate 5e-4; everything else is in `experiments/paper.py`. On the paper's
 the published weights classify ImageNet zero-shot at 66.3 %.
 
 The fewest devices that hold it whole, and the days of the run there, as compiled (`docs/fits.md`):
-v5p 64: 2.3 days; v6e 128: 1.2 days; h100 64: 1.4 days.
+v5e 256: 1.4 days; v5p 64: 2.3 days; v6e 128: 1.2 days; h100 64: 1.4 days.
 """
 
 import ml_collections

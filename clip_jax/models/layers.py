@@ -329,7 +329,9 @@ def block_parts(
 
     def plain_norm(x: Array, scale_D: Array, bias_D: Array) -> Array:
         if target.platform == "cuda":
-            return layer_norm_for_gpu(x, scale_D, bias_D, config.norm_eps, target)
+            # As the sums of `BlockParts.sums_rows_first`.
+            whose = target.alone if exec_config.in_scan else target
+            return layer_norm_for_gpu(x, scale_D, bias_D, config.norm_eps, whose)
         return layer_norm(x, scale_D, bias_D, config.norm_eps)
 
     def norm(x: Array, scale_D: Array, bias_D: Array) -> tuple[Array, Array]:
@@ -340,10 +342,9 @@ def block_parts(
     keeps_them = kernel == "xla" or packing.is_ragged
     attend_again = jax.checkpoint(attend_heads) if keeps_them else attend_heads
     # Heads may be split over the devices: then three products stay in place, and one would not.
-    alone = tuple((name,) for name in PROJECTIONS)
-    # GPUs' loops were compiled with the barriers alone.
-    in_scan = exec_config.in_scan and target.platform != "cuda"
-    parts = BlockParts(alone, norm, attend_again, plain_norm, activation, dtype, target, in_scan)
+    each = tuple((name,) for name in PROJECTIONS)
+    in_scan = exec_config.in_scan
+    parts = BlockParts(each, norm, attend_again, plain_norm, activation, dtype, target, in_scan)
     return _with_kernels(parts, config, packing) if kernel == "pallas" else parts
 
 

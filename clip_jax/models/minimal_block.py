@@ -53,6 +53,14 @@ class BlockParts:
     target: Target
     in_scan: bool = False
 
+    @property
+    def sums_rows_first(self) -> bool:
+        """Whether sums over rows are taken before the pass goes on (`row_sums`).
+
+        A turn of a loop ends with its sums: nothing can put them off any further.
+        """
+        return puts_sums_off(self.target) and not self.in_scan
+
 
 class Saved(NamedTuple):
     """What stays between the passes: `attend_vjp` holds queries, keys and values."""
@@ -155,8 +163,8 @@ def block_gradients(parts: BlockParts, saved: Saved, d: Array) -> tuple[Any, Arr
     for i, (names, d_names) in enumerate(zip(parts.projections, dprojected, strict=True)):
         with jax.named_scope(f"attn/{_joint_name(names)}"):
             dh = dh + d_names @ _side_by_side(parts, attn, names).T
-            if puts_sums_off(parts.target):
-                (kernel, dbias), dh = _parameter_gradients(parts.target, h, d_names, dh)
+            if parts.sums_rows_first:
+                (kernel, dbias), dh = _parameter_gradients(parts, h, d_names, dh)
                 dbiases = dbiases.at[i].set(dbias)
             else:
                 kernel = _kernel_gradient(h, d_names)
@@ -165,7 +173,7 @@ def block_gradients(parts: BlockParts, saved: Saved, d: Array) -> tuple[Any, Arr
         grads["attn"][name] = _like(attn[name], kernel, bias)
     with jax.named_scope("ln_1"):
         dx, *norm_grads = pull((d, split(dh)))
-    if puts_sums_off(parts.target):
+    if parts.sums_rows_first:
         # The devices exchange what was summed above beside the attention's backward pass.
         early = {"mlp": grads["mlp"], "ln_2": grads["ln_2"], "out_proj": grads["attn"]["out_proj"]}
         dx, early = lax.optimization_barrier((dx, early))
@@ -249,7 +257,7 @@ def _dense_gradients(
     weights = matrix(parts.dtype, layer, inputs=inputs)
     gamma = params[scale]["gamma"] if scale in params else None
     dx = (d if gamma is None else d * gamma.astype(d.dtype)) @ weights.T
-    (dkernel, dbias), dx = _parameter_gradients(parts.target, x, d, dx)
+    (dkernel, dbias), dx = _parameter_gradients(parts, x, d, dx)
     if gamma is not None:
         dgamma = jnp.sum(weights.astype(jnp.float32) * dkernel, 0) + layer["bias"] * dbias
         grads[scale] = {"gamma": dgamma}
@@ -258,14 +266,16 @@ def _dense_gradients(
 
 
 def _parameter_gradients(
-    target: Target, x: Array, d: Array, waiting: Array
+    parts: BlockParts, x: Array, d: Array, waiting: Array
 ) -> tuple[tuple[Array, ...], Array]:
     """Return the gradients of a kernel and of its bias, float32, and `waiting`."""
 
     def sums(x: Array, d: Array) -> tuple[Array, Array]:
-        return _kernel_gradient(x, d), _row_sum(target, d)
+        return _kernel_gradient(x, d), _row_sum(parts.target, d)
 
-    return sum_rows_first(target, sums, (x, d), waiting)
+    if not parts.sums_rows_first:
+        return sums(x, d), waiting
+    return sum_rows_first(parts.target, sums, (x, d), waiting)
 
 
 def _kernel_gradient(x: Array, d: Array) -> Array:

@@ -13,7 +13,6 @@ their gradients travel at once for all blocks.
 Values and gradients are those of `minimal_block.residual_block`, to rounding.
 """
 
-import dataclasses
 import functools
 import itertools
 from collections.abc import Mapping
@@ -46,11 +45,6 @@ def shares_kernels(target: Target, batch: int, width: int) -> bool:
         return False
     shards = target.mesh.shape.get(AXIS, 1)
     return shards > 1 and width % shards == 0
-
-
-def alone(target: Target) -> Target:
-    """Return one of these devices."""
-    return dataclasses.replace(target, mesh=None, batch_axes=())
 
 
 Flat = dict[str, Array]

@@ -40,6 +40,11 @@ class Target:
         """The number of parts in which the rows of a batch are split."""
         return math.prod(self.mesh.shape[axis] for axis in self.batch_axes) if self.mesh else 1
 
+    @property
+    def alone(self) -> "Target":
+        """One of these devices."""
+        return dataclasses.replace(self, mesh=None, batch_axes=())
+
     def shares(self, batch: int) -> bool:
         """Return whether the devices have equally many rows of such a batch.
 

@@ -18,7 +18,7 @@ from clip_jax.models.layers import (
     stream_packing,
 )
 from clip_jax.models.packing import Packing
-from clip_jax.models.shared_loop import alone, shared_loop, shares_kernels
+from clip_jax.models.shared_loop import shared_loop, shares_kernels
 from clip_jax.models.stack import FROZEN_STACK, STACK
 
 NO_INPUTS = BlockInputs()
@@ -127,7 +127,7 @@ class Transformer(nn.Module):
         """Apply the stacked blocks of that name, whose kernels the devices share."""
         target = self.exec_config.target
         own = dataclasses.replace(packing, batch=packing.batch // target.batch_shards)
-        exec_config = dataclasses.replace(self.exec_config, target=alone(target), in_scan=True)
+        exec_config = dataclasses.replace(self.exec_config, target=target.alone, in_scan=True)
         parts = block_parts(self.block, exec_config, own, x_ND.shape[-1])
         stacked = self.variables["params"][name]
         with jax.named_scope(name):

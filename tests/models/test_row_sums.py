@@ -6,11 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model_cases import assert_trees_close, features_and_gradients, make_inputs, random_variables
+from model_cases import (
+    assert_trees_close,
+    features_and_gradients,
+    make_inputs,
+    random_variables,
+    weighted_sum,
+)
 from tiny import VIT
 
-from clip_jax.models.clip import CLIP
+from clip_jax.models import layer_norm, minimal_block
+from clip_jax.models.clip import CLIP, variable_shapes
 from clip_jax.models.row_sums import puts_sums_off, sum_rows_first
+from clip_jax.models.stack import stack_layers
 from clip_jax.models.target import Target
 from clip_jax.parallel.mesh import BATCH_AXES, make_mesh
 
@@ -47,9 +55,34 @@ def test_sums(rows):
     np.testing.assert_array_equal(waiting, 2 * x)
 
 
-def test_blocks():
+@pytest.mark.parametrize("scan", [False, True])
+def test_blocks(scan):
     variables = random_variables(VIT)
+    variables = stack_layers(variables) if scan else variables
     images, tokens = (np.repeat(x, 8, 0)[:8] for x in make_inputs(VIT))
-    plain = features_and_gradients(CLIP(VIT), variables, images, tokens)
-    model = CLIP(VIT, remat="minimal", attention="xla", target=gpus(data=4, fsdp=2))
+    plain = features_and_gradients(CLIP(VIT, scan=scan), variables, images, tokens)
+    model = CLIP(VIT, remat="minimal", attention="xla", scan=scan, target=gpus(data=4, fsdp=2))
     assert_trees_close(features_and_gradients(model, variables, images, tokens), plain)
+
+
+def test_a_turn_of_a_loop_ends_with_its_sums(monkeypatch):
+    calls = []
+
+    def count(target, function, rows, waiting):
+        calls.append(target.batch_shards)
+        return sum_rows_first(target, function, rows, waiting)
+
+    for module in (minimal_block, layer_norm):
+        monkeypatch.setattr(module, "sum_rows_first", count)
+    for scan in (True, False):
+        model = CLIP(VIT, remat="minimal", attention="xla", scan=scan, target=gpus(data=8))
+        shapes = variable_shapes(model)
+        inputs = (np.repeat(x, 8, 0)[:8] for x in make_inputs(VIT))
+
+        def loss(variables, images, tokens, model=model):
+            return weighted_sum(model.apply(variables, images, tokens))
+
+        calls.clear()
+        jax.eval_shape(jax.grad(loss), shapes, *inputs)
+        # Outside of the loops are the last blocks, each for itself, and the towers' own norms.
+        assert (1 in calls) == scan
