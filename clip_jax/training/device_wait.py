@@ -11,10 +11,10 @@ class DeviceWait:
     """The shares of time in which the devices had nothing to do, for want of data or of the host.
 
     Between the end of a step and the call that hands out the next they wait for data while the
-    batch is fetched, and for the host while it does anything else; in the call and behind it, for
-    data that is still on its way. What the call itself takes is not counted: the devices may begin
-    within it. What happens beside a running step costs nothing. It is a context manager around the
-    fetching of a batch.
+    batch is fetched, and for the host while it does anything else; behind the call, for data that
+    is still on its way. What the call itself takes is not counted: the devices may begin within it,
+    or a program may be compiled. What happens beside a running step costs nothing. It is a context
+    manager around the fetching of a batch.
 
     Attributes:
       first_step_end: when the first step was done, on the clock of `time.perf_counter`.
@@ -44,14 +44,15 @@ class DeviceWait:
           rows: arrays of its batch that come from the host, and not from the devices themselves.
           outputs: arrays that are there when it is done.
         """
+        now = time.perf_counter()
         before = self._ended if self._counts else None
         self._ended = self._pool.submit(
-            self._follow, before, self._fetch_start, self._fetch_end, called, rows, outputs
+            self._follow, before, self._fetch_start, self._fetch_end, called, now, rows, outputs
         )
         self._counts = True
         if self.first_step_end is None:
             # Behind the call, which compiles the step.
-            self.first_step_end, self._since = self._ended, time.perf_counter()
+            self.first_step_end, self._since = self._ended, now
 
     def _follow(
         self,
@@ -59,6 +60,7 @@ class DeviceWait:
         fetch_start: float,
         fetch_end: float,
         called: float,
+        returned: float,
         rows: Any,
         outputs: Any,
     ) -> float:
@@ -67,7 +69,7 @@ class DeviceWait:
         if before is not None:
             free = before.result()  # there: this thread has followed it
             fetching = max(0.0, fetch_end - max(free, fetch_start))
-            self._data += fetching + max(0.0, arrived - max(free, called))
+            self._data += fetching + max(0.0, arrived - max(free, returned))
             self._host += max(0.0, called - free - fetching)
         return _when_ready(outputs)
 

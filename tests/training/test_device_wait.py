@@ -24,13 +24,13 @@ class Clock:
         with wait:
             self.now = end
 
-    def dispatch(self, wait, at, *, arrived, ended):
+    def dispatch(self, wait, at, *, arrived, ended, called=None):
         """Hand out a step whose rows are there at one time, and which ends at another."""
         self.now = at
         rows, outputs = Future(), Future()
         rows.set_result(arrived)
         outputs.set_result(ended)
-        wait.dispatched(at, rows, outputs)
+        wait.dispatched(at if called is None else called, rows, outputs)
         wait._ended.result(10)
 
 
@@ -93,6 +93,16 @@ def test_what_the_host_does_else_is_its_own_wait(clock, wait):
     clock.dispatch(wait, 60.0, arrived=61.0, ended=70.0)
     clock.now = 70.0
     assert wait.shares() == (0.0, 0.0)
+
+
+def test_what_the_call_takes_is_no_wait(clock, wait):
+    clock.fetch(wait, 0.0, 0.0)
+    clock.dispatch(wait, 0.0, arrived=0.0, ended=10.0)
+    clock.fetch(wait, 1.0, 2.0)
+    # Another length is compiled for 20 s; the rows were looked at when that was over.
+    clock.dispatch(wait, 32.0, arrived=32.0, ended=40.0, called=12.0)
+    clock.now = 40.0
+    assert wait.shares() == (0.0, 2 / 40)
 
 
 def test_the_rows_and_outputs_of_a_real_step():
