@@ -62,8 +62,8 @@ def gpu_kernels(program: Program) -> dict[str, int]:
         ]
         counts["transposes"] += times * ("transpose" in inside or line.opcode == "copy")
         if line.opcode == "custom-call" and "matmul" in line.attributes:
-            (shape,) = computation[line.operands[0]].shapes[:1]
-            counts["float32_products"] += times * (shape.dtype == "f32")
+            dtype = computation[line.operands[0]].shapes[0].dtype
+            counts["float32_products"] += times * (dtype == "f32")
     return counts
 
 

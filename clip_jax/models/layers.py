@@ -301,7 +301,7 @@ def block_parts(
 ) -> BlockParts:
     """Return the parts of a block that keeps the least, for rows packed so."""
     heads, target, dtype = config.heads, exec_config.target, exec_config.dtype
-    activation = ACTIVATIONS[config.activation]
+    activation, in_scan = ACTIVATIONS[config.activation], exec_config.in_scan
 
     # Under a causal mask no row sees what is behind it.
     is_padded = packing.stride > packing.length and not config.is_causal
@@ -329,9 +329,9 @@ def block_parts(
 
     def plain_norm(x: Array, scale_D: Array, bias_D: Array) -> Array:
         if target.platform == "cuda":
-            # As the sums of `BlockParts.sums_rows_first`.
-            whose = target.alone if exec_config.in_scan else target
-            return layer_norm_for_gpu(x, scale_D, bias_D, config.norm_eps, whose)
+            # One device takes no sums first: in a loop nothing does (`BlockParts.sums_rows_first`).
+            summing = target.alone if in_scan else target
+            return layer_norm_for_gpu(x, scale_D, bias_D, config.norm_eps, summing)
         return layer_norm(x, scale_D, bias_D, config.norm_eps)
 
     def norm(x: Array, scale_D: Array, bias_D: Array) -> tuple[Array, Array]:
@@ -343,7 +343,6 @@ def block_parts(
     attend_again = jax.checkpoint(attend_heads) if keeps_them else attend_heads
     # Heads may be split over the devices: then three products stay in place, and one would not.
     each = tuple((name,) for name in PROJECTIONS)
-    in_scan = exec_config.in_scan
     parts = BlockParts(each, norm, attend_again, plain_norm, activation, dtype, target, in_scan)
     return _with_kernels(parts, config, packing) if kernel == "pallas" else parts
 
