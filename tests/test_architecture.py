@@ -1,6 +1,7 @@
 """The rooms may import downwards only, and importing the package is cheap."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ PACKAGE = Path(__file__).parent.parent / "clip_jax"
 LEVELS = [
     {"distribution"},
     {"errors"},
-    {"files", "host_memory", "protobuf", "typing", "progress_bar", "sections"},
+    {"files", "host_memory", "gpu_memory", "protobuf", "typing", "progress_bar", "sections"},
     {"models", "losses", "data", "tokenizers", "executors"},
     {"parallel", "pretrained"},
     {"evaluation", "api_inputs"},
@@ -59,6 +60,13 @@ def test_imports_go_down_the_stairs(path):
         return
     for other in imported_rooms(path) - {here}:
         assert LEVEL[other] < LEVEL[here], f"{path.name} ({here}) imports {other}"
+
+
+def test_the_page_has_these_stairs():
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| (`.*`) \|$", page, re.MULTILINE)
+    stairs = {int(stair): set(re.findall(r"`(\w+)`", rooms)) for stair, rooms in rows}
+    assert stairs == dict(enumerate(LEVELS))
 
 
 def test_only_the_parity_tests_import_torch():
