@@ -31,10 +31,12 @@ for name in ${*:-training encoding loss gradcache}; do
     case $name in
     training)
         part 390 benchmarks.on_gpu --profile "$folder/profile"
-        for profile in "$folder"/profile/*; do
+        for profile in "$folder"/profile/*/; do
             name=kernels-$(basename "$profile")
-            part 60 benchmarks.kernels "$profile" --top 25
+            part 60 benchmarks.kernels "$profile" --top 25 >"${profile%/}.txt" &
         done
+        wait
+        cat "$folder"/profile/*.txt
         ;;
     loss) part 90 benchmarks.loss --dtype bfloat16 --rows 32768 --beyond 65536 ;;
     gradcache) part 120 benchmarks.gradcache $bf16 --model ViT-B-16-quickgelu --batch 512 --microbatches 4 ;;
