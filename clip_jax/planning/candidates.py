@@ -70,9 +70,12 @@ class Candidate:
         """Return whether it only computes more than another."""
         if dataclasses.replace(self, parts=other.parts, remat=other.remat) != other:
             return False
+        if other.remat == "full":
+            return False
         # Whole towers again, and their blocks once more, cost more than micro-batches do.
-        is_full = self.remat == "full"
-        return other.remat != "full" and (is_full or self.parts > other.parts)
+        if self.remat == "full" or self.parts > other.parts:
+            return True
+        return self.remat == "blocks" != other.remat and self.parts == other.parts
 
 
 def _rank(remat: str) -> int:
@@ -91,13 +94,15 @@ def make_candidates(config: Config, devices: int, vary: frozenset[str]) -> list[
     """
     scans = (False, True) if "scan" in vary else (config.model.scan,)
     remats = REMAT_ORDER if "remat" in vary else (config.model.remat,)
-    return [
+    made = [
         Candidate(fsdp, tensor, remat, scan, config.model.attention, parts)
         for fsdp, tensor in _meshes(config, devices, vary)
         for scan in scans
         for parts in _parts(config, devices // tensor, vary)
         for remat in remats
     ]
+    # Every mesh with what is likely to be quickest, then every mesh with the next.
+    return sorted(made, key=lambda c: (c.parts, remats.index(c.remat)))
 
 
 def with_other_kernels(best: Candidate, platform: str, vary: frozenset[str]) -> list[Candidate]:
