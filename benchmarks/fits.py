@@ -126,7 +126,7 @@ Written by `python -m benchmarks.fits`: the fewest devices, of the powers of two
 of `experiments/` fits on with its own batch, whole, as the devices' own compilers have it, and the
 days of the run there. Nothing here was measured on a device. Times of TPUs are the compiler's
 estimate, of transformers with their layers in a loop (one by one they are faster, ViT-L/14 by a
-quarter, and take the compiler longer); times of GPUs are a roofline, which no run reaches. What
+fifth, and take the compiler longer); times of GPUs are a roofline, which no run reaches. What
 `docs/planning.md` says of both holds here. Runs of the paper's models are 32 epochs of 400 million
 pairs, `vit_l14_336` one more, `clipa_l16_short` six; `vit_s16` is 32 of 3 million. With more
 devices the days fall in proportion, or nearly; with fewer, `config.train.microbatch_size` takes a

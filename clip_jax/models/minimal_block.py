@@ -187,9 +187,11 @@ def block_gradients(parts: BlockParts, saved: Saved, d: Array) -> tuple[Any, Arr
 def _compute_now(parts: BlockParts, *arrays: Array) -> tuple[Array, ...]:
     """Keep the compiler from holding what is made of these again since the forward pass.
 
-    In a loop it cannot, and would copy out of the stacks what it can read there.
+    In a loop it cannot, and would copy out of the stacks what it can read there; but on a v6e the
+    loop has more copies without.
     """
-    return arrays if parts.in_scan else lax.optimization_barrier(arrays)
+    is_free = parts.in_scan and parts.target.generation != "v6e"
+    return arrays if is_free else lax.optimization_barrier(arrays)
 
 
 def _gain_and_bias(norm: Any) -> tuple[Array, Array]:
