@@ -85,8 +85,7 @@ class ModelSection:
     remat: str = may_change("auto")
     """What the backward pass computes again instead of keeping: "none"; all but matrix products, in
     blocks with a backward pass of their own ("minimal") or by JAX ("dots"); the inside of every
-    block ("blocks", which on several GPUs saves memory with `scan` alone); whole towers ("full").
-    "auto" is none on CPUs and minimal elsewhere."""
+    block ("blocks"); whole towers ("full"). "auto" is none on CPUs and minimal elsewhere."""
     scan: bool = may_change(False)
     """Compile a tower's block once and loop over it: for deep models; the same numbers."""
 

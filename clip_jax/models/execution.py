@@ -4,6 +4,7 @@ Each choice is equal to the plain form to rounding, and tested against it in val
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,7 @@ from jax.extend.core import primitives
 from jax.typing import DTypeLike
 
 from clip_jax.errors import check_choice
+from clip_jax.models.row_sums import puts_sums_off, sum_rows_first
 from clip_jax.models.target import ONE_CPU, Target
 
 DTYPES = ("float32", "bfloat16")
@@ -105,9 +107,44 @@ def remat_tower(
     return nn.remat(tower, static_argnums=static_argnums) if exec_config.remat == "full" else tower
 
 
-def dense_product(target: Target) -> Callable[..., Any]:
-    """Return the `dot_general` of dense layers: on a CPU `merged_product`, else JAX's own."""
-    return merged_product if target.platform == "cpu" else jax.lax.dot_general
+def dense_product(exec_config: ExecConfig) -> Callable[..., Any]:
+    """Return the `dot_general` of dense layers.
+
+    On a CPU it is `merged_product`, on several GPUs `product_with_early_gradient` but in a loop,
+    whose turns end with their sums anyway, and else JAX's own.
+    """
+    target = exec_config.target
+    if target.platform == "cpu":
+        return merged_product
+    if puts_sums_off(target) and not exec_config.in_scan:
+        return functools.partial(product_with_early_gradient, target)
+    return jax.lax.dot_general
+
+
+def product_with_early_gradient(
+    target: Target, x: Any, kernel: Any, dimension_numbers: Any, **options: Any
+) -> Any:
+    """Return a dense layer's `dot_general` whose backward pass waits for the kernel's gradient.
+
+    See `row_sums`: without, what `remat` computes again is held until the sums are taken.
+    """
+    (x_axes, kernel_axes), _ = dimension_numbers
+    size = math.prod(x.shape[axis] for axis in x_axes)
+    rows, columns = x.shape[: x_axes[0]], kernel.shape[len(kernel_axes) :]
+    matrices = (((1,), (0,)), ((), ()))
+
+    def multiply(x_NK: Any, kernel_KM: Any) -> Any:
+        return jax.lax.dot_general(x_NK, kernel_KM, matrices, **options)
+
+    def backward(saved: tuple[Any, Any], dy_NM: Any) -> tuple[Any, Any]:
+        x_NK, kernel_KM = saved
+        dx = multiply(dy_NM, kernel_KM.T).astype(x_NK.dtype)
+        dkernel, dx = sum_rows_first(target, lambda x, dy: (multiply(x.T, dy),), (x_NK, dy_NM), dx)
+        return dx, dkernel[0].astype(kernel_KM.dtype)
+
+    early = jax.custom_vjp(multiply)
+    early.defvjp(lambda x, kernel: (multiply(x, kernel), (x, kernel)), backward)
+    return early(x.reshape(-1, size), kernel.reshape(size, -1)).reshape(*rows, *columns)
 
 
 def merged_product(x: Any, kernel: Any, dimension_numbers: Any, **options: Any) -> Any:

@@ -103,7 +103,7 @@ class PlaceAttention(nn.Module):
         x_BLD = x_BHWC.reshape(x_BHWC.shape[0], -1, width)
         options: dict[str, Any] = {
             "dtype": exec_config.dtype,
-            "dot_general": dense_product(exec_config.target),
+            "dot_general": dense_product(exec_config),
         }
         q, k, v = (
             nn.DenseGeneral(

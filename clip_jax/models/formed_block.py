@@ -53,7 +53,7 @@ class FormedAttention(nn.Module):
     ) -> Array:
         """Return a row for each row, or for row `pool_index_B` of every sequence alone."""
         c, width = self.config, x_BLD.shape[-1]
-        product = dense_product(self.exec_config.target)
+        product = dense_product(self.exec_config)
 
         def project(name: str, x: Array, *, use_bias: bool = True) -> Array:
             return nn.DenseGeneral(

@@ -36,7 +36,7 @@ class GatedMLP(nn.Module):
                 kernel_init=init,
                 bias_init=self.block_init.mlp_bias(fan_in),
                 dtype=self.exec_config.dtype,
-                dot_general=dense_product(self.exec_config.target),
+                dot_general=dense_product(self.exec_config),
                 name=name,
             )
 

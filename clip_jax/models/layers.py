@@ -147,7 +147,7 @@ class Attention(nn.Module):
         `positions_BL`: see `attention.attend_packed`.
         """
         width, target = x_BLD.shape[-1], self.exec_config.target
-        product = dense_product(target)
+        product = dense_product(self.exec_config)
 
         def project(name: str) -> nn.DenseGeneral:
             return nn.DenseGeneral(
@@ -195,7 +195,7 @@ class MLP(nn.Module):
     def __call__(self, x: Array) -> Array:
         """Return the features of each row, the width as before."""
         width, dtype = x.shape[-1], self.exec_config.dtype
-        product = dense_product(self.exec_config.target)
+        product = dense_product(self.exec_config)
         h = nn.Dense(
             self.mlp_width,
             kernel_init=self.block_init.c_fc,

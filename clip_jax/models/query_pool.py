@@ -41,7 +41,7 @@ class QueryPool(nn.Module):
                 (c.heads, self.width // c.heads),
                 kernel_init=c.init.attention_in,
                 dtype=exec_config.dtype,
-                dot_general=dense_product(exec_config.target),
+                dot_general=dense_product(exec_config),
                 name=name,
             )(x)
 
@@ -57,6 +57,6 @@ class QueryPool(nn.Module):
             axis=(-2, -1),
             kernel_init=c.init.attention_out,
             dtype=exec_config.dtype,
-            dot_general=dense_product(exec_config.target),
+            dot_general=dense_product(exec_config),
             name="out_proj",
         )(y_B1NK)[:, 0]

@@ -145,17 +145,6 @@ def _fsdp_reason(plan: Plan, change: Change) -> str:
     )
 
 
-def _remat_reason(plan: Plan, change: Change) -> str:
-    reason = (
-        "the backward pass computes every block again, a third more computation; of a block only "
-        "its input stays"
-    )
-    is_on_gpus = plan.costs.compiler.platform == "cuda" and plan.devices > 1
-    if plan.config.model.scan or not is_on_gpus:
-        return reason
-    return reason + ", on several GPUs with --config.model.scan=True alone"
-
-
 _REASONS: dict[str, Callable[[Plan, Change], str]] = {
     "model.dtype": lambda plan, change: "about half the activations",
     "mesh.fsdp": _fsdp_reason,
@@ -163,7 +152,10 @@ _REASONS: dict[str, Callable[[Plan, Change], str]] = {
         f"about {format_bytes(change.memory or 0)} (activations in proportion to the rows), and a "
         "third more computation"
     ),
-    "model.remat": _remat_reason,
+    "model.remat": lambda plan, change: (
+        "the backward pass computes every block again, a third more computation; of a block only "
+        "its input stays"
+    ),
     "model.scan": lambda plan, change: "gathered parameters live for one block at a time",
 }
 

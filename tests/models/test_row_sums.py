@@ -13,9 +13,10 @@ from model_cases import (
     random_variables,
     weighted_sum,
 )
-from tiny import VIT
+from tiny import TINY, VIT
 
-from clip_jax.models import layer_norm, minimal_block
+from clip_jax.models import execution, layer_norm, minimal_block
+from clip_jax.models.block_form import BlockForm
 from clip_jax.models.clip import CLIP, variable_shapes
 from clip_jax.models.row_sums import puts_sums_off, sum_rows_first
 from clip_jax.models.stack import stack_layers
@@ -55,14 +56,60 @@ def test_sums(rows):
     np.testing.assert_array_equal(waiting, 2 * x)
 
 
+@pytest.mark.parametrize("remat", ["minimal", "dots", "blocks", "none"])
 @pytest.mark.parametrize("scan", [False, True])
-def test_blocks(scan):
+def test_blocks(scan, remat):
     variables = random_variables(VIT)
     variables = stack_layers(variables) if scan else variables
     images, tokens = (np.repeat(x, 8, 0)[:8] for x in make_inputs(VIT))
     plain = features_and_gradients(CLIP(VIT, scan=scan), variables, images, tokens)
-    model = CLIP(VIT, remat="minimal", attention="xla", scan=scan, target=gpus(data=4, fsdp=2))
+    model = CLIP(VIT, remat=remat, attention="xla", scan=scan, target=gpus(data=4, fsdp=2))
     assert_trees_close(features_and_gradients(model, variables, images, tokens), plain)
+
+
+FORMED = dataclasses.replace(
+    VIT, vision=dataclasses.replace(VIT.vision, form=BlockForm("before", "swiglu"))
+)
+
+
+@pytest.mark.parametrize("config", [FORMED, TINY["siglip"]], ids=["swiglu", "siglip"])
+def test_blocks_without_a_backward_pass_of_their_own(config, monkeypatch):
+    calls = []
+
+    def count(target, *rest):
+        calls.append(target)
+        return sum_rows_first(target, *rest)
+
+    monkeypatch.setattr(execution, "sum_rows_first", count)
+    variables = random_variables(config)
+    images, tokens = (np.repeat(x, 8, 0)[:8] for x in make_inputs(config))
+    plain = features_and_gradients(CLIP(config), variables, images, tokens)
+    model = CLIP(config, remat="auto", attention="xla", target=gpus(data=8))
+    assert_trees_close(features_and_gradients(model, variables, images, tokens), plain)
+    assert calls
+
+
+def test_products_of_a_loop_take_no_sums_first(monkeypatch):
+    calls = []
+
+    def count(target, function, rows, waiting):
+        calls.append(rows)
+        return sum_rows_first(target, function, rows, waiting)
+
+    monkeypatch.setattr(execution, "sum_rows_first", count)
+    numbers = {}
+    for scan in (True, False):
+        model = CLIP(VIT, remat="blocks", attention="xla", scan=scan, target=gpus(data=8))
+        inputs = (np.repeat(x, 8, 0)[:8] for x in make_inputs(VIT))
+
+        def loss(variables, images, tokens, model=model):
+            return weighted_sum(model.apply(variables, images, tokens))
+
+        calls.clear()
+        jax.eval_shape(jax.grad(loss), variable_shapes(model), *inputs)
+        numbers[scan] = len(calls)
+    # Six products a block: in a loop those of both towers' last blocks, one by one of all three.
+    assert numbers == {True: 2 * 6, False: 2 * 3 * 6}
 
 
 def test_a_turn_of_a_loop_ends_with_its_sums(monkeypatch):

@@ -355,16 +355,6 @@ def test_what_does_not_fit_says_so_where_nothing_can_be_changed():
     assert large.changes == () and "does not fit: 112 %" in plan_text(large)
 
 
-@pytest.mark.parametrize("scan", [False, True])
-def test_blocks_save_memory_on_several_gpus_in_a_loop(scan):
-    costs = costs_of(memory=Memory({"activations": 9e10}, int(9e10)))
-    on_gpus = dataclasses.replace(costs, compiler=Compiler("cuda", "jax-cuda12-plugin", "1"))
-    config = config_of(**{"model.scan": scan})
-    words = plan_text(plan_of(config, on_gpus))
-    assert "remat=blocks" in words and ("model.scan=True alone" in words) != scan
-    assert "scan=True alone" not in plan_text(plan_of(config, costs))
-
-
 def test_a_plan_in_words():
     plan = plan_of(config_of(**{"train.steps": 86_400}))
     text = plan_text(plan)
