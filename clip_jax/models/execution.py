@@ -107,6 +107,10 @@ def remat_tower(
     return nn.remat(tower, static_argnums=static_argnums) if exec_config.remat == "full" else tower
 
 
+MATRICES = (((1,), (0,)), ((), ()))
+"""The dimension numbers of a product of two matrices."""
+
+
 def dense_product(exec_config: ExecConfig) -> Callable[..., Any]:
     """Return the `dot_general` of dense layers.
 
@@ -128,13 +132,7 @@ def product_with_early_gradient(
 
     See `row_sums`: without, what `remat` computes again is held until the sums are taken.
     """
-    (x_axes, kernel_axes), _ = dimension_numbers
-    size = math.prod(x.shape[axis] for axis in x_axes)
-    rows, columns = x.shape[: x_axes[0]], kernel.shape[len(kernel_axes) :]
-    matrices = (((1,), (0,)), ((), ()))
-
-    def multiply(x_NK: Any, kernel_KM: Any) -> Any:
-        return jax.lax.dot_general(x_NK, kernel_KM, matrices, **options)
+    multiply = functools.partial(jax.lax.dot_general, dimension_numbers=MATRICES, **options)
 
     def backward(saved: tuple[Any, Any], dy_NM: Any) -> tuple[Any, Any]:
         x_NK, kernel_KM = saved
@@ -144,7 +142,7 @@ def product_with_early_gradient(
 
     early = jax.custom_vjp(multiply)
     early.defvjp(lambda x, kernel: (multiply(x, kernel), (x, kernel)), backward)
-    return early(x.reshape(-1, size), kernel.reshape(size, -1)).reshape(*rows, *columns)
+    return _with_merged_axes(early, x, kernel, dimension_numbers)
 
 
 def merged_product(x: Any, kernel: Any, dimension_numbers: Any, **options: Any) -> Any:
@@ -155,10 +153,16 @@ def merged_product(x: Any, kernel: Any, dimension_numbers: Any, **options: Any) 
     a loop into which it fuses all that the operand was made of: the whole residual stream, once a
     layer.
     """
+    multiply = functools.partial(jax.lax.dot_general, dimension_numbers=MATRICES, **options)
+    return _with_merged_axes(multiply, x, kernel, dimension_numbers)
+
+
+def _with_merged_axes(
+    multiply: Callable[[Any, Any], Any], x: Any, kernel: Any, dimension_numbers: Any
+) -> Any:
+    """Return the product that `dimension_numbers` names, of two matrices by `multiply`."""
     (x_axes, kernel_axes), _ = dimension_numbers
     size = math.prod(x.shape[axis] for axis in x_axes)
     rows, columns = x.shape[: x_axes[0]], kernel.shape[len(kernel_axes) :]
-    product = jax.lax.dot_general(
-        x.reshape(-1, size), kernel.reshape(size, -1), (((1,), (0,)), ((), ())), **options
-    )
+    product = multiply(x.reshape(-1, size), kernel.reshape(size, -1))
     return product.reshape(*rows, *columns)
