@@ -107,10 +107,6 @@ def remat_tower(
     return nn.remat(tower, static_argnums=static_argnums) if exec_config.remat == "full" else tower
 
 
-MATRICES = (((1,), (0,)), ((), ()))
-"""The dimension numbers of a product of two matrices."""
-
-
 def dense_product(exec_config: ExecConfig) -> Callable[..., Any]:
     """Return the `dot_general` of dense layers.
 
@@ -132,7 +128,7 @@ def product_with_early_gradient(
 
     See `row_sums`: without, what `remat` computes again is held until the sums are taken.
     """
-    multiply = functools.partial(jax.lax.dot_general, dimension_numbers=MATRICES, **options)
+    multiply = _matrix_product(**options)
 
     def backward(saved: tuple[Any, Any], dy_NM: Any) -> tuple[Any, Any]:
         x_NK, kernel_KM = saved
@@ -153,8 +149,13 @@ def merged_product(x: Any, kernel: Any, dimension_numbers: Any, **options: Any) 
     a loop into which it fuses all that the operand was made of: the whole residual stream, once a
     layer.
     """
-    multiply = functools.partial(jax.lax.dot_general, dimension_numbers=MATRICES, **options)
-    return _with_merged_axes(multiply, x, kernel, dimension_numbers)
+    return _with_merged_axes(_matrix_product(**options), x, kernel, dimension_numbers)
+
+
+def _matrix_product(**options: Any) -> Callable[..., Any]:
+    """Return `dot_general` for the product of two matrices."""
+    matrices = (((1,), (0,)), ((), ()))
+    return functools.partial(jax.lax.dot_general, dimension_numbers=matrices, **options)
 
 
 def _with_merged_axes(
