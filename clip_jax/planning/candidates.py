@@ -11,8 +11,12 @@ from typing import Any
 from clip_jax.planning.hardware import Device
 from clip_jax.sections import Config
 
-REMATS = ("full", "blocks", "minimal", "dots", "none")
-"""Values of `config.model.remat`, from the least memory to the most."""
+REMAT_RANKS = {"full": 0, "blocks": 1, "minimal": 2, "dots": 2, "none": 3}
+"""Values of `config.model.remat`, from the least memory to the most.
+
+"minimal" and "dots" need no matrix product again, and which of them takes less is the compiler's
+and the program's: neither says anything of the other.
+"""
 REMAT_ORDER = ("minimal", "blocks", "full", "dots", "none")
 """The order they are tried in: the answer of one spares others."""
 FSDP = (1, 8, 64, 512)
@@ -61,7 +65,7 @@ class Candidate:
             self.scan == other.scan
             and self.tensor == other.tensor
             and self.fsdp <= other.fsdp
-            and _rank(self.remat) >= _rank(other.remat)
+            and _keeps_at_least(self.remat, other.remat)
             and self.parts <= other.parts
             and self.attention == other.attention
         )
@@ -78,8 +82,9 @@ class Candidate:
         return self.remat == "blocks" != other.remat and self.parts == other.parts
 
 
-def _rank(remat: str) -> int:
-    return REMATS.index("minimal" if remat == "auto" else remat)
+def _keeps_at_least(remat: str, other: str) -> bool:
+    one, two = ("minimal" if name == "auto" else name for name in (remat, other))
+    return one == two or REMAT_RANKS[one] > REMAT_RANKS[two]
 
 
 def make_candidates(config: Config, devices: int, vary: frozenset[str]) -> list[Candidate]:

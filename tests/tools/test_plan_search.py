@@ -108,10 +108,11 @@ def test_the_quickest_setting_that_fits_comes_first(tmp_path):
 
 
 def test_what_does_not_fit_spares_what_needs_more(tmp_path):
-    # On two devices blocks alone take 8 + 2 GB and the rest more than 16: no policy above it.
+    # On two devices blocks alone take 8 + 2 GB and the rest more than 16. Of "minimal" and "dots"
+    # neither spares the other, and both spare "none".
     made, calls = search_of(tmp_path, vary=("remat",))
     found = made.run([2], enough)
-    assert [c.model.remat for c in calls] == ["minimal", "blocks"]
+    assert [c.model.remat for c in calls] == ["minimal", "blocks", "dots"]
     assert [r.candidate.remat for r in found.ranked] == ["blocks"]
 
 
@@ -257,6 +258,17 @@ def test_what_computes_blocks_again_is_not_tried_where_less_fits():
     assert [(c.remat, c.parts) for c in left] == [("minimal", 1), ("dots", 1), ("none", 1)]
     left = [c for c in made if not is_pruned(c, {made[0]: False})]
     assert ("blocks", 1) in {(c.remat, c.parts) for c in left}
+
+
+def test_what_keeps_more_is_not_tried_where_less_does_not_fit():
+    config = config_of(**{"train.batch_size": 48, "data.streams": 8})
+    made = make_candidates(config, 1, frozenset({"remat"}))
+    without = {c.remat: {x.remat for x in made if not is_pruned(x, {c: False})} for c in made}
+    # Of "minimal" and "dots" neither always takes less: on H100s ViT-L/14's layers in a loop take
+    # 43.0 GB with "minimal" and 36.5 with "dots" (docs/planning.md).
+    assert without["minimal"] == {"full", "blocks", "dots"}
+    assert without["dots"] == {"full", "blocks", "minimal"}
+    assert without["blocks"] == {"full"} and without["none"] == set(without) - {"none"}
 
 
 def test_numbers_of_devices_that_can_be_had():
