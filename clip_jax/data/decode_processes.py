@@ -19,6 +19,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
@@ -37,7 +38,7 @@ from clip_jax.data.formats.webdataset import TarShard
 from clip_jax.data.sample_reader import ReaderSettings, Rows, joined_negatives, no_negatives
 from clip_jax.data.shards import ConcatShards, Shard
 from clip_jax.data.sources import open_shard
-from clip_jax.errors import UserError
+from clip_jax.errors import UserError, note
 from clip_jax.sections import DataSection
 
 THREADS_PER_PROCESS = 4
@@ -52,6 +53,8 @@ BEAT_SECONDS = 0.5
 """How often a process gives a sign of life."""
 LEAST_SILENCE = 30.0
 """Seconds without one that a loaded machine may need."""
+SOON = 60.0
+"""Seconds within which new processes that end too end the run."""
 _END_SECONDS = 10.0
 """Time that a process has to end after its sockets were closed."""
 
@@ -198,6 +201,7 @@ class Pool:
       process: the first of them, which started the others.
       idle: connections that nobody uses, each with the number of its process.
       hung: the number of the process that hung, or -1.
+      started: when, in seconds of a clock that never goes back.
     """
 
     def __init__(
@@ -226,6 +230,7 @@ class Pool:
         for number, connection in enumerate(self._connections):
             self.idle.put((connection, number % processes))
         self.hung = -1
+        self.started = time.monotonic()
         self._closing = threading.Event()
         self._connections[0].send_bytes(message)
         threading.Thread(target=self._watch, args=(seconds,), daemon=True).start()
@@ -279,14 +284,14 @@ class Pool:
             return []
         return [int(pid) for pid in children]
 
-    def has_ended(self) -> UserError:
-        """Return the error of a process that ended, and took the others with it."""
+    def how_it_ended(self) -> str:
+        """Return in words how a process ended, which took the others with it, and what to do."""
         try:
             code = self.process.wait(_END_SECONDS)
         except subprocess.TimeoutExpired:
             code = 0
         how = f"signal {abs(code) % 128}" if code < 0 or code > 128 else f"code {code}"
-        return UserError(
+        return (
             f"a process that decodes has ended with {how}: its own lines say why, or the machine is"
             " out of memory (signal 9); fewer config.data.processes need less"
         )
@@ -297,7 +302,9 @@ class DecodeProcesses:
 
     A process in which an image hangs goes on by another of its threads. One that hangs altogether,
     because a decoder does not let go of Python's lock, is killed with the others, new ones take
-    their place, and what it had is read again row by row, to find the image that hangs.
+    their place, and what it had is read again row by row, to find the image that hangs. Where one
+    ends, as when the system kills it for its memory, new ones take their place too, with a line,
+    and what it had is read again; the run ends if they end soon as well.
 
     Args:
       settings: of their readers.
@@ -344,6 +351,7 @@ class DecodeProcesses:
         self._start = lambda: Pool(message, buffers, seconds=seconds, **options)
         self._pool = self._start()
         self._is_closed = False
+        self._replaced = 0
         self._replacing, self._alone = threading.Lock(), threading.Lock()
         self._hung: set[int] = set()
 
@@ -364,7 +372,7 @@ class DecodeProcesses:
           image: the rows' part of that buffer.
 
         Raises:
-          UserError: the process has ended.
+          UserError: the process has ended, and so did the one in its place.
         """
         try:
             if self._hung.isdisjoint(ids.tolist()):
@@ -407,7 +415,7 @@ class DecodeProcesses:
 
         Raises:
           HungError: the process hung.
-          UserError: it has ended.
+          UserError: it has ended, and so did the one in its place.
         """
         while True:
             pool = self._pool
@@ -418,15 +426,30 @@ class DecodeProcesses:
                     self._give(pool, connection, answer)
                 return answer
             except (EOFError, ConnectionError) as e:
-                if pool.hung < 0 or self._is_closed:
-                    raise pool.has_ended() from e
+                if self._is_closed:
+                    raise UserError(pool.how_it_ended()) from e
             finally:
                 pool.idle.put((connection, process))
             with self._replacing:
                 if self._pool is pool and not self._is_closed:
-                    self._pool = self._start()
+                    self._replace(pool)
             if process == pool.hung:
                 raise HungError
+
+    def _replace(self, pool: Pool) -> None:
+        """Start new processes in place of those that hung or ended.
+
+        Raises:
+          UserError: they were new themselves, and ended soon.
+        """
+        if pool.hung < 0:
+            how = pool.how_it_ended()
+            if self._replaced and time.monotonic() - pool.started < SOON:
+                raise UserError(how)
+            self._replaced += 1
+            note(f"{how}; new ones have taken their place, {self._replaced} so far")
+            pool.close()
+        self._pool = self._start()
 
     def _give(self, pool: Pool, connection: Connection, need: object) -> None:
         """Answer what a process asks for while it reads."""

@@ -141,6 +141,9 @@ def serve(connection: Connection, reader: SampleReader, buffers: Buffers) -> Non
             send(connection, _answer(request, reader, buffers, connection))
     except (EOFError, ConnectionError):
         return
+    except BaseException:  # nobody would answer on this socket, and the loader waits for one
+        traceback.print_exc()
+        os._exit(1)
 
 
 def _answer(
@@ -148,8 +151,8 @@ def _answer(
 ) -> object:
     """Read a run of rows; return its fields without the images, or what went wrong."""
     last_row = request.first_row + len(request.ids)
-    image = buffers[request.buffer][request.first_row : last_row]
     try:
+        image = buffers[request.buffer][request.first_row : last_row]
         # While an image is decoded the loader sends nothing: what comes then is its end.
         rows = reader.read(
             request.ids, request.epochs, image, is_wanted=lambda: not connection.poll(0)

@@ -21,6 +21,7 @@ from clip_jax.planning.refusal import DoesNotFitError, parse_refusal
 from clip_jax.planning.roofline import roofline_flops, time_by_roofline
 from clip_jax.sections import Config
 from clip_jax.training.batch_feed import packed_shapes, trimmed_batch_shapes
+from clip_jax.training.optimizer import ELEMENTWISE
 from clip_jax.training.setup import RunComponents, build_run, make_step, pair_flops
 from clip_jax.training.state import parameter_counts
 
@@ -140,6 +141,8 @@ def compile_run(
       UserError: the config does not fit the devices, or the compiler failed.
       DoesNotFitError: the compiler refused the program, because it needs too much memory.
     """
+    if started.compiler.platform == "cpu":
+        config = settled_for_accelerators(config)
     run = build_run(config, steps, devices=started.devices)
     sizes, pairs, shards = run.model.config, config.train.batch_size, batch_shards(run.mesh)
     step: Any = make_step(run)
@@ -173,6 +176,19 @@ def compile_run(
         collectives=find_collectives(program, run.mesh.size),
         timing=timing,
     )
+
+
+def settled_for_accelerators(config: Config) -> Config:
+    """Return a config whose fields of "auto" say what they stand for on TPUs and GPUs.
+
+    The CPU's compiler stands in for theirs: its program shall keep and share what theirs does.
+    """
+    model, optim = config.model, config.optim
+    if model.remat == "auto":
+        model = dataclasses.replace(model, remat="minimal")
+    if optim.split == "auto" and optim.name in ELEMENTWISE:
+        optim = dataclasses.replace(optim, split="on")
+    return dataclasses.replace(config, model=model, optim=optim)
 
 
 def loss_flops(pairs: int, shards: int, embed_dim: int, *, platform: str, tile_size: int) -> int:

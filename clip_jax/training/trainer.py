@@ -474,8 +474,12 @@ class Trainer:
         upcoming = self.feed.place_next()
         while upcoming is not None and self.goes_on() and not self.asked_to_stop(upcoming):
             newest = self.dispatch(upcoming)
-            # On its way to the devices while they are busy with the step.
-            upcoming = self.feed.place_next()
+            try:
+                # On its way to the devices while they are busy with the step.
+                upcoming = self.feed.place_next()
+            except Exception:
+                self.save_after_data_error(newest)
+                raise
             self.log_pending()
             self.pending = newest
             self.save_and_evaluate()
@@ -554,6 +558,18 @@ class Trainer:
         except UserError:  # a metric that is not measured; no step shall be lost for it
             self.save()
             raise
+
+    def save_after_data_error(self, newest: DispatchedStep) -> None:
+        """Save the newest state, so that an error of the data costs no step.
+
+        With several processes nothing is saved: the others would have to take part, and have their
+        data.
+        """
+        self.log_pending()
+        self.pending = newest
+        self.log_pending()
+        if self.finite and jax.process_count() == 1:
+            self.save()
 
     def save(self) -> None:
         """Start saving the state."""

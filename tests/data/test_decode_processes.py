@@ -1,12 +1,15 @@
 """Processes that decode give the rows of threads, bit for bit, and end with the loader."""
 
 import itertools
+import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import data_cases
@@ -16,13 +19,15 @@ from data_cases import ToyTokenizer, train_loader
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clip_jax.data import decode_processes
+from clip_jax.data import decode_processes, decode_worker
 from clip_jax.data.batch_buffers import BatchBuffers
 from clip_jax.data.dataset import open_sources
-from clip_jax.data.decode_processes import DecodeProcesses
+from clip_jax.data.decode_processes import DecodeProcesses, RowsRequest
+from clip_jax.data.decode_worker import Buffers
 from clip_jax.data.filters import FilteredShard
 from clip_jax.data.formats import remote
 from clip_jax.data.order import AUGMENT_KEY, Uniforms, philox
+from clip_jax.data.sample_reader import SampleReader
 from clip_jax.data.skip_log import SkipLog
 from clip_jax.data.sources import open_shards
 from clip_jax.errors import UserError
@@ -90,7 +95,7 @@ def test_rows_order_and_faults_are_those_of_threads(tmp_path):
     assert again_counts == counts and again_recent == recent
 
 
-def test_a_mistake_of_the_program_and_a_killed_process_end_the_run(tmp_path):
+def test_a_mistake_of_the_program_ends_the_run(tmp_path):
     shards = open_shards(data_cases.write_shards(tmp_path, [16]))
     loader = train_loader(
         shards, tokenizer=FailingTokenizer(), streams=1, processes=2, threads=2, batch_size=16
@@ -100,12 +105,79 @@ def test_a_mistake_of_the_program_and_a_killed_process_end_the_run(tmp_path):
             next(loader)
         assert "test_decode_processes.py" in error.value.__notes__[0]  # the traceback there
         pids = worker_pids(loader)
-        os.kill(pids[2], signal.SIGKILL)
-        assert_ended(pids[1:])
-        rows = np.arange(2)
-        with pytest.raises(UserError, match=r"ended with signal 9.*fewer config\.data\.processes"):
-            loader._reader.read(rows, rows, 0, 0, np.empty((2, 8, 8, 3), np.uint8))
     assert_ended(pids)
+
+
+def test_a_killed_process_is_replaced_and_ends_the_run_if_that_is_killed_too(tmp_path, capfd):
+    shards = open_shards(data_cases.write_shards(tmp_path, [16]))
+    with train_loader(shards, streams=1, processes=2, threads=2, batch_size=16) as loader:
+        next(loader)
+        rows = np.arange(2)
+
+        def read():
+            image = np.empty((2, 8, 8, 3), np.uint8)
+            return loader._reader.read(rows, rows, 0, 0, image).key
+
+        keys, first = read(), worker_pids(loader)
+        os.kill(first[2], signal.SIGKILL)
+        assert_ended(first)
+        assert read() == keys
+        told = r"has ended with signal 9.*fewer config\.data\.processes need less"
+        assert re.search(
+            told + "; new ones have taken their place, 1 so far", capfd.readouterr().err
+        )
+        second = worker_pids(loader)
+        assert not set(second) & set(first)
+        os.kill(second[1], signal.SIGKILL)
+        assert_ended(second)
+        for _ in range(2):
+            with pytest.raises(UserError, match=told):
+                read()
+    assert_ended(second)
+
+
+class SomeBuffers(Buffers):
+    def __init__(self, *error):
+        self.error = error
+
+    def __getitem__(self, number):
+        if self.error:
+            raise OSError(*self.error)
+        return np.zeros((1, 8, 8, 3), np.uint8)
+
+
+class UnsendableRows(SampleReader):
+    """A reader whose rows cannot be sent."""
+
+    def __init__(self):
+        pass
+
+    def read(self, ids, epochs, image, is_wanted):
+        return types.SimpleNamespace(text=lambda: None)
+
+
+def test_no_error_of_a_thread_leaves_the_loader_waiting(monkeypatch):
+    request = RowsRequest(np.arange(1), np.zeros(1, int), 0, 0)
+    ours, theirs = multiprocessing.Pipe()
+    ours.send(request)
+    ours.send(request)
+    buffers = SomeBuffers(12, "Cannot allocate memory")
+    arguments = (theirs, UnsendableRows(), buffers)
+    thread = threading.Thread(target=decode_worker.serve, args=arguments)
+    thread.start()
+    for _ in range(2):  # the thread goes on
+        assert ours.poll(20)
+        with pytest.raises(OSError, match="Cannot allocate memory"):
+            ours.recv().raise_it()
+    ours.close()
+    thread.join()
+
+    codes = []
+    monkeypatch.setattr(decode_worker.os, "_exit", codes.append)
+    ours, theirs = multiprocessing.Pipe()
+    ours.send(request)
+    decode_worker.serve(theirs, UnsendableRows(), SomeBuffers())
+    assert codes == [1]
 
 
 @pytest.mark.slow
