@@ -29,6 +29,7 @@ from clip_jax.tokenizers import make_tokenizer
 from clip_jax.tokenizers.train import train as train_tokenizer
 from clip_jax.tools.evaluate import evaluate_workdir, evaluation_text
 from clip_jax.training import run_logger, trainer
+from clip_jax.training.batch_feed import BatchFeed
 from clip_jax.training.best_checkpoint import BestCheckpoint
 from clip_jax.training.checkpoint import Checkpoints, meta_check
 from clip_jax.training.history import read_history
@@ -168,6 +169,26 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(data, uninterrupted, tmp_
         main.run(make_config(data), str(tmp_path))
     assert run_losses(tmp_path)[-1][0] == 7
     assert main.run(make_config(data), str(tmp_path)) == 0
+    assert run_losses(tmp_path) == run_losses(uninterrupted)
+
+
+def test_an_error_of_the_data_costs_no_step(data, uninterrupted, tmp_path, monkeypatch, capsys):
+    original = BatchFeed.place_next
+
+    def fail(self):
+        fail.calls += 1
+        if fail.calls == 4:
+            raise UserError("the disk is gone")
+        return original(self)
+
+    fail.calls = 0
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="the disk is gone"):
+        patch.setattr(BatchFeed, "place_next", fail)
+        main.run(make_config(data), str(tmp_path))
+    # The fourth batch is asked for while the third step is under way, before any is saved.
+    assert run_losses(tmp_path) == run_losses(uninterrupted)[:3]
+    assert main.run(make_config(data), str(tmp_path)) == 0
+    assert "going on from step 3" in capsys.readouterr().out
     assert run_losses(tmp_path) == run_losses(uninterrupted)
 
 
