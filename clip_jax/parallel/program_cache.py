@@ -105,8 +105,8 @@ def start_program_cache(folder: str, workdir: Path) -> str:
     is JAX's own business.
 
     Args:
-      folder: "" is none; "auto" is the user's cache folder, or with several processes, whose
-        machines need not share that, a folder in `workdir`.
+      folder: "off", "none" or "" keeps none; "auto" is the user's cache folder, or with several
+        processes, whose machines need not share that, a folder in `workdir`.
       workdir: the folder of the run.
 
     Raises:
@@ -114,7 +114,7 @@ def start_program_cache(folder: str, workdir: Path) -> str:
     """
     if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return os.environ["JAX_COMPILATION_CACHE_DIR"]
-    if not folder:
+    if folder in ("", "off", "none"):
         return ""
     check_local({"config.train.compile_cache": folder})
     path = _auto_folder(workdir) if folder == "auto" else Path(folder).expanduser()

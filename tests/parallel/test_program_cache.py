@@ -71,7 +71,6 @@ def test_what_was_not_used_for_the_longest_time_goes_first(cache, tmp_path):
 
 
 def test_the_folder_is_the_users_or_the_runs(tmp_path, monkeypatch, capsys, without_tests_cache):
-    assert start_program_cache("", tmp_path) == ""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
     user = str(tmp_path / "user/clip_jax/programs")
     assert start_program_cache("auto", tmp_path) == user
@@ -84,6 +83,14 @@ def test_the_folder_is_the_users_or_the_runs(tmp_path, monkeypatch, capsys, with
     assert out.count("\n") == 1 and "cannot be used (File exists)" in out
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
     assert start_program_cache("auto", tmp_path) == "elsewhere"
+
+
+@pytest.mark.parametrize("name", ["off", "none", ""])
+def test_a_word_turns_it_off(name, tmp_path, monkeypatch, without_tests_cache):
+    monkeypatch.chdir(tmp_path)
+    assert start_program_cache(name, tmp_path) == "" and not list(tmp_path.iterdir())
+    if name:
+        assert start_program_cache(f"./{name}", tmp_path) == name and (tmp_path / name).is_dir()
 
 
 def make_step():
