@@ -129,9 +129,11 @@ $(TPU)/.installed $(GPU)/.installed: requirements.txt setup.cfg pyproject.toml
 	@touch $@
 
 compile-tpu: $(TPU)/.installed ## compile programs for TPUs into docs/compiled.md, slow (COMPILE="b32-v5e" for some)
+	$(TPU)/bin/python -m pytest tests/planning/test_compilers.py
 	$(TPU)/bin/python -m benchmarks.compiled --platform tpu $(COMPILE)
 
 compile-gpu: $(GPU)/.installed ## the same for NVIDIA GPUs
+	$(GPU)/bin/python -m pytest tests/planning/test_compilers.py
 	$(GPU)/bin/python -m benchmarks.compiled --platform cuda $(COMPILE)
 
 clean: ## delete the environments, the data and the runs

@@ -147,9 +147,10 @@ class TrainSection:
     report_name: str = may_change("")
     """The name of the run there; empty takes the work folder's."""
     compile_cache: str = may_change("auto")
-    """Folder of compiled programs, which a next start reads instead of compiling; "" keeps none.
-    "auto" is the user's cache folder, with several processes a folder in the work folder.
-    JAX_COMPILATION_CACHE_DIR in the environment comes first."""
+    """Folder of compiled programs, which a next start reads instead of compiling; "off", "none" or
+    "" keeps none (a folder of such a name is "./off"). "auto" is the user's cache folder, with
+    several processes a folder in the work folder. JAX_COMPILATION_CACHE_DIR in the environment
+    comes first."""
     compile_ahead: str = may_change("auto")
     """Programs that are compiled while the run starts and goes on: of every caption length and of
     the evaluations during the run ("all"), or none before it is needed ("none"). "auto" is all

@@ -8,6 +8,7 @@ is wrong with the folder is said in one line: the run goes on without it.
 import hashlib
 import os
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -22,7 +23,9 @@ MAX_BYTES = 10 * 2**30
 """The most that is left in a folder at a start; what was used last stays."""
 MIN_COMPILE_SECONDS = 0.5
 """A program that compiles in less is not worth a file."""
-_SUFFIX = ".program"
+LEFTOVER_SECONDS = 24 * 3600
+"""A file that is still being written has changed since; an older one is left by a kill."""
+_SUFFIX, _PARTIAL = ".program", ".partial"
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
@@ -66,7 +69,7 @@ class ProgramCache:
         """Write a program, in the place of an older file."""
         path = self._file(key)
         # Another run may be writing the same program.
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        partial = path.with_name(f"{path.name}.{os.getpid()}{_PARTIAL}")
         try:
             partial.write_bytes(hashlib.sha256(value).digest() + value)
             os.replace(partial, path)
@@ -76,11 +79,20 @@ class ProgramCache:
                 partial.unlink(missing_ok=True)
 
     def prune(self, max_bytes: int = MAX_BYTES) -> None:
-        """Remove the files that were not used for the longest time, until the rest fits."""
-        files = sorted(
-            ((path.stat(), path) for path in self.folder.glob("*" + _SUFFIX)),
-            key=lambda file: file[0].st_mtime,
-        )
+        """Remove the files that were not used for the longest time, until the rest fits.
+
+        What kills left half-written goes, too. Other runs may prune at the same time.
+        """
+        oldest = time.time() - LEFTOVER_SECONDS
+        for path in self.folder.glob(f"*{_SUFFIX}.*{_PARTIAL}"):
+            with suppress(OSError):  # another run removed it, or may write alone
+                if path.stat().st_mtime < oldest:
+                    path.unlink()
+        files = []
+        for path in self.folder.glob("*" + _SUFFIX):
+            with suppress(FileNotFoundError):  # another run removed it
+                files.append((path.stat(), path))
+        files.sort(key=lambda file: file[0].st_mtime)
         total = sum(stat.st_size for stat, _ in files)
         for stat, path in files:
             if total <= max_bytes:
@@ -105,8 +117,8 @@ def start_program_cache(folder: str, workdir: Path) -> str:
     is JAX's own business.
 
     Args:
-      folder: "" is none; "auto" is the user's cache folder, or with several processes, whose
-        machines need not share that, a folder in `workdir`.
+      folder: "off", "none" or "" keeps none; "auto" is the user's cache folder, or with several
+        processes, whose machines need not share that, a folder in `workdir`.
       workdir: the folder of the run.
 
     Raises:
@@ -114,7 +126,7 @@ def start_program_cache(folder: str, workdir: Path) -> str:
     """
     if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return os.environ["JAX_COMPILATION_CACHE_DIR"]
-    if not folder:
+    if folder in ("", "off", "none"):
         return ""
     check_local({"config.train.compile_cache": folder})
     path = _auto_folder(workdir) if folder == "auto" else Path(folder).expanduser()

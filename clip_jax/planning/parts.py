@@ -48,7 +48,10 @@ _TOWERS = (
 _BY_SCOPE = tuple(
     (name, re.compile(pattern))
     for name, pattern in (
-        ("projections", r"/(?:[qkv]+_proj|out_proj|attnpool/c_proj|proj|text_projection)\b"),
+        (
+            "projections",
+            r"/(?:[qkv]+_proj|out_proj|attnpool/c_proj|proj|visual/dot_general|text\._project)\b",
+        ),
         ("MLP", r"/(?:mlp|c_fc|c_proj)\b"),
         ("attention", r"/(?:attn|attend|attn_pool|attnpool)\b"),
         ("embedding", r"_embed\b|embedding"),

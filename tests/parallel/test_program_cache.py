@@ -1,5 +1,10 @@
 """Compiled programs in a folder: read again, the same to the bit; a bad folder is one line."""
 
+import os
+import sys
+import time
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,14 +69,45 @@ def test_what_was_not_used_for_the_longest_time_goes_first(cache, tmp_path):
     for number, name in enumerate("abc"):
         cache.put(name, bytes(68))
         (file,) = tmp_path.glob(f"{name}*")
-        program_cache.os.utime(file, (number, number))
+        os.utime(file, (number, number))
     cache.get("a")
     cache.prune(max_bytes=200)
     assert [name for name in "abc" if cache.get(name)] == ["a", "c"]
 
 
+def test_what_a_kill_left_goes_after_a_day(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "replace", lambda *paths: sys.exit())
+    for name in "ab":
+        with pytest.raises(SystemExit):
+            cache.put(name, bytes(1000))
+    monkeypatch.undo()
+    (old,) = tmp_path.glob("a*")
+    a_day_ago = time.time() - program_cache.LEFTOVER_SECONDS - 60
+    os.utime(old, (a_day_ago, a_day_ago))
+    cache.put("c", bytes(68))
+    # What is being written counts when it is there.
+    cache.prune(max_bytes=100)
+    assert cache.get("c") and [path.name[0] for path in sorted(tmp_path.iterdir())] == ["b", "c"]
+
+
+@pytest.mark.parametrize("moment", ["before it is looked at", "after that"])
+def test_another_run_removes_a_file_at_the_same_time(cache, tmp_path, monkeypatch, moment):
+    cache.put("a", b"program")
+    real = Path.stat
+
+    def stat(path, **options):
+        result = real(path, **options)
+        if path.suffix != ".program":
+            return result
+        path.unlink()
+        return result if moment == "after that" else real(path, **options)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    cache.prune(max_bytes=0)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_folder_is_the_users_or_the_runs(tmp_path, monkeypatch, capsys, without_tests_cache):
-    assert start_program_cache("", tmp_path) == ""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
     user = str(tmp_path / "user/clip_jax/programs")
     assert start_program_cache("auto", tmp_path) == user
@@ -84,6 +120,14 @@ def test_the_folder_is_the_users_or_the_runs(tmp_path, monkeypatch, capsys, with
     assert out.count("\n") == 1 and "cannot be used (File exists)" in out
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
     assert start_program_cache("auto", tmp_path) == "elsewhere"
+
+
+@pytest.mark.parametrize("name", ["off", "none", ""])
+def test_a_word_turns_it_off(name, tmp_path, monkeypatch, without_tests_cache):
+    monkeypatch.chdir(tmp_path)
+    assert start_program_cache(name, tmp_path) == "" and not list(tmp_path.iterdir())
+    if name:
+        assert start_program_cache(f"./{name}", tmp_path) == name and (tmp_path / name).is_dir()
 
 
 def make_step():

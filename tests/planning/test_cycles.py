@@ -8,9 +8,9 @@ from clip_jax.planning.bundles import read_kernel_cycles, scheduled_cycles
 from clip_jax.planning.counts import find_collectives
 from clip_jax.planning.cycles import time_step, uncounted_names
 from clip_jax.planning.hardware import DEVICES
-from clip_jax.planning.hlo import Shape, parse_program, step_visits
+from clip_jax.planning.hlo import Instruction, Shape, parse_program, step_visits
 from clip_jax.planning.liveness import live_at_peak
-from clip_jax.planning.parts import Part
+from clip_jax.planning.parts import Part, part_of
 from clip_jax.planning.refusal import parse_refusal
 
 # Lines as libtpu 0.0.42 writes them, shortened: a loop of four trips with a kernel and a product,
@@ -44,6 +44,22 @@ def test_cycles_by_part_with_loops_run_out():
     }
     assert 0.99 < timing.counted_share < 1
     assert timing.slowest(1)[0].instruction.name == "fusion.2"
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("encode_image/visual/dot_general", "projections"),
+        ("encode_text/text/text._project/dot_general", "projections"),
+        ("encode_image/visual/transformer/resblocks_0/attn/qkv_proj/dot_general", "projections"),
+        ("encode_image/visual/visual._embed/visual._project_patches/dot_general", "embedding"),
+    ],
+)
+def test_products_into_the_shared_space_are_projections(path, name):
+    attributes = f'metadata={{op_name="jit(step)/jvp(towers)/CLIP/CLIP.{path}"}}'
+    line = Instruction("dot.1", "dot", (), (), attributes)
+    tower = path.split("/")[0].removeprefix("encode_")
+    assert part_of(parse_program(PROGRAM), {"dot.1": line}, line) == Part(tower, "forward", name)
 
 
 def test_a_kernel_takes_as_long_as_its_bytes_at_least():

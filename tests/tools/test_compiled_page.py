@@ -1,6 +1,6 @@
 """Tests of the page that `benchmarks.compiled` writes."""
 
-from benchmarks.compiled import HEADS, PROGRAMS, command, page, summary
+from benchmarks.compiled import HEADS, PROGRAMS, TABLE, command, page, read_figures, summary
 from clip_jax.planning.compilers import device_platform
 from clip_jax.planning.hardware import DEVICES
 
@@ -46,3 +46,10 @@ def test_the_page_shows_what_there_is():
     assert "1,200 kernels, 7 of which move axes, and 2 float32 products; in flax's" in text
     assert summary("b32-v5e", FIGURES).startswith("b32-v5e: 100.0 ms, 45.0 %")
     assert "does not fit" in summary("l14-v5p", REFUSED)
+
+
+def test_the_page_has_the_figures_that_were_written():
+    text = TABLE.read_text(encoding="utf-8")
+    assert text == page(read_figures()) + "\n", (
+        "write it anew: python -m benchmarks.compiled --page"
+    )
