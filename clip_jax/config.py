@@ -250,8 +250,10 @@ def _check_data(d: DataSection, batch_size: int) -> None:
         f"config.train.batch_size {batch_size} is not a multiple of config.data.streams "
         f"{d.streams}: every stream gives an equal share of a batch; change one of them",
     )
+    _require(d.threads != 0, "config.data.threads is 0; above 0, or -1 for every core")
+    # How many -1 are is the host's to say: the loader checks it there.
     _require(
-        -1 <= d.processes <= d.threads,
+        d.threads == -1 or d.processes <= d.threads,
         f"config.data.processes is {d.processes}; it takes -1 to {d.threads}, the number of"
         " config.data.threads",
     )

@@ -224,8 +224,9 @@ class DataSection:
     """Parallel streams of samples; a multiple of every number of hosts the run may use."""
     window: int = bounded(8, low=1, high=2**20)
     """Shards of a stream that are shuffled together."""
-    threads: int = bounded(4, low=1, high=2**12, may_change=True)
-    """Threads that decode, of all processes together."""
+    threads: int = bounded(4, low=-1, high=2**12, may_change=True)
+    """Threads that decode, of all processes together; -1 takes one for every core that the run may
+    use on its host."""
     processes: int = bounded(-1, low=-1, high=2**12, may_change=True)
     """Processes among which these threads are shared out, so that Python's lock is not what bounds
     them; 0 decodes in the run's own. -1 takes one for every 4 threads that have a core, from two

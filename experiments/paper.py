@@ -35,7 +35,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.optim.max_logit_scale = 100.0
     c.data.train = "data/pairs/{00000..41455}.tar"
     c.data.streams = 256
-    c.data.threads = 16
+    c.data.threads = -1
     c.checkpoint.every = 1000
     return c
 

@@ -29,5 +29,5 @@ def get_config() -> ml_collections.ConfigDict:
     c.optim.warmup_steps = 2000
     c.data.train = "data/cc3m/{00000..00331}.tar"
     c.data.streams = 16
-    c.data.threads = 16
+    c.data.threads = -1
     return c

@@ -59,20 +59,27 @@ _END_SECONDS = 10.0
 """Time that a process has to end after its sockets were closed."""
 
 
+def decode_threads(config: DataSection) -> int:
+    """Return how many threads decode: the config's number, or what -1 stands for on this host."""
+    return usable_cores() if config.threads == -1 else config.threads
+
+
 def decode_processes(config: DataSection, shards: Sequence[Shard]) -> int:
     """Return how many processes decode: the config's number, or what -1 stands for.
 
     Raises:
       UserError: more processes than threads.
     """
-    if config.processes > config.threads:
+    threads = decode_threads(config)
+    if config.processes > threads:
+        cores = ", one for every core here" if config.threads == -1 else ""
         raise UserError(
-            f"config.data.processes is {config.processes}, above the {config.threads} of"
-            " config.data.threads: each process needs a thread"
+            f"config.data.processes is {config.processes}, above the {threads} of"
+            f" config.data.threads{cores}: each process needs a thread"
         )
     if config.processes >= 0:
         return config.processes
-    count = processes_for(min(config.threads, usable_cores()))
+    count = processes_for(min(threads, usable_cores()))
     return count if all(_is_tar(shard) for shard in shards) else 0
 
 

@@ -22,7 +22,11 @@ from jaxtyping import Bool, Int, Int32, UInt8, UInt32
 
 from clip_jax.data.batch_buffers import BatchBuffers
 from clip_jax.data.dataset import TrainingData
-from clip_jax.data.decode_processes import DecodeProcesses, decode_processes
+from clip_jax.data.decode_processes import (
+    DecodeProcesses,
+    decode_processes,
+    decode_threads,
+)
 from clip_jax.data.images import OPENAI, Preprocess
 from clip_jax.data.order import WHOLE_BATCH, BatchOrder, BatchPart, Mixture, Order, Streams
 from clip_jax.data.sample_reader import (
@@ -242,20 +246,18 @@ def _make_training_loader(
 ) -> Loader:
     """Return batches of training data, decoded in this process or in others for it."""
     config, shards = settings.config, ConcatShards(data.shards)
-    count = decode_processes(config, data.shards)
+    threads, count = decode_threads(config), decode_processes(config, data.shards)
     buffers = BatchBuffers((rows, *settings.shape.image), shared=count > 0)
     processes = None
     if count:
-        processes = DecodeProcesses(
-            settings, shards, buffers, processes=count, threads=config.threads
-        )
+        processes = DecodeProcesses(settings, shards, buffers, processes=count, threads=threads)
     return _make_loader(
         rows_at,
         make_training_reader(settings, shards) if processes is None else processes,
         buffers,
         rows=rows,
         steps=steps,
-        threads=config.threads,
+        threads=threads,
         log=data.log,
     )
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from clip_jax.data.augment import make_decode, make_transform
 from clip_jax.data.dataset import TrainingData
-from clip_jax.data.decode_processes import decode_processes
+from clip_jax.data.decode_processes import decode_processes, decode_threads
 from clip_jax.data.images import ImageError
 from clip_jax.data.loader import CHUNK_ROWS, bucket_length, make_train_loader
 from clip_jax.data.sample_reader import SampleShape
@@ -151,12 +151,13 @@ def measure_loader(
 ) -> tuple[Stage, Counter[int]]:
     """Measure the whole loader with so many threads; count the lengths that batches are trimmed to.
 
-    The clock starts and ends with a batch that was waited for, so what is decoded ahead at the
-    start is no gift: as much of it is there at the end.
+    -1 takes one for every core. The clock starts and ends with a batch that was waited for, so what
+    is decoded ahead at the start is no gift: as much of it is there at the end.
     """
     lengths: Counter[int] = Counter()
     data = TrainingData([list(shards)], SkipLog())
     config = dataclasses.replace(settings.config, threads=threads)
+    threads = decode_threads(config)
     with make_train_loader(
         data, config, tokenizer, shape=settings.shape, batch_size=settings.batch_size, seed=0
     ) as loader:

@@ -117,7 +117,7 @@ def bench(
       image_size: pixels; 0 is the model's own.
       batch_size: pairs of a batch.
       tokenizer: as `config.data.tokenizer`.
-      threads: of the loader, which is measured with each number.
+      threads: of the loader, which is measured with each number, as `config.data.threads`.
       processes: among which they are shared out, as `config.data.processes`.
       seconds: for each stage.
 
@@ -251,14 +251,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--image-size", type=int, default=_MODEL.image_size, help="pixels; 0 is the model's own")
     add("--batch-size", type=int, default=_TRAIN.batch_size, help="pairs of a batch")
     add("--tokenizer", default=_DATA.tokenizer, help="as config.data.tokenizer")
-    add("--threads", default=str(_DATA.threads), help="of the loader; several: 1,2,4")
+    add(
+        "--threads",
+        default=str(_DATA.threads),
+        help="of the loader; several: 1,2,4; -1: every core",
+    )
     add("--processes", type=int, default=_DATA.processes, help="as config.data.processes")
     add("--seconds", type=float, default=SECONDS, help="for each stage")
     add("--json", action="store_true", help="print the figures as JSON")
     args = parser.parse_args(argv)
-    if not all(number.isdigit() for number in args.threads.split(",")):
-        raise UserError(f"--threads {args.threads}: numbers with commas, such as 1,2,4")
-    args.threads = [int(number) for number in args.threads.split(",")]
+    numbers = args.threads.split(",")
+    if not all(number == "-1" or number.isdigit() for number in numbers):
+        raise UserError(f"--threads {args.threads}: numbers with commas, such as 1,2,4, or -1")
+    args.threads = [int(number) for number in numbers]
     return args
 
 

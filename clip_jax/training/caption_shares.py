@@ -18,6 +18,7 @@ from clip_jax.data.caption_packing import (
 )
 from clip_jax.data.captions import choose_caption, parse_captions
 from clip_jax.data.dataset import LazyShard, TrainingData
+from clip_jax.data.decode_processes import decode_threads
 from clip_jax.data.loader import caption_lengths, make_order
 from clip_jax.data.order import BatchOrder, BatchPart
 from clip_jax.data.shards import PROGRAMMING_ERRORS, ConcatShards, Handles
@@ -115,5 +116,6 @@ def count_lengths(run: RunComponents, data: TrainingData) -> np.ndarray:
         lengths = caption_lengths(run.tokenizer(captions, context), run.tokenizer.eot_id)
         return np.bincount(lengths, minlength=context + 1)
 
-    with ThreadPoolExecutor(config.data.threads, thread_name_prefix="captions") as pool:
+    threads = decode_threads(config.data)
+    with ThreadPoolExecutor(threads, thread_name_prefix="captions") as pool:
         return sum(pool.map(count, range(0, len(ids), _ROWS_PER_PART)), np.zeros(context + 1, int))

@@ -5,16 +5,20 @@ import json
 import math
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 
 from clip_jax.data.caption_packing import CaptionPacking
 from clip_jax.data.dataset import TrainingData, incomplete_samples
+from clip_jax.data.decode_processes import decode_processes, decode_threads
 from clip_jax.data.loader import Loader
+from clip_jax.data.shards import Shard
 from clip_jax.files import atomic_write
 from clip_jax.parallel import distributed
 from clip_jax.parallel.mesh import batch_part, mesh_text
+from clip_jax.sections import DataSection
 from clip_jax.training.checkpoint import replay_hint
 from clip_jax.training.device_wait import DeviceWait
 from clip_jax.training.exit_report import ExitReport
@@ -44,7 +48,8 @@ def print_summary(run: RunComponents, data: TrainingData, *, pairs: int, steps: 
     counts = parameter_counts(run.shapes.params)
     epochs = steps * config.train.batch_size / pairs
     lines = [
-        f"{pairs:,} pairs in {len(data.shards)} shards; {steps:,} steps of "
+        f"{pairs:,} pairs in {len(data.shards)} shards, "
+        f"{decoding_text(config.data, data.shards)}; {steps:,} steps of "
         f"{config.train.batch_size:,} pairs are {epochs:.1f} epochs",
         f"{config.model.name}: image tower {counts['image']:,} parameters, text tower "
         f"{counts['text']:,}; {jax.device_count()} {jax.devices()[0].device_kind} device(s), "
@@ -79,6 +84,13 @@ def print_summary(run: RunComponents, data: TrainingData, *, pairs: int, steps: 
         for cause, (count, first) in incomplete_samples(data.shards).items()
     ]
     distributed.print_on_main("\n".join(lines))
+
+
+def decoding_text(config: DataSection, shards: Sequence[Shard]) -> str:
+    """Return how many threads and processes of this host decode."""
+    threads, processes = decode_threads(config), decode_processes(config, shards)
+    text = f"decoded by {threads} thread" + "s" * (threads != 1)
+    return text + (f" in {processes} process" + "es" * (processes != 1)) * (processes > 0)
 
 
 class RunLogger:

@@ -1,5 +1,6 @@
 """Processes that decode give the rows of threads, bit for bit, and end with the loader."""
 
+import dataclasses
 import itertools
 import multiprocessing
 import os
@@ -244,7 +245,11 @@ def test_what_cannot_be_sent_to_a_process_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "threads, cores, processes", [(4, 64, 0), (16, 2, 0), (7, 64, 0), (8, 64, 2), (224, 224, 56)]
+    "threads, cores, processes",
+    [
+        *((4, 64, 0), (16, 2, 0), (7, 64, 0), (8, 64, 2), (224, 224, 56)),
+        *((-1, 7, 0), (-1, 96, 24)),
+    ],
 )
 def test_processes_are_taken_where_there_are_cores_for_them(
     tmp_path, monkeypatch, threads, cores, processes
@@ -252,8 +257,55 @@ def test_processes_are_taken_where_there_are_cores_for_them(
     monkeypatch.setattr(decode_processes, "usable_cores", lambda: cores)
     shards = open_shards(data_cases.write_shards(tmp_path, [4]))
     config = DataSection(threads=threads)
+    assert decode_processes.decode_threads(config) == (cores if threads == -1 else threads)
     assert decode_processes.decode_processes(config, shards) == processes
     assert decode_processes.decode_processes(config, [FilteredShard(shards[0])]) == 0
+    config = dataclasses.replace(config, processes=3)
+    assert decode_processes.decode_processes(config, [FilteredShard(shards[0])]) == 3
+
+
+def test_as_many_threads_as_cores_give_the_same_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(decode_processes, "usable_cores", lambda: 3)
+    shards = open_shards(data_cases.write_shards(tmp_path, [9, 7]))
+    options = {"streams": 1, "crop_scale": (0.3, 1.0)}
+    with (
+        train_loader(shards, threads=-1, **options) as ours,
+        train_loader(shards, threads=0, **options) as plain,
+    ):
+        for batch, other in itertools.islice(zip(ours, plain, strict=True), 3):
+            for name in other:
+                np.testing.assert_array_equal(batch[name], other[name], err_msg=name)
+    with pytest.raises(
+        UserError, match=r"is 4, above the 3 of config\.data\.threads, one for every"
+    ):
+        train_loader(shards, threads=-1, processes=4, **options)
+
+
+def test_data_that_are_filtered_decode_in_processes_where_a_number_asks_for_them(
+    tmp_path, monkeypatch
+):
+    """A shard that is read when it is needed stays one of a tar file, with templates too."""
+    monkeypatch.setattr(decode_processes, "usable_cores", lambda: 8)
+    data_cases.write_shards(tmp_path, [9, 7])
+    data_cases.write_shards(tmp_path, [3], prefix="t")  # repeats the keys of the first
+    pattern = f"{tmp_path}/*.tar"
+
+    def take(pattern, processes, **choice):
+        log = SkipLog()
+        (shards,) = open_sources(pattern, log=log, cached_shards=2, **choice)
+        options = {"streams": 1, "threads": 8, "processes": processes}
+        with train_loader(shards, log=log, **options) as loader:
+            batches = list(itertools.islice(loader, 2))
+        return decode_processes.decode_processes(DataSection(threads=-1), shards), batches
+
+    for choice in ({"unique_keys": True}, {"where": "caption!=x"}):
+        count, batches = take(pattern, 0, **choice)
+        assert count == 0
+        for batch, other in zip(take(pattern, 2, **choice)[1], batches, strict=True):
+            for name in other:
+                np.testing.assert_array_equal(batch[name], other[name], err_msg=name)
+    count, batches = take(f"{pattern}#template=a photo of {{}}.", 0)
+    assert count == 2
 
 
 def test_a_buffer_is_used_again_when_nobody_holds_it():

@@ -123,6 +123,8 @@ def test_the_command(tmp_path):
     cut.write_bytes(bytes(700))
     with pytest.raises(UserError, match="cut or damaged at byte"):
         command.bench(**{**options, "source": [str(cut)]})
+    assert command.parse([*line, "--threads", "-1"]).threads == [-1]
+    assert command.parse([*line, "--threads", "4,-1"]).threads == [4, -1]
     with pytest.raises(UserError, match="numbers with commas"):
         command.parse([*line, "--threads", "two"])
 

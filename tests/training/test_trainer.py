@@ -21,6 +21,7 @@ from tiny import SHALLOW as VIT
 
 import clip_jax
 from clip_jax import main
+from clip_jax.data import decode_processes
 from clip_jax.data.images import Preprocess
 from clip_jax.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED, UserError
 from clip_jax.models import zoo
@@ -74,8 +75,12 @@ def test_evaluation_during_a_run_changes_no_loss_and_its_best_state_is_kept(
         eval__best="mean_per_class_recall",
         train__compile_ahead="all",
         train__report_to="trackio",
+        data__threads=-1,
     )
+    monkeypatch.setattr(decode_processes, "usable_cores", lambda: 3)
     assert main.run(config, str(tmp_path)) == 0
+    written = json.loads((tmp_path / "config.json").read_text())["config"]
+    assert written["data"]["threads"] == -1
     results = json.loads((tmp_path / "eval.json").read_text())["results"]
     final = {f"eval/{name}": x for row in results for name, x in row["metrics"].items()}
     reported = [json.loads(line) for line in sent.read_text().splitlines()]
@@ -84,7 +89,8 @@ def test_evaluation_during_a_run_changes_no_loss_and_its_best_state_is_kept(
     found = {line["step"]: line for line in lines if "eval/acc1" in line}
     assert list(found) == [5, 10]
     assert 0 <= found[5]["eval/acc1"] <= 1 and "eval/image_retrieval_recall@5" in found[10]
-    assert "step 5 evaluated:" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "step 5 evaluated:" in out and "shards, decoded by 3 threads; 12 steps of" in out
     kept = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     assert kept == run_losses(uninterrupted)
     best = Checkpoints(tmp_path / "best", read_only=True)
