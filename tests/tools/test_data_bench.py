@@ -3,6 +3,7 @@
 import pytest
 from data_cases import ToyTokenizer, write_shards
 
+from clip_jax.data.decode_processes import usable_cores
 from clip_jax.data.sample_reader import SampleShape
 from clip_jax.data.sources import open_shards
 from clip_jax.data.stages import PARTS, LoaderSettings, Stage, measure_loader, measure_parts, timed
@@ -117,8 +118,10 @@ def test_the_command(tmp_path):
             command.bench(**{**options, name: value})
     (tmp_path / "few").mkdir()
     few = write_shards(tmp_path / "few", [5])
-    odd = {**options, "source": list(few), "batch_size": 10, "threads": (0,)}
-    assert command.bench(**odd).loaders[0].rate > 0  # no field of a config is asked for
+    odd = {**options, "source": list(few), "batch_size": 10, "threads": (-1,)}
+    (loader,) = command.bench(**odd).loaders
+    assert loader.rate > 0  # no field of a config is asked for
+    assert loader.name.startswith(f"loader, {usable_cores()} thread")
     cut = tmp_path / "cut.tar"
     cut.write_bytes(bytes(700))
     with pytest.raises(UserError, match="cut or damaged at byte"):
