@@ -7,8 +7,9 @@
 Each of `experiments/*.py` that is no example for the emoji is compiled with its own batch, whole,
 by the compiler of the devices, on the smallest number of them (a power of two) that it fits on:
 where the last program's memory says that half as many would do, or that twice as many are needed,
-that is compiled next. What was found is written at once, to docs/fits.json and, as a table,
-docs/fits.md, and stays there for those that are not compiled.
+that is compiled next. A batch that 256 do not take whole is compiled in two, four or eight
+micro-batches. What was found is written at once, to docs/fits.json and, as a table, docs/fits.md,
+and stays there for those that are not compiled.
 """
 
 import argparse
@@ -29,6 +30,7 @@ MOST = 256
 START = 32
 USABLE = 0.9
 """The share of a device's memory below which a number of devices is worth a try."""
+PARTS = (2, 4, 8)
 SCAN = ("model.scan=True",)
 
 EXPERIMENTS: dict[str, tuple[int, int, tuple[str, ...]]] = {
@@ -46,8 +48,8 @@ EXPERIMENTS: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "clipa_l16_full": (7_168, PAPER_PAIRS, (*SCAN, "model.init_from=")),
 }
 """By experiment: its batch, the pairs of an epoch, and fields that make it compile sooner or stand
-for what is not there. Layers in a loop take longer on a TPU than one by one, by a third for
-ViT-L/14."""
+for what is not there. Layers in a loop, which are for TPUs alone, take longer there than one by
+one, by a quarter for ViT-L/14."""
 
 Compile = Callable[[int], dict[str, Any]]
 
@@ -84,18 +86,50 @@ def smallest(compile_on: Compile, counts: Sequence[int], memory: float, start: i
 def run(name: str, device: str, start: int) -> dict[str, Any]:
     """Return what is kept of an experiment on a kind of device; the search begins at `start`."""
     batch, pairs, fields = EXPERIMENTS[name]
+    if device_platform(device) != "tpu":
+        fields = tuple(field for field in fields if field not in SCAN)
     counts = [n for n in device_counts(device) if n <= MOST and batch % n == 0]
     counts = [n for n in counts if n & (n - 1) == 0]
+    memory = DEVICES[device].memory
 
-    def compile_on(count: int) -> dict[str, Any]:
-        program = Program(name, device, count, batch // count, name, fields)
+    def compile_on(count: int, *more: str) -> dict[str, Any]:
+        program = Program(name, device, count, batch // count, name, (*fields, *more))
         return compile_program(program, ("--pairs", str(pairs)))
 
-    values = smallest(compile_on, counts, DEVICES[device].memory, start)
-    keys = ("failed", "devices", "fits", "memory_bytes", "estimated_seconds", "steps", "compiler")
+    values = smallest(compile_on, counts, memory, start)
+    if not ("failed" in values or values["fits"]):
+        most = counts[-1]
+        values = in_parts(
+            lambda parts: compile_on(most, f"train.microbatch_size={batch // parts}"),
+            values,
+            memory,
+        )
+    keys = (
+        *("failed", "devices", "parts", "fits", "memory_bytes", "estimated_seconds", "steps"),
+        "compiler",
+    )
     kept = {key: values[key] for key in keys if key in values}
     kept["exposed_seconds"] = values.get("exposed_collective_seconds")
     return kept | {"fields": [field for field in fields if not field.endswith("=")]}
+
+
+def in_parts(compile_in: Compile, whole: dict[str, Any], memory: float) -> dict[str, Any]:
+    """Return the figures in the fewest micro-batches that fit, with "parts", their number.
+
+    Args:
+      compile_in: returns the figures in so many.
+      whole: the figures of the whole batch, which does not fit.
+      memory: bytes of a device.
+
+    Returns:
+      Those of the whole batch, where none fits.
+    """
+    # At best all of the memory is proportional to the rows.
+    for parts in (n for n in PARTS if whole["memory_bytes"] / n <= memory):
+        values = compile_in(parts) | {"devices": whole["devices"], "parts": parts}
+        if "failed" in values or values["fits"]:
+            return values
+    return whole
 
 
 def days(values: dict[str, Any]) -> float | None:
@@ -123,15 +157,18 @@ PAGE = """\
 # On how few devices the experiments fit
 
 Written by `python -m benchmarks.fits`: the fewest devices, of the powers of two, that an experiment
-of `experiments/` fits on with its own batch, whole, as the devices' own compilers have it, and the
-days of the run there. Nothing here was measured on a device. Times of TPUs are the compiler's
-estimate, of transformers with their layers in a loop (one by one they are faster, ViT-L/14 by a
-fifth, and take the compiler longer); times of GPUs are a roofline, which no run reaches. What
-`docs/planning.md` says of both holds here. Runs of the paper's models are 32 epochs of 400 million
-pairs, `vit_l14_336` one more, `clipa_l16_short` six; `vit_s16` is 32 of 3 million. With more
-devices the days fall in proportion, or nearly; with fewer, `config.train.microbatch_size` takes a
-third more computation, and `python -m clip_jax.plan --search` finds the settings. The emoji
-experiments fit on one device of any kind, and on a laptop. What is empty was not compiled yet.
+of `experiments/` fits on with its own batch, whole, or, where 256 do not take it so, in
+micro-batches (`config.train.microbatch_size`, a third more computation), as the devices' own
+compilers have it, and the days of the run there. Nothing here was measured on a device. Times of
+TPUs are the compiler's estimate, of transformers with their layers in a loop
+(`config.model.scan=True`; one by one, as the experiments have them, they are faster, ViT-L/14 by a
+fifth, and take the compiler longer); times of GPUs are a roofline, which no run reaches, of layers
+one by one. What `docs/planning.md` says of both holds here; that the devices never wait for data is
+taken for granted (`python -m clip_jax.data.bench` says what they need). Runs of the paper's models
+are 32 epochs of 400 million pairs, `vit_l14_336` one more, `clipa_l16_short` six; `vit_s16` is 32
+of 3 million. With more devices the days fall in proportion, or nearly; for fewer,
+`python -m clip_jax.plan --search` finds the settings. The emoji experiments fit on one device of
+any kind, and on a laptop. What is empty was not compiled yet.
 
 """
 
@@ -145,7 +182,8 @@ def cell(values: dict[str, Any] | None) -> str:
     length = days(values)
     if length is None:
         return f"more than {values['devices']}"
-    return f"{values['devices']}: {length:,.1f} days"
+    text = f"{values['devices']}: {length:,.1f} days"
+    return f"{text} in {values['parts']} micro-batches" if "parts" in values else text
 
 
 def page(figures: dict[str, dict[str, dict[str, Any]]]) -> str:

@@ -10,6 +10,7 @@ from benchmarks.fits import (
     EXPERIMENTS,
     TABLE,
     cell,
+    in_parts,
     page,
     read_figures,
     sentence,
@@ -40,6 +41,24 @@ def test_a_program_that_never_fits_and_one_that_fails():
     found = smallest(lambda n: {"fits": False, "memory_bytes": 1e12}, [1, 2, 4], 1e9, 1)
     assert cell(found) == "more than 4"
     assert cell(smallest(lambda n: {"failed": "no"}, [1, 2], 1e9, 1)) == "failed"
+
+
+@pytest.mark.parametrize(
+    ("memories", "fixed", "parts"), [(1.5, 0.1, 2), (1.95, 0.2, 4), (5.0, 0.0, 8), (9.0, 0.0, 0)]
+)
+def test_a_batch_that_fits_on_none_is_taken_in_the_fewest_micro_batches(memories, fixed, parts):
+    """Of `memories` of a device, `fixed` are the same however many micro-batches there are."""
+    asked = []
+
+    def compile_in(count):
+        asked.append(count)
+        needed = fixed + (memories - fixed) / count
+        return FITS | {"fits": needed <= 0.95, "memory_bytes": 1e9 * needed}
+
+    whole = {"fits": False, "memory_bytes": 1e9 * memories, "devices": 256}
+    found = in_parts(compile_in, whole, 1e9)
+    assert (found.get("parts", 0), found["fits"]) == (parts, parts > 0) and len(asked) <= 2
+    assert cell(found) == (f"256: 1.5 days in {parts} micro-batches" if parts else "more than 256")
 
 
 def test_docstrings_have_the_figures_of_the_page():
