@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import pytest
 from pairs import run_losses, tiny_config, write_data
 from steps import HALF, make_batch, one_device_mesh, shallow
-from tiny import VIT
+from tiny import SIGLIP, VIT
 
 from clip_jax import main
 from clip_jax.data.caption_packing import CaptionPacking, pack_captions, parse_shares
+from clip_jax.errors import UserError
 from clip_jax.losses import make_loss
 from clip_jax.models import zoo
 from clip_jax.models.clip import CLIP, init_variables
@@ -153,3 +154,14 @@ def test_a_plan_takes_the_packing_of_the_config(data):
     assert "text" not in shapes and shapes["text_end"].shape == (64,)
     segments = batch_shards(run.mesh) * run.caption_packing.segments
     assert shapes["text_tokens"].shape == shapes["text_positions"].shape == (segments, 128)
+
+
+def test_shares_are_refused_for_a_tower_that_sees_its_padding(data, monkeypatch):
+    monkeypatch.setitem(zoo.MODELS, "padded", SIGLIP)
+    shares = tiny_config(data, model__name="padded", data__caption_packing="4:0.5")
+    words = r'tower of padded takes .* leave config\.data\.caption_packing "auto" or "off"$'
+    with pytest.raises(UserError, match=words):
+        build_run(shares, 3)
+    for choice in ("auto", "off"):
+        config = tiny_config(data, model__name="padded", data__caption_packing=choice)
+        assert build_run(config, 3).caption_packing is None
