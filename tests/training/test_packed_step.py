@@ -96,6 +96,12 @@ def tiny_model(monkeypatch):
     monkeypatch.setitem(zoo.MODELS, "tiny", dataclasses.replace(MODEL, text=text))
 
 
+def logged(workdir, name):
+    """Return a metric of every step."""
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)[name] for line in lines]
+
+
 @pytest.mark.parametrize(
     ("segment_rows", "steps"),
     [(32, 2), pytest.param(20, 4, marks=pytest.mark.slow)],
@@ -127,6 +133,7 @@ def test_a_run_with_packed_captions_resumes_to_the_bit(
     others = [length for length in lengths if length != packing]
     assert len(lengths) == steps and len(others) < steps
     assert bool(others) == (segment_rows == 20) and set(others) <= {16}
+    assert logged(tmp_path / "whole", "unpacked") == [length != packing for length in lengths]
 
     parts = tmp_path / "parts"
     shutil.copytree(tmp_path / "whole", parts)
