@@ -20,7 +20,7 @@ from clip_jax.models import zoo
 from clip_jax.models.clip import CLIP, init_variables
 from clip_jax.parallel.mesh import BATCH_AXES, batch_shards, make_mesh, place_batch
 from clip_jax.planning.program import batch_of_run
-from clip_jax.training import caption_shares
+from clip_jax.training import caption_shares, unpacked_steps
 from clip_jax.training.setup import build_run
 from clip_jax.training.step import make_cached_gradient, make_features, make_whole_gradient
 from clip_jax.training.trainer import Trainer
@@ -108,7 +108,7 @@ def logged(workdir, name):
     ids=["all_fit", "some_do_not_fit"],
 )
 def test_a_run_with_packed_captions_resumes_to_the_bit(
-    data, tmp_path, monkeypatch, segment_rows, steps
+    data, tmp_path, monkeypatch, capsys, segment_rows, steps
 ):
     """The lengths are counted once; a resumed run takes what the first has written down."""
     lengths = []
@@ -121,6 +121,7 @@ def test_a_run_with_packed_captions_resumes_to_the_bit(
     monkeypatch.setattr(Trainer, "dispatch", noted)
     monkeypatch.setattr(caption_shares, "may_pack", lambda run: True)
     monkeypatch.setattr(caption_shares, "WORTH", 10.0)
+    monkeypatch.setattr(unpacked_steps, "LEAST", 1)
     monkeypatch.setattr("clip_jax.data.caption_packing.COUNTED_LENGTHS", (6, 8))
     packing = CaptionPacking(4, 2, segment_rows, 9.0)
     monkeypatch.setattr("clip_jax.training.setup.choose_packing", lambda *_: packing)
@@ -134,6 +135,7 @@ def test_a_run_with_packed_captions_resumes_to_the_bit(
     assert len(lengths) == steps and len(others) < steps
     assert bool(others) == (segment_rows == 20) and set(others) <= {16}
     assert logged(tmp_path / "whole", "unpacked") == [length != packing for length in lengths]
+    assert capsys.readouterr().out.count(" did not fit into 2 segments") == bool(others)
 
     parts = tmp_path / "parts"
     shutil.copytree(tmp_path / "whole", parts)
