@@ -40,6 +40,7 @@ from clip_jax.training.setup import (
 )
 from clip_jax.training.skip_limit import gather_skipped
 from clip_jax.training.state import parameter_counts
+from clip_jax.training.unpacked_steps import UnpackedSteps
 
 
 def print_summary(run: RunComponents, data: TrainingData, *, pairs: int, steps: int) -> None:
@@ -97,7 +98,6 @@ class RunLogger:
     """Writes a line now and then, `metrics.jsonl` and TensorBoard's files, and what went wrong.
 
     Attributes:
-      length: tokens a caption of the newest batch, after trimming, or how it was packed.
       device_wait: takes the time in which the devices wait.
       steps: the number of the last step.
       folder: the work folder.
@@ -128,7 +128,11 @@ class RunLogger:
         self._compiler, self._began = compiler, began
         self._exit_report = exit_report
         self._startup: dict[str, float] | None = None
-        self.length: int | CaptionPacking = run.model.config.text.context_length
+        self._unpacked: UnpackedSteps | None = None
+        if run.caption_packing is not None:
+            self._unpacked = UnpackedSteps(
+                run.caption_packing, run.model.config.text.context_length
+            )
         self.device_wait = DeviceWait()
         self._pair_flops = functools.partial(pair_flops, run)
         self.steps = steps
@@ -150,11 +154,17 @@ class RunLogger:
         self._keys = KeyLog(folder, start, self._part, parts) if config.data.log_keys else None
 
     def log_step(
-        self, step: int, metrics: dict[str, jax.Array], keys: list[str], loader: Loader
+        self,
+        step: int,
+        metrics: dict[str, jax.Array],
+        keys: list[str],
+        length: int | CaptionPacking,
+        loader: Loader,
     ) -> bool:
         """Read one step's metrics, waiting for them; return whether they are finite.
 
         Every `config.train.log_every` steps, and for the last one, they are written and printed.
+        `length`: tokens of a caption, after trimming; or how captions were packed.
         """
         values = {k: v.item() for k, v in jax.device_get(metrics).items()}
         self._throughput.report(step, time.perf_counter())
@@ -162,6 +172,8 @@ class RunLogger:
         startup = self._report_startup() if self._startup is None else self._startup
         if self._keys is not None:
             self._keys.write(step, keys)
+        if self._unpacked is not None:
+            self._unpacked.count(length)
         if not values.pop("finite"):
             self._not_finite = (step, values["loss"], keys)
             return False
@@ -173,7 +185,10 @@ class RunLogger:
             rate = self._throughput.pairs_per_second
             if rate is not None:
                 values["pairs_per_second"] = rate
-                values["mfu"] = rate * self._pair_flops(self.length) / self._peak
+                values["mfu"] = rate * self._pair_flops(length) / self._peak
+            line = None
+            if self._unpacked is not None:
+                values["unpacked"], line = self._unpacked.report()
             skipped = distributed.total(self._part, loader.skipped)
             values |= {f"skipped/{cause}": n for cause, n in skipped.items()}
             values |= {f"left_out/{cause}": n for cause, n in loader.excluded.items()}
@@ -182,6 +197,8 @@ class RunLogger:
                 self._service.check()
             left = self._throughput.seconds_left
             distributed.print_on_main(progress_line(step, self.steps, values, rate, left))
+            if line is not None:
+                distributed.print_on_main(line)
         return True
 
     @property

@@ -202,6 +202,8 @@ def build_run(
         projections=projections,
     )
     check_dropout(config, sizes, frozen_towers(shapes.params, t))
+    if description is None:  # earlier versions took such shares and did not pack
+        check_caption_packing(config, sizes)
     return RunComponents(
         config=config,
         mesh=mesh,
@@ -293,6 +295,16 @@ def check_dropout(config: Config, sizes: CLIPConfig, frozen: Collection[str]) ->
                 f"config.model.{field} is set and nothing of the image tower is trained: a frozen "
                 "tower sees whole images; leave one of them out"
             )
+
+
+def check_caption_packing(config: Config, sizes: CLIPConfig) -> None:
+    """Raise UserError if captions are to be packed whose padding the text tower sees."""
+    has_shares = config.data.caption_packing not in caption_packing.CHOICES
+    if has_shares and not sizes.text.supports_trimming:
+        raise UserError(
+            f"the text tower of {config.model.name} takes captions at their full length, for which"
+            ' they are not packed: leave config.data.caption_packing "auto" or "off"'
+        )
 
 
 def count_patches(model: CLIP) -> int:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from clip_jax.data.caption_packing import CaptionPacking
 from clip_jax.data.dataset import TrainingData, contents_fingerprint
 from clip_jax.data.sources import fingerprint as data_fingerprint
 from clip_jax.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED, UserError
@@ -423,6 +424,7 @@ class DispatchedStep(NamedTuple):
     step: int
     metrics: dict[str, jax.Array]
     keys: list[str]
+    length: int | CaptionPacking
 
 
 @dataclasses.dataclass
@@ -513,8 +515,7 @@ class Trainer:
         self.logger.device_wait.dispatched(called, batch.placed, metrics)
         distributed.settle(metrics)
         self.step += 1
-        self.logger.length = batch.length
-        return DispatchedStep(self.step, metrics, batch.keys)
+        return DispatchedStep(self.step, metrics, batch.keys, batch.length)
 
     def log_pending(self) -> None:
         """Read the metrics of the pending step, waiting for them, and log them."""

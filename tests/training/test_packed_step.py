@@ -10,18 +10,20 @@ import jax.numpy as jnp
 import pytest
 from pairs import run_losses, tiny_config, write_data
 from steps import HALF, make_batch, one_device_mesh, shallow
-from tiny import VIT
+from tiny import SIGLIP, VIT
 
 from clip_jax import main
 from clip_jax.data.caption_packing import CaptionPacking, pack_captions, parse_shares
+from clip_jax.errors import UserError
 from clip_jax.losses import make_loss
 from clip_jax.models import zoo
 from clip_jax.models.clip import CLIP, init_variables
 from clip_jax.parallel.mesh import BATCH_AXES, batch_shards, make_mesh, place_batch
 from clip_jax.planning.program import batch_of_run
-from clip_jax.training import batch_feed, caption_shares
+from clip_jax.training import caption_shares, unpacked_steps
 from clip_jax.training.setup import build_run
 from clip_jax.training.step import make_cached_gradient, make_features, make_whole_gradient
+from clip_jax.training.trainer import Trainer
 
 MODEL = shallow(VIT, 1)
 
@@ -94,36 +96,53 @@ def tiny_model(monkeypatch):
     monkeypatch.setitem(zoo.MODELS, "tiny", dataclasses.replace(MODEL, text=text))
 
 
-@pytest.mark.slow
-def test_a_run_with_packed_captions_resumes_to_the_bit(data, tmp_path, monkeypatch):
+def logged(workdir, name):
+    """Return a metric of every step."""
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)[name] for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("segment_rows", "steps"),
+    [(32, 2), pytest.param(20, 4, marks=pytest.mark.slow)],
+    ids=["all_fit", "some_do_not_fit"],
+)
+def test_a_run_with_packed_captions_resumes_to_the_bit(
+    data, tmp_path, monkeypatch, capsys, segment_rows, steps
+):
     """The lengths are counted once; a resumed run takes what the first has written down."""
     lengths = []
+    dispatch = Trainer.dispatch
 
-    class Placed(batch_feed.PlacedBatch):
-        def __init__(self, arrays, keys, length, stop_signals):
-            lengths.append(length)
-            super().__init__(arrays, keys, length, stop_signals)
+    def noted(trainer, batch):
+        lengths.append(batch.length)
+        return dispatch(trainer, batch)
 
-    monkeypatch.setattr(batch_feed, "PlacedBatch", Placed)
+    monkeypatch.setattr(Trainer, "dispatch", noted)
     monkeypatch.setattr(caption_shares, "may_pack", lambda run: True)
     monkeypatch.setattr(caption_shares, "WORTH", 10.0)
+    monkeypatch.setattr(unpacked_steps, "LEAST", 1)
     monkeypatch.setattr("clip_jax.data.caption_packing.COUNTED_LENGTHS", (6, 8))
-    tight = CaptionPacking(4, 2, 20, 9.0)
-    monkeypatch.setattr("clip_jax.training.setup.choose_packing", lambda *_: tight)
-    config = tiny_config(data, train__steps=4, train__batch_size=32, checkpoint__every=2)
+    packing = CaptionPacking(4, 2, segment_rows, 9.0)
+    monkeypatch.setattr("clip_jax.training.setup.choose_packing", lambda *_: packing)
+    half = steps // 2
+    config = tiny_config(data, train__steps=steps, train__batch_size=32, checkpoint__every=half)
     assert main.run(config, str(tmp_path / "whole")) == 0
     written = json.loads((tmp_path / "whole/config.json").read_text())["config"]["data"]
     shares = parse_shares(written["caption_packing"])
     assert list(shares) == [6, 8]
-    fitting = [length for length in lengths if isinstance(length, CaptionPacking)]
-    assert fitting and len(fitting) < len(lengths)  # some batches did not fit
-    assert all(length == 16 for length in lengths if not isinstance(length, CaptionPacking))
+    others = [length for length in lengths if length != packing]
+    assert len(lengths) == steps and len(others) < steps
+    assert bool(others) == (segment_rows == 20) and set(others) <= {16}
+    assert logged(tmp_path / "whole", "unpacked") == [length != packing for length in lengths]
+    assert capsys.readouterr().out.count(" did not fit into 2 segments") == bool(others)
 
     parts = tmp_path / "parts"
     shutil.copytree(tmp_path / "whole", parts)
-    shutil.rmtree(parts / "checkpoints/4")
+    shutil.rmtree(parts / f"checkpoints/{steps}")
     monkeypatch.setattr(caption_shares, "count_lengths", None)  # not called again
     assert main.run(config, str(parts)) == 0
+    assert lengths[steps:] == lengths[half:steps]
     assert run_losses(parts) == run_losses(tmp_path / "whole")
 
 
@@ -144,3 +163,14 @@ def test_a_plan_takes_the_packing_of_the_config(data):
     assert "text" not in shapes and shapes["text_end"].shape == (64,)
     segments = batch_shards(run.mesh) * run.caption_packing.segments
     assert shapes["text_tokens"].shape == shapes["text_positions"].shape == (segments, 128)
+
+
+def test_shares_are_refused_for_a_tower_that_sees_its_padding(data, monkeypatch):
+    monkeypatch.setitem(zoo.MODELS, "padded", SIGLIP)
+    shares = tiny_config(data, model__name="padded", data__caption_packing="4:0.5")
+    words = r'tower of padded takes .* leave config\.data\.caption_packing "auto" or "off"$'
+    with pytest.raises(UserError, match=words):
+        build_run(shares, 3)
+    for choice in ("auto", "off"):
+        config = tiny_config(data, model__name="padded", data__caption_packing=choice)
+        assert build_run(config, 3).caption_packing is None

@@ -246,6 +246,7 @@ def test_metrics_hold_what_a_run_is_judged_by(uninterrupted):
     wanted |= {"image_accuracy", "text_accuracy", "pairs_per_second", "ok"}
     assert wanted <= set(line)
     assert line["ok"] == 1 and 0 < line["mfu"] < 1
+    assert "unpacked" not in line
     assert list(uninterrupted.glob("events.out.tfevents.*"))
 
 
