@@ -11,7 +11,7 @@ words; the image tower averages the patches, here it reads the class token; colo
 of the images, hue too, and 20 % turn gray.
 
 The fewest devices that hold it whole, and the days of the run there, as compiled (`docs/fits.md`):
-v5e 64: 0.4 days; v5p 16: 0.6 days; v6e 32: 0.4 days; h100 16: 0.4 days.
+v5e 64: 0.4 days; v5p 16: 0.6 days; v6e 32: 0.4 days; h100 16: 0.3 days.
 """
 
 import ml_collections

@@ -7,7 +7,7 @@ Learning rate 5e-4; everything else is in `experiments/paper.py`. On the paper's
 the published weights classify ImageNet zero-shot at 68.3 %.
 
 The fewest devices that hold it whole, and the days of the run there, as compiled (`docs/fits.md`):
-v5e 128: 1.7 days; v5p 32: 2.9 days; v6e 64: 1.7 days; h100 32: 1.7 days.
+v5e 128: 1.7 days; v5p 32: 2.9 days; v6e 64: 1.7 days; h100 32: 1.5 days.
 """
 
 import ml_collections

@@ -7,7 +7,7 @@ Learning rate 5e-4; everything else is in `experiments/paper.py`. On the paper's
 the published weights classify ImageNet zero-shot at 63.3 %.
 
 The fewest devices that hold it whole, and the days of the run there, as compiled (`docs/fits.md`):
-v5e 64: 1.4 days; v5p 16: 2.3 days; v6e 32: 1.4 days; h100 16: 1.3 days.
+v5e 64: 1.4 days; v5p 16: 2.3 days; v6e 32: 1.4 days; h100 16: 1.1 days.
 """
 
 import ml_collections

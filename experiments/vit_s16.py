@@ -9,7 +9,7 @@ run is 3.4e18 FLOP: nine and a half hours at 100 TFLOP/s sustained, as reckoned.
 H100 a step takes 30 GB; on a smaller GPU lower the batch.
 
 The fewest devices that hold it whole, and the days of the run there, as compiled (`docs/fits.md`):
-v5e 4: 0.2 days; v5p 1: 0.4 days; v6e 2: 0.3 days; h100 1: 0.2 days.
+v5e 4: 0.2 days; v5p 1: 0.4 days; v6e 2: 0.3 days; h100 1: 0.1 days.
 """
 
 import ml_collections
