@@ -188,7 +188,7 @@ def search(args: argparse.Namespace, config: Config) -> int:
     if args.days is not None:
         if size.steps is None:
             raise UserError("--days needs --pairs, the pairs of an epoch, or config.train.steps")
-        counts = counts_for_days(config, device, hardware, size, args.days)
+        counts = counts_for_days(config, device, hardware, size, args.days, vary)
     folder = Path(args.cache or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "clip_jax"))
     plans = make_folder(folder.expanduser() / "plans", flag="--cache")
     cache = Cache(plans, compiler, device, args.utilization)

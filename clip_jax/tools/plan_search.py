@@ -188,7 +188,8 @@ def compile_in_child(
 Compile = Callable[[Config, str, int, Compiler, Path, float], str]
 
 MOST_FAILURES = 5
-"""So many settings may fail before one is compiled; then the compiler itself is not well."""
+"""So many settings may fail on a number of devices before one is compiled there; then that number
+is given up."""
 
 
 @dataclasses.dataclass
@@ -227,9 +228,7 @@ class Search:
         is_complete = True
         try:
             for devices in counts:
-                if not self._search(devices):
-                    is_complete = False
-                    break
+                is_complete &= self._search(devices)
                 best = self._best(devices)
                 if best and is_enough(best):
                     break
@@ -257,7 +256,7 @@ class Search:
                 fitting = self._try(candidate, devices)
                 if fitting is not None:
                     fits[candidate] = fitting
-                elif len(self.failed) >= MOST_FAILURES and not (self.ranked or self.refused):
+                elif self._is_given_up(devices):
                     return False
                 left = [c for c in left if not is_pruned(c, fits)]
                 if not left and (best := self._best(devices)):
@@ -267,6 +266,12 @@ class Search:
                 bar.n = len(tried)
                 bar.refresh()
         return True
+
+    def _is_given_up(self, devices: int) -> bool:
+        """Return whether the compiler has failed, and done nothing else, on so many devices."""
+        is_compiled = any(r.devices == devices for r in (*self.ranked, *self.refused))
+        failures = sum(n == devices for _, n, _ in self.failed)
+        return failures >= MOST_FAILURES and not is_compiled
 
     def _try(self, candidate: Candidate, devices: int) -> bool | None:
         """Compile one setting, if it was not yet; return whether it fits, None if that failed.
@@ -330,9 +335,16 @@ def size_of_run(config: Config, pairs: int | None) -> RunSize:
 
 
 def counts_for_days(
-    config: Config, device_name: str, device: Device, size: RunSize, most_days: float
+    config: Config,
+    device_name: str,
+    device: Device,
+    size: RunSize,
+    most_days: float,
+    vary: frozenset[str],
 ) -> list[int]:
     """Return the numbers of devices that could make a run in so many days, the smallest first.
+
+    Those for which there are no settings, `make_candidates`, are left out.
 
     Raises:
       UserError: no number is enough.
@@ -340,13 +352,13 @@ def counts_for_days(
     counts = [
         n
         for n in device_counts(device_name)
-        if config.train.batch_size % n == 0
+        if make_candidates(config, n, vary)
         and least_days(size.flops, n, device, config.model.dtype, size.steps or 0) <= most_days
     ]
     if not counts:
         raise UserError(
-            f"--days is {most_days:g}, and no number of {device_name} that divides the batch is "
-            "enough, at nine tenths of their peak; give more days or another device"
+            f"--days is {most_days:g}, and no number of {device_name} that the mesh and the "
+            "batch fit is enough, at nine tenths of their peak; give more days or another device"
         )
     return counts
 

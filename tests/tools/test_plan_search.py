@@ -157,7 +157,7 @@ def test_an_interrupted_search_tells_what_it_knows(tmp_path):
 def test_the_smallest_number_of_devices_that_is_quick_enough(tmp_path):
     config = config_of(**{"train.steps": 864_000})
     size = RunSize(151_000_000, 2048 * 30e9, 864_000)
-    counts = counts_for_days(config, "tpu-v5e", V5E, size, 0.6)
+    counts = counts_for_days(config, "tpu-v5e", V5E, size, 0.6, frozenset(AXES))
     assert counts[0] == 8  # fewer could not at nine tenths of their peak
     made, _ = search_of(tmp_path, config, vary=("remat",))
     found = made.run(counts, lambda best: size.days(best.seconds) <= 0.6)
@@ -166,7 +166,23 @@ def test_the_smallest_number_of_devices_that_is_quick_enough(tmp_path):
     text = search_text(found, config, "tpu-v5e", TPU, size, 0.6)
     assert "16 x tpu-v5e make the run in 0.51 days" in text
     with pytest.raises(UserError, match="no number of tpu-v5e"):
-        counts_for_days(config, "tpu-v5e", V5E, size, 1e-6)
+        counts_for_days(config, "tpu-v5e", V5E, size, 1e-6, frozenset(AXES))
+
+
+def test_numbers_of_devices_that_the_mesh_and_the_batch_fit():
+    size, remat = RunSize(151_000_000, 1.0, 10), frozenset({"remat"})
+
+    def counts(vary=remat, **values):
+        return counts_for_days(config_of(**values), "tpu-v5e", V5E, size, 1.0, vary)
+
+    assert counts(**{"mesh.fsdp": 8}) == [8, 16, 32, 64, 128, 256]
+    assert counts(frozenset(AXES), **{"mesh.fsdp": 8})[0] == 1
+    assert counts(**{"mesh.fsdp": 4, "mesh.tensor": 2})[:2] == [8, 16]
+    assert counts(**{"mesh.data": 2, "mesh.fsdp": 4}) == [8]
+    assert counts(**{"train.batch_size": 48, "data.streams": 8}) == [1, 2, 4, 8, 16]
+    assert counts(**{"train.microbatch_size": 32})[-1] == 32
+    with pytest.raises(UserError, match="no number of tpu-v5e that the mesh and the batch fit"):
+        counts(**{"mesh.fsdp": 3})
 
 
 def test_a_failed_compilation_is_told_and_nothing_follows_from_it(tmp_path):
@@ -198,9 +214,23 @@ def test_a_compiler_that_always_fails_is_not_asked_for_ever(tmp_path):
     made, _ = search_of(tmp_path)
     made.compile = fail
     found = made.run([8, 16], enough)
-    assert not found.ranked and not found.is_complete and len(calls) == len(found.failed) == 5
+    assert not found.ranked and not found.is_complete
+    assert len(calls) == len(found.failed) == 10 and {n for _, n, _ in found.failed} == {8, 16}
     text = search_text(found, config_of(), "tpu-v5e", TPU, RunSize(1, 1e15, 10), None)
     assert "the compiler stumbled" in text and "nothing was compiled" in text
+
+
+def test_failures_on_few_devices_say_nothing_of_more(tmp_path):
+    made, _ = search_of(tmp_path)
+    compile_ = made.compile
+
+    def fail_on_few(config, device_name, devices, *rest):
+        return "killed" if devices == 8 else compile_(config, device_name, devices, *rest)
+
+    made.compile = fail_on_few
+    found = made.run([8, 16], enough)
+    assert len(found.failed) == 5 and {r.devices for r in found.ranked} == {16}
+    assert not found.is_complete
 
 
 def test_parameters_that_cannot_fit_are_not_compiled(tmp_path):
