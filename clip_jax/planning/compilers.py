@@ -167,6 +167,7 @@ def start_compiler(compiler: Compiler, device: str, count: int, dump: str) -> St
     Raises:
       UserError: there is no such number of these devices.
     """
+    check_count(compiler, device, count)
     start = {"cpu": _start_cpu, "tpu": _start_tpu, "cuda": _start_cuda}
     devices = start[compiler.platform](device, count, dump)
     return StartedCompiler(compiler, device, tuple(devices), dump)
@@ -199,6 +200,9 @@ TPU_TOPOLOGIES = {
 """By device: libtpu's name of the generation, slices by chips, and options of the topology."""
 
 
+HOST_GPUS = 8
+
+
 def device_counts(device: str) -> tuple[int, ...]:
     """Return how many devices of a kind can be had: a slice's chips, or GPUs in whole machines."""
     if device in TPU_TOPOLOGIES:
@@ -206,12 +210,18 @@ def device_counts(device: str) -> tuple[int, ...]:
     return (1, 2, 4, *(HOST_GPUS * 2**n for n in range(9)))
 
 
+def check_count(compiler: Compiler, device: str, count: int) -> None:
+    """Raise UserError if a compiler has no such number of devices; that of CPUs has any."""
+    if compiler.platform == "tpu" and count not in (slices := TPU_TOPOLOGIES[device][1]):
+        sizes = ", ".join(str(n) for n in slices)
+        raise UserError(f"--devices is {count}; a slice of {device} has one of {sizes} chips")
+    if compiler.platform == "cuda" and count > HOST_GPUS and count % HOST_GPUS:
+        raise UserError(f"--devices is {count}; machines of {device} hold {HOST_GPUS} of them each")
+
+
 def _start_tpu(device: str, count: int, dump: str) -> list[jax.Device]:
     """Return the first `count` devices of the smallest slice that has so many."""
     generation, slices, options = TPU_TOPOLOGIES[device]
-    if count not in slices:
-        sizes = ", ".join(str(n) for n in slices)
-        raise UserError(f"--devices is {count}; a slice of {device} has one of {sizes} chips")
     # A training run on this machine may hold libtpu's lock; nothing is run here.
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "true"
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -229,14 +239,9 @@ def _start_tpu(device: str, count: int, dump: str) -> list[jax.Device]:
     return _topology("tpu", topology_name=f"{generation}:{slices[count]}", **options)[:count]
 
 
-HOST_GPUS = 8
-
-
 def _start_cuda(device: str, count: int, dump: str) -> list[jax.Device]:
     """Return `count` GPUs in hosts of eight."""
     del dump
-    if count > HOST_GPUS and count % HOST_GPUS:
-        raise UserError(f"--devices is {count}; machines of {device} hold {HOST_GPUS} of them each")
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
     _add_flags("XLA_FLAGS", UNTUNED)
     importlib.import_module(PACKAGES["cuda"].module)

@@ -7,6 +7,7 @@ for training, `--config.mesh.fsdp=8` say.
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING
 from clip_jax.config import resolve
 from clip_jax.errors import EXIT_ERROR, UserError, check_choice, run_command
 from clip_jax.files import atomic_write, check_local, make_folder
-from clip_jax.sections import Config
+from clip_jax.sections import Config, MeshSection
 from clip_jax.tools.config_flags import parse as parse_config
 
 if TYPE_CHECKING:
@@ -147,14 +148,29 @@ def plan(
     return make_plan(costs, config, device, hardware, utilization=utilization, pairs=pairs)
 
 
+def _check_settings(config: Config, devices: int, vary: frozenset[str]) -> None:
+    """Check that a search has settings for so many devices.
+
+    Raises:
+      UserError: it has none; the line is that of a plan.
+    """
+    from clip_jax.parallel.mesh import mesh_shape
+    from clip_jax.planning.candidates import make_candidates
+    from clip_jax.training.setup import check_batch_sizes
+
+    if not make_candidates(config, devices, vary):
+        mesh = MeshSection() if "mesh" in vary else config.mesh
+        check_batch_sizes(config.train, mesh_shape(devices, **dataclasses.asdict(mesh)))
+
+
 def search(args: argparse.Namespace, config: Config) -> int:
     """Search the settings of a run; return the exit code: 1 where none fits.
 
     Raises:
-      UserError: a flag is wrong, or no number of devices is enough.
+      UserError: a flag is wrong, the config does not fit the devices, or no number of them is
+        enough.
     """
-    from clip_jax.planning.candidates import make_candidates
-    from clip_jax.planning.compilers import find_compiler
+    from clip_jax.planning.compilers import check_count, find_compiler
     from clip_jax.planning.hardware import find_device
     from clip_jax.tools.plan_search import (
         Cache,
@@ -174,15 +190,12 @@ def search(args: argparse.Namespace, config: Config) -> int:
     _check(config, args.devices, args.utilization, args.pairs)
     if args.days is not None and not args.days > 0:
         raise UserError(f"--days is {args.days:g}; give how many days the run may take, 1.5 say")
-    if args.days is None and not make_candidates(config, args.devices, vary):
-        batch, count = config.train.batch_size, args.devices
-        raise UserError(
-            f"config.train.batch_size {batch} cannot be cut evenly for --devices {count}; the "
-            f"nearest that can: {max(count, batch // count * count)}"
-        )
     device, hardware = args.device.lower(), find_device(args.device)
     hardware.peak(config.model.dtype)
     compiler = find_compiler(device, args.compiler)
+    if args.days is None:
+        check_count(compiler, device, args.devices)
+        _check_settings(config, args.devices, vary)
     size = size_of_run(config, args.pairs)
     counts = [args.devices]
     if args.days is not None:

@@ -11,9 +11,12 @@ from clip_jax.planning import compilers
 from clip_jax.planning.compilers import (
     PACKAGES,
     TPU_TOPOLOGIES,
+    Compiler,
+    check_count,
     device_platform,
     find_compiler,
     required_versions,
+    start_compiler,
 )
 from clip_jax.planning.cycles import CLOCKS
 from clip_jax.planning.gpu_specs import GPU_SPECS, target_config
@@ -70,10 +73,13 @@ def test_mistakes_are_one_line(monkeypatch, device, choice, message):
 
 
 def test_slices_that_are_not_rented_are_refused():
+    tpu, cuda, cpu = (Compiler(platform, "", "") for platform in ("tpu", "cuda", "cpu"))
     with pytest.raises(UserError, match="a slice of tpu-v5e has one of 1, 2, 4, 8"):
-        compilers._start_tpu("tpu-v5e", 12, "")
+        start_compiler(tpu, "tpu-v5e", 12, "")
     with pytest.raises(UserError, match="machines of h100 hold 8"):
-        compilers._start_cuda("h100", 12, "")
+        start_compiler(cuda, "h100", 12, "")
+    for compiler, device, count in [(tpu, "tpu-v5e", 8), (cuda, "h100", 3), (cpu, "tpu-v5e", 12)]:
+        check_count(compiler, device, count)
 
 
 @pytest.mark.parametrize("device", DEVICES)

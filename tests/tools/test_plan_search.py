@@ -320,13 +320,39 @@ def test_numbers_of_devices_that_can_be_had():
         (["--days", "nan", "--pairs", "4e8"], "--days is nan; give how many days"),
         (
             ["--devices", "256", "--config.train.batch_size=1000", "--config.data.streams=8"],
-            "batch_size 1000 cannot be cut evenly for --devices 256; the nearest that can: 768",
+            "batch_size 1000 is not a multiple of .* = 256 devices; the nearest that is: 768",
+        ),
+        (["--devices", "7", "--vary", "remat"], "batch_size 32768 is not a multiple of .* = 7 dev"),
+        (
+            ["--devices", "4", "--vary", "remat", "--config.mesh.fsdp=8"],
+            "config.mesh asks for 1 x 8 x 1 .* and there are 4",
+        ),
+        (
+            ["--devices", "8", "--vary", "remat", "--config.train.microbatch_size=4"],
+            "microbatch_size 4 is not a multiple of .* = 8 devices",
         ),
     ],
 )
 def test_mistakes_are_one_line(monkeypatch, flags, message):
     line = ["plan", "--config", "experiments/vit_b32.py", "--search", *flags]
     monkeypatch.setattr("sys.argv", line)
+    with pytest.raises(UserError, match=message):
+        main()
+
+
+@old_loader
+@pytest.mark.parametrize(
+    ("platform", "device", "devices", "message"),
+    [
+        ("tpu", "tpu-v5e", "3", "a slice of tpu-v5e has one of"),
+        ("cuda", "h100", "12", "machines of h100 hold 8"),
+    ],
+)
+def test_devices_that_cannot_be_had_are_refused(monkeypatch, platform, device, devices, message):
+    compiler = Compiler(platform, "", "")
+    monkeypatch.setattr("clip_jax.planning.compilers.find_compiler", lambda *_: compiler)
+    line = ["plan", "--config", "experiments/vit_b32.py", "--search"]
+    monkeypatch.setattr("sys.argv", [*line, "--device", device, "--devices", devices])
     with pytest.raises(UserError, match=message):
         main()
 
