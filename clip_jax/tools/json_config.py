@@ -11,14 +11,25 @@ from typing import Any
 import ml_collections
 
 from clip_jax.config import default
+from clip_jax.errors import UserError
 
 
 def get_config(path: str) -> ml_collections.ConfigDict:
-    """Return the defaults with the fields that the file gives, under "config" or by themselves."""
+    """Return the defaults with the fields that the file gives, under "config" or by themselves.
+
+    Raises:
+      UserError: the file holds no config.
+    """
     with open(path, encoding="utf-8") as file:
         values = json.load(file)
+    given = values.get("config", values)
+    if given is None:
+        raise UserError(
+            f"--config {path} holds no settings, as its search found none that fit: search again "
+            "with more --devices or a smaller config.train.batch_size"
+        )
     config = default()
-    _update(config, values.get("config", values))
+    _update(config, given)
     return config
 
 

@@ -164,7 +164,7 @@ def _check_settings(config: Config, devices: int, vary: frozenset[str]) -> None:
 
 
 def search(args: argparse.Namespace, config: Config) -> int:
-    """Search the settings of a run; return the exit code: 1 where none fits.
+    """Search the settings of a run; return the exit code: 1 where none fits or is quick enough.
 
     Raises:
       UserError: a flag is wrong, the config does not fit the devices, or no number of them is
@@ -176,6 +176,7 @@ def search(args: argparse.Namespace, config: Config) -> int:
         Cache,
         Search,
         counts_for_days,
+        least_devices,
         search_record,
         search_text,
         size_of_run,
@@ -206,12 +207,14 @@ def search(args: argparse.Namespace, config: Config) -> int:
     plans = make_folder(folder.expanduser() / "plans", flag="--cache")
     cache = Cache(plans, compiler, device, args.utilization)
     made = Search(config, device, hardware, compiler, cache, vary, size.parameters)
-    found = made.run(counts, lambda best: size.days(best.seconds) <= (args.days or math.inf))
+    most_days = math.inf if args.days is None else args.days
+    found = made.run(counts, lambda best: size.days(best.seconds) <= most_days)
     print(search_text(found, config, device, compiler, size, args.days))
     path = args.json or "search.json"
     write_record(path, search_record(found, config, size.steps))
-    print(f"{path}: the best settings, which --config takes, and all that were compiled")
-    return 0 if found.ranked else EXIT_ERROR
+    holds = "the best settings, which --config takes" if found.ranked else "no settings to take"
+    print(f"{path}: {holds}, and all that were compiled")
+    return 0 if least_devices(found, size, most_days) else EXIT_ERROR
 
 
 def main() -> int:

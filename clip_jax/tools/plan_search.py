@@ -364,11 +364,14 @@ def counts_for_days(
 
 
 def search_record(found: Found, config: Config, steps: int | None) -> dict[str, Any]:
-    """Return the result as JSON values: the best settings' whole config, and all that is known."""
+    """Return the result as JSON values: the best settings' whole config, and all that is known.
+
+    The config is None where no settings fit.
+    """
     best = found.ranked[0] if found.ranked else None
-    chosen = with_settings(config, best.candidate.settings(config)) if best else config
+    chosen = with_settings(config, best.candidate.settings(config)) if best else None
     return {
-        "config": dataclasses.asdict(chosen),
+        "config": dataclasses.asdict(chosen) if chosen else None,
         "is_complete": found.is_complete,
         "ranked": [_entry(r, config, steps) for r in found.ranked],
         "refused": [_entry(r, config, None) for r in found.refused],
@@ -428,16 +431,23 @@ def search_text(
     if not found.ranked and not found.refused and found.failed:
         lines.append("nothing was compiled; python -m clip_jax.plan of one setting says more")
     elif not found.ranked:
-        lines.append("nothing fits; take more devices, or a smaller batch")
+        what = "nothing" if found.is_complete else "nothing that was compiled"
+        where = "more devices" if most_days is None else "larger devices"
+        lines.append(f"{what} fits; take {where}, or a smaller batch")
     elif most_days is not None:
-        enough = [r for r in found.ranked if size.days(r.seconds) <= most_days]
-        best = min(enough, key=lambda r: (r.devices, r.seconds), default=None)
+        best = least_devices(found, size, most_days)
         lines.append(
             f"{best.devices} x {device_name} make the run in {size.days(best.seconds):.2f} days"
             if best
             else f"no number of devices that was compiled makes the run in {most_days:g} days"
         )
     return "\n".join(lines)
+
+
+def least_devices(found: Found, size: RunSize, most_days: float) -> Ranked | None:
+    """Return the quickest settings on the fewest devices that make a run in so many days."""
+    enough = [r for r in found.ranked if size.days(r.seconds) <= most_days]
+    return min(enough, key=lambda r: (r.devices, r.seconds), default=None)
 
 
 def _ranked_by(compiler: Compiler) -> str:

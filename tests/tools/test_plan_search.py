@@ -1,6 +1,7 @@
 """Tests of the search for settings: which it compiles, what it keeps, and what it writes."""
 
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -265,6 +266,56 @@ def test_the_result_is_a_config(tmp_path, monkeypatch):
     record = json.loads(path.read_text())
     assert record["ranked"][0]["settings"]["model.remat"] == "minimal"
     assert record["ranked"][0]["days"] == pytest.approx(10 * 0.101 / 86_400)
+
+
+@old_loader
+def test_a_result_without_settings_is_no_config(tmp_path):
+    config = config_of()
+    made, _ = search_of(tmp_path, config, vary=("remat",), memory=1e9)
+    found = made.run([2], enough)
+    assert not found.ranked and found.refused
+    text = search_text(found, config, "tpu-v5e", TPU, RunSize(1, 1e15, 10), None)
+    assert text.endswith("nothing fits; take more devices, or a smaller batch")
+    path = tmp_path / "found.json"
+    write_record(str(path), search_record(found, config, 10))
+    assert json.loads(path.read_text())["config"] is None
+    with pytest.raises(UserError, match=r"found\.json holds no settings") as raised:
+        parse_config(["plan", "--config", str(path)])
+    assert "\n" not in str(raised.value)
+
+
+def fake_search(monkeypatch, tmp_path, *flags, memory=16e9):
+    """Run the command with a compiler that stands for libtpu's; return its exit code."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("clip_jax.planning.compilers.find_compiler", lambda *_: TPU)
+    size = RunSize(151_000_000, 1.0, 864_000)
+    monkeypatch.setattr("clip_jax.tools.plan_search.size_of_run", lambda *_: size)
+    faked = functools.partial(Search, compile=fake_compile([], memory=memory))
+    monkeypatch.setattr("clip_jax.tools.plan_search.Search", faked)
+    line = ["plan", "--config", "vit_b32", "--search", "--device", "tpu-v5e", "--vary", "remat"]
+    monkeypatch.setattr("sys.argv", [*line, "--cache", str(tmp_path / "cache"), *flags])
+    return main()
+
+
+@old_loader
+def test_a_search_that_finds_nothing_says_so(monkeypatch, tmp_path, capsys):
+    assert fake_search(monkeypatch, tmp_path, "--devices", "2", memory=1e9) == 1
+    out = capsys.readouterr().out
+    assert "nothing fits; take more devices" in out
+    assert "search.json: no settings to take" in out and "--config" not in out
+    assert json.loads((tmp_path / "search.json").read_text())["config"] is None
+
+
+@old_loader
+@pytest.mark.parametrize(("days", "code"), [("0.6", 0), ("0.001", 1)])
+def test_a_search_says_whether_the_days_are_enough(monkeypatch, tmp_path, capsys, days, code):
+    assert fake_search(monkeypatch, tmp_path, "--days", days) == code
+    out = capsys.readouterr().out
+    assert ("make the run in 0." in out) == (code == 0)
+    assert ("no number of devices that was compiled makes the run in 0.001 days" in out) == (
+        code == 1
+    )
+    assert "search.json: the best settings, which --config takes" in out
 
 
 def test_candidates_divide_the_devices_and_the_batch():
