@@ -123,6 +123,7 @@ def plan(
         not there.
     """
     _check(config, devices, utilization, pairs)
+    from clip_jax.parallel.mesh import mesh_shape
     from clip_jax.planning.compilers import find_compiler, start_compiler
     from clip_jax.planning.hardware import find_device
     from clip_jax.planning.plan import RefusedPlan, make_plan, run_steps
@@ -130,6 +131,7 @@ def plan(
 
     device, hardware = device.lower(), find_device(device)
     hardware.peak(config.model.dtype)  # fails before the compiler starts
+    steps = run_steps(config, pairs)
     asked = find_compiler(device, compiler)
     with tempfile.TemporaryDirectory(prefix="clip_jax_plan_") as dump:
         started = start_compiler(asked, device, devices, dump)
@@ -137,14 +139,10 @@ def plan(
         from clip_jax.planning.program import compile_run
 
         try:
-            costs = compile_run(
-                config,
-                run_steps(config, pairs) or ANY_STEPS,
-                started,
-                utilization=utilization,
-            )
+            costs = compile_run(config, steps or ANY_STEPS, started, utilization=utilization)
         except DoesNotFitError as error:
-            return RefusedPlan(config, device, hardware, devices, asked, error.refusal)
+            mesh = mesh_shape(devices, **dataclasses.asdict(config.mesh))
+            return RefusedPlan(config, device, hardware, mesh, asked, error.refusal, steps)
     return make_plan(costs, config, device, hardware, utilization=utilization, pairs=pairs)
 
 
