@@ -19,7 +19,13 @@ from typing import TYPE_CHECKING
 
 from clip_jax.config import resolve
 from clip_jax.errors import EXIT_ERROR, UserError, check_choice, run_command
-from clip_jax.files import atomic_write, check_local, make_folder
+from clip_jax.files import (
+    atomic_write,
+    check_folder_writable,
+    check_local,
+    check_writable,
+    make_folder,
+)
 from clip_jax.sections import Config, MeshSection
 from clip_jax.tools.config_flags import parse as parse_config
 
@@ -195,6 +201,8 @@ def search(args: argparse.Namespace, config: Config) -> int:
     if args.days is None:
         check_count(compiler, device, args.devices)
         _check_settings(config, args.devices, vary)
+    path = args.json or "search.json"
+    check_writable(path, flag="--json")
     size = size_of_run(config, args.pairs)
     counts = [args.devices]
     if args.days is not None:
@@ -203,12 +211,12 @@ def search(args: argparse.Namespace, config: Config) -> int:
         counts = counts_for_days(config, device, hardware, size, args.days, vary)
     folder = Path(args.cache or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "clip_jax"))
     plans = make_folder(folder.expanduser() / "plans", flag="--cache")
+    check_folder_writable(plans, flag="--cache")
     cache = Cache(plans, compiler, device, args.utilization)
     made = Search(config, device, hardware, compiler, cache, vary, size.parameters)
     most_days = math.inf if args.days is None else args.days
     found = made.run(counts, lambda best: size.days(best.seconds) <= most_days)
     print(search_text(found, config, device, compiler, size, args.days))
-    path = args.json or "search.json"
     write_record(path, search_record(found, config, size.steps))
     holds = "the best settings, which --config takes" if found.ranked else "no settings to take"
     print(f"{path}: {holds}, and all that were compiled")
@@ -224,6 +232,8 @@ def main() -> int:
         return search(args, config)
     if args.devices is None:
         raise UserError("--devices is missing; for example --devices 256 --device h100")
+    if args.json:
+        check_writable(args.json, flag="--json")
     result = plan(
         config,
         args.devices,

@@ -1,10 +1,12 @@
 """Tests of the search for settings: which it compiles, what it keeps, and what it writes."""
 
+import contextlib
 import dataclasses
 import functools
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -404,6 +406,42 @@ def test_devices_that_cannot_be_had_are_refused(monkeypatch, platform, device, d
     monkeypatch.setattr("clip_jax.planning.compilers.find_compiler", lambda *_: compiler)
     line = ["plan", "--config", "experiments/vit_b32.py", "--search"]
     monkeypatch.setattr("sys.argv", [*line, "--device", device, "--devices", devices])
+    with pytest.raises(UserError, match=message):
+        main()
+
+
+@old_loader
+@pytest.mark.parametrize(
+    ("flags", "place", "message"),
+    [
+        (["--json"], "", "--json .* is a folder; name a file"),
+        (["--json"], "file/x.json", "--json .*file cannot be made"),
+        (["--json"], "closed/x.json", "--json .*closed cannot be written to .Permission denied"),
+        (["--search", "--json"], "", "--json .* is a folder; name a file"),
+        (["--search", "--json"], "closed/x.json", "--json .*closed cannot be written to"),
+        (["--search", "--cache"], "file", "--cache .* cannot be made"),
+        (["--search", "--cache"], "closed", "--cache .* cannot be written to .Permission denied"),
+    ],
+)
+def test_places_to_write_are_checked_first(monkeypatch, tmp_path, flags, place, message):
+    def fail(*_, **__):
+        raise AssertionError("it has begun")
+
+    def refuse(dir):
+        if Path(dir).is_relative_to(tmp_path / "closed"):
+            raise PermissionError(13, "Permission denied")
+        return contextlib.nullcontext()
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    for name in ("plan.plan", "plan_search.Search", "plan_search.compile_in_child"):
+        monkeypatch.setattr(f"clip_jax.tools.{name}", fail)
+    size = RunSize(151_000_000, 1.0, 10)
+    monkeypatch.setattr("clip_jax.tools.plan_search.size_of_run", lambda *_: size)
+    # Who runs the tests as root may write anywhere.
+    monkeypatch.setattr("clip_jax.files.tempfile.TemporaryFile", refuse)
+    line = ["plan", "--config", "vit_b32", "--devices", "8", *flags, str(tmp_path / place)]
+    monkeypatch.setattr("sys.argv", line)
     with pytest.raises(UserError, match=message):
         main()
 
