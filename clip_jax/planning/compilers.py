@@ -59,17 +59,21 @@ class Package:
       module: as it is imported.
       jax_extra: the extra of JAX that names the version it takes.
       extra: the extra of this project that installs it.
+      library: the package that holds XLA itself, and the module; of the same version.
     """
 
     name: str
     module: str
     jax_extra: str
     extra: str
+    library: str
 
 
 PACKAGES = {
-    "tpu": Package("libtpu", "libtpu", "tpu", "plan-tpu"),
-    "cuda": Package("jax-cuda12-plugin", "jax_plugins.xla_cuda12", "cuda12", "plan-gpu"),
+    "tpu": Package("libtpu", "libtpu", "tpu", "plan-tpu", "libtpu"),
+    "cuda": Package(
+        "jax-cuda12-plugin", "jax_plugins.xla_cuda12", "cuda12", "plan-gpu", "jax-cuda12-pjrt"
+    ),
 }
 
 
@@ -88,8 +92,8 @@ def find_compiler(device: str, choice: str = "auto") -> Compiler:
       choice: one of `COMPILERS`; "auto" is the device's own where it is installed, else the CPU's.
 
     Raises:
-      UserError: the chosen compiler is not installed, does not compile for the device, or its
-        version is not the one that this JAX takes.
+      UserError: the chosen compiler is not installed, or in part; does not compile for the device;
+        or its version is not the one that this JAX takes.
     """
     check_choice("--compiler", choice, COMPILERS)
     platform = device_platform(device)
@@ -103,14 +107,32 @@ def find_compiler(device: str, choice: str = "auto") -> Compiler:
                 f"{install_command(package.extra)}"
             )
         return Compiler("cpu", "jaxlib", importlib.metadata.version("jaxlib"))
-    version = importlib.metadata.version(package.name)
+    return Compiler(platform, package.name, _checked_version(package))
+
+
+def _checked_version(package: Package) -> str:
+    """Return the version of a package whose module is installed.
+
+    Raises:
+      UserError: a part of it is not installed, or is of another version than this JAX takes.
+    """
     required = required_versions(package, importlib.metadata.requires("jax") or ())
-    if version not in required:
-        raise UserError(
-            f"{package.name} {version} is installed and jax {importlib.metadata.version('jax')} "
-            f"takes {required}: {install_command(package.extra)}, or give --compiler cpu"
-        )
-    return Compiler(platform, package.name, version)
+    remedy = f"{install_command(package.extra)}, or give --compiler cpu"
+    for name in dict.fromkeys((package.name, package.library)):
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            raise UserError(
+                f"the module {package.module} is there, and the package {name} is not installed: "
+                f"{remedy}"
+            ) from None
+        if version not in required:
+            raise UserError(
+                f"{name} {version} is installed and jax {importlib.metadata.version('jax')} "
+                f"takes {required}: {remedy}"
+            )
+        required &= SpecifierSet(f"=={version}")
+    return version
 
 
 def _is_installed(package: Package) -> bool:
