@@ -20,11 +20,11 @@ and the program's: neither says anything of the other.
 REMAT_ORDER = ("minimal", "blocks", "full", "dots", "none")
 """The order they are tried in: the answer of one spares others."""
 FSDP = (1, 8, 64, 512)
-"""Sizes of the axis that are tried, those that divide the devices: one copy of the state, a
-machine's worth of parts, and more."""
+"""Sizes of the axis that are tried beside the run's own, those that divide the devices: one copy of
+the state, a machine's worth of parts, and more."""
 TENSOR = (1, 2)
 MICROBATCHES = (1, 2, 4, 8, 16)
-"""In how many parts the global batch is taken."""
+"""In how many parts the global batch is taken, beside the run's own."""
 KERNELS = {"tpu": ("auto", "xla"), "cuda": ("auto", "xla"), "cpu": ()}
 """Values of `config.model.attention` by the compiler's platform."""
 
@@ -125,11 +125,11 @@ def _meshes(config: Config, devices: int, vary: frozenset[str]) -> Iterator[tupl
         if takes_all and _divides(config, devices, own.fsdp, own.tensor):
             yield own.fsdp, own.tensor
         return
-    for tensor in TENSOR:
-        for fsdp in sorted({*FSDP, devices}):
-            # A second axis is for what one device cannot hold, with the first at a machine's worth.
-            if _divides(config, devices, fsdp, tensor) and (tensor == 1 or fsdp == 8):
-                yield fsdp, tensor
+    # A second axis is for what one device cannot hold, with the first at a machine's worth.
+    meshes = {*((fsdp, 1) for fsdp in (*FSDP, devices)), *((8, tensor) for tensor in TENSOR)}
+    for fsdp, tensor in sorted(meshes | {(own.fsdp, own.tensor)}, key=lambda m: (m[1], m[0])):
+        if _divides(config, devices, fsdp, tensor):
+            yield fsdp, tensor
 
 
 def _divides(config: Config, devices: int, fsdp: int, tensor: int) -> bool:
@@ -141,7 +141,7 @@ def _divides(config: Config, devices: int, fsdp: int, tensor: int) -> bool:
 def _parts(config: Config, shards: int, vary: frozenset[str]) -> Iterator[int]:
     batch = config.train.batch_size
     own = batch // (config.train.microbatch_size or batch)
-    for parts in MICROBATCHES if "microbatch" in vary else (own,):
+    for parts in sorted({own, *MICROBATCHES}) if "microbatch" in vary else (own,):
         if batch % parts == 0 and (batch // parts) % shards == 0:
             yield parts
 

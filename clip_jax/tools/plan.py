@@ -228,6 +228,8 @@ def main() -> int:
     args, rest = parse(sys.argv)
     check_local({"--json": args.json, "--cache": args.cache})
     config = resolve(parse_config([sys.argv[0], *rest]))
+    if args.top < 0:
+        raise UserError(f"--top is {args.top}; it takes how many to print, 0 or more")
     if args.search:
         return search(args, config)
     if args.devices is None:

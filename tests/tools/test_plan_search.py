@@ -334,6 +334,20 @@ def test_candidates_divide_the_devices_and_the_batch():
     assert len(first) == 8 and {(c.remat, c.parts) for c in made[:8]} == {("minimal", 1)}
 
 
+def test_the_runs_own_mesh_and_micro_batch_are_candidates():
+    own = {"mesh.fsdp": 4, "mesh.tensor": 2, "train.microbatch_size": 16}
+    config = config_of(**{"train.batch_size": 48, "data.streams": 8}, **own)
+    made = make_candidates(config, 16, frozenset(AXES))
+    assert {(c.fsdp, c.tensor) for c in made} == {(1, 1), (8, 1), (16, 1), (8, 2), (4, 2)}
+    assert {c.parts for c in made} == {1, 2, 3} and len(set(made)) == len(made)
+    # Not on devices that it does not fit.
+    assert {(c.fsdp, c.tensor) for c in make_candidates(config, 4, frozenset(AXES))} == {
+        *((1, 1), (4, 1))
+    }
+    whole = make_candidates(config_of(**{"mesh.fsdp": 8}), 8, frozenset(AXES))
+    assert len(set(whole)) == len(whole)
+
+
 def test_what_computes_blocks_again_is_not_tried_where_less_fits():
     config = config_of(**{"train.batch_size": 48, "data.streams": 8})
     made = make_candidates(config, 1, frozenset({"remat", "microbatch"}))
@@ -368,6 +382,7 @@ def test_numbers_of_devices_that_can_be_had():
         (["--devices", "0"], "--devices is 0; give how many"),
         (["--devices", "-8"], "--devices is -8; give how many"),
         (["--devices", "8", "--utilization", "5"], "--utilization is 5; it takes"),
+        (["--devices", "8", "--top", "-5"], "--top is -5; it takes how many"),
         (["--days", "5", "--pairs", "10"], "--pairs is 10; it takes config.train.batch_size"),
         (["--days", "0", "--pairs", "4e8"], "--days is 0; give how many days"),
         (["--days", "nan", "--pairs", "4e8"], "--days is nan; give how many days"),
