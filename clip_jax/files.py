@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import tempfile
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -113,6 +114,29 @@ def make_folder(folder: str | Path, *, flag: str) -> Path:
         reason = error.strerror or str(error)
         raise UserError(f"{flag} {folder} cannot be made ({reason}); give another") from None
     return folder
+
+
+def check_writable(path: str | Path, *, flag: str) -> None:
+    """Check that a file can be written, before the work whose result it holds; its folder is made.
+
+    Raises:
+      UserError: it cannot; the message begins with the flag that names it.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{flag} {path} is a folder; name a file, {path / 'out.json'} say")
+    check_folder_writable(make_folder(path.parent, flag=flag), flag=flag)
+
+
+def check_folder_writable(folder: Path, *, flag: str) -> None:
+    """Raise UserError if no file can be made in a folder; the message begins with the flag."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = error.strerror or str(error)
+        remedy = write_remedy(reason)
+        raise UserError(f"{flag} {folder} cannot be written to ({reason}): {remedy}") from None
 
 
 def claim_folder(

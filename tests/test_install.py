@@ -79,6 +79,31 @@ def test_what_is_no_experiment(monkeypatch, tmp_path):
     assert config_flags._with_files(["main", "--config", "emoji"])[2] == "emoji"
 
 
+# What ml_collections reads a config file with.
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b'{"model": {', r"is no JSON \(Expecting .*: line 1 column 12 \(char 11\)\)"),
+        (b"", r"is no JSON \(Expecting value: line 1 column 1"),
+        (b'{"a": "\xff"}', r"is no JSON \('utf-8' codec can't decode byte 0xff in position 7"),
+        (b"[1, 2]", "is no object of fields; give"),
+        (b"3", "is no object of fields; give"),
+        (b'{"config": [1]}', 'its "config" is no object'),
+        (b'{"model": 3}', "config.model is no object of fields"),
+        (b'{"model": {"nme": "x"}}', "config.model.nme does not exist; did you mean config.model"),
+        (b'{"model": {"name": 3}}', "config.model.name: .*int"),
+        (b'{"train": {"steps": {"a": 1}}}', "config.train.steps: .*"),
+    ],
+)
+def test_a_config_in_json_that_is_none(tmp_path, text, message):
+    path = tmp_path / "bad.json"
+    path.write_bytes(text)
+    with pytest.raises(UserError, match=f"^--config {path}:? ?{message}") as raised:
+        config_flags.parse(["main", "--config", str(path)])
+    assert "\n" not in str(raised.value)
+
+
 def test_a_folder_that_two_distributions_write_into(tmp_path):
     package = tmp_path / "clip_jax"
     assert distribution.mixed_files(package) is None

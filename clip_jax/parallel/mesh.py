@@ -30,7 +30,19 @@ def make_mesh(
       UserError: the product is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    count = len(devices)
+    shape = mesh_shape(len(devices), data=data, fsdp=fsdp, tensor=tensor)
+    # Explicit axes, make_mesh's default, break the look-up of tokens.
+    return jax.make_mesh(
+        tuple(shape.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
+    )
+
+
+def mesh_shape(count: int, *, data: int, fsdp: int, tensor: int) -> dict[str, int]:
+    """Return how many of the devices lie along each axis; `data` -1 takes what the others leave.
+
+    Raises:
+      UserError: the product is not the number of devices.
+    """
     if data == -1:
         data = max(1, count // (fsdp * tensor))
     if data * fsdp * tensor != count:
@@ -39,10 +51,7 @@ def make_mesh(
             f"{data * fsdp * tensor} devices and there are {count}; "
             "change config.mesh.fsdp and config.mesh.tensor so that their product divides that"
         )
-    # Explicit axes, make_mesh's default, break the look-up of tokens.
-    return jax.make_mesh(
-        (data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
-    )
+    return dict(zip(AXES, (data, fsdp, tensor), strict=True))
 
 
 TPU_GENERATIONS = {
@@ -92,13 +101,16 @@ def batch_shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def check_batch_size(name: str, batch_size: int, mesh: Mesh) -> None:
-    """Raise UserError if the mesh does not divide a batch evenly; `name` is the config's field."""
-    shards = batch_shards(mesh)
+def check_batch_size(name: str, batch_size: int, shape: Mapping[str, int]) -> None:
+    """Raise UserError if a mesh of this shape does not divide a batch evenly.
+
+    `name` is the config's field.
+    """
+    shards = shape["data"] * shape["fsdp"]
     if batch_size % shards:
         raise UserError(
             f"{name} {batch_size} is not a multiple of data x fsdp = "
-            f"{mesh.shape['data']} x {mesh.shape['fsdp']} = {shards} devices; "
+            f"{shape['data']} x {shape['fsdp']} = {shards} devices; "
             f"the nearest that is: {max(shards, batch_size // shards * shards)}"
         )
 

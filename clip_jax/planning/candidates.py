@@ -20,11 +20,11 @@ and the program's: neither says anything of the other.
 REMAT_ORDER = ("minimal", "blocks", "full", "dots", "none")
 """The order they are tried in: the answer of one spares others."""
 FSDP = (1, 8, 64, 512)
-"""Sizes of the axis that are tried, those that divide the devices: one copy of the state, a
-machine's worth of parts, and more."""
+"""Sizes of the axis that are tried beside the run's own, those that divide the devices: one copy of
+the state, a machine's worth of parts, and more."""
 TENSOR = (1, 2)
 MICROBATCHES = (1, 2, 4, 8, 16)
-"""In how many parts the global batch is taken."""
+"""In how many parts the global batch is taken, beside the run's own."""
 KERNELS = {"tpu": ("auto", "xla"), "cuda": ("auto", "xla"), "cpu": ()}
 """Values of `config.model.attention` by the compiler's platform."""
 
@@ -90,7 +90,9 @@ def _keeps_at_least(remat: str, other: str) -> bool:
 def make_candidates(config: Config, devices: int, vary: frozenset[str]) -> list[Candidate]:
     """Return the settings to try on so many devices, those that may save others first.
 
-    Kernels of attention are not among them: the best settings are compiled with each.
+    Kernels of attention are not among them: the best settings are compiled with each. Nor are
+    those whose mesh does not take all devices, or does not split the batch evenly: there may be
+    none.
 
     Args:
       config: the run; what is not varied stays as it says.
@@ -117,24 +119,29 @@ def with_other_kernels(best: Candidate, platform: str, vary: frozenset[str]) -> 
 
 
 def _meshes(config: Config, devices: int, vary: frozenset[str]) -> Iterator[tuple[int, int]]:
+    own = config.mesh
     if "mesh" not in vary:
-        yield config.mesh.fsdp, config.mesh.tensor
+        takes_all = own.data in (-1, devices // (own.fsdp * own.tensor))
+        if takes_all and _divides(config, devices, own.fsdp, own.tensor):
+            yield own.fsdp, own.tensor
         return
-    for tensor in TENSOR:
-        for fsdp in sorted({*FSDP, devices}):
-            shards = devices // tensor
-            divides = devices % (tensor * fsdp) == 0 and config.train.batch_size % shards == 0
-            # A second axis is for what one device cannot hold, with the first at a machine's worth.
-            if divides and fsdp * tensor <= devices and (tensor == 1 or fsdp == 8):
-                yield fsdp, tensor
+    # A second axis is for what one device cannot hold, with the first at a machine's worth.
+    meshes = {*((fsdp, 1) for fsdp in (*FSDP, devices)), *((8, tensor) for tensor in TENSOR)}
+    for fsdp, tensor in sorted(meshes | {(own.fsdp, own.tensor)}, key=lambda m: (m[1], m[0])):
+        if _divides(config, devices, fsdp, tensor):
+            yield fsdp, tensor
+
+
+def _divides(config: Config, devices: int, fsdp: int, tensor: int) -> bool:
+    """Return whether the axes divide the devices, and what splits the rows divides the batch."""
+    batch = config.train.batch_size
+    return devices % (fsdp * tensor) == 0 and batch % (devices // tensor) == 0
 
 
 def _parts(config: Config, shards: int, vary: frozenset[str]) -> Iterator[int]:
     batch = config.train.batch_size
-    if "microbatch" not in vary:
-        yield batch // (config.train.microbatch_size or batch)
-        return
-    for parts in MICROBATCHES:
+    own = batch // (config.train.microbatch_size or batch)
+    for parts in sorted({own, *MICROBATCHES}) if "microbatch" in vary else (own,):
         if batch % parts == 0 and (batch // parts) % shards == 0:
             yield parts
 

@@ -59,17 +59,21 @@ class Package:
       module: as it is imported.
       jax_extra: the extra of JAX that names the version it takes.
       extra: the extra of this project that installs it.
+      library: the package that holds XLA itself, and the module; of the same version.
     """
 
     name: str
     module: str
     jax_extra: str
     extra: str
+    library: str
 
 
 PACKAGES = {
-    "tpu": Package("libtpu", "libtpu", "tpu", "plan-tpu"),
-    "cuda": Package("jax-cuda12-plugin", "jax_plugins.xla_cuda12", "cuda12", "plan-gpu"),
+    "tpu": Package("libtpu", "libtpu", "tpu", "plan-tpu", "libtpu"),
+    "cuda": Package(
+        "jax-cuda12-plugin", "jax_plugins.xla_cuda12", "cuda12", "plan-gpu", "jax-cuda12-pjrt"
+    ),
 }
 
 
@@ -88,8 +92,8 @@ def find_compiler(device: str, choice: str = "auto") -> Compiler:
       choice: one of `COMPILERS`; "auto" is the device's own where it is installed, else the CPU's.
 
     Raises:
-      UserError: the chosen compiler is not installed, does not compile for the device, or its
-        version is not the one that this JAX takes.
+      UserError: the chosen compiler is not installed, or in part; does not compile for the device;
+        or its version is not the one that this JAX takes.
     """
     check_choice("--compiler", choice, COMPILERS)
     platform = device_platform(device)
@@ -103,14 +107,32 @@ def find_compiler(device: str, choice: str = "auto") -> Compiler:
                 f"{install_command(package.extra)}"
             )
         return Compiler("cpu", "jaxlib", importlib.metadata.version("jaxlib"))
-    version = importlib.metadata.version(package.name)
+    return Compiler(platform, package.name, _checked_version(package))
+
+
+def _checked_version(package: Package) -> str:
+    """Return the version of a package whose module is installed.
+
+    Raises:
+      UserError: a part of it is not installed, or is of another version than this JAX takes.
+    """
     required = required_versions(package, importlib.metadata.requires("jax") or ())
-    if version not in required:
-        raise UserError(
-            f"{package.name} {version} is installed and jax {importlib.metadata.version('jax')} "
-            f"takes {required}: {install_command(package.extra)}, or give --compiler cpu"
-        )
-    return Compiler(platform, package.name, version)
+    remedy = f"{install_command(package.extra)}, or give --compiler cpu"
+    for name in dict.fromkeys((package.name, package.library)):
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            raise UserError(
+                f"the module {package.module} is there, and the package {name} is not installed: "
+                f"{remedy}"
+            ) from None
+        if version not in required:
+            raise UserError(
+                f"{name} {version} is installed and jax {importlib.metadata.version('jax')} "
+                f"takes {required}: {remedy}"
+            )
+        required &= SpecifierSet(f"=={version}")
+    return version
 
 
 def _is_installed(package: Package) -> bool:
@@ -167,6 +189,7 @@ def start_compiler(compiler: Compiler, device: str, count: int, dump: str) -> St
     Raises:
       UserError: there is no such number of these devices.
     """
+    check_count(compiler, device, count)
     start = {"cpu": _start_cpu, "tpu": _start_tpu, "cuda": _start_cuda}
     devices = start[compiler.platform](device, count, dump)
     return StartedCompiler(compiler, device, tuple(devices), dump)
@@ -199,6 +222,9 @@ TPU_TOPOLOGIES = {
 """By device: libtpu's name of the generation, slices by chips, and options of the topology."""
 
 
+HOST_GPUS = 8
+
+
 def device_counts(device: str) -> tuple[int, ...]:
     """Return how many devices of a kind can be had: a slice's chips, or GPUs in whole machines."""
     if device in TPU_TOPOLOGIES:
@@ -206,12 +232,18 @@ def device_counts(device: str) -> tuple[int, ...]:
     return (1, 2, 4, *(HOST_GPUS * 2**n for n in range(9)))
 
 
+def check_count(compiler: Compiler, device: str, count: int) -> None:
+    """Raise UserError if a compiler has no such number of devices; that of CPUs has any."""
+    if compiler.platform == "tpu" and count not in (slices := TPU_TOPOLOGIES[device][1]):
+        sizes = ", ".join(str(n) for n in slices)
+        raise UserError(f"--devices is {count}; a slice of {device} has one of {sizes} chips")
+    if compiler.platform == "cuda" and count > HOST_GPUS and count % HOST_GPUS:
+        raise UserError(f"--devices is {count}; machines of {device} hold {HOST_GPUS} of them each")
+
+
 def _start_tpu(device: str, count: int, dump: str) -> list[jax.Device]:
     """Return the first `count` devices of the smallest slice that has so many."""
     generation, slices, options = TPU_TOPOLOGIES[device]
-    if count not in slices:
-        sizes = ", ".join(str(n) for n in slices)
-        raise UserError(f"--devices is {count}; a slice of {device} has one of {sizes} chips")
     # A training run on this machine may hold libtpu's lock; nothing is run here.
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "true"
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -229,14 +261,9 @@ def _start_tpu(device: str, count: int, dump: str) -> list[jax.Device]:
     return _topology("tpu", topology_name=f"{generation}:{slices[count]}", **options)[:count]
 
 
-HOST_GPUS = 8
-
-
 def _start_cuda(device: str, count: int, dump: str) -> list[jax.Device]:
     """Return `count` GPUs in hosts of eight."""
     del dump
-    if count > HOST_GPUS and count % HOST_GPUS:
-        raise UserError(f"--devices is {count}; machines of {device} hold {HOST_GPUS} of them each")
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
     _add_flags("XLA_FLAGS", UNTUNED)
     importlib.import_module(PACKAGES["cuda"].module)

@@ -105,7 +105,9 @@ def advise(costs: StepCosts, config: Config, device: Device) -> list[Change]:
         changes.append(microbatch)
     if config.model.remat in ("auto", "none", "minimal", "dots"):
         changes.append(Change("model.remat", "blocks"))
-    if not config.model.scan and config.model.remat not in ("auto", "none"):
+    # In a loop what is kept is stacked, which takes more memory where a block keeps more than its
+    # input (docs/performance.md).
+    if not config.model.scan and config.model.remat == "blocks":
         changes.append(Change("model.scan", True))
     return changes
 

@@ -152,17 +152,24 @@ class RefusedPlan:
       config: the run.
       device_name: the name of the device in `hardware.DEVICES`.
       device: its memory and bandwidths.
-      devices: how many.
+      mesh: the number of devices along each axis.
       compiler: which refused it.
       refusal: the memory that it would take, and its largest arrays.
+      steps: as a plan's.
     """
 
     config: Config
     device_name: str
     device: Device
-    devices: int
+    mesh: dict[str, int]
     compiler: Compiler
     refusal: Refusal
+    steps: int | None
+
+    @property
+    def devices(self) -> int:
+        """The number of devices."""
+        return math.prod(self.mesh.values())
 
 
 def make_plan(

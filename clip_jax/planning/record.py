@@ -1,8 +1,8 @@
 """A plan as JSON values; `docs/planning.md` says what each key holds."""
 
+import dataclasses
 from typing import Any
 
-from clip_jax.planning.compilers import Compiler
 from clip_jax.planning.plan import Plan, RefusedPlan
 
 ESTIMATES = {"tpu": "cycles", "cuda": "roofline", "cpu": "rates"}
@@ -10,21 +10,42 @@ ESTIMATES = {"tpu": "cycles", "cuda": "roofline", "cpu": "rates"}
 
 
 def plan_record(plan: Plan | RefusedPlan) -> dict[str, Any]:
-    """Return a plan's figures by their documented keys."""
-    if isinstance(plan, RefusedPlan):
-        return {
-            **_head(plan, plan.compiler, plan.devices),
-            "fits": False,
-            "memory_bytes": plan.refusal.used,
-            "temp_bytes": plan.refusal.temporaries,
-            "estimated_seconds": None,
-            "utilization": None,
-            "breakdown": [],
-            "largest_buffers": [buffer._asdict() for buffer in plan.refusal.buffers],
-        }
+    """Return a plan's figures by their documented keys, which are those of a refused one too."""
+    of = plan if isinstance(plan, RefusedPlan) else plan.costs
+    return {
+        "model": plan.config.model.name,
+        "device": plan.device_name,
+        "devices": plan.devices,
+        "batch_size": plan.config.train.batch_size,
+        "mesh": of.mesh,
+        "steps": plan.steps,
+        "compiler": dataclasses.asdict(of.compiler),
+        **(_refused(plan) if isinstance(plan, RefusedPlan) else _figures(plan)),
+    }
+
+
+def _refused(plan: RefusedPlan) -> dict[str, Any]:
+    return {
+        "fits": False,
+        "memory_bytes": plan.refusal.used,
+        "temp_bytes": plan.refusal.temporaries,
+        "memory_by_kind": None,
+        "estimated_seconds": None,
+        "estimated_by": None,
+        "counted_share": None,
+        "utilization": None,
+        "needed_flops": None,
+        "breakdown": [],
+        "exposed_collective_seconds": None,
+        "exposed_collective_share": None,
+        "collectives": [],
+        "largest_buffers": [buffer._asdict() for buffer in plan.refusal.buffers],
+    }
+
+
+def _figures(plan: Plan) -> dict[str, Any]:
     costs, timing = plan.costs, plan.costs.timing
     return {
-        **_head(plan, costs.compiler, plan.devices),
         "fits": plan.fits,
         "memory_bytes": costs.memory.total,
         "temp_bytes": costs.temp_bytes,
@@ -47,22 +68,7 @@ def plan_record(plan: Plan | RefusedPlan) -> dict[str, Any]:
             }
             for c in costs.collectives
         ],
-        "mesh": costs.mesh,
-        "steps": plan.steps,
-    }
-
-
-def _head(plan: Plan | RefusedPlan, compiler: Compiler, devices: int) -> dict[str, Any]:
-    return {
-        "model": plan.config.model.name,
-        "device": plan.device_name,
-        "devices": devices,
-        "batch_size": plan.config.train.batch_size,
-        "compiler": {
-            "platform": compiler.platform,
-            "name": compiler.name,
-            "version": compiler.version,
-        },
+        "largest_buffers": [],
     }
 
 

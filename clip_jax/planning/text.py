@@ -156,7 +156,9 @@ _REASONS: dict[str, Callable[[Plan, Change], str]] = {
         "the backward pass computes every block again, a third more computation; of a block only "
         "its input stays"
     ),
-    "model.scan": lambda plan, change: "gathered parameters live for one block at a time",
+    "model.scan": lambda plan, change: (
+        "gathered parameters, and what is computed again, live for one block at a time"
+    ),
 }
 
 

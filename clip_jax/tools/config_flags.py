@@ -105,6 +105,8 @@ def _reason(error: Exception, argv: Sequence[str]) -> str:
         near = difflib.get_close_matches(Path(path).stem, experiments.names(), n=1)
         hint = f"; did you mean --config {near[0]}?" if near else ""
         return f"--config {path}: no such file or experiment (folder: {os.getcwd()}){hint}"
+    if isinstance(error, UserError):
+        return text if path in text else f"experiment file {path}: {text}"
     last = text.splitlines()[-1] if text else ""
     kind = "" if "Traceback" in text else f"{type(error).__name__}: "
     return f"experiment file {path}: {kind}{last}"

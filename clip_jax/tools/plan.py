@@ -7,6 +7,7 @@ for training, `--config.mesh.fsdp=8` say.
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -18,8 +19,14 @@ from typing import TYPE_CHECKING
 
 from clip_jax.config import resolve
 from clip_jax.errors import EXIT_ERROR, UserError, check_choice, run_command
-from clip_jax.files import atomic_write, check_local, make_folder
-from clip_jax.sections import Config
+from clip_jax.files import (
+    atomic_write,
+    check_folder_writable,
+    check_local,
+    check_writable,
+    make_folder,
+)
+from clip_jax.sections import Config, MeshSection
 from clip_jax.tools.config_flags import parse as parse_config
 
 if TYPE_CHECKING:
@@ -122,6 +129,7 @@ def plan(
         not there.
     """
     _check(config, devices, utilization, pairs)
+    from clip_jax.parallel.mesh import mesh_shape
     from clip_jax.planning.compilers import find_compiler, start_compiler
     from clip_jax.planning.hardware import find_device
     from clip_jax.planning.plan import RefusedPlan, make_plan, run_steps
@@ -129,6 +137,7 @@ def plan(
 
     device, hardware = device.lower(), find_device(device)
     hardware.peak(config.model.dtype)  # fails before the compiler starts
+    steps = run_steps(config, pairs)
     asked = find_compiler(device, compiler)
     with tempfile.TemporaryDirectory(prefix="clip_jax_plan_") as dump:
         started = start_compiler(asked, device, devices, dump)
@@ -136,30 +145,42 @@ def plan(
         from clip_jax.planning.program import compile_run
 
         try:
-            costs = compile_run(
-                config,
-                run_steps(config, pairs) or ANY_STEPS,
-                started,
-                utilization=utilization,
-            )
+            costs = compile_run(config, steps or ANY_STEPS, started, utilization=utilization)
         except DoesNotFitError as error:
-            return RefusedPlan(config, device, hardware, devices, asked, error.refusal)
+            mesh = mesh_shape(devices, **dataclasses.asdict(config.mesh))
+            return RefusedPlan(config, device, hardware, mesh, asked, error.refusal, steps)
     return make_plan(costs, config, device, hardware, utilization=utilization, pairs=pairs)
 
 
-def search(args: argparse.Namespace, config: Config) -> int:
-    """Search the settings of a run; return the exit code: 1 where none fits.
+def _check_settings(config: Config, devices: int, vary: frozenset[str]) -> None:
+    """Check that a search has settings for so many devices.
 
     Raises:
-      UserError: a flag is wrong, or no number of devices is enough.
+      UserError: it has none; the line is that of a plan.
     """
+    from clip_jax.parallel.mesh import mesh_shape
     from clip_jax.planning.candidates import make_candidates
-    from clip_jax.planning.compilers import find_compiler
+    from clip_jax.training.setup import check_batch_sizes
+
+    if not make_candidates(config, devices, vary):
+        mesh = MeshSection() if "mesh" in vary else config.mesh
+        check_batch_sizes(config.train, mesh_shape(devices, **dataclasses.asdict(mesh)))
+
+
+def search(args: argparse.Namespace, config: Config) -> int:
+    """Search the settings of a run; return the exit code: 1 where none fits or is quick enough.
+
+    Raises:
+      UserError: a flag is wrong, the config does not fit the devices, or no number of them is
+        enough.
+    """
+    from clip_jax.planning.compilers import check_count, find_compiler
     from clip_jax.planning.hardware import find_device
     from clip_jax.tools.plan_search import (
         Cache,
         Search,
         counts_for_days,
+        least_devices,
         search_record,
         search_text,
         size_of_run,
@@ -174,31 +195,32 @@ def search(args: argparse.Namespace, config: Config) -> int:
     _check(config, args.devices, args.utilization, args.pairs)
     if args.days is not None and not args.days > 0:
         raise UserError(f"--days is {args.days:g}; give how many days the run may take, 1.5 say")
-    if args.days is None and not make_candidates(config, args.devices, vary):
-        batch, count = config.train.batch_size, args.devices
-        raise UserError(
-            f"config.train.batch_size {batch} cannot be cut evenly for --devices {count}; the "
-            f"nearest that can: {max(count, batch // count * count)}"
-        )
     device, hardware = args.device.lower(), find_device(args.device)
     hardware.peak(config.model.dtype)
     compiler = find_compiler(device, args.compiler)
+    if args.days is None:
+        check_count(compiler, device, args.devices)
+        _check_settings(config, args.devices, vary)
+    path = args.json or "search.json"
+    check_writable(path, flag="--json")
     size = size_of_run(config, args.pairs)
     counts = [args.devices]
     if args.days is not None:
         if size.steps is None:
             raise UserError("--days needs --pairs, the pairs of an epoch, or config.train.steps")
-        counts = counts_for_days(config, device, hardware, size, args.days)
+        counts = counts_for_days(config, device, hardware, size, args.days, vary)
     folder = Path(args.cache or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "clip_jax"))
     plans = make_folder(folder.expanduser() / "plans", flag="--cache")
+    check_folder_writable(plans, flag="--cache")
     cache = Cache(plans, compiler, device, args.utilization)
     made = Search(config, device, hardware, compiler, cache, vary, size.parameters)
-    found = made.run(counts, lambda best: size.days(best.seconds) <= (args.days or math.inf))
+    most_days = math.inf if args.days is None else args.days
+    found = made.run(counts, lambda best: size.days(best.seconds) <= most_days)
     print(search_text(found, config, device, compiler, size, args.days))
-    path = args.json or "search.json"
     write_record(path, search_record(found, config, size.steps))
-    print(f"{path}: the best settings, which --config takes, and all that were compiled")
-    return 0 if found.ranked else EXIT_ERROR
+    holds = "the best settings, which --config takes" if found.ranked else "no settings to take"
+    print(f"{path}: {holds}, and all that were compiled")
+    return 0 if least_devices(found, size, most_days) else EXIT_ERROR
 
 
 def main() -> int:
@@ -206,10 +228,14 @@ def main() -> int:
     args, rest = parse(sys.argv)
     check_local({"--json": args.json, "--cache": args.cache})
     config = resolve(parse_config([sys.argv[0], *rest]))
+    if args.top < 0:
+        raise UserError(f"--top is {args.top}; it takes how many to print, 0 or more")
     if args.search:
         return search(args, config)
     if args.devices is None:
         raise UserError("--devices is missing; for example --devices 256 --device h100")
+    if args.json:
+        check_writable(args.json, flag="--json")
     result = plan(
         config,
         args.devices,

@@ -188,7 +188,8 @@ def compile_in_child(
 Compile = Callable[[Config, str, int, Compiler, Path, float], str]
 
 MOST_FAILURES = 5
-"""So many settings may fail before one is compiled; then the compiler itself is not well."""
+"""So many settings may fail on a number of devices before one is compiled there; then that number
+is given up."""
 
 
 @dataclasses.dataclass
@@ -227,9 +228,7 @@ class Search:
         is_complete = True
         try:
             for devices in counts:
-                if not self._search(devices):
-                    is_complete = False
-                    break
+                is_complete &= self._search(devices)
                 best = self._best(devices)
                 if best and is_enough(best):
                     break
@@ -257,7 +256,7 @@ class Search:
                 fitting = self._try(candidate, devices)
                 if fitting is not None:
                     fits[candidate] = fitting
-                elif len(self.failed) >= MOST_FAILURES and not (self.ranked or self.refused):
+                elif self._is_given_up(devices):
                     return False
                 left = [c for c in left if not is_pruned(c, fits)]
                 if not left and (best := self._best(devices)):
@@ -267,6 +266,12 @@ class Search:
                 bar.n = len(tried)
                 bar.refresh()
         return True
+
+    def _is_given_up(self, devices: int) -> bool:
+        """Return whether the compiler has failed, and done nothing else, on so many devices."""
+        is_compiled = any(r.devices == devices for r in (*self.ranked, *self.refused))
+        failures = sum(n == devices for _, n, _ in self.failed)
+        return failures >= MOST_FAILURES and not is_compiled
 
     def _try(self, candidate: Candidate, devices: int) -> bool | None:
         """Compile one setting, if it was not yet; return whether it fits, None if that failed.
@@ -330,9 +335,16 @@ def size_of_run(config: Config, pairs: int | None) -> RunSize:
 
 
 def counts_for_days(
-    config: Config, device_name: str, device: Device, size: RunSize, most_days: float
+    config: Config,
+    device_name: str,
+    device: Device,
+    size: RunSize,
+    most_days: float,
+    vary: frozenset[str],
 ) -> list[int]:
     """Return the numbers of devices that could make a run in so many days, the smallest first.
+
+    Those for which there are no settings, `make_candidates`, are left out.
 
     Raises:
       UserError: no number is enough.
@@ -340,23 +352,26 @@ def counts_for_days(
     counts = [
         n
         for n in device_counts(device_name)
-        if config.train.batch_size % n == 0
+        if make_candidates(config, n, vary)
         and least_days(size.flops, n, device, config.model.dtype, size.steps or 0) <= most_days
     ]
     if not counts:
         raise UserError(
-            f"--days is {most_days:g}, and no number of {device_name} that divides the batch is "
-            "enough, at nine tenths of their peak; give more days or another device"
+            f"--days is {most_days:g}, and no number of {device_name} that the mesh and the "
+            "batch fit is enough, at nine tenths of their peak; give more days or another device"
         )
     return counts
 
 
 def search_record(found: Found, config: Config, steps: int | None) -> dict[str, Any]:
-    """Return the result as JSON values: the best settings' whole config, and all that is known."""
+    """Return the result as JSON values: the best settings' whole config, and all that is known.
+
+    The config is None where no settings fit.
+    """
     best = found.ranked[0] if found.ranked else None
-    chosen = with_settings(config, best.candidate.settings(config)) if best else config
+    chosen = with_settings(config, best.candidate.settings(config)) if best else None
     return {
-        "config": dataclasses.asdict(chosen),
+        "config": dataclasses.asdict(chosen) if chosen else None,
         "is_complete": found.is_complete,
         "ranked": [_entry(r, config, steps) for r in found.ranked],
         "refused": [_entry(r, config, None) for r in found.refused],
@@ -416,16 +431,23 @@ def search_text(
     if not found.ranked and not found.refused and found.failed:
         lines.append("nothing was compiled; python -m clip_jax.plan of one setting says more")
     elif not found.ranked:
-        lines.append("nothing fits; take more devices, or a smaller batch")
+        what = "nothing" if found.is_complete else "nothing that was compiled"
+        where = "more devices" if most_days is None else "larger devices"
+        lines.append(f"{what} fits; take {where}, or a smaller batch")
     elif most_days is not None:
-        enough = [r for r in found.ranked if size.days(r.seconds) <= most_days]
-        best = min(enough, key=lambda r: (r.devices, r.seconds), default=None)
+        best = least_devices(found, size, most_days)
         lines.append(
             f"{best.devices} x {device_name} make the run in {size.days(best.seconds):.2f} days"
             if best
             else f"no number of devices that was compiled makes the run in {most_days:g} days"
         )
     return "\n".join(lines)
+
+
+def least_devices(found: Found, size: RunSize, most_days: float) -> Ranked | None:
+    """Return the quickest settings on the fewest devices that make a run in so many days."""
+    enough = [r for r in found.ranked if size.days(r.seconds) <= most_days]
+    return min(enough, key=lambda r: (r.devices, r.seconds), default=None)
 
 
 def _ranked_by(compiler: Compiler) -> str:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -119,6 +119,13 @@ def rows_of_device(config: Config, mesh: Mesh) -> int:
     return (config.train.microbatch_size or config.train.batch_size) // batch_shards(mesh)
 
 
+def check_batch_sizes(section: TrainSection, shape: Mapping[str, int]) -> None:
+    """Raise UserError if a mesh of this shape does not divide a run's batches evenly."""
+    check_batch_size("config.train.batch_size", section.batch_size, shape)
+    if section.microbatch_size:
+        check_batch_size("config.train.microbatch_size", section.microbatch_size, shape)
+
+
 def sized_model(
     name: str, tokenizer: Tokenizer, *, image_size: int, context_length: int
 ) -> CLIPConfig:
@@ -171,9 +178,7 @@ def build_run(
     """
     m, t = config.model, config.train
     mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
-    check_batch_size("config.train.batch_size", t.batch_size, mesh)
-    if t.microbatch_size:
-        check_batch_size("config.train.microbatch_size", t.microbatch_size, mesh)
+    check_batch_sizes(t, mesh.shape)
     source = None if description else find_source(m, workdir)
     preprocess = source.checkpoint.preprocess if source else OPENAI
     given = config.data.tokenizer

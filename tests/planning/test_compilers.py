@@ -11,9 +11,12 @@ from clip_jax.planning import compilers
 from clip_jax.planning.compilers import (
     PACKAGES,
     TPU_TOPOLOGIES,
+    Compiler,
+    check_count,
     device_platform,
     find_compiler,
     required_versions,
+    start_compiler,
 )
 from clip_jax.planning.cycles import CLOCKS
 from clip_jax.planning.gpu_specs import GPU_SPECS, target_config
@@ -34,7 +37,13 @@ def install(monkeypatch, *platforms, **versions):
     known = {"jax": "0.10.2", "jaxlib": "0.10.2"} | {
         k.replace("_", "-"): v for k, v in versions.items()
     }
-    monkeypatch.setattr(compilers.importlib.metadata, "version", known.__getitem__)
+
+    def version(name):
+        if name not in known:
+            raise compilers.importlib.metadata.PackageNotFoundError(name)
+        return known[name]
+
+    monkeypatch.setattr(compilers.importlib.metadata, "version", version)
     monkeypatch.setattr(compilers.importlib.metadata, "requires", lambda name: REQUIREMENTS)
 
 
@@ -69,11 +78,46 @@ def test_mistakes_are_one_line(monkeypatch, device, choice, message):
         find_compiler(device, choice)
 
 
+@pytest.mark.parametrize("choice", ["auto", "own"])
+@pytest.mark.parametrize(
+    ("device", "versions", "message"),
+    [
+        (
+            "tpu-v5e",
+            {"libtpu_nightly": "0.1"},
+            "module libtpu is there, and the package libtpu is not",
+        ),
+        ("h100", {"jax_cuda12_pjrt": "0.10.2"}, "the package jax-cuda12-plugin is not"),
+        ("h100", {"jax_cuda12_plugin": "0.10.2"}, "the package jax-cuda12-pjrt is not"),
+        (
+            "h100",
+            {"jax_cuda12_plugin": "0.10.2", "jax_cuda12_pjrt": "0.10.1"},
+            r"jax-cuda12-pjrt 0.10.1 is installed and jax 0.10.2 takes .*==0\.10\.2",
+        ),
+    ],
+)
+def test_a_compiler_in_part_is_one_line(monkeypatch, device, choice, versions, message):
+    platform = device_platform(device)
+    install(monkeypatch, platform, **versions)
+    with pytest.raises(UserError, match=message) as raised:
+        find_compiler(device, platform if choice == "own" else choice)
+    assert f"[{PACKAGES[platform].extra}]', or give --compiler cpu" in str(raised.value)
+    assert find_compiler(device, "cpu").platform == "cpu"
+
+
+def test_a_whole_compiler_for_gpus(monkeypatch):
+    install(monkeypatch, "cuda", jax_cuda12_plugin="0.10.2", jax_cuda12_pjrt="0.10.2")
+    assert find_compiler("h100") == Compiler("cuda", "jax-cuda12-plugin", "0.10.2")
+
+
 def test_slices_that_are_not_rented_are_refused():
+    tpu, cuda, cpu = (Compiler(platform, "", "") for platform in ("tpu", "cuda", "cpu"))
     with pytest.raises(UserError, match="a slice of tpu-v5e has one of 1, 2, 4, 8"):
-        compilers._start_tpu("tpu-v5e", 12, "")
+        start_compiler(tpu, "tpu-v5e", 12, "")
     with pytest.raises(UserError, match="machines of h100 hold 8"):
-        compilers._start_cuda("h100", 12, "")
+        start_compiler(cuda, "h100", 12, "")
+    for compiler, device, count in [(tpu, "tpu-v5e", 8), (cuda, "h100", 3), (cpu, "tpu-v5e", 12)]:
+        check_count(compiler, device, count)
 
 
 @pytest.mark.parametrize("device", DEVICES)

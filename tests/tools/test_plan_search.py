@@ -1,9 +1,12 @@
 """Tests of the search for settings: which it compiles, what it keeps, and what it writes."""
 
+import contextlib
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -157,7 +160,7 @@ def test_an_interrupted_search_tells_what_it_knows(tmp_path):
 def test_the_smallest_number_of_devices_that_is_quick_enough(tmp_path):
     config = config_of(**{"train.steps": 864_000})
     size = RunSize(151_000_000, 2048 * 30e9, 864_000)
-    counts = counts_for_days(config, "tpu-v5e", V5E, size, 0.6)
+    counts = counts_for_days(config, "tpu-v5e", V5E, size, 0.6, frozenset(AXES))
     assert counts[0] == 8  # fewer could not at nine tenths of their peak
     made, _ = search_of(tmp_path, config, vary=("remat",))
     found = made.run(counts, lambda best: size.days(best.seconds) <= 0.6)
@@ -166,7 +169,23 @@ def test_the_smallest_number_of_devices_that_is_quick_enough(tmp_path):
     text = search_text(found, config, "tpu-v5e", TPU, size, 0.6)
     assert "16 x tpu-v5e make the run in 0.51 days" in text
     with pytest.raises(UserError, match="no number of tpu-v5e"):
-        counts_for_days(config, "tpu-v5e", V5E, size, 1e-6)
+        counts_for_days(config, "tpu-v5e", V5E, size, 1e-6, frozenset(AXES))
+
+
+def test_numbers_of_devices_that_the_mesh_and_the_batch_fit():
+    size, remat = RunSize(151_000_000, 1.0, 10), frozenset({"remat"})
+
+    def counts(vary=remat, **values):
+        return counts_for_days(config_of(**values), "tpu-v5e", V5E, size, 1.0, vary)
+
+    assert counts(**{"mesh.fsdp": 8}) == [8, 16, 32, 64, 128, 256]
+    assert counts(frozenset(AXES), **{"mesh.fsdp": 8})[0] == 1
+    assert counts(**{"mesh.fsdp": 4, "mesh.tensor": 2})[:2] == [8, 16]
+    assert counts(**{"mesh.data": 2, "mesh.fsdp": 4}) == [8]
+    assert counts(**{"train.batch_size": 48, "data.streams": 8}) == [1, 2, 4, 8, 16]
+    assert counts(**{"train.microbatch_size": 32})[-1] == 32
+    with pytest.raises(UserError, match="no number of tpu-v5e that the mesh and the batch fit"):
+        counts(**{"mesh.fsdp": 3})
 
 
 def test_a_failed_compilation_is_told_and_nothing_follows_from_it(tmp_path):
@@ -198,9 +217,23 @@ def test_a_compiler_that_always_fails_is_not_asked_for_ever(tmp_path):
     made, _ = search_of(tmp_path)
     made.compile = fail
     found = made.run([8, 16], enough)
-    assert not found.ranked and not found.is_complete and len(calls) == len(found.failed) == 5
+    assert not found.ranked and not found.is_complete
+    assert len(calls) == len(found.failed) == 10 and {n for _, n, _ in found.failed} == {8, 16}
     text = search_text(found, config_of(), "tpu-v5e", TPU, RunSize(1, 1e15, 10), None)
     assert "the compiler stumbled" in text and "nothing was compiled" in text
+
+
+def test_failures_on_few_devices_say_nothing_of_more(tmp_path):
+    made, _ = search_of(tmp_path)
+    compile_ = made.compile
+
+    def fail_on_few(config, device_name, devices, *rest):
+        return "killed" if devices == 8 else compile_(config, device_name, devices, *rest)
+
+    made.compile = fail_on_few
+    found = made.run([8, 16], enough)
+    assert len(found.failed) == 5 and {r.devices for r in found.ranked} == {16}
+    assert not found.is_complete
 
 
 def test_parameters_that_cannot_fit_are_not_compiled(tmp_path):
@@ -237,6 +270,56 @@ def test_the_result_is_a_config(tmp_path, monkeypatch):
     assert record["ranked"][0]["days"] == pytest.approx(10 * 0.101 / 86_400)
 
 
+@old_loader
+def test_a_result_without_settings_is_no_config(tmp_path):
+    config = config_of()
+    made, _ = search_of(tmp_path, config, vary=("remat",), memory=1e9)
+    found = made.run([2], enough)
+    assert not found.ranked and found.refused
+    text = search_text(found, config, "tpu-v5e", TPU, RunSize(1, 1e15, 10), None)
+    assert text.endswith("nothing fits; take more devices, or a smaller batch")
+    path = tmp_path / "found.json"
+    write_record(str(path), search_record(found, config, 10))
+    assert json.loads(path.read_text())["config"] is None
+    with pytest.raises(UserError, match=r"found\.json holds no settings") as raised:
+        parse_config(["plan", "--config", str(path)])
+    assert "\n" not in str(raised.value)
+
+
+def fake_search(monkeypatch, tmp_path, *flags, memory=16e9):
+    """Run the command with a compiler that stands for libtpu's; return its exit code."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("clip_jax.planning.compilers.find_compiler", lambda *_: TPU)
+    size = RunSize(151_000_000, 1.0, 864_000)
+    monkeypatch.setattr("clip_jax.tools.plan_search.size_of_run", lambda *_: size)
+    faked = functools.partial(Search, compile=fake_compile([], memory=memory))
+    monkeypatch.setattr("clip_jax.tools.plan_search.Search", faked)
+    line = ["plan", "--config", "vit_b32", "--search", "--device", "tpu-v5e", "--vary", "remat"]
+    monkeypatch.setattr("sys.argv", [*line, "--cache", str(tmp_path / "cache"), *flags])
+    return main()
+
+
+@old_loader
+def test_a_search_that_finds_nothing_says_so(monkeypatch, tmp_path, capsys):
+    assert fake_search(monkeypatch, tmp_path, "--devices", "2", memory=1e9) == 1
+    out = capsys.readouterr().out
+    assert "nothing fits; take more devices" in out
+    assert "search.json: no settings to take" in out and "--config" not in out
+    assert json.loads((tmp_path / "search.json").read_text())["config"] is None
+
+
+@old_loader
+@pytest.mark.parametrize(("days", "code"), [("0.6", 0), ("0.001", 1)])
+def test_a_search_says_whether_the_days_are_enough(monkeypatch, tmp_path, capsys, days, code):
+    assert fake_search(monkeypatch, tmp_path, "--days", days) == code
+    out = capsys.readouterr().out
+    assert ("make the run in 0." in out) == (code == 0)
+    assert ("no number of devices that was compiled makes the run in 0.001 days" in out) == (
+        code == 1
+    )
+    assert "search.json: the best settings, which --config takes" in out
+
+
 def test_candidates_divide_the_devices_and_the_batch():
     config = config_of(**{"train.batch_size": 48, "data.streams": 8})
     made = make_candidates(config, 16, frozenset(AXES))
@@ -249,6 +332,20 @@ def test_candidates_divide_the_devices_and_the_batch():
     # Every mesh and form of the layers once, before anything else of one of them.
     first = {(c.fsdp, c.tensor, c.scan) for c in made[:8]}
     assert len(first) == 8 and {(c.remat, c.parts) for c in made[:8]} == {("minimal", 1)}
+
+
+def test_the_runs_own_mesh_and_micro_batch_are_candidates():
+    own = {"mesh.fsdp": 4, "mesh.tensor": 2, "train.microbatch_size": 16}
+    config = config_of(**{"train.batch_size": 48, "data.streams": 8}, **own)
+    made = make_candidates(config, 16, frozenset(AXES))
+    assert {(c.fsdp, c.tensor) for c in made} == {(1, 1), (8, 1), (16, 1), (8, 2), (4, 2)}
+    assert {c.parts for c in made} == {1, 2, 3} and len(set(made)) == len(made)
+    # Not on devices that it does not fit.
+    assert {(c.fsdp, c.tensor) for c in make_candidates(config, 4, frozenset(AXES))} == {
+        *((1, 1), (4, 1))
+    }
+    whole = make_candidates(config_of(**{"mesh.fsdp": 8}), 8, frozenset(AXES))
+    assert len(set(whole)) == len(whole)
 
 
 def test_what_computes_blocks_again_is_not_tried_where_less_fits():
@@ -285,17 +382,80 @@ def test_numbers_of_devices_that_can_be_had():
         (["--devices", "0"], "--devices is 0; give how many"),
         (["--devices", "-8"], "--devices is -8; give how many"),
         (["--devices", "8", "--utilization", "5"], "--utilization is 5; it takes"),
+        (["--devices", "8", "--top", "-5"], "--top is -5; it takes how many"),
         (["--days", "5", "--pairs", "10"], "--pairs is 10; it takes config.train.batch_size"),
         (["--days", "0", "--pairs", "4e8"], "--days is 0; give how many days"),
         (["--days", "nan", "--pairs", "4e8"], "--days is nan; give how many days"),
         (
             ["--devices", "256", "--config.train.batch_size=1000", "--config.data.streams=8"],
-            "batch_size 1000 cannot be cut evenly for --devices 256; the nearest that can: 768",
+            "batch_size 1000 is not a multiple of .* = 256 devices; the nearest that is: 768",
+        ),
+        (["--devices", "7", "--vary", "remat"], "batch_size 32768 is not a multiple of .* = 7 dev"),
+        (
+            ["--devices", "4", "--vary", "remat", "--config.mesh.fsdp=8"],
+            "config.mesh asks for 1 x 8 x 1 .* and there are 4",
+        ),
+        (
+            ["--devices", "8", "--vary", "remat", "--config.train.microbatch_size=4"],
+            "microbatch_size 4 is not a multiple of .* = 8 devices",
         ),
     ],
 )
 def test_mistakes_are_one_line(monkeypatch, flags, message):
     line = ["plan", "--config", "experiments/vit_b32.py", "--search", *flags]
+    monkeypatch.setattr("sys.argv", line)
+    with pytest.raises(UserError, match=message):
+        main()
+
+
+@old_loader
+@pytest.mark.parametrize(
+    ("platform", "device", "devices", "message"),
+    [
+        ("tpu", "tpu-v5e", "3", "a slice of tpu-v5e has one of"),
+        ("cuda", "h100", "12", "machines of h100 hold 8"),
+    ],
+)
+def test_devices_that_cannot_be_had_are_refused(monkeypatch, platform, device, devices, message):
+    compiler = Compiler(platform, "", "")
+    monkeypatch.setattr("clip_jax.planning.compilers.find_compiler", lambda *_: compiler)
+    line = ["plan", "--config", "experiments/vit_b32.py", "--search"]
+    monkeypatch.setattr("sys.argv", [*line, "--device", device, "--devices", devices])
+    with pytest.raises(UserError, match=message):
+        main()
+
+
+@old_loader
+@pytest.mark.parametrize(
+    ("flags", "place", "message"),
+    [
+        (["--json"], "", "--json .* is a folder; name a file"),
+        (["--json"], "file/x.json", "--json .*file cannot be made"),
+        (["--json"], "closed/x.json", "--json .*closed cannot be written to .Permission denied"),
+        (["--search", "--json"], "", "--json .* is a folder; name a file"),
+        (["--search", "--json"], "closed/x.json", "--json .*closed cannot be written to"),
+        (["--search", "--cache"], "file", "--cache .* cannot be made"),
+        (["--search", "--cache"], "closed", "--cache .* cannot be written to .Permission denied"),
+    ],
+)
+def test_places_to_write_are_checked_first(monkeypatch, tmp_path, flags, place, message):
+    def fail(*_, **__):
+        raise AssertionError("it has begun")
+
+    def refuse(dir):
+        if Path(dir).is_relative_to(tmp_path / "closed"):
+            raise PermissionError(13, "Permission denied")
+        return contextlib.nullcontext()
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    for name in ("plan.plan", "plan_search.Search", "plan_search.compile_in_child"):
+        monkeypatch.setattr(f"clip_jax.tools.{name}", fail)
+    size = RunSize(151_000_000, 1.0, 10)
+    monkeypatch.setattr("clip_jax.tools.plan_search.size_of_run", lambda *_: size)
+    # Who runs the tests as root may write anywhere.
+    monkeypatch.setattr("clip_jax.files.tempfile.TemporaryFile", refuse)
+    line = ["plan", "--config", "vit_b32", "--devices", "8", *flags, str(tmp_path / place)]
     monkeypatch.setattr("sys.argv", line)
     with pytest.raises(UserError, match=message):
         main()
