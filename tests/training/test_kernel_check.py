@@ -11,6 +11,7 @@ from pairs import tiny_config, write_data
 from tiny import TEXT, VIT
 
 from clip_jax.data.images import OPENAI
+from clip_jax.errors import UserError
 from clip_jax.models.block_form import BlockForm
 from clip_jax.models.clip import CLIP, CLIPConfig, variable_shapes
 from clip_jax.models.fastvit import FastViTConfig
@@ -19,6 +20,7 @@ from clip_jax.models.kernels.forms import AttentionForm, NormForm, noted_forms
 from clip_jax.models.packing import Packing
 from clip_jax.models.target import Target
 from clip_jax.models.zoo import MODELS
+from clip_jax.training import trainer
 from clip_jax.training.compile_ahead import trace_towers
 from clip_jax.training.kernel_check import with_checked_kernels
 from clip_jax.training.setup import build_run
@@ -195,6 +197,20 @@ def test_right_kernels_stay_and_each_form_is_compared_once(data, monkeypatch, ca
     assert run_with_checked_kernels(run).model is run.model
     assert not capsys.readouterr().out
     assert set(compared) == traced_forms(run) and len(compared) == len(set(compared)) == 6
+
+
+def test_the_step_is_made_of_the_checked_model(data, tmp_path, monkeypatch):
+    def stop(run):
+        raise UserError(f"made with {run.model.attention}")
+
+    def checked(model, trace):
+        trace(model)
+        return model.clone(attention="xla")
+
+    monkeypatch.setattr(trainer, "with_checked_kernels", checked)
+    monkeypatch.setattr(trainer, "make_step", stop)
+    with pytest.raises(UserError, match="made with xla"):
+        trainer.train(tiny_config(data), str(tmp_path))
 
 
 @pytest.mark.parametrize(("platform", "attention"), [("cuda", "auto"), ("tpu", "xla")])
