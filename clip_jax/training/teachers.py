@@ -28,6 +28,7 @@ from clip_jax.parallel.mesh import BATCH_AXES, batch_part, batch_shards, device_
 from clip_jax.tokenizers import make_tokenizer, spec_digest
 from clip_jax.training.checkpoint import tree_digests
 from clip_jax.training.distillation import FEATURE_DTYPE, TeacherInfo, feature_names
+from clip_jax.training.kernel_check import with_checked_kernels
 from clip_jax.training.warm_start import (
     place_arrays,
     read_source,
@@ -116,8 +117,22 @@ def load_teacher(path: str, mesh: Mesh, *, dtype: str) -> Teacher:
         config.embed_dim,
         float(np.exp(jax.device_get(variables["params"]["logit_scale"]))),
     )
+    model = with_checked_kernels(
+        model, lambda model: trace_encoder(model, mesh, checkpoint.preprocess, variables)
+    )
     encode = make_block_encoder(model, mesh, checkpoint.preprocess)
     return Teacher(info, make_tokenizer(spec), config.text.context_length, variables, encode)
+
+
+def trace_encoder(model: CLIP, mesh: Mesh, preprocess: Preprocess, variables: Any) -> None:
+    """Trace the program of `Teacher.encode`."""
+    rows, side = BLOCK_ROWS * batch_shards(mesh), model.config.vision.image_size
+    jax.eval_shape(
+        make_block_encoder(model, mesh, preprocess),
+        variables,
+        jax.ShapeDtypeStruct((rows, side, side, 3), jnp.uint8),
+        jax.ShapeDtypeStruct((rows, model.config.text.context_length), jnp.int32),
+    )
 
 
 def make_block_encoder(model: CLIP, mesh: Mesh, preprocess: Preprocess) -> Any:

@@ -1,6 +1,7 @@
 """Training: a run is set up, restored or begun, and stepped to its end by the host loop."""
 
 import dataclasses
+import functools
 import os
 import signal
 import time
@@ -33,7 +34,12 @@ from clip_jax.training.checkpoint import (
     merged_variables,
     replay_hint,
 )
-from clip_jax.training.compile_ahead import compiles_ahead, prepare_encoders, prepare_step
+from clip_jax.training.compile_ahead import (
+    compiles_ahead,
+    prepare_encoders,
+    prepare_step,
+    trace_towers,
+)
 from clip_jax.training.exit_report import ExitReport
 from clip_jax.training.fingerprint import (
     CONTENTS,
@@ -129,7 +135,7 @@ def _train(
     config = run.config
     fingerprint = make_fingerprint(run, data, pairs)
     distributed.agree(fingerprint | {"its config": dataclasses.asdict(config)})
-    run = with_checked_kernels(run)
+    run = run_with_checked_kernels(run)
     print_summary(run, data, pairs=pairs, steps=steps)
     with (
         # It is closed last: a state is never saved later for it.
@@ -168,6 +174,12 @@ def _train(
         service.code = end[0]
     watchdog.stand_by()
     return end
+
+
+def run_with_checked_kernels(run: RunComponents) -> RunComponents:
+    """Return the run, its model without the kernels that are wrong on these chips."""
+    model = with_checked_kernels(run.model, functools.partial(trace_towers, run))
+    return dataclasses.replace(run, model=model)
 
 
 def _open_service(

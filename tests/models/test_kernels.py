@@ -11,9 +11,10 @@ from kernel_cases import INTERPRETED
 
 from clip_jax.models.kernels import check
 from clip_jax.models.kernels.attention import Heads, short_attention
+from clip_jax.models.kernels.forms import AttentionForm, NormForm, noted_forms
 from clip_jax.models.kernels.norm import Norm, residual_norm
 from clip_jax.models.kernels.vmem import attention_fits, segments_per_program
-from clip_jax.models.packing import choose_packing
+from clip_jax.models.packing import Packing, choose_packing
 from clip_jax.models.target import Target
 
 CAUSAL = Heads(2, True, INTERPRETED)
@@ -131,7 +132,6 @@ def test_packed_sequences_are_sequences(batch, length, number, is_causal):
 
 
 def test_ragged_sequences_are_sequences():
-    """Also what the check at a run's start does of them."""
     starts = [(0, 3, 4, 11), (0, 16), (0, 1, 2, 3), (0,)]
     row = np.arange(16)
     first = [np.maximum.accumulate(np.where(np.isin(row, start), row, 0)) for start in starts]
@@ -152,8 +152,6 @@ def test_ragged_sequences_are_sequences():
         return jnp.concatenate(sequences, 1).reshape(q.shape)
 
     assert_equal_to_plain(kernel, plain, (q, k, v, bias), (dy,), CAUSAL, is_pair=False)
-    sizes = {"heads": 2, "head_size": 64, "length": 16, "target": INTERPRETED}
-    assert check.kernels_error(**sizes, is_causal=True, is_ragged=True) < check.ALLOWED
 
 
 def test_rows_are_whole_tiles_and_waste_little():
@@ -203,10 +201,26 @@ def test_sizes_of_programs():
     assert not attention_fits(577, 1024, "v4")
 
 
-def test_the_check_at_a_run_s_start_passes_kernels_and_sees_wrong_ones(monkeypatch):
-    sizes = {"heads": 2, "head_size": 64, "length": 50, "is_causal": True, "target": INTERPRETED}
-    assert check.kernels_error(**sizes) < 1.2
+FORMS = {
+    "padded": AttentionForm(2, 16, False, Packing(1, 197, 200)),
+    "unpacked": AttentionForm(2, 16, False, Packing(1, 197, 197)),
+    "causal, two sequences a segment": AttentionForm(2, 64, True, Packing(4, 20, 20, 2)),
+    "three segments": AttentionForm(1, 32, False, Packing(3, 16, 16)),
+    "ragged": AttentionForm(2, 64, True, Packing(3, 16, 16, is_ragged=True)),
+    "norm": NormForm(2, 24, 48, 1e-6),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_the_check_computes_the_form_that_it_is_asked_for(name):
+    with noted_forms() as noted:
+        assert check.kernel_error(FORMS[name], INTERPRETED) < 1.2
+    assert noted == {FORMS[name]}
+
+
+def test_the_check_sees_wrong_kernels(monkeypatch):
+    form = AttentionForm(2, 64, True, Packing(4, 50, 50, 4))
     wrong = dataclasses.replace(CAUSAL, is_causal=False)
     monkeypatch.setattr(check, "Heads", lambda *_: wrong)
     monkeypatch.setattr(check, "_plain_attention", lambda *a: plain_attention(*a[:4], CAUSAL))
-    assert check.kernels_error(**sizes) > 2 * check.ALLOWED
+    assert check.kernel_error(form, INTERPRETED) > 2 * check.ALLOWED

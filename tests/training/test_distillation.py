@@ -17,7 +17,7 @@ from clip_jax.errors import UserError
 from clip_jax.models import zoo
 from clip_jax.parallel.mesh import AXES, make_mesh
 from clip_jax.tools.data_reinforce import reinforce_on, result_text
-from clip_jax.training import stored_features
+from clip_jax.training import stored_features, teachers
 from clip_jax.training.distillation import split_captions
 from clip_jax.training.reinforce import reinforce
 from clip_jax.training.replay import replay
@@ -81,6 +81,23 @@ def features(data, teacher, tmp_path_factory):
     made = reinforce(distil_config(data, [teacher]), folder, progress=False)
     assert not made.missing and "24 features" in result_text(made)
     return folder
+
+
+def test_a_teacher_is_computed_with_its_checked_model(teacher, monkeypatch):
+    made, make = [], teachers.make_block_encoder
+
+    def checked(model, trace):
+        trace(model)
+        return model.clone(attention="xla")
+
+    def record(model, *args):
+        made.append(model.attention)
+        return make(model, *args)
+
+    monkeypatch.setattr(teachers, "with_checked_kernels", checked)
+    monkeypatch.setattr(teachers, "make_block_encoder", record)
+    load_teachers([str(teacher)], make_mesh(data=8, fsdp=1, tensor=1), dtype="float32")
+    assert made == ["auto", "xla"]
 
 
 def test_a_row_does_not_depend_on_its_batch(teacher):

@@ -23,6 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from clip_jax.models.kernels.forms import AttentionForm, note_form
 from clip_jax.models.kernels.vmem import segments_per_program, vmem_limit
 from clip_jax.models.packing import HIDDEN, Packing
 from clip_jax.models.target import Target
@@ -107,6 +108,7 @@ def _call(
     def run(*arrays: Array) -> tuple[Array, ...]:
         segments, length, _ = arrays[0].shape
         taken = segments_per_program(segments, length)
+        note_form(_form(heads, taken, length, width))
 
         def block(width: int) -> pl.BlockSpec:
             return pl.BlockSpec((taken, length, width), lambda s: (s, 0, 0))
@@ -131,6 +133,13 @@ def _call(
 
     whole = (bias_3D.astype(rows[0].dtype),)
     return tuple(heads.target.map_rows(run, (*rows, *positions), whole))
+
+
+def _form(heads: Heads, segments: int, rows: int, width: int) -> AttentionForm:
+    """Return the form of programs that take so many segments."""
+    packing = heads.packing or Packing(segments, rows, rows)
+    packing = dataclasses.replace(packing, batch=segments * packing.sequences)
+    return AttentionForm(heads.number, width // heads.number, heads.is_causal, packing)
 
 
 def _forward_kernel(qkv, *refs, heads: Heads) -> None:

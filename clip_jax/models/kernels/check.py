@@ -1,4 +1,4 @@
-"""The kernels of this chip against the plain forms, in values and gradients, on a small input."""
+"""A kernel of this chip against the plain form, in values and gradients, on a small input."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,70 +11,59 @@ from jaxtyping import Array
 
 from clip_jax.models.attention import attend_packed
 from clip_jax.models.kernels.attention import Heads, short_attention
+from clip_jax.models.kernels.forms import AttentionForm, KernelForm, NormForm
 from clip_jax.models.kernels.norm import Norm, residual_norm
 from clip_jax.models.layer_norm import layer_norm
-from clip_jax.models.layers import LAYER_NORM_EPS
-from clip_jax.models.packing import Packing, choose_packing
 from clip_jax.models.target import Target
 
-SEQUENCES = 16
+PROGRAMS = 5
+"""Of the small input. A prime above `MAX_SEGMENTS`: so a program takes what the form's takes."""
 ALLOWED = 2.0
 """Times the plain form's own error in bfloat16; measured in the interpreter it is 0.7 to 1.0."""
 
 
-def kernels_error(
-    *,
-    heads: int,
-    head_size: int,
-    length: int,
-    is_causal: bool,
-    target: Target,
-    is_ragged: bool = False,
-) -> float:
-    """Return how far the kernels are from the plain forms, computed on the first local device.
-
-    `is_ragged`: the rows are segments of shorter sequences.
+def kernel_error(form: KernelForm, target: Target) -> float:
+    """Return how far a kernel is from the plain form, computed on the first local device.
 
     Returns:
       The largest error of a result or gradient, in norm, over that of the plain form in bfloat16,
       both against float32. About 1 is rounding, more than `ALLOWED` is not.
     """
-    target = dataclasses.replace(target, mesh=None, batch_axes=())
-    width = heads * head_size
-    q, k, v, dy, bias = _draw((SEQUENCES, length, width), 4, (3, width))
-    x, around, dx, scale, shift = _draw((SEQUENCES, length, width), 3, (width,), (width,))
-    # As a run packs them: several short sequences share a program, and rows are padded.
-    packing = choose_packing(SEQUENCES, length, target)
+    if isinstance(form, NormForm):
+        return _norm_error(form, target.alone)
+    return _attention_error(form, target.alone)
+
+
+def _attention_error(form: AttentionForm, target: Target) -> float:
+    packing = dataclasses.replace(form.packing, batch=PROGRAMS * form.packing.batch)
+    sequences, length, width = packing.batch, packing.length, form.heads * form.head_size
+    q, k, v, dy, bias = _draw((sequences, length, width), 4, (3, width))
     positions_SR = None
-    if is_ragged:
-        packing = Packing(SEQUENCES, length, length, is_ragged=True)
+    if packing.is_ragged:
         # Sequences of 1, 2, ... rows.
-        positions_SR = jnp.arange(length) % (1 + jnp.arange(SEQUENCES)[:, None])
-    spec, norm = Heads(heads, is_causal, target, packing), Norm(LAYER_NORM_EPS, target)
+        positions_SR = jnp.arange(length) % (1 + jnp.arange(sequences)[:, None])
+    spec = Heads(form.heads, form.is_causal, target, packing)
 
     def attend(q: Array, k: Array, v: Array, bias_3D: Array) -> Array:
         qkv_ND = packing.flatten(jnp.concatenate((q, k, v), -1))
         y_SRD = short_attention(packing.segments(qkv_ND), bias_3D, spec, positions_SR)
         return packing.unflatten(y_SRD.reshape(-1, width))
 
-    def normalize(x: Array, scale_D: Array, bias_D: Array) -> tuple[Array, Array]:
-        arrays = residual_norm(packing.segments(packing.flatten(x)), scale_D, bias_D, norm)
-        around, normalized = (packing.unflatten(a.reshape(-1, width)) for a in arrays)
-        return around, normalized
+    def plain(q: Array, k: Array, v: Array, bias_3D: Array) -> Array:
+        return _plain_attention(q, k, v, bias_3D, spec, positions_SR)
 
-    attention = _error(
-        attend,
-        lambda q, k, v, b: _plain_attention(q, k, v, b, spec, positions_SR),
-        (q, k, v, bias),
-        dy,
-    )
-    normalization = _error(
-        normalize,
-        lambda x, s, b: (x, layer_norm(x, s, b, norm.epsilon)),
+    return _error(attend, plain, (q, k, v, bias), dy)
+
+
+def _norm_error(form: NormForm, target: Target) -> float:
+    shape = (PROGRAMS * form.segments, form.rows, form.width)
+    x, around, dx, scale, shift = _draw(shape, 3, (form.width,), (form.width,))
+    return _error(
+        lambda x, s, b: residual_norm(x, s, b, Norm(form.epsilon, target)),
+        lambda x, s, b: (x, layer_norm(x, s, b, form.epsilon)),
         (x, 1 + scale, shift),
         (around, dx),
     )
-    return max(attention, normalization)
 
 
 def _draw(rows: tuple[int, ...], count: int, *others: tuple[int, ...]) -> list[Array]:

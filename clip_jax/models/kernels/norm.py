@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
+from clip_jax.models.kernels.forms import NormForm, note_form
 from clip_jax.models.kernels.vmem import segments_per_program, vmem_limit
 from clip_jax.models.target import Target
 
@@ -68,6 +69,7 @@ def _call(
     def run(*arrays: Array) -> tuple[Array, ...]:
         segments, length, width = arrays[0].shape
         taken = segments_per_program(segments, length)
+        note_form(NormForm(taken, length, width, norm.epsilon))
         block = pl.BlockSpec((taken, length, width), lambda s: (s, 0, 0))
         sums_block = pl.BlockSpec((1, 1, width), lambda s: (s, 0, 0))
         sums_shape = jax.ShapeDtypeStruct((segments // taken, 1, width), jnp.float32)
