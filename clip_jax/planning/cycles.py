@@ -17,7 +17,7 @@ from clip_jax.planning.parts import Part, part_of
 CLOCKS = {"tpu-v4": 1.05e9, "tpu-v5e": 1.5e9, "tpu-v5p": 1.75e9, "tpu-v6e": 1.75e9}
 """Cycles a second, by device: the published peak over the operations of the matrix units' cells,
 two a cycle."""
-CALIBRATION = {"tpu-v5e": 0.88, "tpu-v5p": 0.90, "tpu-v6e": 0.70}
+CALIBRATION = {"tpu-v4": 0.93, "tpu-v5e": 0.88, "tpu-v5p": 0.90, "tpu-v6e": 0.70}
 """The share of the peak that the estimate gives a bfloat16 product of 8192 x 8192 matrices."""
 
 _CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')

@@ -1,6 +1,7 @@
 """A process lowers the step for devices that it does not have, each with its own kernels."""
 
 import dataclasses
+import re
 
 import jax.numpy as jnp
 import pytest
@@ -73,6 +74,24 @@ def test_the_step_is_lowered_for_any_target(monkeypatch, target, platform, kerne
     text = traced.lower(lowering_platforms=(platform,)).as_text()
     kernels = ("attention_forward", "__cudnn$fmhaSoftmax")
     assert [name for name in kernels if name in text] == ([kernel] if kernel else [])
+
+
+def test_only_the_loss_multiplies_in_float32_on_gpus(monkeypatch):
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91_000)
+    mesh, target = one_device_mesh(), Target("cuda", "H100", (9, 0))
+    # cuDNN takes heads of 8 features or a multiple.
+    config = dataclasses.replace(VIT, vision=dataclasses.replace(VIT.vision, heads=3))
+    model = CLIP(config, dtype=jnp.bfloat16, remat="auto", target=target)
+    _, _, shapes, step = make_parts(model, mesh)
+    traced = step.trace(shapes, batch_shapes(mesh, config, 16))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    products = re.findall(r"stablehlo\.(?:dot_general|convolution).*: \((.*?)\) ->", text)
+    features, logits = f"tensor<8x{VIT.embed_dim}xf32>", "tensor<8x8xf32>"
+    assert len(products) > 50
+    assert [types for types in products if "f32" in types] == [
+        *2 * (f"{features}, {features}",),
+        *2 * (f"{logits}, {features}",),
+    ]
 
 
 @pytest.mark.parametrize(("fsdp", "kernels"), [(1, True), (2, False)], ids=["whole", "cut"])
