@@ -509,6 +509,8 @@ def test_the_command_plans_more_devices_than_there_are():
     done = command(
         *("--config", "experiments/emoji_vit.py", "--devices", "32", "--device", "a100"),
         *("--config.data.tokenizer=clip", "--config.mesh.fsdp=4", "--config.eval.data="),
+        # "minimal" folds the last block's keys and values into its one query: a fifth of so few.
+        "--config.model.remat=none",
     )
     assert done.returncode == 0, done.stderr
     assert "32 x a100: data=8 x fsdp=4 x tensor=1" in done.stdout
