@@ -168,7 +168,8 @@ taken for granted (`python -m clip_jax.data.bench` says what they need). Runs of
 are 32 epochs of 400 million pairs, `vit_l14_336` one more, `clipa_l16_short` six; `vit_s16` is 32
 of 3 million. With more devices the days fall in proportion, or nearly; for fewer,
 `python -m clip_jax.plan --search` finds the settings. The emoji experiments fit on one device of
-any kind, and on a laptop. What is empty was not compiled yet.
+any kind, and on a laptop. What is empty was not compiled yet; "more than 256" was compiled whole
+alone, or does not fit in eight micro-batches either.
 
 """
 

@@ -7,7 +7,7 @@ Learning rate 4e-4; everything else is in `experiments/paper.py`. On the paper's
 the published weights classify ImageNet zero-shot at 75.5 %.
 
 The fewest devices that hold it whole, and the days of the run there, as compiled (`docs/fits.md`):
-v5e more than 256; v5p 64: 5.5 days; v6e 256: 1.5 days; h100 128: 1.5 days.
+v5e 256: 4.1 days in 2 micro-batches; v5p 64: 5.5 days; v6e 256: 1.5 days; h100 128: 1.5 days.
 """
 
 import ml_collections
