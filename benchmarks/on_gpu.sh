@@ -1,7 +1,8 @@
 #!/bin/sh
 # What a GPU says: training against open_clip with torch.compile, the kernels of our steps, encoding,
-# the loss at 32,768 and GradCache, in bfloat16. About 8 minutes; the parts that ended are there
-# when it is stopped. Their tables go to FOLDER, and from there into docs/performance.md.
+# the loss at 32,768 and GradCache, in bfloat16. At most 8 minutes, or LIMIT seconds: what has not
+# ended by then is left out, with a line. The tables go to FOLDER, and from there into
+# docs/performance.md.
 #
 #     sh benchmarks/on_gpu.sh FOLDER [PART ...]
 #
@@ -13,12 +14,16 @@ shift
 python=${PYTHON:-python}
 cd "$(dirname "$0")/.." || exit 1
 mkdir -p "$folder"
+end=$(($(date +%s) + ${LIMIT:-480}))
 bf16="--device gpu --dtype bfloat16"
 
 # part SECONDS MODULE ARGUMENT...: a benchmark within its time, its table in $folder/$name.
 part() {
     limit=$1
     shift
+    left=$((end - $(date +%s)))
+    [ "$left" -gt 0 ] || { echo "$name: left out, the time is over"; return; }
+    [ "$limit" -lt "$left" ] || limit=$left
     mkdir -p "$folder/$name"
     timeout "$limit" "$python" -m "$@" --out "$folder/$name" >"$folder/$name/out.txt" 2>"$folder/$name/err.txt" ||
         { echo "$name: ended with code $?; the end of $folder/$name/err.txt:"; tail -n 3 "$folder/$name/err.txt"; }
