@@ -147,7 +147,7 @@ class RunLogger:
         kind, dtype = jax.devices()[0].device_kind, config.model.dtype
         per_device = peak_flops(kind, dtype) or measure_matmul_flops(dtype)
         # Virtual CPU devices share the one machine that was measured.
-        devices = 1 if jax.default_backend() == "cpu" else jax.device_count()
+        devices = 1 if run.model.target.platform == "cpu" else jax.device_count()
         self._peak = per_device * devices
         self._not_finite: tuple[int, float, list[str]] | None = None
         self._part, parts = batch_part(run.mesh)
