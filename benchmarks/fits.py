@@ -31,6 +31,18 @@ START = 32
 USABLE = 0.9
 """The share of a device's memory below which a number of devices is worth a try."""
 PARTS = (2, 4, 8)
+"""In how many micro-batches a batch is tried that does not fit whole."""
+KEPT = (
+    "failed",
+    "devices",
+    "parts",
+    "fits",
+    "memory_bytes",
+    "estimated_seconds",
+    "steps",
+    "compiler",
+)
+"""Keys of a cell's figures, where it has them."""
 SCAN = ("model.scan=True",)
 
 EXPERIMENTS: dict[str, tuple[int, int, tuple[str, ...]]] = {
@@ -104,11 +116,7 @@ def run(name: str, device: str, start: int) -> dict[str, Any]:
             values,
             memory,
         )
-    keys = (
-        *("failed", "devices", "parts", "fits", "memory_bytes", "estimated_seconds", "steps"),
-        "compiler",
-    )
-    kept = {key: values[key] for key in keys if key in values}
+    kept = {key: values[key] for key in KEPT if key in values}
     kept["exposed_seconds"] = values.get("exposed_collective_seconds")
     return kept | {"fields": [field for field in fields if not field.endswith("=")]}
 
